@@ -1,0 +1,113 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Real text without a download: the docstrings of installed packages, one document a module.
+
+    python -m data_prep.docstrings --packages transformers --output_file docstrings.jsonl
+"""
+
+import ast
+import importlib.util
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from .arguments import parse_arguments, run_command
+
+
+@dataclass
+class DocstringsArguments:
+    """
+    Arguments of `python -m data_prep.docstrings`.
+    """
+
+    output_file: str = field(metadata={"help": "Jsonl file to write, one document a line."})
+    packages: list[str] = field(
+        default_factory=lambda: ["transformers"], metadata={"help": "Names of installed packages to read."}
+    )
+
+
+def read_docstrings(packages: Sequence[str], show_progress: bool = True) -> Iterator[dict[str, str]]:
+    """
+    Reads the docstrings of packages from their source files. Nothing is imported or executed.
+
+    Args:
+        packages (`Sequence[str]`):
+            Names of installed packages, such as `"transformers"`.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar over the files of each package.
+
+    Yields:
+        `dict[str, str]`: `"text"`, the docstrings of one module in the order of the source (the module's own, then
+        those of its classes and functions) with empty lines in between, and `"id"`, the dotted name of the module.
+        Modules come in the order of their paths. Modules without docstrings, and those whose text equals that of an
+        earlier one, are left out.
+
+    Raises:
+        `ValueError`: if a package is not installed as source files.
+    """
+    seen = set()
+    for package in packages:
+        root = _package_directory(package)
+        paths = sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts)
+        for path in tqdm(paths, desc=f"Docstrings of {package}", unit="file", disable=not show_progress):
+            text = _module_docstrings(path)
+            if text and text not in seen:
+                seen.add(text)
+                parts = (package, *path.relative_to(root).with_suffix("").parts)
+                yield {"text": text, "id": ".".join(parts).removesuffix(".__init__")}
+
+
+def _package_directory(package: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"no package named {package!r} is installed; name an installed package, such as transformers")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _module_docstrings(path: Path) -> str:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # templates and test data with the suffix .py
+        return ""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    nodes.sort(key=lambda node: 0 if isinstance(node, ast.Module) else node.lineno)
+    docstrings = (ast.get_docstring(node) for node in nodes)
+    # A lone surrogate escaped in a source has no UTF-8 form.
+    return "\n\n".join(filter(None, docstrings)).encode("utf-8", errors="replace").decode("utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (arguments,) = parse_arguments(
+        DocstringsArguments, argv=argv, description=__doc__, prog="python -m data_prep.docstrings"
+    )
+    output_file = Path(arguments.output_file)
+    output_file.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = output_file.with_name(output_file.name + ".partial")
+    with partial_file.open("w", encoding="utf-8") as stream:
+        for document in read_docstrings(arguments.packages):
+            stream.write(json.dumps(document, ensure_ascii=False) + "\n")
+    os.replace(partial_file, output_file)
+
+
+if __name__ == "__main__":
+    run_command(main)
