@@ -1,0 +1,525 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Documents to chunks of m tokens: the first stage of a datastore.
+
+```bash
+retro chunk --input documents.jsonl --output-dir datastore --tokenizer HuggingFaceTB/SmolLM2-135M
+retro chunk --input held_out.jsonl --output-dir datastore --tokenizer HuggingFaceTB/SmolLM2-135M --split validation
+```
+
+Many processes share the work (`accelerate launch -m data_prep.chunk ...`), and the same command goes on after an
+interruption. A chunk never crosses documents; the last one of a document is padded.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, List, Value
+from tokenizers import Encoding, Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from data_prep.arguments import parse_arguments, run_command
+from data_prep.documents import (
+    BadRecord,
+    Document,
+    Dropped,
+    Part,
+    RecordFormat,
+    RecordReader,
+    Source,
+    find_sources,
+    plan_parts,
+    record_location,
+)
+from data_prep.manifest import (
+    check_options,
+    clear_records,
+    directory_lock,
+    discard,
+    finished_records,
+    open_manifest,
+    process_state,
+    run_shards,
+    save_shard,
+    whole,
+    write_manifest,
+)
+from modeling_retro.retrieval_retro import TRAIN_SPLIT, chunks_fingerprint, split_path, tokenizer_fingerprint
+
+
+logger = logging.get_logger(__name__)
+
+_BATCH_CHARACTERS = 1 << 20
+
+
+@dataclass
+class ChunkArguments:
+    """Options of `retro chunk`."""
+
+    input: list[str] = field(
+        metadata={"help": "Files, folders or globs of .jsonl[.gz|.zst], .parquet or text; - reads jsonl from stdin."}
+    )
+    output_dir: str = field(metadata={"help": "The datastore; made if it does not exist."})
+    tokenizer: str = field(metadata={"help": "Folder or Hub id of a fast tokenizer."})
+    split: str = field(default=TRAIN_SPLIT, metadata={"help": "train is what is searched; other names only query."})
+    chunk_size: int = field(default=64, metadata={"help": "Tokens in a chunk."})
+    continuation_chunks: int = field(default=1, metadata={"help": "Chunks of the same document a neighbor goes on."})
+    text_column: str = field(default="text", metadata={"help": "Key of the text in a record; a.b reaches inside."})
+    id_column: str | None = field(default=None, metadata={"help": "Key of your own id; kept in documents/."})
+    filter: str | None = field(default=None, metadata={"help": "Keep such records: 'meta.set == \"Wikipedia (en)\"'."})
+    on_bad_record: str = field(
+        default="error", metadata={"help": "error stops; skip writes it to quarantine/.", "choices": ["error", "skip"]}
+    )
+    max_documents: int | None = field(default=None, metadata={"help": "Stop after so many documents."})
+    max_chunks: int | None = field(default=None, metadata={"help": "Stop before the document that goes over it."})
+    max_document_bytes: int = field(default=50_000_000, metadata={"help": "Longer records are bad records."})
+    shard_bytes: int = field(default=32_000_000, metadata={"help": "Bytes of input in a shard."})
+    append: bool = field(default=False, metadata={"help": "Add the inputs that the split does not hold yet."})
+    force: bool = field(default=False, metadata={"help": "Rebuild the split from nothing."})
+
+
+def chunk_features(chunk_size: int, vocab_size: int) -> Features:
+    """Types of the columns of a shard of chunks; token ids in 16 bits where the vocabulary allows."""
+    token = Value("uint16" if vocab_size <= 1 << 16 else "int32")
+    return Features(
+        {
+            "input_ids": List(token, length=chunk_size),
+            "length": Value("int32"),
+            "document_id": Value("int64"),
+            "num_bytes": Value("int64"),
+        }
+    )
+
+
+class DocumentChunker:
+    """
+    Cuts documents into chunks of token ids, with the bytes of the source that each chunk covers.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer with an EOS (or SEP) token.
+        chunk_size (`int`): Tokens in a chunk, m.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chunk_size: int):
+        eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        if eos is None:
+            raise ValueError(f"the tokenizer {tokenizer.name_or_path} has no EOS token to end a document with")
+        self.chunk_size = chunk_size
+        self.dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
+        self.suffix = [eos]
+        starts_with_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        self.prefix = [tokenizer.bos_token_id] if starts_with_bos else []
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.no_padding()
+        self._backend.no_truncation()
+
+    def chunk(self, documents: Sequence[Document]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """
+        Chunks some documents.
+
+        Args:
+            documents (`Sequence[Document]`): The documents.
+
+        Returns:
+            `tuple`: the columns (`input_ids` [n, m] padded with 0, `length`, `document_id`, `num_bytes` [n]), and the
+            number of chunks of each document (int64; 0 for a document without any token).
+        """
+        m = self.chunk_size
+        encodings = self._backend.encode_batch([document.text for document in documents], add_special_tokens=False)
+        rows = [[*self.prefix, *encoding.ids, *self.suffix] if len(encoding) else [] for encoding in encodings]
+        tokens = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        chunks = -(-tokens // m)
+        first_chunk = np.cumsum(chunks) - chunks
+        first_token = np.cumsum(tokens) - tokens
+        # Token j of a document stands at first_chunk * m + j of the flat array of chunks.
+        place = np.arange(tokens.sum()) + np.repeat(first_chunk * m - first_token, tokens)
+        input_ids = np.zeros((int(chunks.sum()), m), dtype=self.dtype)
+        input_ids.reshape(-1)[place] = np.fromiter(
+            (i for row in rows for i in row), dtype=np.int64, count=tokens.sum()
+        )
+        length = np.full(len(input_ids), m, dtype=np.int32)
+        kept = chunks > 0
+        length[(first_chunk + chunks - 1)[kept]] = (tokens - (chunks - 1) * m)[kept]
+        num_bytes = [
+            self._chunk_bytes(document.text, encoding)
+            for document, encoding, number in zip(documents, encodings, chunks, strict=True)
+            if number
+        ]
+        columns = {
+            "input_ids": input_ids,
+            "length": length,
+            "document_id": np.repeat(
+                np.array([document.document_id for document in documents], dtype=np.int64), chunks
+            ),
+            "num_bytes": np.concatenate([np.zeros(0, dtype=np.int64), *num_bytes]),
+        }
+        return columns, chunks
+
+    def _chunk_bytes(self, text: str, encoding: Encoding) -> np.ndarray:
+        """
+        UTF-8 bytes of the text that each chunk of a document covers. A chunk ends where its last token ends, so what
+        the tokenizer skips before a token belongs to that token, and a character split over two chunks to the first.
+        """
+        tokens = len(encoding)
+        cuts = [0]
+        for end in range(
+            self.chunk_size - len(self.prefix), tokens + len(self.suffix) + self.chunk_size, self.chunk_size
+        ):
+            if end >= tokens:
+                cuts.append(len(text))
+                if end >= tokens + len(self.suffix):
+                    break
+            else:
+                # Offsets of some normalizers step back.
+                cuts.append(max(cuts[-1], encoding.token_to_chars(end - 1)[1] if end > 0 else 0))
+        if text.isascii():
+            return np.diff(np.array(cuts, dtype=np.int64))
+        return np.array([len(text[a:b].encode()) for a, b in zip(cuts, cuts[1:], strict=False)], dtype=np.int64)
+
+
+def chunk_documents(
+    inputs: str | Path | Dataset | Sequence[str | Path | Dataset],
+    output_dir: str | Path,
+    tokenizer: str | Path | PreTrainedTokenizerBase,
+    split: str = TRAIN_SPLIT,
+    chunk_size: int = 64,
+    continuation_chunks: int = 1,
+    text_column: str = "text",
+    id_column: str | None = None,
+    filter: str | None = None,
+    on_bad_record: str = "error",
+    max_documents: int | None = None,
+    max_chunks: int | None = None,
+    max_document_bytes: int = 50_000_000,
+    shard_bytes: int = 32_000_000,
+    append: bool = False,
+    force: bool = False,
+) -> dict[str, Any]:
+    """
+    Tokenizes documents and writes them as chunks, shard by shard; goes on where an earlier run stopped.
+
+    Args:
+        inputs (`str`, `Path`, `datasets.Dataset` or a sequence of them): Files, folders, globs or datasets.
+        output_dir (`str` or `Path`): The datastore.
+        tokenizer (`str`, `Path` or `PreTrainedTokenizerBase`): A fast tokenizer.
+        split (`str`, *optional*, defaults to `"train"`): `"train"` is what is searched; other splits only query it.
+        chunk_size (`int`, *optional*, defaults to 64): Tokens in a chunk, m.
+        continuation_chunks (`int`, *optional*, defaults to 1): Chunks of the same document a neighbor goes on.
+        text_column (`str`, *optional*, defaults to `"text"`): Key of the text in a record.
+        id_column (`str`, *optional*): Key of the user's own id of a document, written to `documents/`.
+        filter (`str`, *optional*): `KEY == JSON` or `KEY != JSON`.
+        on_bad_record (`str`, *optional*, defaults to `"error"`): `"error"`, or `"skip"` into `quarantine/`.
+        max_documents (`int`, *optional*): Stop after so many documents.
+        max_chunks (`int`, *optional*): Stop before the document that would go over so many chunks.
+        max_document_bytes (`int`, *optional*, defaults to 50,000,000): Longer records are bad records.
+        shard_bytes (`int`, *optional*, defaults to 32,000,000): Bytes of input in a shard.
+        append (`bool`, *optional*, defaults to `False`): Add the inputs that the split does not hold yet.
+        force (`bool`, *optional*, defaults to `False`): Rebuild the split.
+
+    Returns:
+        `dict`: what the manifest says of the split's chunks, with `num_chunks`, `num_documents` and `dropped`.
+
+    Raises:
+        ValueError: If an option or a record is bad, or no document has text.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if continuation_chunks < 0:
+        raise ValueError(f"continuation_chunks must not be negative, got {continuation_chunks}")
+    if append and (max_documents is not None or max_chunks is not None):
+        raise ValueError("append takes all of the new inputs; leave out max_documents and max_chunks")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    path = Path(output_dir)
+    record_format = RecordFormat(text_column, id_column, filter, max_document_bytes)
+    options = {
+        "text_column": text_column,
+        "id_column": id_column,
+        "filter": filter,
+        "on_bad_record": on_bad_record,
+        "max_documents": max_documents,
+        "max_chunks": max_chunks,
+        "max_document_bytes": max_document_bytes,
+        "shard_bytes": shard_bytes,
+    }
+    with directory_lock(path):
+        manifest = open_manifest(path, create=True)
+        if force and split in manifest["splits"]:
+            discard(path, manifest, split, "chunks")
+        _set_vocabulary(path, manifest, tokenizer, chunk_size, continuation_chunks)
+        sources = find_sources(_spool_stdin(inputs, path, split))
+        sources = _plan(path, manifest, split, sources, record_format, options, append)
+        return _chunk_shards(path, manifest, split, sources, record_format, DocumentChunker(tokenizer, chunk_size))
+
+
+def _set_vocabulary(
+    path: Path, manifest: dict[str, Any], tokenizer: PreTrainedTokenizerBase, chunk_size: int, continuation_chunks: int
+) -> None:
+    """Sets what all splits share, or checks it against what the datastore already has."""
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    shared = {"chunk_size": chunk_size, "continuation_chunks": continuation_chunks}
+    if manifest["splits"]:
+        check_options("chunk", shared, manifest)
+        if fingerprint["sha256"] != manifest["tokenizer"]["sha256"]:
+            raise ValueError(
+                f"the tokenizer {tokenizer.name_or_path} is not the one {path} was begun with "
+                f"({manifest['tokenizer']['name']}); use that one, or --force to rebuild"
+            )
+        return
+    manifest |= shared | {"tokenizer": {"name": tokenizer.name_or_path, **fingerprint}}
+    state = process_state()
+    if state.is_main_process:
+        with whole(path / "tokenizer") as temporary:
+            tokenizer.save_pretrained(temporary)
+    state.wait_for_everyone()
+
+
+def _spool_stdin(inputs: Any, path: Path, split: str) -> Any:
+    """Standard input can be read once: it is copied to a file, which the shards are made from."""
+    if inputs != "-" and inputs != ["-"]:
+        return inputs
+    spool = path / f".stdin-{split}.jsonl"
+    state = process_state()
+    if state.is_main_process and not spool.exists():
+        with whole(spool) as temporary, temporary.open("wb") as file:
+            while block := sys.stdin.buffer.read(1 << 20):
+                file.write(block)
+    state.wait_for_everyone()
+    return spool
+
+
+def _describe(source: Source) -> dict[str, Any]:
+    if source.kind == "dataset":
+        return {"kind": source.kind, "path": source.path, "bytes": source.dataset.data.nbytes}
+    files = source.files or (source.path,)
+    return {"kind": source.kind, "path": source.path, "bytes": sum(Path(file).stat().st_size for file in files)}
+
+
+def _plan(
+    path: Path,
+    manifest: dict[str, Any],
+    split: str,
+    sources: list[Source],
+    record_format: RecordFormat,
+    options: dict[str, Any],
+    append: bool,
+) -> list[Source]:
+    """Adds the parts of new sources to the manifest; returns all sources of its parts, in order."""
+    described = [_describe(source) for source in sources]
+    stage = manifest["splits"].get(split, {}).get("chunks")
+    if stage is not None:
+        check_options("chunk", options, stage["options"])
+        new = [i for i, source in enumerate(described) if source not in stage["sources"]]
+        if new and not append:
+            raise ValueError(
+                f"{path} was not made from {described[new[0]]['path']} as it is now; "
+                "use --append to add new inputs, or --force to rebuild"
+            )
+    else:
+        stage = {"options": options, "sources": [], "parts": [], "shards": []}
+        new = list(range(len(sources)))
+    if new:
+        parts = stage["parts"]
+        last = parts[-1] if parts else None
+        added = plan_parts(
+            [sources[i] for i in new],
+            record_format,
+            options["shard_bytes"],
+            options["on_bad_record"],
+            first_document_id=0 if last is None else last["first_document_id"] + last["stop"] - last["start"],
+            max_documents=options["max_documents"],
+        )
+        if not added and not parts:
+            raise ValueError(f"the inputs hold no records: {', '.join(source['path'] for source in described)}")
+        offset = len(stage["sources"])
+        stage["parts"] = parts + [{**asdict(part), "source": part.source + offset} for part in added]
+        stage["sources"] = stage["sources"] + [described[i] for i in new]
+        manifest["splits"].setdefault(split, {})["chunks"] = stage
+        write_manifest(path, manifest)
+    by_description = {json.dumps(description): source for description, source in zip(described, sources, strict=True)}
+    return [by_description.get(json.dumps(description)) for description in stage["sources"]]
+
+
+def _chunk_shards(
+    path: Path,
+    manifest: dict[str, Any],
+    split: str,
+    sources: list[Source | None],
+    record_format: RecordFormat,
+    chunker: DocumentChunker,
+) -> dict[str, Any]:
+    root = split_path(path, split)
+    stage = manifest["splits"][split]["chunks"]
+    options = stage["options"]
+    parts = [Part(**part) for part in stage["parts"]]
+    reader = RecordReader(sources, record_format)
+    features = chunk_features(chunker.chunk_size, manifest["tokenizer"]["vocab_size"])
+    names = [f"shard-{index:05d}" for index in range(len(parts))]
+
+    def make(index: int, temporary: Path) -> dict[str, Any]:
+        part = parts[index]
+        if sources[part.source] is None:
+            raise ValueError(f"{path} is unfinished and needs {stage['sources'][part.source]['path']} as an input too")
+        room = None
+        if options["max_chunks"] is not None:
+            room = options["max_chunks"] - sum(
+                record["rows"] for record in finished_records(root / "chunks", names[:index])
+            )
+        dropped = Dropped(options["on_bad_record"])
+        shard = _ShardWriter(chunker, root, names[index], part, sources[part.source], dropped, room)
+        for batch in _batches(reader.documents(part, dropped)):
+            if not shard.add(batch):
+                break
+        return shard.save(temporary, features, options["id_column"] is not None)
+
+    records = run_shards(
+        root / "chunks",
+        stage["shards"],
+        names,
+        make,
+        description=f"Chunking {split}",
+        in_order=options["max_chunks"] is not None,
+    )
+    num_chunks = sum(record["rows"] for record in records)
+    if num_chunks == 0:
+        raise ValueError(f"no document of {', '.join(source['path'] for source in stage['sources'])} has text")
+    stage["shards"] = records
+    stage["parts"] = stage["parts"][: len(records)]
+    stage["num_chunks"] = num_chunks
+    stage["num_documents"] = sum(record["documents"] for record in records)
+    stage["num_tokens"] = sum(record["tokens"] for record in records)
+    stage["num_bytes"] = sum(record["bytes"] for record in records)
+    stage["dropped"] = {
+        reason: sum(record["dropped"][reason] for record in records) for reason in ("bad_records", "filtered")
+    }
+    stage["fingerprint"] = chunks_fingerprint(records)
+    write_manifest(path, manifest)
+    clear_records(root / "chunks")
+    if process_state().is_main_process:
+        (path / f".stdin-{split}.jsonl").unlink(missing_ok=True)
+    logger.info(f"{split}: {num_chunks} chunks of {stage['num_documents']} documents, dropped {stage['dropped']}")
+    return stage
+
+
+class _ShardWriter:
+    """Collects the chunks of one shard and writes them, with the ids and bad records beside them."""
+
+    def __init__(
+        self,
+        chunker: DocumentChunker,
+        root: Path,
+        name: str,
+        part: Part,
+        source: Source,
+        dropped: Dropped,
+        room: int | None,
+    ):
+        self.chunker = chunker
+        self.root = root
+        self.name = name
+        self.part = part
+        self.source = source
+        self.dropped = dropped
+        self.room = room
+        self.last = False
+        self.columns: list[dict[str, np.ndarray]] = []
+        self.documents: list[tuple[int, str | None, int]] = []
+
+    def add(self, batch: list[Document]) -> bool:
+        """Chunks a batch; False if there is no room for all of it."""
+        columns, chunks = self.chunker.chunk(batch)
+        if self.room is not None:
+            fits = list(accumulate(chunks.tolist()))
+            kept = sum(total <= self.room for total in fits)
+            self.last = kept < len(batch)
+            batch, chunks = batch[:kept], chunks[:kept]
+            columns = {name: column[: int(chunks.sum())] for name, column in columns.items()}
+            self.room -= int(chunks.sum())
+        for document, number in zip(batch, chunks.tolist(), strict=True):
+            if number:
+                self.documents.append((document.document_id, document.name, number))
+            else:
+                record = document.document_id - self.part.first_document_id + self.part.start
+                self.dropped.add(BadRecord(*record_location(self.source, record), "no tokens in the text"))
+        self.columns.append(columns)
+        return not self.last
+
+    def save(self, temporary: Path, features: Features, with_documents: bool) -> dict[str, Any]:
+        """Writes the shard to `temporary`; returns its record."""
+        empty = {name: np.zeros((0, *_width(feature)), dtype=np.int64) for name, feature in features.items()}
+        columns = {
+            name: np.concatenate([part[name] for part in self.columns]) if self.columns else empty[name]
+            for name in features
+        }
+        save_shard(temporary, columns, features)
+        if with_documents:
+            ids, names, chunks = zip(*self.documents, strict=True) if self.documents else ((), (), ())
+            types = {"document_id": pa.int64(), "id": pa.string(), "chunks": pa.int64()}
+            table = pa.table(dict(zip(types, (ids, names, chunks), strict=True)), schema=pa.schema(types))
+            with whole(self.root / "documents" / f"{self.name}.parquet") as file:
+                pq.write_table(table, file)
+        if self.dropped.bad:
+            with whole(self.root / "quarantine" / f"{self.name}.jsonl") as file:
+                file.write_text("".join(json.dumps(asdict(bad)) + "\n" for bad in self.dropped.bad), encoding="utf-8")
+        return {
+            "rows": len(columns["length"]),
+            "documents": len(self.documents),
+            "tokens": int(columns["length"].sum()),
+            "bytes": int(columns["num_bytes"].sum()),
+            "dropped": {"bad_records": len(self.dropped.bad), "filtered": self.dropped.filtered},
+            "last": self.last,
+        }
+
+
+def _width(feature: Value | List) -> tuple[int, ...]:
+    return (feature.length,) if isinstance(feature, List) else ()
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Groups documents to about a million characters, which are tokenized in parallel."""
+    batch, characters = [], 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (arguments,) = parse_arguments(ChunkArguments, argv=argv, description=__doc__, prog="retro chunk")
+    options = vars(arguments)
+    stage = chunk_documents(inputs=options.pop("input"), **options)
+    if process_state().is_main_process:
+        print(
+            f"{stage['num_chunks']} chunks of {stage['num_documents']} documents "
+            f"({stage['num_tokens']} tokens, {stage['num_bytes']} bytes); dropped: "
+            + ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in stage["dropped"].items())
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,493 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Readers of documents and the policy for bad records.
+
+Inputs are files, folders and globs: `.jsonl`, `.json` (one object a line) and `.parquet` hold records with a text
+column, every other file is one document; `.gz` and `.zst` are unpacked on the way. A `datasets.Dataset` is an input too.
+
+A corpus is first *scanned* for the number and size of its records (nothing is parsed), then read in parts that several
+processes share. A document's id is the position of its record in the inputs.
+"""
+
+import glob
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+
+_RECORD_SUFFIXES = (".jsonl", ".json", ".ndjson")
+_PACKED_SUFFIXES = (".gz", ".zst")
+_READ_SIZE = 1 << 20
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    One file of records, or a list of text files of one document each.
+
+    Args:
+        kind (`str`): `"jsonl"`, `"parquet"`, `"text"` or `"dataset"`.
+        path (`str`): The file, or what to call a dataset in messages.
+        files (`tuple[str, ...]`, *optional*): The files of a `"text"` source.
+        dataset (`datasets.Dataset`, *optional*): The data of a `"dataset"` source.
+    """
+
+    kind: str
+    path: str
+    files: tuple[str, ...] = ()
+    dataset: Dataset | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def seekable(self) -> bool:
+        """Whether reading can start at any record without reading those before it."""
+        return not (self.kind == "jsonl" and self.path.endswith(_PACKED_SUFFIXES))
+
+
+@dataclass(frozen=True)
+class Part:
+    """
+    Records `start` to `stop` (exclusive) of the source with index `source`; `offset` in bytes for a jsonl that is not
+    packed; `broken` says why the source cannot be read further.
+    """
+
+    source: int
+    start: int
+    stop: int
+    offset: int
+    first_document_id: int
+    broken: str | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document: its text and the id column's value, if there is one."""
+
+    text: str
+    document_id: int
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A record that is no document: where it stands and why."""
+
+    file: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class RecordFormat:
+    """
+    How a record becomes a document.
+
+    Args:
+        text_column (`str`, *optional*, defaults to `"text"`): Key or column of the text; `a.b` reaches inside.
+        id_column (`str`, *optional*): Key or column of the user's own id of a document.
+        filter (`str`, *optional*): `KEY == JSON` or `KEY != JSON`, such as `meta.set == "Wikipedia (en)"`.
+        max_document_bytes (`int`, *optional*, defaults to 50,000,000): Longer records are bad records.
+    """
+
+    text_column: str = "text"
+    id_column: str | None = None
+    filter: str | None = None
+    max_document_bytes: int = 50_000_000
+
+    def __post_init__(self) -> None:
+        self.keep({})  # refuses a filter that cannot be understood
+
+    @property
+    def columns(self) -> list[str]:
+        """Top-level columns that are read."""
+        keys = [self.text_column, self.id_column, self._condition[0] if self.filter else None]
+        return sorted({key.split(".")[0] for key in keys if key})
+
+    @property
+    def _condition(self) -> tuple[str, bool, Any]:
+        for operator in ("==", "!="):
+            key, found, value = self.filter.partition(operator)
+            if found:
+                try:
+                    return key.strip(), operator == "==", json.loads(value)
+                except ValueError:
+                    break
+        raise ValueError(f'filter must look like `meta.set == "Wikipedia (en)"` (a JSON value), got {self.filter!r}')
+
+    def keep(self, record: dict[str, Any]) -> bool:
+        """Whether the filter keeps a record."""
+        if self.filter is None:
+            return True
+        key, equal, value = self._condition
+        return (_lookup(record, key)[1] == value) == equal
+
+    def document(self, record: dict[str, Any], document_id: int) -> Document | str:
+        """The document of a record, or the reason why it is none."""
+        found, text = _lookup(record, self.text_column)
+        if not found:
+            return f"no {self.text_column!r} in the record (it has {', '.join(map(repr, record)) or 'nothing'})"
+        if not isinstance(text, str):
+            return f"{self.text_column!r} is {type(text).__name__}, expected a string"
+        if not text.strip():
+            return "no text"
+        if not text.isascii():
+            try:
+                size = len(text.encode())
+            except UnicodeEncodeError as error:
+                return f"{self.text_column!r} holds half a surrogate pair at character {error.start}"
+        else:
+            size = len(text)
+        if size > self.max_document_bytes:
+            return f"a document of {size} bytes is over the limit of {self.max_document_bytes} (--max-document-bytes)"
+        name = _lookup(record, self.id_column)[1] if self.id_column else None
+        return Document(text, document_id, None if name is None else str(name))
+
+
+def _lookup(record: Any, key: str) -> tuple[bool, Any]:
+    if isinstance(record, dict) and key in record:
+        return True, record[key]
+    head, dot, rest = key.partition(".")
+    if dot and isinstance(record, dict) and head in record:
+        return _lookup(record[head], rest)
+    return False, None
+
+
+def find_sources(inputs: str | Path | Dataset | Sequence[str | Path | Dataset]) -> list[Source]:
+    """
+    Finds the files of files, folders and globs, in order; within a folder or glob sorted by path.
+
+    Args:
+        inputs (`str`, `Path`, `Dataset` or a sequence of them): What the user named.
+
+    Raises:
+        ValueError: If an input does not exist or holds no files.
+    """
+    if isinstance(inputs, (str, Path, Dataset)):
+        inputs = [inputs]
+    sources: list[Source] = []
+    for entry in inputs:
+        if isinstance(entry, Dataset):
+            sources.append(Source("dataset", f"dataset {entry._fingerprint}", dataset=entry))
+            continue
+        path = Path(entry)
+        if path.is_file():
+            files = [path]
+        elif path.is_dir():
+            files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path))]
+        else:
+            files = [Path(name) for name in glob.glob(str(entry), recursive=True) if Path(name).is_file()]
+        if not files:
+            what = "no files in it" if path.is_dir() else "no such file, folder or glob"
+            raise ValueError(f"input {entry}: {what}")
+        texts = []
+        for file in sorted(files):
+            name = file.name.removesuffix(".gz").removesuffix(".zst")
+            if name.endswith(_RECORD_SUFFIXES):
+                sources.append(Source("jsonl", str(file)))
+            elif name.endswith(".parquet"):
+                sources.append(Source("parquet", str(file)))
+            else:
+                texts.append(str(file))
+        if texts:
+            sources.append(Source("text", str(entry), tuple(texts)))
+    if not sources:
+        raise ValueError("no inputs given")
+    return sources
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def scan_source(source: Source, max_document_bytes: int) -> Iterator[tuple[int, int] | BadRecord]:
+    """
+    Yields (byte offset, bytes) of each record without parsing it, or ends with a [`BadRecord`] where the file is
+    broken. Sizes of parquet and dataset rows are averages.
+    """
+    try:
+        if source.kind == "jsonl":
+            offset = 0
+            for size, _ in _read_lines(source.path, 0, max_document_bytes):
+                yield offset, size
+                offset += size
+        elif source.kind == "text":
+            for file in source.files:
+                yield 0, Path(file).stat().st_size
+        elif source.kind == "parquet":
+            for rows, size in _row_groups(source.path):
+                for _ in range(rows):
+                    yield 0, size // max(rows, 1)
+        else:
+            rows = len(source.dataset)
+            for _ in range(rows):
+                yield 0, (source.dataset.data.nbytes or 0) // rows
+    except (OSError, pa.ArrowException) as error:
+        yield BadRecord(source.path, 0, f"cannot be read to its end: {error}")
+
+
+class RecordReader:
+    """
+    Reads parts of sources; parts that follow one another in a packed file are unpacked in one pass.
+
+    Args:
+        sources (`Sequence[Source]`): The sources.
+        record_format ([`RecordFormat`]): How records become documents.
+    """
+
+    def __init__(self, sources: Sequence[Source], record_format: RecordFormat):
+        self.sources = sources
+        self.format = record_format
+        self._source: int | None = None
+        self._position = 0
+        self._items: Iterator[Any] = iter(())
+
+    def documents(self, part: Part, dropped: "Dropped") -> Iterator[Document]:
+        """
+        Yields the documents of a part.
+
+        Args:
+            part ([`Part`]): The part.
+            dropped ([`Dropped`]): Told of every record that is left out.
+        """
+        source = self.sources[part.source]
+        for number, item in zip(range(part.start, part.stop), self._seek(part)):
+            self._position = number + 1
+            record = _parse(source, number, item, self.format)
+            if record is None:
+                continue
+            if not isinstance(record, BadRecord):
+                if not self.format.keep(record):
+                    dropped.filtered += 1
+                    continue
+                record = self.format.document(record, part.first_document_id + number - part.start)
+            if isinstance(record, str):
+                record = BadRecord(*record_location(source, number), record)
+            if isinstance(record, BadRecord):
+                dropped.add(record)
+            else:
+                yield record
+        if part.broken is not None:
+            dropped.add(BadRecord(source.path, part.stop + 1, part.broken))
+
+    def _seek(self, part: Part) -> Iterator[Any]:
+        source = self.sources[part.source]
+        if self._source != part.source or self._position != part.start:
+            if source.seekable or self._source != part.source or self._position > part.start:
+                self._source = part.source
+                self._position = part.start if source.seekable else 0
+                self._items = _read_items(source, self._position, part.offset, self.format)
+            # A packed file is unpacked up to the part, but not parsed.
+            for _ in zip(range(self._position, part.start), self._items):
+                pass
+        return self._items
+
+
+@dataclass
+class Dropped:
+    """
+    The records that a reader leaves out.
+
+    Args:
+        on_bad_record (`str`): `"error"` raises a `ValueError` at the first bad record, `"skip"` keeps them in `bad`.
+    """
+
+    on_bad_record: str
+    bad: list[BadRecord] = field(default_factory=list)
+    filtered: int = 0
+
+    def __post_init__(self) -> None:
+        if self.on_bad_record not in ("error", "skip"):
+            raise ValueError(f"on_bad_record must be 'error' or 'skip', got {self.on_bad_record!r}")
+
+    def add(self, record: BadRecord) -> None:
+        """Raises or keeps a bad record, as the policy says."""
+        if self.on_bad_record == "error":
+            raise ValueError(f"{record} (--on-bad-record skip leaves such records out)")
+        self.bad.append(record)
+
+
+def plan_parts(
+    sources: Sequence[Source],
+    record_format: RecordFormat,
+    part_bytes: int,
+    on_bad_record: str,
+    first_document_id: int = 0,
+    max_documents: int | None = None,
+) -> list[Part]:
+    """
+    Cuts sources into parts of whole records, the units that processes share.
+
+    Args:
+        sources (`Sequence[Source]`): The sources.
+        record_format ([`RecordFormat`]): How records become documents.
+        part_bytes (`int`): A part ends with the record that reaches this size.
+        on_bad_record (`str`): What to do with a file that cannot be read to its end: `"error"` or `"skip"` the rest.
+        first_document_id (`int`, *optional*, defaults to 0): Id of the first record.
+        max_documents (`int`, *optional*): Stop after so many documents (bad and filtered records do not count).
+
+    Returns:
+        `list[Part]`: the parts, in order.
+    """
+    parts: list[Part] = []
+    documents = 0
+    for index, source in enumerate(sources):
+        start, number, size, part_offset = 0, 0, 0, 0
+        broken = None
+        # Only a cap has to know which records are documents while scanning.
+        items = _read_items(source, 0, 0, record_format) if max_documents is not None else None
+        for item in scan_source(source, record_format.max_document_bytes):
+            if isinstance(item, BadRecord):
+                Dropped(on_bad_record).add(item)
+                broken = item.reason
+                break
+            if documents == max_documents:
+                break
+            if size >= part_bytes:
+                parts.append(Part(index, start, number, part_offset, first_document_id))
+                first_document_id += number - start
+                start, size, part_offset = number, 0, item[0]
+            if items is not None:
+                documents += _is_document(source, number, next(items), record_format)
+            number += 1
+            size += item[1]
+        if number > start or broken is not None:
+            parts.append(Part(index, start, number, part_offset, first_document_id, broken))
+            first_document_id += number - start
+        if documents == max_documents:
+            break
+    return parts
+
+
+def _is_document(source: Source, number: int, item: Any, record_format: RecordFormat) -> bool:
+    record = _parse(source, number, item, record_format)
+    return (
+        isinstance(record, dict)
+        and record_format.keep(record)
+        and isinstance(record_format.document(record, 0), Document)
+    )
+
+
+def record_location(source: Source, number: int) -> tuple[str, int]:
+    """File and line (counted from 1) of a record; the row for parquet and datasets."""
+    return (source.files[number], 1) if source.kind == "text" else (source.path, number + 1)
+
+
+def _read_items(source: Source, start: int, offset: int, record_format: RecordFormat) -> Iterator[Any]:
+    """Yields what stands for each record, unparsed: (size, line), the name of a text file, or a row."""
+    if source.kind == "jsonl":
+        yield from _read_lines(source.path, offset, record_format.max_document_bytes)
+    elif source.kind == "text":
+        yield from source.files[start:]
+    elif source.kind == "parquet":
+        yield from _read_parquet(source.path, start, record_format.columns)
+    else:
+        names = [name for name in record_format.columns if name in source.dataset.column_names]
+        rows = source.dataset.select_columns(names)
+        for first in range(start, len(rows), _ROWS):
+            yield from rows.select(range(first, min(first + _ROWS, len(rows)))).to_list()
+
+
+def _parse(source: Source, number: int, item: Any, record_format: RecordFormat) -> dict[str, Any] | BadRecord | None:
+    """The record of an item of `_read_items`; `None` for an empty line."""
+    if source.kind == "text":
+        return _read_text(item, record_format)
+    if source.kind != "jsonl":
+        return item
+    size, line = item
+    limit = record_format.max_document_bytes
+    if line is None:
+        reason = f"a line of {size} bytes is over the limit of {limit} (--max-document-bytes)"
+        return BadRecord(source.path, number + 1, reason)
+    return _parse_line(line, source.path, number + 1) if line.strip() else None
+
+
+def _open(path: str, offset: int = 0) -> io.BufferedReader:
+    if path.endswith(_PACKED_SUFFIXES):
+        return io.BufferedReader(
+            pa.input_stream(path, compression="gzip" if path.endswith(".gz") else "zstd"), _READ_SIZE
+        )
+    file = open(path, "rb", buffering=_READ_SIZE)  # noqa: SIM115 -- closed by the caller
+    file.seek(offset)
+    return file
+
+
+def _read_lines(path: str, offset: int, limit: int) -> Iterator[tuple[int, bytes | None]]:
+    """Yields (size, line) of each line; the line is None where it is longer than `limit`."""
+    with _open(path, offset) as file:
+        while line := file.readline(limit + 1):
+            size = len(line)
+            if size <= limit:
+                yield size, line
+                continue
+            while not line.endswith(b"\n") and (line := file.readline(_READ_SIZE)):
+                size += len(line)
+            yield size, None
+
+
+def _parse_line(line: bytes, path: str, number: int) -> dict[str, Any] | BadRecord:
+    try:
+        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        return BadRecord(path, number, f"not valid UTF-8 at byte {error.start} of the line")
+    except (ValueError, RecursionError) as error:
+        return BadRecord(path, number, f"not valid JSON: {error}")
+    if not isinstance(record, dict):
+        return BadRecord(path, number, f"expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def _read_text(file: str, record_format: RecordFormat) -> dict[str, Any] | BadRecord:
+    limit = record_format.max_document_bytes
+    try:
+        with _open(file) as handle:
+            content = handle.read(limit + 1)
+        if len(content) > limit:
+            return BadRecord(file, 1, f"a document over the limit of {limit} bytes (--max-document-bytes)")
+        return {record_format.text_column: content.decode("utf-8-sig")}
+    except UnicodeDecodeError as error:
+        return BadRecord(file, 1, f"not valid UTF-8 at byte {error.start}")
+    except (OSError, pa.ArrowException) as error:
+        return BadRecord(file, 1, f"cannot be read: {error}")
+
+
+def _row_groups(path: str) -> list[tuple[int, int]]:
+    metadata = pq.ParquetFile(path).metadata
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    return [(group.num_rows, group.total_byte_size) for group in groups]
+
+
+def _read_parquet(path: str, start: int, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    file = pq.ParquetFile(path)
+    names = [name for name in columns if name in file.schema_arrow.names]
+    row = 0
+    for index in range(file.metadata.num_row_groups):
+        rows = file.metadata.row_group(index).num_rows
+        if row + rows > start:
+            for batch in file.iter_batches(batch_size=_ROWS, row_groups=[index], columns=names):
+                records = batch.to_pylist()
+                yield from records[max(0, start - row) :]
+                row += len(records)
+        else:
+            row += rows

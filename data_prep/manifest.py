@@ -1,0 +1,329 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The write side of `datastore.json`: locks, whole-or-nothing files, and shards that are made once by many processes.
+
+A stage hands its shards to [`run_shards`]; each process makes some of them, each appears by a rename and is
+recorded with its checksum, so a run that is killed goes on where it stopped and ends with the same bytes.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from modeling_retro.retrieval_retro import FORMAT_VERSION, MANIFEST_NAME, TRAIN_SPLIT, read_manifest, split_path
+
+
+logger = logging.get_logger(__name__)
+
+STAGES = ("chunks", "embeddings", "neighbors")
+_TEMPORARY = ".tmp-"
+_LOCK_NAME = ".lock"
+_locks: dict[Path, int] = {}
+
+
+def process_state() -> PartialState:
+    """The processes of this run; those that have finished wait for the slowest without timing out."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
+
+
+@contextlib.contextmanager
+def directory_lock(path: Path) -> Iterator[None]:
+    """
+    Keeps other runs from writing to `path`; all processes of this run share the lock, and it ends with them.
+
+    Args:
+        path (`Path`): The directory; made if it does not exist.
+
+    Raises:
+        ValueError: If another run holds the lock.
+    """
+    path = path.resolve()
+    if path in _locks:
+        yield
+        return
+    state = process_state()
+    path.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if state.is_main_process:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another run is writing to {path}; wait for it to end or stop it") from None
+            for leftover in path.rglob(f"{_TEMPORARY}*"):
+                remove(leftover)
+        state.wait_for_everyone()
+        # Shared from here on: while any process of this run lives, no other run gets the exclusive lock.
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        state.wait_for_everyone()
+        _locks[path] = handle
+        yield
+    finally:
+        _locks.pop(path, None)
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """
+    Yields a temporary sibling of `path` to write a file or folder to, which takes the name `path` when all went well.
+
+    Args:
+        path (`Path`): Where the finished file or folder will stand; what stands there is replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{_TEMPORARY}{os.uname().nodename}-{os.getpid()}-{path.name}")
+    remove(temporary)
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON with sorted keys, whole or not at all."""
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def checksum(path: Path) -> str:
+    """Sha256 of a file, or of the names and contents of all files of a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            if file != path:
+                digest.update(str(file.relative_to(path)).encode())
+            with file.open("rb") as handle:
+                while block := handle.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def verify_shard(path: Path, record: Mapping[str, Any]) -> Path:
+    """Returns `path`, or raises a `ValueError` if the shard there is missing or not the recorded one."""
+    if not path.exists():
+        raise ValueError(f"the shard {path} is missing")
+    if checksum(path) != record["sha256"]:
+        raise ValueError(f"the shard {path} was altered: its checksum is not the one in {MANIFEST_NAME}")
+    return path
+
+
+def open_manifest(path: Path, create: bool = False) -> dict[str, Any]:
+    """
+    Reads the manifest of a datastore that is to be written.
+
+    Args:
+        path (`Path`): The folder.
+        create (`bool`, *optional*, defaults to `False`): Whether an empty folder gives an empty manifest.
+
+    Raises:
+        ValueError: If the folder holds something else than a datastore.
+    """
+    if create and not (path / MANIFEST_NAME).exists():
+        others = [entry.name for entry in path.iterdir() if not entry.name.startswith(".")] if path.exists() else []
+        if others:
+            raise ValueError(
+                f"{path} is not empty and not a datastore (it holds {others[0]}); choose another directory"
+            )
+        return {"format_version": FORMAT_VERSION, "splits": {}}
+    return read_manifest(path)
+
+
+def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes `datastore.json` by the main process; the others wait for it."""
+    state = process_state()
+    if state.is_main_process:
+        write_json(path / MANIFEST_NAME, manifest)
+    state.wait_for_everyone()
+
+
+def check_options(stage: str, options: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
+    """Raises a `ValueError` that names the first option of a stage that differs from the run that began it."""
+    for name in sorted(options):
+        if options[name] != recorded.get(name):
+            raise ValueError(
+                f"`{stage}` was begun with {name}={recorded.get(name)!r}, not {options[name]!r}; "
+                "use the same value, or --force to rebuild"
+            )
+
+
+def discard(path: Path, manifest: dict[str, Any], split: str, first_stage: str) -> None:
+    """
+    Removes a stage of a split and every later one, from disk and from `manifest`.
+
+    Args:
+        path (`Path`): The datastore.
+        manifest (`dict`): Its manifest; changed in place and written.
+        split (`str`): Name of the split.
+        first_stage (`str`): `"chunks"`, `"embeddings"`, `"index"` or `"neighbors"`.
+    """
+    stages = ("chunks", "embeddings", "index", "neighbors")
+    stages = stages[stages.index(first_stage) :]
+    record = manifest["splits"].get(split, {})
+    for stage in stages:
+        record.pop(stage, None)
+    if split == TRAIN_SPLIT and "index" in stages:
+        manifest.pop("index", None)
+        # The neighbors of every split are ids of this index.
+        for other in manifest["splits"].values():
+            other.pop("neighbors", None)
+    if "chunks" in stages:
+        manifest["splits"].pop(split, None)
+    write_manifest(path, manifest)
+    if process_state().is_main_process:
+        root = split_path(path, split)
+        for stage in stages:
+            remove(root / stage)
+        if split == TRAIN_SPLIT and "index" in stages:
+            for file in path.glob("index.*"):
+                remove(file)
+            for other in path.glob("splits/*/neighbors"):
+                remove(other)
+    process_state().wait_for_everyone()
+
+
+def run_shards(
+    folder: Path,
+    records: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    make: Callable[[int, Path], dict[str, Any]],
+    suffix: str = "",
+    description: str = "",
+    in_order: bool = False,
+) -> list[dict[str, Any]]:
+    """
+    Makes the shards that are not finished yet, shared out over the processes.
+
+    Args:
+        folder (`Path`): Folder of the stage.
+        records (`Sequence[Mapping]`): Records of finished shards, from the manifest.
+        names (`Sequence[str]`): Names of all shards, in order.
+        make (`Callable`): (index of the shard, path to write to) -> what to record of it.
+        suffix (`str`, *optional*): Suffix of a shard's file, such as `".npy"`.
+        description (`str`, *optional*): Label of the progress bar.
+        in_order (`bool`, *optional*, defaults to `False`):
+            Whether one process makes all shards in order and stops after the first whose record says `last`.
+
+    Returns:
+        `list[dict]`: the records of all shards in order, with `name` and `sha256`.
+    """
+    state = process_state()
+    done = {record["name"]: dict(record) for record in records}
+    todo = [i for i, name in enumerate(names) if name not in done and not _record_path(folder, name).exists()]
+    # One process decides: the others may look at the folder while shards are being finished.
+    todo = broadcast_object_list([todo])[0]
+    if in_order:
+        ended = any(record.get("last") for record in finished_records(folder, names))
+        mine = todo if state.is_main_process and not ended else []
+    else:
+        mine = todo[state.process_index :: state.num_processes]
+    for index in tqdm(mine, desc=description, unit="shard", disable=not state.is_main_process):
+        with whole(folder / (names[index] + suffix)) as temporary:
+            record = make(index, temporary)
+            record |= {"name": names[index], "sha256": checksum(temporary)}
+        write_json(_record_path(folder, names[index]), record)
+        if in_order and record["last"]:
+            break
+    state.wait_for_everyone()
+    for record in finished_records(folder, names):
+        done.setdefault(record["name"], record)
+    return [done[name] for name in names if name in done]
+
+
+def finished_records(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Records of those of the named shards that were finished since the manifest was written last."""
+    files = [_record_path(folder, name) for name in names]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+
+
+def clear_records(folder: Path) -> None:
+    """Removes the records of single shards, once the manifest holds them."""
+    state = process_state()
+    if state.is_main_process:
+        for file in folder.glob(".shard-*.json"):
+            file.unlink()
+    state.wait_for_everyone()
+
+
+def _record_path(folder: Path, name: str) -> Path:
+    return folder / f".{name}.json"
+
+
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    was_quiet = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not was_quiet:
+            datasets.enable_progress_bars()
+
+
+def save_shard(path: Path, columns: Mapping[str, Any], features: datasets.Features) -> None:
+    """
+    Writes arrays as a folder of `datasets.load_from_disk`, in one record batch so that it is read as one view.
+
+    Args:
+        path (`Path`): The folder.
+        columns (`Mapping[str, np.ndarray]`): [n] or [n, width] arrays.
+        features (`datasets.Features`): Their types.
+    """
+    arrays = []
+    for name, field in zip(features, features.arrow_schema, strict=True):
+        values = columns[name]
+        if values.ndim == 2:
+            flat = pa.array(values.reshape(-1), type=field.type.value_type)
+            arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
+        else:
+            arrays.append(pa.array(values, type=field.type))
+    schema = features.arrow_schema
+    # `save_to_disk` writes batches of 1,000 rows: it makes the folder from one empty row, the data is written here.
+    row = pa.Table.from_arrays([pa.nulls(1, type=field.type) for field in schema], schema=schema)
+    digest = hashlib.sha256()
+    for name in features:
+        digest.update(np.ascontiguousarray(columns[name]).data)
+    with _quiet_datasets():
+        datasets.Dataset(row, fingerprint=digest.hexdigest()[:16]).save_to_disk(str(path))
+    (file,) = path.glob("*.arrow")
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))

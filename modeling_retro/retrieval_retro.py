@@ -1,0 +1,890 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The read side of the datastore: chunks, the encoder of chunks, and the retriever that joins them.
+
+```python
+from modeling_retro.retrieval_retro import RetroDatastore, RetroRetriever
+
+datastore = RetroDatastore.from_pretrained("datastore")
+retriever = RetroRetriever(datastore)
+chunks = datastore.chunks.take([0, 1])[0]  # int64 [2, 64]
+neighbors = retriever.retrieve(torch.from_numpy(chunks), k=2, exclude_document_ids=datastore.chunks.document_id[:2])
+neighbors.neighbor_input_ids.shape  # [2, 2, 128]
+```
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from huggingface_hub import snapshot_download
+from tokenizers import Tokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file, logging
+
+
+try:
+    import datasets
+    import faiss
+except ImportError as error:
+    raise ImportError(
+        "Retrieval needs `datasets` and `faiss`. Install one of the two extras: "
+        "`pip install retro-transformers[cpu]` or `pip install retro-transformers[gpu]`."
+    ) from error
+
+
+logger = logging.get_logger(__name__)
+
+MANIFEST_NAME = "datastore.json"
+FORMAT_VERSION = 1
+TRAIN_SPLIT = "train"
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """
+    Identity of a tokenizer: equal for two tokenizers that give every text the same ids.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer.
+
+    Returns:
+        `dict`: `vocab_size` (with added tokens) and `sha256` of the serialised tokenizer, padding and truncation off.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} is a slow tokenizer; the datastore needs a fast one (tokenizer.json)"
+        )
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    return {"vocab_size": len(tokenizer), "sha256": hashlib.sha256(backend.to_str().encode()).hexdigest()}
+
+
+def weights_fingerprint(model: torch.nn.Module, missing: Sequence[str] = ()) -> str:
+    """
+    Sha256 over the names and values of a model's weights, whatever file format they came from.
+
+    Args:
+        model (`torch.nn.Module`): The model, in the dtype of its checkpoint.
+        missing (`Sequence[str]`, *optional*): Names that the checkpoint lacks (initialised at random, never used).
+
+    Returns:
+        `str`: The hexadecimal digest.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name not in missing:
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def chunks_fingerprint(shards: Sequence[Mapping[str, Any]]) -> str:
+    """Identity of a set of chunks and of their order, from the checksums of its shards."""
+    return hashlib.sha256(" ".join(shard["sha256"] for shard in shards).encode()).hexdigest()
+
+
+class ChunkTable:
+    """
+    Read-only chunks of one split: zero-copy views of the Arrow files of its shards, opened when first touched.
+
+    Args:
+        folders (`Sequence[Path]`): Folders written by `datasets.Dataset.save_to_disk`, in the order of the chunk ids.
+        rows (`Sequence[int]`): Number of chunks of each folder.
+        chunk_size (`int`): Tokens in a chunk, m.
+    """
+
+    def __init__(self, folders: Sequence[Path], rows: Sequence[int], chunk_size: int):
+        self.folders = list(folders)
+        self.chunk_size = chunk_size
+        self.offsets = np.concatenate([[0], np.cumsum(np.asarray(rows, dtype=np.int64))]).astype(np.int64)
+        # A mapped file holds a file descriptor; a large datastore has more shards than a process may open.
+        self._shard = lru_cache(maxsize=256)(self._open)
+        self._columns: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def __repr__(self) -> str:
+        return f"ChunkTable({len(self)} chunks of {self.chunk_size} tokens in {len(self.folders)} shards)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folders": self.folders, "rows": np.diff(self.offsets).tolist(), "chunk_size": self.chunk_size}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    @property
+    def length(self) -> np.ndarray:
+        """`np.ndarray` int32 [N]: real tokens of each chunk; the rest of a chunk is padding."""
+        return self._column("length")
+
+    @property
+    def document_id(self) -> np.ndarray:
+        """`np.ndarray` int64 [N], non-decreasing: the chunks of a document are consecutive and in order."""
+        return self._column("document_id")
+
+    @property
+    def num_bytes(self) -> np.ndarray:
+        """`np.ndarray` int64 [N]: UTF-8 bytes of the source text that the tokens of each chunk cover."""
+        return self._column("num_bytes")
+
+    def take(self, chunk_ids: Any) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Gathers chunks.
+
+        Args:
+            chunk_ids (`np.ndarray`): Integers of any shape [...]; -1 stands for an absent chunk.
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray]`: token ids int64 [..., m] (0 where masked) and mask bool [..., m].
+        """
+        chunk_ids = np.asarray(chunk_ids, dtype=np.int64)
+        length = self.gather("length", chunk_ids)
+        mask = np.arange(self.chunk_size) < length[..., None]
+        return self.gather("input_ids", chunk_ids).astype(np.int64) * mask, mask
+
+    def gather(self, column: str, chunk_ids: np.ndarray) -> np.ndarray:
+        """
+        Values of a column for chunks of any shape [...]; zeros for absent chunks (-1).
+
+        Args:
+            column (`str`): `"input_ids"`, `"length"`, `"document_id"` or `"num_bytes"`.
+            chunk_ids (`np.ndarray`): int64 [...].
+
+        Returns:
+            `np.ndarray`: [...], or [..., m] for the token ids.
+        """
+        flat = np.asarray(chunk_ids, dtype=np.int64).reshape(-1)
+        if flat.size and (flat.max() >= len(self) or flat.min() < -1):
+            raise ValueError(f"chunk ids must lie in [-1, {len(self) - 1}], got {flat.min()} to {flat.max()}")
+        shards = np.searchsorted(self.offsets, flat, side="right") - 1
+        order = np.argsort(shards, kind="stable")
+        order = order[np.count_nonzero(shards < 0) :]
+        first = self._shard(0)[column]
+        values = np.zeros((len(flat), *first.shape[1:]), dtype=first.dtype)
+        bounds = np.flatnonzero(np.diff(shards[order])) + 1
+        for positions in np.split(order, bounds) if order.size else []:
+            shard = int(shards[positions[0]])
+            values[positions] = self._shard(shard)[column][flat[positions] - self.offsets[shard]]
+        return values.reshape(*np.shape(chunk_ids), *first.shape[1:])
+
+    def shard(self, index: int) -> dict[str, np.ndarray]:
+        """Columns of one shard as views of its file: `input_ids` [n, m], `length`, `document_id`, `num_bytes` [n]."""
+        return self._shard(index)
+
+    def _column(self, name: str) -> np.ndarray:
+        if name not in self._columns:
+            parts = [self._shard(index)[name] for index in range(len(self.folders))]
+            self._columns[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return self._columns[name]
+
+    def _open(self, index: int) -> dict[str, np.ndarray]:
+        columns = read_columns(self.folders[index])
+        rows, width = columns["input_ids"].shape
+        expected = int(self.offsets[index + 1] - self.offsets[index])
+        if width != self.chunk_size:
+            raise ValueError(
+                f"{self.folders[index]} holds chunks of {width} tokens, the manifest says {self.chunk_size}"
+            )
+        if rows != expected:
+            raise ValueError(f"{self.folders[index]} holds {rows} chunks, the manifest says {expected}")
+        return columns
+
+
+def read_columns(folder: Path) -> dict[str, np.ndarray]:
+    """
+    Columns of a folder written by `datasets.Dataset.save_to_disk` as zero-copy views of its memory-mapped file.
+
+    Args:
+        folder (`Path`): The folder. A file of one record batch is viewed; several batches are copied into one array.
+
+    Returns:
+        `dict[str, np.ndarray]`: [n] for scalar columns, [n, width] for fixed-size lists.
+    """
+    try:
+        table = datasets.load_from_disk(str(folder)).data
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot read the shard {folder}: {error}") from error
+    columns = {}
+    for name in table.column_names:
+        pieces = []
+        for piece in table.column(name).chunks:
+            if pa.types.is_fixed_size_list(piece.type):
+                pieces.append(piece.flatten().to_numpy(zero_copy_only=True).reshape(-1, piece.type.list_size))
+            else:
+                pieces.append(piece.to_numpy(zero_copy_only=True))
+        columns[name] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    return columns
+
+
+class DatastoreSplit:
+    """
+    Chunks of one split and their neighbors among the searched chunks.
+
+    Args:
+        path (`Path`): Folder of the split: the datastore itself, or `splits/NAME` in it.
+        record (`dict`): What the manifest says of the split.
+        chunk_size (`int`): Tokens in a chunk, m.
+    """
+
+    def __init__(self, path: Path, record: Mapping[str, Any], chunk_size: int):
+        self.path = path
+        self.record = record
+        shards = record["chunks"]["shards"]
+        folders = [path / "chunks" / shard["name"] for shard in shards]
+        missing = [str(folder) for folder in folders if not folder.is_dir()]
+        if missing:
+            raise ValueError(f"the shard {missing[0]} is missing ({len(missing)} of {len(shards)} shards are)")
+        self.chunks = ChunkTable(folders, [shard["rows"] for shard in shards], chunk_size)
+
+    @cached_property
+    def _neighbors(self) -> dict[str, np.ndarray]:
+        records = self.record.get("neighbors", {}).get("shards", [])
+        chunk_shards = self.record["chunks"]["shards"]
+        if len(records) < len(chunk_shards):
+            raise ValueError(
+                f"{self.path} has neighbors for {len(records)} of {len(chunk_shards)} shards of chunks; "
+                "run `retro neighbors`"
+            )
+        for record, chunks in zip(records, chunk_shards, strict=True):
+            if record["chunks_sha256"] != chunks["sha256"]:
+                raise ValueError(
+                    f"the neighbors of {record['name']} belong to other chunks or another order of rows; "
+                    "run `retro neighbors --force`"
+                )
+        parts = [read_columns(self.path / "neighbors" / record["name"]) for record in records]
+        return {
+            name: parts[0][name] if len(parts) == 1 else np.concatenate([part[name] for part in parts])
+            for name in ("neighbor_ids", "neighbor_scores")
+        }
+
+    @property
+    def neighbor_ids(self) -> np.ndarray:
+        """`np.ndarray` int64 [n, K]: global ids of the searched chunks, best first; -1 where there are fewer."""
+        return self._neighbors["neighbor_ids"]
+
+    @property
+    def neighbor_scores(self) -> np.ndarray:
+        """`np.ndarray` float32 [n, K]: scores of `neighbor_ids` in the metric of the index."""
+        return self._neighbors["neighbor_scores"]
+
+
+class RetroDatastore:
+    """
+    A datastore opened for reading; nothing in its folder is written.
+
+    Args:
+        path (`Path`): The folder that holds `datastore.json`.
+        manifest (`dict`): The contents of `datastore.json`.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path = path
+        self.manifest = manifest
+        self.chunk_size: int = manifest["chunk_size"]
+        self.continuation_chunks: int = manifest["continuation_chunks"]
+        self.neighbor_length = self.chunk_size * (1 + self.continuation_chunks)
+        self._splits = {}
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None, **hub_kwargs) -> "RetroDatastore":
+        """
+        Opens a datastore of a folder or of a dataset repository of the Hub.
+
+        Args:
+            name_or_path (`str` or `Path`): A folder with `datastore.json`, or the id of a dataset repository.
+            revision (`str`, *optional*): Branch, tag or commit of the repository.
+            hub_kwargs: Further arguments of [`~huggingface_hub.snapshot_download`].
+
+        Raises:
+            ValueError: If there is no datastore, or its files disagree with its manifest.
+        """
+        path = Path(name_or_path)
+        if not path.is_dir():
+            path = Path(snapshot_download(str(name_or_path), repo_type="dataset", revision=revision, **hub_kwargs))
+        return cls(path, read_manifest(path))
+
+    def __repr__(self) -> str:
+        return f"RetroDatastore({str(self.path)!r}, {len(self.chunks)} chunks of {self.chunk_size} tokens)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A memory-mapped index and views of files are opened anew where the copy is used (data loader workers).
+        return {"path": self.path, "manifest": self.manifest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the chunks."""
+        tokenizer = AutoTokenizer.from_pretrained(self.path / "tokenizer")
+        self.check_tokenizer(tokenizer)
+        return tokenizer
+
+    @property
+    def chunks(self) -> ChunkTable:
+        """[`ChunkTable`]: the chunks that are searched (the training side)."""
+        return self.split(TRAIN_SPLIT).chunks
+
+    @property
+    def neighbor_ids(self) -> np.ndarray:
+        """`np.ndarray` int64 [N, K]: neighbors of the searched chunks themselves."""
+        return self.split(TRAIN_SPLIT).neighbor_ids
+
+    @property
+    def neighbor_scores(self) -> np.ndarray:
+        """`np.ndarray` float32 [N, K]: scores of `neighbor_ids`."""
+        return self.split(TRAIN_SPLIT).neighbor_scores
+
+    def split(self, name: str) -> DatastoreSplit:
+        """
+        One split: `"train"` is what is searched, the others are chunked text that queries it.
+
+        Args:
+            name (`str`): Name of the split, such as `"validation"`.
+
+        Raises:
+            ValueError: If the datastore has no such split.
+        """
+        if name not in self.manifest["splits"]:
+            raise ValueError(f"{self.path} has no split {name!r}, only {', '.join(sorted(self.manifest['splits']))}")
+        if name not in self._splits:
+            record = self.manifest["splits"][name]
+            self._splits[name] = DatastoreSplit(split_path(self.path, name), record, self.chunk_size)
+        return self._splits[name]
+
+    @cached_property
+    def index(self) -> faiss.Index:
+        """The faiss index over `chunks`, memory-mapped where its type allows, with the nprobe of the manifest set."""
+        record = self.manifest.get("index")
+        if record is None:
+            raise ValueError(f"{self.path} has no index; run `retro index`")
+        shards = self.manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"]
+        if record["fingerprint"] != chunks_fingerprint(shards):
+            raise ValueError(
+                f"the index of {self.path} belongs to other chunks or another order of rows; run `retro index --force`"
+            )
+        index = read_index(self.path / "index.faiss")
+        if index.ntotal != len(self.chunks):
+            raise ValueError(
+                f"{self.path / 'index.faiss'} holds {index.ntotal} vectors, the datastore {len(self.chunks)} chunks"
+            )
+        for name, value in record["search_parameters"].items():
+            faiss.ParameterSpace().set_index_parameter(index, name, value)
+        return index
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises a `ValueError` unless `tokenizer` is the one that made the chunks."""
+        expected, found = self.manifest["tokenizer"], tokenizer_fingerprint(tokenizer)
+        if found["sha256"] != expected["sha256"]:
+            raise ValueError(
+                f"the tokenizer {tokenizer.name_or_path} (vocabulary {found['vocab_size']}, "
+                f"sha256 {found['sha256'][:12]}) is not the tokenizer of {self.path}: {expected['name']} "
+                f"(vocabulary {expected['vocab_size']}, sha256 {expected['sha256'][:12]})"
+            )
+
+    def check_chunk_size(self, chunk_size: int) -> None:
+        """Raises a `ValueError` unless `chunk_size` is the chunk size of the datastore."""
+        if chunk_size != self.chunk_size:
+            raise ValueError(f"chunk_size {chunk_size} is not the chunk size of {self.path}: {self.chunk_size}")
+
+    def check_encoder(self, encoder: "ChunkEncoder") -> None:
+        """Raises a `ValueError` unless `encoder` gives the embeddings that the index holds."""
+        expected, found = self.manifest.get("encoder"), encoder.describe()
+        if expected is None:
+            raise ValueError(f"{self.path} has no embeddings; run `retro embed`")
+        for key in ("sha256", "dim", "pooling", "normalize"):
+            if found[key] != expected[key]:
+                raise ValueError(
+                    f"the encoder {found['name']} is not the encoder of {self.path} ({expected['name']}): "
+                    f"its {key} is {found[key]}, expected {expected[key]}"
+                )
+
+    def encoder_source(self) -> tuple[str, str | None]:
+        """Where to load the encoder from: the name or path, and the revision."""
+        if (self.path / "encoder").is_dir():
+            return str(self.path / "encoder"), None
+        if "encoder" not in self.manifest:
+            raise ValueError(f"{self.path} has no embeddings; run `retro embed`")
+        return self.manifest["encoder"]["name"], self.manifest["encoder"]["revision"]
+
+    def take_neighbors(self, chunk_ids: Any) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Gathers neighbors: each chunk followed by its continuation inside the same document.
+
+        Args:
+            chunk_ids (`np.ndarray`): Global chunk ids of any shape [..., k]; -1 stands for an absent neighbor.
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray]`: token ids int64 [..., k, r] (0 where masked) and mask bool [..., k, r].
+        """
+        chunk_ids = np.asarray(chunk_ids, dtype=np.int64)
+        wanted = chunk_ids[..., None] + np.arange(1 + self.continuation_chunks)  # [..., k, 1 + continuation]
+        wanted[(chunk_ids[..., None] < 0) | (wanted >= len(self.chunks))] = -1
+        document = self.chunks.gather("document_id", wanted)
+        wanted[document != document[..., :1]] = -1
+        input_ids, mask = self.chunks.take(wanted)
+        shape = (*chunk_ids.shape, self.neighbor_length)
+        return input_ids.reshape(shape), mask.reshape(shape)
+
+
+def split_path(path: Path, split: str) -> Path:
+    """Folder of a split: the datastore itself holds the training side, `splits/NAME` the others."""
+    return path if split == TRAIN_SPLIT else path / "splits" / split
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """
+    Reads `datastore.json` of a folder.
+
+    Raises:
+        ValueError: If the file is missing, is not JSON, or has a format version this code does not know.
+    """
+    file = path / MANIFEST_NAME
+    if not file.is_file():
+        raise ValueError(f"{path} is not a datastore: it has no {MANIFEST_NAME}")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format version {manifest.get('format_version')}, this code reads version {FORMAT_VERSION}"
+        )
+    return manifest
+
+
+def read_index(path: Path) -> faiss.Index:
+    """Reads a faiss index, memory-mapped where its type allows."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; run `retro index`")
+    flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_ONDISK_SAME_DIR
+    try:
+        return faiss.read_index(str(path), flags)
+    except RuntimeError as error:
+        raise ValueError(f"cannot read the index {path}: {error}") from error
+
+
+class ChunkEncoder:
+    """
+    The one encoder of chunks, for keys and queries alike.
+
+    Args:
+        model (`PreTrainedModel`): An encoder with `last_hidden_state`.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the encoder.
+        pooling (`str`, *optional*, defaults to `"mean"`): `"mean"` over the tokens, or `"cls"`, the first token.
+        normalize (`bool`, *optional*, defaults to `True`): Whether embeddings get length 1.
+        max_length (`int`, *optional*): Longest input in tokens, by default what the model takes. Longer texts are cut.
+        name (`str`, *optional*): Name or path it was loaded from.
+        revision (`str`, *optional*): Revision it was loaded from.
+        sha256 (`str`, *optional*): Fingerprint of the weights. Defaults to that of the weights as they are now.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pooling: str = "mean",
+        normalize: bool = True,
+        max_length: int | None = None,
+        name: str | None = None,
+        revision: str | None = None,
+        sha256: str | None = None,
+    ):
+        if pooling not in ("mean", "cls"):
+            raise ValueError(f"pooling must be 'mean' or 'cls', got {pooling!r}")
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        self.normalize = normalize
+        self.max_length = max_length or min(tokenizer.model_max_length, model.config.max_position_embeddings)
+        self.name = name or model.name_or_path
+        self.revision = revision
+        self.dim: int = model.config.hidden_size
+        self.sha256 = sha256 or weights_fingerprint(model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        revision: str | None = None,
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> "ChunkEncoder":
+        """
+        Loads any `AutoModel` encoder or a sentence-transformers model with its own pooling.
+
+        Args:
+            name_or_path (`str` or `Path`): Folder or Hub id.
+            revision (`str`, *optional*): Revision on the Hub.
+            pooling (`str`, *optional*): Overrides the pooling of the model's files (`"mean"` where they say nothing).
+            normalize (`bool`, *optional*): Overrides the normalisation of its files (`True` where they say nothing).
+            device (`str` or `torch.device`, *optional*): Defaults to the first GPU, else the CPU.
+            dtype (`str` or `torch.dtype`, *optional*): Computing type, such as `"bfloat16"`. Defaults to float32.
+
+        Raises:
+            ValueError: If the model's files ask for a pooling or module that is not supported.
+        """
+        name = str(name_or_path)
+        files = sentence_transformers_config(name, revision)
+        model, loading = AutoModel.from_pretrained(name, revision=revision, dtype="auto", output_loading_info=True)
+        sha256 = weights_fingerprint(model, loading["missing_keys"])
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(
+            model.to(device=device, dtype=dtype or torch.float32),
+            AutoTokenizer.from_pretrained(name, revision=revision),
+            pooling=pooling or files.get("pooling", "mean"),
+            normalize=files.get("normalize", True) if normalize is None else normalize,
+            max_length=files.get("max_length"),
+            name=name,
+            revision=revision,
+            sha256=sha256,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest records: `name`, `revision`, `pooling`, `normalize`, `dim`, `sha256` of the weights."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "pooling": self.pooling,
+            "normalize": self.normalize,
+            "dim": self.dim,
+            "sha256": self.sha256,
+        }
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str], tokens_per_batch: int = 4096, window: int = 8192) -> np.ndarray:
+        """
+        Embeds texts, sorted by length inside windows so that batches hold little padding.
+
+        Args:
+            texts (`Sequence[str]`): The texts.
+            tokens_per_batch (`int`, *optional*, defaults to 4096): Tokens of a batch, padding included.
+            window (`int`, *optional*, defaults to 8192): Number of texts that are tokenised and sorted together.
+
+        Returns:
+            `np.ndarray`: float32 [n, dim], in the order of `texts`.
+        """
+        embeddings = np.empty((len(texts), self.dim), dtype=np.float32)
+        for start in range(0, len(texts), window):
+            encoded = self.tokenizer(
+                list(texts[start : start + window]),
+                truncation=True,
+                max_length=self.max_length,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )["input_ids"]
+            lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
+            order = np.argsort(lengths, kind="stable")
+            for batch in _batches(order, lengths, tokens_per_batch):
+                embeddings[start + batch] = self._embed([encoded[row] for row in batch], lengths[batch])
+        return embeddings
+
+    def encode_chunks(self, input_ids: Any, mask: Any, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+        """
+        Embeds chunks of another tokenizer: their text, special tokens dropped.
+
+        Args:
+            input_ids (`np.ndarray`): Integers [n, m], ids of `tokenizer`.
+            mask (`np.ndarray`): bool [n, m], False at padding.
+            tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the chunks.
+
+        Returns:
+            `np.ndarray`: float32 [n, dim].
+        """
+        return self.encode(decode_chunks(input_ids, mask, tokenizer))
+
+    def _embed(self, rows: list[list[int]], lengths: np.ndarray) -> np.ndarray:
+        width = int(lengths.max())
+        input_ids = np.full((len(rows), width), self.tokenizer.pad_token_id or 0, dtype=np.int64)
+        mask = np.arange(width) < lengths[:, None]
+        input_ids[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+        input_ids = torch.from_numpy(input_ids).to(self.model.device)
+        mask = torch.from_numpy(mask).to(self.model.device)
+        hidden = self.model(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state.float()  # [b, t, dim]
+        if self.pooling == "cls":
+            pooled = hidden[:, 0]
+        else:
+            pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        if self.normalize:
+            pooled = torch.nn.functional.normalize(pooled, dim=-1)
+        return pooled.cpu().numpy()
+
+
+def _batches(order: np.ndarray, lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+    """Cuts rows sorted by length into batches of at most `tokens_per_batch` tokens, padding included."""
+    batches, start = [], 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or lengths[order[end]] * (end + 1 - start) > tokens_per_batch:
+            batches.append(order[start:end])
+            start = end
+    return batches
+
+
+def decode_chunks(input_ids: Any, mask: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of chunks [n, m] as keys and queries see it: padding and special tokens dropped, nothing cleaned up."""
+    rows = [row[real].tolist() for row, real in zip(np.asarray(input_ids), np.asarray(mask, dtype=bool), strict=True)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def sentence_transformers_config(name: str, revision: str | None = None) -> dict[str, Any]:
+    """
+    Pooling, normalisation and longest input of a sentence-transformers model, from its files.
+
+    Args:
+        name (`str`): Folder or Hub id.
+        revision (`str`, *optional*): Revision on the Hub.
+
+    Returns:
+        `dict`: `pooling`, `normalize`, and `max_length` if given; empty for a model without `modules.json`.
+    """
+
+    def load(file: str) -> Any:
+        path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+    modules = load("modules.json")
+    if modules is None:
+        return {}
+    config: dict[str, Any] = {"normalize": False}
+    for module in modules:
+        kind = module["type"].rsplit(".", 1)[-1]
+        if kind == "Pooling":
+            pooling = load(f"{module['path']}/config.json")
+            modes = {mode for mode, on in pooling.items() if mode.startswith("pooling_mode_") and on}
+            mode = pooling.get("pooling_mode") or "+".join(
+                sorted(mode.removeprefix("pooling_mode_") for mode in modes)
+            )
+            names = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls": "cls"}
+            if mode not in names:
+                raise ValueError(f"{name} pools by {mode!r}; only mean and cls pooling are supported")
+            config["pooling"] = names[mode]
+        elif kind == "Normalize":
+            config["normalize"] = True
+        elif kind != "Transformer":
+            raise ValueError(f"{name} has a {kind} module; only Transformer, Pooling and Normalize are supported")
+    max_length = (load("sentence_bert_config.json") or {}).get("max_seq_length")
+    return config if max_length is None else {**config, "max_length": max_length}
+
+
+def search(
+    index: faiss.Index,
+    queries: np.ndarray,
+    k: int,
+    unwanted: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] | None = None,
+    fetch: int | None = None,
+    max_results: int = 1 << 22,
+) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """
+    Searches for k wanted results, fetching more and more until they are found or the index is exhausted.
+
+    Args:
+        index (`faiss.Index`): The index.
+        queries (`np.ndarray`): float32 [n, dim].
+        k (`int`): Number of results of a query.
+        unwanted (`Mapping[str, Callable]`, *optional*):
+            Functions (rows of queries [q], ids [q, width]) -> bool [q, width] of results that must not be returned,
+            by the reason that is counted.
+        fetch (`int`, *optional*): Results of the first fetch. Defaults to 2 k + 8, or to k if nothing is unwanted.
+        max_results (`int`, *optional*, defaults to 4,194,304): Results held in memory at once.
+
+    Returns:
+        `tuple`: ids int64 [n, k] (-1 absent; best first, equal scores by id), scores float32 [n, k] (0 where absent),
+        and counts: `refetched` queries, `short` queries with fewer than k results, results dropped for each reason.
+    """
+    unwanted = unwanted or {}
+    ids = np.full((len(queries), k), -1, dtype=np.int64)
+    scores = np.zeros((len(queries), k), dtype=np.float32)
+    counts = {"refetched": 0, "short": 0, **dict.fromkeys(unwanted, 0)}
+    if index.ntotal == 0 or k == 0:
+        return ids, scores, {**counts, "short": len(queries) if k else 0}
+    width = min(fetch or (2 * k + 8 if unwanted else k), index.ntotal)
+    ivf = faiss.try_extract_index_ivf(index)
+    probes = ivf.nprobe if ivf is not None else 0
+    pending = np.arange(len(queries))
+    try:
+        while len(pending):
+            exhausted = width == index.ntotal and (ivf is None or ivf.nprobe == ivf.nlist)
+            again = []
+            for start in range(0, len(pending), max(1, max_results // width)):
+                rows = pending[start : start + max(1, max_results // width)]
+                found_scores, found = index.search(np.ascontiguousarray(queries[rows], dtype=np.float32), width)
+                wanted = found >= 0
+                dropped = {}
+                for reason, function in unwanted.items():
+                    drop = wanted & function(rows, found)
+                    dropped[reason] = drop.sum(1)
+                    wanted &= ~drop
+                done = (wanted.sum(1) >= k) | exhausted
+                sign = -1 if index.metric_type == faiss.METRIC_INNER_PRODUCT else 1
+                order = np.lexsort((found, sign * found_scores, ~wanted), axis=-1)[:, :k]
+                best = np.take_along_axis(np.where(wanted, found, -1), order, axis=1)
+                ids[rows, : best.shape[1]] = best
+                best_scores = np.take_along_axis(found_scores, order, axis=1)
+                scores[rows, : best.shape[1]] = np.where(best >= 0, best_scores, 0)
+                for reason, number in dropped.items():
+                    counts[reason] += int(number[done].sum())
+                again.append(rows[~done])
+            pending = np.concatenate(again)
+            counts["refetched"] += len(pending)
+            if len(pending):
+                width = min(4 * width, index.ntotal)
+                if ivf is not None:
+                    ivf.nprobe = min(4 * ivf.nprobe, ivf.nlist)
+    finally:
+        if ivf is not None:
+            ivf.nprobe = probes
+    counts["short"] = int((ids[:, -1] < 0).sum())
+    return ids, scores, counts
+
+
+@dataclass
+class RetrievedNeighbors:
+    """
+    What a retriever returns for n chunks.
+
+    Args:
+        neighbor_input_ids (`torch.LongTensor`): [n, k, r] token ids of each neighbor and its continuation.
+        neighbor_attention_mask (`torch.BoolTensor`): [n, k, r], False at padding and absent neighbors.
+        scores (`torch.FloatTensor`, *optional*): [n, k] in the metric of the index.
+        chunk_ids (`torch.LongTensor`, *optional*): [n, k] global chunk ids, -1 for absent neighbors.
+        document_ids (`torch.LongTensor`, *optional*): [n, k], -1 for absent neighbors.
+    """
+
+    neighbor_input_ids: torch.Tensor
+    neighbor_attention_mask: torch.Tensor
+    scores: torch.Tensor | None = None
+    chunk_ids: torch.Tensor | None = None
+    document_ids: torch.Tensor | None = None
+
+
+class RetroRetriever:
+    """
+    Looks chunks up in a datastore. The same object serves data preparation, evaluation and generation.
+
+    Args:
+        datastore ([`RetroDatastore`]): What is searched.
+        encoder ([`ChunkEncoder`], *optional*): Defaults to the encoder of the datastore.
+        device (`str` or `torch.device`, *optional*): Where that encoder runs. Defaults to the first GPU, else the CPU.
+        dtype (`str` or `torch.dtype`, *optional*): Its computing type.
+    """
+
+    def __init__(
+        self,
+        datastore: RetroDatastore,
+        encoder: ChunkEncoder | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ):
+        if encoder is None:
+            name, revision = datastore.encoder_source()
+            record = datastore.manifest["encoder"]
+            encoder = ChunkEncoder.from_pretrained(
+                name, revision, pooling=record["pooling"], normalize=record["normalize"], device=device, dtype=dtype
+            )
+        datastore.check_encoder(encoder)
+        self.datastore = datastore
+        self.encoder = encoder
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None, **kwargs) -> "RetroRetriever":
+        """Opens a datastore by [`RetroDatastore.from_pretrained`] and its encoder; `kwargs` go to the constructor."""
+        return cls(RetroDatastore.from_pretrained(name_or_path, revision=revision), **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RetroRetriever":
+        # transformers deep-copies keyword arguments; an index is shared, never copied.
+        return self
+
+    def retrieve(
+        self, chunk_input_ids: torch.Tensor, k: int, exclude_document_ids: Any | None = None
+    ) -> RetrievedNeighbors:
+        """
+        Looks up full chunks.
+
+        Args:
+            chunk_input_ids (`torch.LongTensor`): [n, m] token ids; special tokens are dropped from the query text.
+            k (`int`): Number of neighbors of a chunk.
+            exclude_document_ids (`torch.LongTensor` or `np.ndarray`, *optional*):
+                [n] a document that must not be returned for each chunk; -1 for none.
+
+        Returns:
+            [`RetrievedNeighbors`]: on the device of `chunk_input_ids`.
+        """
+        if chunk_input_ids.ndim != 2 or chunk_input_ids.shape[1] != self.datastore.chunk_size:
+            raise ValueError(
+                f"chunk_input_ids must have shape [n, {self.datastore.chunk_size}], got {list(chunk_input_ids.shape)}"
+            )
+        input_ids = chunk_input_ids.cpu().numpy()
+        mask = np.ones_like(input_ids, dtype=bool)
+        queries = self.encoder.encode_chunks(input_ids, mask, self.datastore.tokenizer)
+        unwanted = {}
+        if exclude_document_ids is not None:
+            excluded = np.asarray(exclude_document_ids)
+            unwanted["own_document"] = other_document_filter(self.datastore.chunks, excluded)
+        ids, scores, _ = search(self.datastore.index, queries, k, unwanted)
+        neighbors, neighbor_mask = self.datastore.take_neighbors(ids)
+        documents = np.where(ids >= 0, self.datastore.chunks.gather("document_id", ids), -1)
+        arrays = (neighbors, neighbor_mask, scores, ids, documents)
+        return RetrievedNeighbors(*(torch.from_numpy(array).to(chunk_input_ids.device) for array in arrays))
+
+    def pad_to_chunks(self, prompt_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """
+        Pads a prompt on the left to whole chunks, so that its end closes a chunk and is looked up at once.
+
+        The pads are real tokens: they are counted by positions and attended (mask 1); only the query text drops them.
+
+        Args:
+            prompt_ids (`Sequence[int]` or `torch.LongTensor`): Token ids [T] or [B, T].
+
+        Returns:
+            `torch.LongTensor`: [T'] or [B, T'], T' the next multiple of the chunk size.
+        """
+        prompt_ids = torch.as_tensor(prompt_ids, dtype=torch.long)
+        tokenizer = self.datastore.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if pad is None:
+            raise ValueError("the tokenizer of the datastore has neither a pad nor an EOS token to pad a prompt with")
+        missing = -prompt_ids.shape[-1] % self.datastore.chunk_size
+        return torch.nn.functional.pad(prompt_ids, (missing, 0), value=pad)
+
+
+def other_document_filter(chunks: ChunkTable, documents: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """
+    A filter for [`search`] that drops results of the query's own document.
+
+    Args:
+        chunks ([`ChunkTable`]): The searched chunks.
+        documents (`np.ndarray`): int64 [n], the document of each query; -1 for a text outside the datastore.
+
+    Returns:
+        `Callable`: (rows [q], ids [q, width]) -> bool [q, width].
+    """
+
+    def is_own(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        return (chunks.gather("document_id", ids) == documents[rows, None]) & (ids >= 0)
+
+    return is_own
