@@ -1,0 +1,212 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Bits per byte of held-out documents without, with random and with retrieved neighbors."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from array_datastore import ArrayDatastore, ArraySource, random_datastore
+
+from modeling_retro import RetroConfig, RetroForCausalLM
+from trainers.evaluation import bootstrap_interval, chunk_bits, evaluate_retro, sliding_windows
+
+
+VOCAB_SIZE = 40
+CHUNK_SIZE = 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = RetroConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        chunk_size=CHUNK_SIZE,
+        cross_attention_layers=[1],
+        neighbor_encoder_num_hidden_layers=1,
+        initializer_range=0.5,
+    )
+    return RetroForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def datastore():
+    return random_datastore(seed=0, vocab_size=VOCAB_SIZE, chunk_size=CHUNK_SIZE, num_documents=12, num_neighbors=3)
+
+
+@pytest.fixture(scope="module")
+def held_out(datastore):
+    split = random_datastore(1, VOCAB_SIZE, CHUNK_SIZE, num_documents=9, num_neighbors=3, max_chunks=9)
+    split.neighbor_ids %= len(datastore.chunks)
+    split.chunks.num_bytes = np.random.default_rng(2).integers(1, 20, size=len(split.chunks))
+    return split
+
+
+def evaluate(model, datastore, held_out, **kwargs):
+    return evaluate_retro(
+        model, datastore, held_out, window_chunks=4, stride_chunks=3, batch_size=3, show_progress=False, **kwargs
+    )
+
+
+@pytest.mark.parametrize(("window", "stride"), [(2, 1), (4, 2), (4, 3), (7, 1), (32, 16)])
+@pytest.mark.parametrize("num_chunks", [1, 2, 3, 4, 5, 8, 31, 33])
+def test_windows_count_each_chunk_once_and_always_with_context(num_chunks, window, stride):
+    counted = []
+    for start, end, first_counted in sliding_windows(num_chunks, window, stride):
+        assert end - start <= window
+        assert first_counted > start or start == 0
+        counted += range(first_counted, end)
+    assert counted == list(range(num_chunks))
+
+
+def reference_document_nats(model, datastore, split, document, window, stride, num_neighbors):
+    """One token at a time: nats of each token of a document in the first window that holds it."""
+    chunks = np.flatnonzero(split.chunks.document_id == document)
+    nats = [math.log(VOCAB_SIZE)]
+    for start in range(0, len(chunks), stride):
+        ids = chunks[start : start + window]
+        tokens = np.concatenate([split.chunks.input_ids[i][: split.chunks.length[i]] for i in ids])
+        whole = [i for i in ids if split.chunks.length[i] == CHUNK_SIZE]
+        inputs = {}
+        if num_neighbors and whole:
+            neighbors, mask = datastore.take_neighbors(split.neighbor_ids[whole, :num_neighbors])
+            inputs["neighbor_input_ids"] = torch.from_numpy(neighbors)[None]
+            inputs["neighbor_attention_mask"] = torch.from_numpy(mask)[None]
+        with torch.no_grad():
+            logits = model(input_ids=torch.from_numpy(tokens)[None], **inputs).logits[0]
+        log_probabilities = torch.log_softmax(logits.double(), dim=-1)
+        new = range(len(nats) - start * CHUNK_SIZE, len(tokens))
+        nats += [-log_probabilities[i - 1, tokens[i]].item() for i in new]
+    return nats
+
+
+@pytest.mark.parametrize(("mode", "num_neighbors"), [("off", 0), ("on", 1), ("on", 3)])
+def test_bits_equal_a_loop_over_documents_windows_and_tokens(model, datastore, held_out, mode, num_neighbors):
+    model.eval()
+    evaluation = evaluate(model, datastore, held_out, modes=[mode], num_neighbors=max(num_neighbors, 1))
+    nats = [
+        reference_document_nats(model, datastore, held_out, document, 4, 3, num_neighbors) for document in range(9)
+    ]
+    bits = np.array([sum(document) / math.log(2) for document in nats])
+    assert np.allclose(evaluation.document_bits[mode], bits, rtol=1e-5)
+    assert evaluation.num_tokens == sum(map(len, nats)) == held_out.chunks.length.sum()
+    assert evaluation.num_bytes == held_out.chunks.num_bytes.sum()
+    result = evaluation.results[mode]
+    assert math.isclose(result.bits_per_byte, bits.sum() / held_out.chunks.num_bytes.sum(), rel_tol=1e-5)
+    assert math.isclose(result.perplexity, math.exp(sum(map(sum, nats)) / evaluation.num_tokens), rel_tol=1e-5)
+
+
+def uniform_model(model):
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    return model
+
+
+def test_uniform_model_needs_the_logarithm_of_the_vocabulary_for_each_token(datastore):
+    torch.manual_seed(0)
+    model = uniform_model(
+        RetroForCausalLM(
+            RetroConfig(
+                vocab_size=VOCAB_SIZE,
+                hidden_size=8,
+                intermediate_size=8,
+                num_hidden_layers=1,
+                num_attention_heads=1,
+                chunk_size=CHUNK_SIZE,
+                cross_attention_layers=[0],
+            )
+        )
+    )
+    # Six tokens (the last an end of document without bytes) over ten bytes, then three tokens over two bytes.
+    held_out = ArraySource([[1, 2, 3, 4, 5, 6], [7, 8, 9]], CHUNK_SIZE, [[0], [1], [2]], num_bytes=[7, 3, 2])
+    evaluation = evaluate(model, datastore, held_out, num_neighbors=1)
+    for result in evaluation.results.values():
+        assert math.isclose(result.bits_per_byte, 9 * math.log2(VOCAB_SIZE) / 12, rel_tol=1e-6)
+        assert math.isclose(result.perplexity, VOCAB_SIZE, rel_tol=1e-6)
+
+
+def test_bos_at_the_start_of_a_document_costs_nothing(model, held_out):
+    documents = [[3, 1, 2, 3, 4, 5], [3, 7]]
+    split = ArraySource(documents, CHUNK_SIZE, [[0], [1], [2]])
+    with_bos = ArrayDatastore([[1, 2, 3]], CHUNK_SIZE, [[0]], bos_token_id=3)
+    without_bos = ArrayDatastore([[1, 2, 3]], CHUNK_SIZE, [[0]])
+    windows = [(0, 2, 0), (2, 3, 2)]
+    bits_bos, tokens_bos = chunk_bits(model, with_bos, split, windows, None, batch_size=2)
+    bits, tokens = chunk_bits(model, without_bos, split, windows, None, batch_size=2)
+    assert (tokens - tokens_bos).tolist() == [1, 0, 1]
+    assert np.allclose(bits - bits_bos, [math.log2(VOCAB_SIZE), 0, math.log2(VOCAB_SIZE)])
+
+
+def test_off_on_and_random_differ_only_by_the_neighbors(model, datastore, held_out):
+    evaluation = evaluate(model, datastore, held_out, num_neighbors=2)
+    assert list(evaluation.results) == ["off", "random", "on"]
+    assert len({round(result.bits_per_byte, 6) for result in evaluation.results.values()}) == 3
+    # Where no chunk finds a neighbor, retrieval is off.
+    held_out_without = ArraySource([], CHUNK_SIZE, np.full_like(held_out.neighbor_ids, -1))
+    held_out_without.chunks = held_out.chunks
+    alone = evaluate(model, datastore, held_out_without, modes=["on"])
+    assert np.allclose(alone.document_bits["on"], evaluation.document_bits["off"], rtol=1e-6)
+
+
+def test_evaluation_leaves_the_model_as_it_was(model, datastore, held_out):
+    model.train()
+    evaluate(model, datastore, held_out, modes=["off"])
+    assert model.training
+
+
+def test_first_documents_are_evaluated_as_in_the_whole(model, datastore, held_out):
+    whole = evaluate(model, datastore, held_out, modes=["on"])
+    part = evaluate(model, datastore, held_out, modes=["on"], max_documents=4)
+    assert part.num_documents == 4
+    assert np.allclose(part.document_bits["on"], whole.document_bits["on"][:4], rtol=1e-6)
+
+
+def test_bootstrap_interval_is_that_of_the_normal_distribution_for_many_documents():
+    generator = np.random.default_rng(0)
+    numerator = generator.normal(1.0, 2.0, size=4000)
+    low, high = bootstrap_interval(numerator, np.ones(4000))
+    error = 1.96 * numerator.std() / 4000**0.5
+    assert math.isclose(low, numerator.mean() - error, abs_tol=0.1 * error)
+    assert math.isclose(high, numerator.mean() + error, abs_tol=0.1 * error)
+
+
+def test_saved_files_hold_the_table(model, datastore, held_out, tmp_path):
+    evaluation = evaluate(model, datastore, held_out)
+    evaluation.save(tmp_path / "report")
+    saved = json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    assert saved["num_documents"] == 9
+    assert saved["results"]["on"]["bits_per_byte"] == evaluation.results["on"].bits_per_byte
+    table = (tmp_path / "report" / "evaluation.md").read_text()
+    assert all(f"| {mode} | {result.bits_per_byte:.4f} |" in table for mode, result in evaluation.results.items())
+    assert (tmp_path / "report" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"modes": ["on", "best"]}, "unknown evaluation modes best"),
+        ({"stride_chunks": 4, "window_chunks": 4}, "stride_chunks is 4"),
+        ({"num_neighbors": 4}, "num_neighbors is 4"),
+        ({"max_documents": 0}, "no documents"),
+    ],
+)
+def test_wrong_options_name_the_value(model, datastore, held_out, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_retro(model, datastore, held_out, show_progress=False, **options)

@@ -1,0 +1,78 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The command `retro`: a thin dispatcher to modules that also run by `python -m` and `accelerate launch -m`."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from data_prep.arguments import run_command
+
+
+COMMANDS = {
+    "quickstart": ("trainers.scripts.quickstart", "documents to datastore to trained model to table, in ten minutes"),
+    "chunk": ("data_prep.chunk", "cut documents into chunks of tokens"),
+    "deduplicate": ("data_prep.deduplicate", "drop training documents that nearly equal held-out ones"),
+    "embed": ("data_prep.embed", "embed the chunks"),
+    "index": ("data_prep.index", "build the faiss index over the embeddings"),
+    "neighbors": ("data_prep.neighbors", "find the neighbors of every chunk"),
+    "prepare": ("data_prep.prepare", "run all stages of the datastore from one recipe"),
+    "import": ("data_prep.convert", "bring data of other RETRO implementations"),
+    "plan": ("data_prep.plan", "estimate time, memory and disk of a datastore"),
+    "pairs": ("data_prep.pairs", "write sentence pairs for the retriever"),
+    "stackexchange": ("data_prep.stackexchange", "turn a StackExchange dump into pairs"),
+    "wikitext": ("data_prep.wikitext", "turn WikiText files into documents"),
+    "train": ("trainers.scripts.train_retro", "train a RETRO language model"),
+    "evaluate": ("trainers.scripts.evaluate_retro", "measure what retrieval buys, in bits per byte"),
+    "generate": ("trainers.scripts.generate", "continue a prompt and show the neighbors used"),
+    "retrofit": ("trainers.scripts.retrofit", "give retrieval to a pretrained language model"),
+    "train-retriever": ("trainers.scripts.train_retriever", "train the encoder that finds neighbors"),
+    "evaluate-retriever": ("trainers.scripts.evaluate_retriever", "measure a retriever"),
+    "mine-negatives": ("trainers.scripts.mine_negatives", "find hard negatives for retriever training"),
+    "train-span-corruption": ("trainers.scripts.train_span_corruption", "train on corrupted spans"),
+}
+
+
+def help_text() -> str:
+    """The list of commands that `retro --help` prints."""
+    lines = ["usage: retro COMMAND [options]", "", "commands (each has its own --help):"]
+    lines += [f"  {name:<22} {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """
+    Runs `retro COMMAND [options]`.
+
+    Args:
+        argv (`Sequence[str]`, *optional*, defaults to `sys.argv[1:]`):
+            The words after `retro`.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(help_text())
+        return
+    command, *options = argv
+    if command not in COMMANDS:
+        print(f"error: unknown command {command!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+
+    def run() -> None:
+        importlib.import_module(COMMANDS[command][0]).main(options)
+
+    run_command(run)
+
+
+if __name__ == "__main__":
+    main()

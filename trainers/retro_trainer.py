@@ -1,0 +1,337 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Training of the RETRO language model on the chunks of its datastore."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from modeling_retro import RetroConfig
+from modeling_retro.retrieval_retro import DatastoreSplit, RetroDatastore
+
+from .evaluation import evaluate_retro
+from .retro_config import RetroTrainingArguments
+
+
+def config_for_datastore(datastore: RetroDatastore, **fields: Any) -> RetroConfig:
+    """
+    Config of a model that fits a datastore: its vocabulary, special tokens and chunk sizes.
+
+    Args:
+        datastore ([`RetroDatastore`]):
+            The datastore to train on and to search.
+        fields:
+            Other fields of [`RetroConfig`]; they win over those taken from the datastore.
+
+    Returns:
+        [`RetroConfig`]
+    """
+    tokenizer = datastore.tokenizer
+    from_datastore = {
+        "vocab_size": len(tokenizer),
+        "chunk_size": datastore.chunk_size,
+        "continuation_chunks": datastore.continuation_chunks,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return RetroConfig(**{**from_datastore, **fields})
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """
+    The newest checkpoint that was written to its end. A killed run may leave a folder that was not: the trainer writes
+    the state of the training last.
+
+    Args:
+        output_dir (`str`):
+            Folder with folders `checkpoint-{step}`.
+
+    Returns:
+        `str`, *optional*: path of the checkpoint, None if there is none.
+    """
+    checkpoints = {}
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            step = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        except (OSError, ValueError):
+            continue
+        checkpoints[step] = str(path)
+    return checkpoints[max(checkpoints)] if checkpoints else None
+
+
+class ChunkRows(Dataset):
+    """
+    The chunks of a table in rows of `row_chunks` consecutive ones. No tokens are copied: an item is a range of chunk
+    ids, which [`DataCollatorForRetro`] turns into tensors.
+
+    The index of an item is `epoch * len(rows) + row`, as [`EpochRowSampler`] yields it, so that what is random in an
+    item is a function of seed, epoch and row alone, whatever process or worker makes it.
+
+    Args:
+        num_chunks (`int`):
+            Number of chunks in the table.
+        row_chunks (`int`):
+            Number of chunks L in a row; the last row may have fewer.
+    """
+
+    def __init__(self, num_chunks: int, row_chunks: int):
+        self.num_chunks = num_chunks
+        self.row_chunks = row_chunks
+
+    def __len__(self) -> int:
+        return -(-self.num_chunks // self.row_chunks)
+
+    def __getitem__(self, index: int) -> dict[str, int]:
+        epoch, row = divmod(index, len(self))
+        start = row * self.row_chunks
+        return {"epoch": epoch, "start": start, "end": min(start + self.row_chunks, self.num_chunks)}
+
+
+class EpochRowSampler(Sampler[int]):
+    """
+    Yields `epoch * num_rows + row` for the rows in an order that depends on `seed` and the epoch only.
+
+    Args:
+        num_rows (`int`):
+            Number of rows in an epoch.
+        seed (`int`):
+            Seed of the order.
+    """
+
+    def __init__(self, num_rows: int, seed: int):
+        self.num_rows = num_rows
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_rows)
+        yield from (self.epoch * self.num_rows + order).tolist()
+
+
+@dataclass
+class DataCollatorForRetro:
+    """
+    Turns ranges of consecutive chunks into the inputs of [`RetroForCausalLM`]. Tokens and neighbors are gathered from
+    the memory-mapped datastore.
+
+    Documents follow each other in a row: `position_ids` restart with each, which keeps them apart in attention, so
+    there is no `attention_mask`. `labels` are -100 on padding and on the first token of each document, which the token
+    before it belongs to another document and must not predict.
+
+    Args:
+        datastore ([`RetroDatastore`]):
+            Where neighbors come from.
+        source ([`RetroDatastore`] or [`DatastoreSplit`], *optional*, defaults to `datastore`):
+            What the rows are made of.
+        row_chunks (`int`, *optional*, defaults to `32`):
+            Number of chunk slots L of a row. Shorter ranges are padded.
+        num_neighbors (`int`, *optional*, defaults to `2`):
+            Number of neighbors k of a chunk.
+        neighbor_dropout (`float`, *optional*, defaults to `0.0`):
+            Probability that a chunk sees no neighbors.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the dropout; with it, the epoch and the row, the dropped chunks are always the same.
+
+    Returns (with m the chunk size and r the neighbor length of the datastore):
+        `dict[str, torch.Tensor]`: `input_ids`, `position_ids` and `labels` `int64 [B, L * m]`, `neighbor_input_ids`
+        `int64 [B, L, k, r]` and `neighbor_attention_mask` `bool [B, L, k, r]`.
+
+    Example, with chunks of two tokens, of which the first document has three and the second one (a token and a pad):
+
+    ```python
+    >>> collator = DataCollatorForRetro(datastore, row_chunks=2, num_neighbors=1)
+    >>> batch = collator([{"epoch": 0, "start": 1, "end": 3}])
+    >>> batch["input_ids"]
+    tensor([[13, 14, 21,  0]])
+    >>> batch["position_ids"]
+    tensor([[0, 1, 0, 1]])
+    >>> batch["labels"]
+    tensor([[-100,   14, -100, -100]])
+    ```
+    """
+
+    datastore: RetroDatastore
+    source: RetroDatastore | DatastoreSplit | None = None
+    row_chunks: int = 32
+    num_neighbors: int = 2
+    neighbor_dropout: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.source is None:
+            self.source = self.datastore
+        available = self.source.neighbor_ids.shape[1]
+        if self.num_neighbors > available:
+            raise ValueError(
+                f"num_neighbors is {self.num_neighbors}, but only {available} neighbors a chunk are stored; run "
+                "`retro neighbors` with a larger number"
+            )
+
+    def __call__(self, rows: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+        start = np.array([row["start"] for row in rows])[:, None]
+        end = np.array([row["end"] for row in rows])[:, None]
+        chunk_ids = start + np.arange(self.row_chunks)  # [B, L]
+        present = chunk_ids < end
+        input_ids, mask = self.source.chunks.take(np.where(present, chunk_ids, -1))  # [B, L, m]
+
+        begins_document = self._begins_document(chunk_ids, present)
+        labels = np.where(mask, input_ids, -100)
+        labels[..., 0][begins_document] = -100
+
+        dropped = np.stack([self._dropped_chunks(row) for row in rows])
+        neighbor_ids = self.source.neighbor_ids[np.where(present, chunk_ids, 0), : self.num_neighbors]  # [B, L, k]
+        neighbor_ids = np.where((present & ~dropped)[..., None], neighbor_ids, -1)
+        neighbor_input_ids, neighbor_mask = self.datastore.take_neighbors(neighbor_ids)  # [B, L, k, r]
+
+        batch = {
+            "input_ids": input_ids.reshape(len(rows), -1),
+            "position_ids": self._positions(begins_document).reshape(len(rows), -1),
+            "labels": labels.reshape(len(rows), -1),
+            "neighbor_input_ids": neighbor_input_ids,
+            "neighbor_attention_mask": neighbor_mask,
+        }
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+
+    def _begins_document(self, chunk_ids: np.ndarray, present: np.ndarray) -> np.ndarray:
+        document_ids = np.where(present, self.source.chunks.document_id[np.where(present, chunk_ids, 0)], -1)
+        begins = np.ones_like(present)  # [B, L]; the first chunk of a row begins one, or what is left of one
+        begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+        return begins
+
+    def _positions(self, begins_document: np.ndarray) -> np.ndarray:
+        slots = np.arange(self.row_chunks)
+        first_slot = np.maximum.accumulate(np.where(begins_document, slots, 0), axis=1)
+        chunk_size = self.source.chunks.chunk_size
+        return (slots - first_slot)[..., None] * chunk_size + np.arange(chunk_size)  # [B, L, m]
+
+    def _dropped_chunks(self, row: dict[str, int]) -> np.ndarray:
+        generator = np.random.default_rng([self.seed, row["epoch"], row["start"]])
+        return generator.random(self.row_chunks) < self.neighbor_dropout
+
+
+class RetroTrainer(Trainer):
+    """
+    Trains [`RetroForCausalLM`] on the chunks of a datastore, each chunk with its neighbors from other documents, and
+    evaluates it in bits per byte with and without retrieval.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model to train.
+        args ([`RetroTrainingArguments`]):
+            The arguments of the training.
+        datastore ([`RetroDatastore`]):
+            What is trained on and searched. Its neighbors must be there (`retro neighbors`).
+        eval_dataset ([`DatastoreSplit`], *optional*):
+            Held-out documents with their neighbors, such as `datastore.split("validation")`.
+        kwargs:
+            Passed to [`~transformers.Trainer`].
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: RetroTrainingArguments,
+        datastore: RetroDatastore,
+        eval_dataset: DatastoreSplit | None = None,
+        **kwargs: Any,
+    ):
+        self.datastore = datastore
+        self._seconds_waited = 0.0
+        self._tokens_seen = 0
+        self._last_log_time = time.perf_counter()
+        data_collator = DataCollatorForRetro(
+            datastore,
+            row_chunks=args.row_chunks,
+            num_neighbors=args.num_neighbors,
+            neighbor_dropout=args.neighbor_dropout,
+            seed=args.seed,
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=ChunkRows(len(datastore.chunks), args.row_chunks),
+            eval_dataset=eval_dataset,
+            processing_class=datastore.tokenizer,
+            **kwargs,
+        )
+
+    def _get_train_sampler(self, train_dataset: ChunkRows | None = None) -> EpochRowSampler:
+        data_seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochRowSampler(len(self.train_dataset), data_seed)
+
+    def evaluate(
+        self,
+        eval_dataset: DatastoreSplit | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Measures bits per byte and perplexity without (`off`) and with (`on`) retrieval; `{prefix}_loss` is that with
+        retrieval, in nats per token.
+        """
+        start_time = time.perf_counter()
+        with self.accelerator.autocast():
+            evaluation = evaluate_retro(
+                self.model,
+                self.datastore,
+                self.eval_dataset if eval_dataset is None else eval_dataset,
+                modes=("off", "on"),
+                num_neighbors=self.args.num_neighbors,
+                window_chunks=self.args.eval_window_chunks,
+                stride_chunks=self.args.eval_stride_chunks,
+                batch_size=self.args.per_device_eval_batch_size,
+                max_documents=self.args.eval_max_documents,
+                show_progress=not self.args.disable_tqdm,
+            )
+        metrics = {f"{metric_key_prefix}_loss": float(np.log(evaluation.results["on"].perplexity))}
+        for mode, result in evaluation.results.items():
+            metrics[f"{metric_key_prefix}_{mode}_bits_per_byte"] = result.bits_per_byte
+            metrics[f"{metric_key_prefix}_{mode}_perplexity"] = result.perplexity
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start_time
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._last_log_time = time.perf_counter()
+        return metrics
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, torch.Tensor | int | None]:
+        start_time = time.perf_counter()
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self._seconds_waited += time.perf_counter() - start_time
+        self._tokens_seen += sum(batch["input_ids"].numel() for batch in batches) * self.args.world_size
+        return batches, num_items_in_batch
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._tokens_seen and "loss" in logs:
+            elapsed = time.perf_counter() - self._last_log_time
+            logs["tokens_per_second"] = self._tokens_seen / elapsed
+            logs["data_wait_share"] = self._seconds_waited / elapsed
+            self._seconds_waited, self._tokens_seen, self._last_log_time = 0.0, 0, time.perf_counter()
+        super().log(logs, start_time)

@@ -1,0 +1,95 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Trains a RETRO language model on a datastore whose neighbors have been found.
+
+    retro train --datastore datastore --model_config small.yaml --output_dir model --num_train_epochs 3
+    accelerate launch -m trainers.scripts.train_retro --datastore datastore --model_config small.yaml --output_dir out
+
+The model config is a YAML or JSON file with fields of `RetroConfig`; vocabulary, special tokens and chunk sizes come
+from the datastore. The same command run again goes on from the last checkpoint in `output_dir`, to the same weights.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import set_seed
+
+from data_prep.arguments import parse_arguments, run_command
+from modeling_retro import RetroForCausalLM
+from modeling_retro.retrieval_retro import RetroDatastore
+
+from ..retro_config import RetroTrainingArguments
+from ..retro_trainer import RetroTrainer, config_for_datastore, last_complete_checkpoint
+
+
+@dataclass
+class TrainRetroArguments:
+    """
+    Arguments of `retro train` beside [`RetroTrainingArguments`].
+    """
+
+    datastore: str = field(metadata={"help": "Folder or Hub id of the datastore to train on and to search."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "RETRO checkpoint to start from. From scratch when unset."}
+    )
+    model_config: str | None = field(
+        default=None, metadata={"help": "YAML or JSON file with fields of RetroConfig, for training from scratch."}
+    )
+    eval_split: str = field(
+        default="validation",
+        metadata={"help": "Split of the datastore to evaluate on, if `eval_strategy` asks for it."},
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments, training_arguments = parse_arguments(
+        TrainRetroArguments, RetroTrainingArguments, argv=argv, description=__doc__, prog="retro train"
+    )
+    datastore = RetroDatastore.from_pretrained(arguments.datastore)
+    evaluates = training_arguments.eval_strategy != "no" or training_arguments.eval_on_start
+    trainer = RetroTrainer(
+        model=_load_model(arguments, datastore, training_arguments.seed),
+        args=training_arguments,
+        datastore=datastore,
+        eval_dataset=datastore.split(arguments.eval_split) if evaluates else None,
+    )
+    checkpoint = training_arguments.resume_from_checkpoint or last_complete_checkpoint(training_arguments.output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+
+
+def _load_model(arguments: TrainRetroArguments, datastore: RetroDatastore, seed: int) -> RetroForCausalLM:
+    if (arguments.model_name_or_path is None) == (arguments.model_config is None):
+        raise ValueError("give either --model_name_or_path (to go on training) or --model_config (from scratch)")
+    if arguments.model_name_or_path is not None:
+        return RetroForCausalLM.from_pretrained(arguments.model_name_or_path)
+    path = Path(arguments.model_config)
+    text = path.read_text(encoding="utf-8")
+    try:
+        fields = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read --model_config {path}: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"--model_config {path} must hold fields of RetroConfig, not {type(fields).__name__}")
+    set_seed(seed)
+    return RetroForCausalLM(config_for_datastore(datastore, **fields))
+
+
+if __name__ == "__main__":
+    run_command(main)
