@@ -12,3 +12,27 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """The RETRO model and the read side of its datastore."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .cache_retro import RetroCache
+from .configuration_retro import RetroConfig
+from .modeling_retro import RetroForCausalLM, RetroModel, RetroNeighborEncoder, RetroPreTrainedModel
+
+
+# Installed, these classes serve the Auto classes; saved models carry their code for those who have not.
+AutoConfig.register("retro", RetroConfig, exist_ok=True)
+AutoModel.register(RetroConfig, RetroModel, exist_ok=True)
+AutoModelForCausalLM.register(RetroConfig, RetroForCausalLM, exist_ok=True)
+RetroConfig.register_for_auto_class()
+RetroModel.register_for_auto_class("AutoModel")
+RetroForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = [
+    "RetroCache",
+    "RetroConfig",
+    "RetroForCausalLM",
+    "RetroModel",
+    "RetroNeighborEncoder",
+    "RetroPreTrainedModel",
+]

@@ -1,0 +1,220 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Cache of a RETRO decoder: keys and values of the decoder, and the state of its retrieval"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
+
+
+def pad_to_shape(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Pads a tensor with zeros behind its end in every dimension that is smaller than in `shape`."""
+    missing = [max(0, wanted - size) for size, wanted in zip(tensor.shape, shape)]
+    if not any(missing):
+        return tensor
+    return nn.functional.pad(tensor, [n for size in reversed(missing) for n in (0, size)])
+
+
+def prepend_slot(first: torch.Tensor, others: torch.Tensor | None, dim: tuple[int, ...]) -> torch.Tensor:
+    """
+    Puts `first` `(B, ...)` in front of `others` `(B, L, ...)`, padding with zeros the dimensions `dim` in which they
+    may differ.
+    """
+    first = first.unsqueeze(1)
+    if others is None:
+        return first
+    length = [max(sizes) if i in dim else 0 for i, sizes in enumerate(zip(first.shape, others.shape))]
+    return torch.cat([pad_to_shape(first, length), pad_to_shape(others, length)], dim=1)
+
+
+class RetroCache(DynamicCache):
+    """
+    A [`~transformers.DynamicCache`] with one layer per decoder layer that also holds what retrieval needs from earlier
+    calls. It can be reordered, cropped, repeated and indexed like any other cache.
+
+    Attributes:
+        input_ids (`torch.LongTensor` of shape `(batch_size, past_length)`, *optional*):
+            The cached tokens, from which the query of the open chunk is made; -1 where only embeddings were given.
+        chunk_states (`torch.Tensor` of shape `(batch_size, past_length, hidden_size)`, *optional*):
+            Activations at the first layer with chunked cross attention, on which the neighbor encoder is conditioned.
+        neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_slots, k, neighbor_length)`, *optional*):
+            Neighbors of each chunk, in the order of the chunks of the row.
+        neighbor_attention_mask (`torch.BoolTensor`, *optional*):
+            Which of their tokens are real, in the same shape.
+        current_attention_mask (`torch.BoolTensor` of shape `(batch_size, k * neighbor_length)`, *optional*):
+            Which neighbor tokens of the chunk that each row completed last are real.
+        current_key_values (`dict[int, tuple[torch.Tensor, torch.Tensor]]`):
+            For each layer with chunked cross attention, keys and values of these neighbors, each of shape
+            `(batch_size, num_key_value_heads, k * neighbor_length, head_dim)`. Empty after a crop, which may have
+            removed the chunk they belong to: the next call encodes the neighbors of the last chunk again.
+    """
+
+    def __init__(self, config: PreTrainedConfig | None = None, **kwargs):
+        super().__init__(config=config, **kwargs)
+        self._reset_retrieval()
+
+    def _reset_retrieval(self) -> None:
+        self.input_ids: torch.LongTensor | None = None
+        self.chunk_states: torch.Tensor | None = None
+        self.neighbor_input_ids: torch.LongTensor | None = None
+        self.neighbor_attention_mask: torch.BoolTensor | None = None
+        self.current_attention_mask: torch.BoolTensor | None = None
+        self.current_key_values: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def update_input_ids(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """Appends tokens `(batch_size, seq_len)` and returns all, `(batch_size, past_length + seq_len)`."""
+        self.input_ids = input_ids if self.input_ids is None else torch.cat([self.input_ids, input_ids], dim=1)
+        return self.input_ids
+
+    def update_chunk_states(self, states: torch.Tensor) -> torch.Tensor:
+        """Appends activations `(batch_size, seq_len, hidden_size)` and returns all of them."""
+        self.chunk_states = states if self.chunk_states is None else torch.cat([self.chunk_states, states], dim=1)
+        return self.chunk_states
+
+    def update_neighbors(
+        self,
+        neighbor_input_ids: torch.LongTensor | None,
+        neighbor_attention_mask: torch.BoolTensor | None,
+        first_slot: torch.LongTensor,
+        max_slots: int,
+    ) -> None:
+        """
+        Records the neighbors of the chunks that a call completes.
+
+        Args:
+            neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_slots, k, neighbor_length)`, *optional*):
+                Neighbors of the completed chunks, `None` if the call has none.
+            neighbor_attention_mask (`torch.BoolTensor`, *optional*):
+                Which of their tokens are real, in the same shape.
+            first_slot (`torch.LongTensor` of shape `(batch_size,)`):
+                For each row the slot of the first chunk that this call completes.
+            max_slots (`int`):
+                Number of slots that a row can have after this call.
+        """
+        if self.neighbor_attention_mask is not None:
+            # A crop leaves the neighbors of removed chunks behind; from the first new chunk on nothing old holds.
+            slots = torch.arange(self.neighbor_attention_mask.shape[1], device=first_slot.device)
+            self.neighbor_attention_mask &= (slots < first_slot[:, None])[:, :, None, None]
+        if neighbor_input_ids is None:
+            return
+        batch_size, num_slots, k, neighbor_length = neighbor_input_ids.shape
+        if self.neighbor_input_ids is not None:
+            k = max(k, self.neighbor_input_ids.shape[2])
+            neighbor_length = max(neighbor_length, self.neighbor_input_ids.shape[3])
+        else:
+            self.neighbor_input_ids = neighbor_input_ids.new_zeros(batch_size, 0, k, neighbor_length)
+            self.neighbor_attention_mask = neighbor_attention_mask.new_zeros(batch_size, 0, k, neighbor_length)
+        # The masked slots of a row that completes fewer chunks than others may lie beyond its last possible chunk.
+        shape = (batch_size, max_slots + num_slots, k, neighbor_length)
+        rows = torch.arange(batch_size, device=first_slot.device)[:, None]
+        slots = first_slot[:, None] + torch.arange(num_slots, device=first_slot.device)  # [B, L]
+        self.neighbor_input_ids = pad_to_shape(self.neighbor_input_ids, shape)
+        self.neighbor_attention_mask = pad_to_shape(self.neighbor_attention_mask, shape)
+        shape = (batch_size, num_slots, k, neighbor_length)
+        self.neighbor_input_ids[rows, slots] = pad_to_shape(neighbor_input_ids, shape)
+        self.neighbor_attention_mask[rows, slots] = pad_to_shape(neighbor_attention_mask, shape)
+
+    def get_neighbors(self, slots: torch.LongTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        """Ids and mask `(batch_size, k, neighbor_length)` of one slot `(batch_size,)` a row; none if negative."""
+        rows = torch.arange(slots.shape[0], device=slots.device)
+        known = (slots >= 0) & (slots < self.neighbor_input_ids.shape[1])
+        slots = torch.where(known, slots, 0)
+        mask = self.neighbor_attention_mask[rows, slots] & known[:, None, None]
+        return self.neighbor_input_ids[rows, slots], mask
+
+    def update_current_mask(
+        self, attention_mask: torch.BoolTensor | None, next_slot: torch.LongTensor
+    ) -> torch.BoolTensor:
+        """
+        Puts the mask of the current neighbors in front of that of new slots, `(batch_size, num_new, K)` or `None`,
+        returns both and keeps that of `next_slot` `(batch_size,)`, none where it is outside.
+        """
+        if self.current_key_values:
+            attention_mask = prepend_slot(self.current_attention_mask, attention_mask, dim=(2,))
+        rows = torch.arange(next_slot.shape[0], device=next_slot.device)
+        known = (next_slot >= 0) & (next_slot < attention_mask.shape[1])
+        self.current_attention_mask = attention_mask[rows, torch.where(known, next_slot, 0)] & known[:, None]
+        return attention_mask
+
+    def update_current(
+        self,
+        keys: torch.Tensor | None,
+        values: torch.Tensor | None,
+        next_slot: torch.LongTensor,
+        layer_idx: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Puts keys and values of the current neighbors in front of those of new slots, each of shape `(batch_size,
+        num_new, num_key_value_heads, K, head_dim)` or `None`, returns both and keeps those of `next_slot`.
+        """
+        if layer_idx in self.current_key_values:
+            current_keys, current_values = self.current_key_values[layer_idx]
+            if keys is None:
+                return current_keys.unsqueeze(1), current_values.unsqueeze(1)
+            keys, values = prepend_slot(current_keys, keys, dim=(3,)), prepend_slot(current_values, values, dim=(3,))
+        rows = torch.arange(next_slot.shape[0], device=keys.device)
+        slots = next_slot.to(keys.device).clamp(0, keys.shape[1] - 1)
+        self.current_key_values[layer_idx] = (keys[rows, slots], values[rows, slots])
+        return keys, values
+
+    def _map_retrieval(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for name in (
+            "input_ids",
+            "chunk_states",
+            "neighbor_input_ids",
+            "neighbor_attention_mask",
+            "current_attention_mask",
+        ):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, function(tensor))
+        self.current_key_values = {
+            layer_idx: (function(keys), function(values))
+            for layer_idx, (keys, values) in self.current_key_values.items()
+        }
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorders the rows for beam search."""
+        super().reorder_cache(beam_idx)
+        self._map_retrieval(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self._map_retrieval(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows `indices`."""
+        super().batch_select_indices(indices)
+        self._map_retrieval(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens (a negative number), across ends of chunks too."""
+        super().crop(tokens_to_remove)
+        if tokens_to_remove == 0:
+            return
+        self.input_ids = self.input_ids[:, :tokens_to_remove] if self.input_ids is not None else None
+        self.chunk_states = self.chunk_states[:, :tokens_to_remove] if self.chunk_states is not None else None
+        self.current_attention_mask = None
+        self.current_key_values = {}
+
+    def reset(self) -> None:
+        """Empties the cache."""
+        super().reset()
+        self._reset_retrieval()
+
+
+__all__ = ["RetroCache"]

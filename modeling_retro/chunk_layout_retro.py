@@ -1,0 +1,194 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which neighbors each token sees: from positions and padding to chunks, slots and columns"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+def default_position_ids(
+    inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_length: int | torch.Tensor
+) -> torch.LongTensor:
+    """Index of each token in its row counted without padding, `(batch_size, seq_len)`."""
+    batch_size, seq_len = inputs_embeds.shape[:2]
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq_len:]
+    position_ids = torch.arange(seq_len, device=inputs_embeds.device) + past_length
+    return position_ids.expand(batch_size, -1)
+
+
+def token_mask(
+    attention_mask: torch.Tensor | None, position_ids: torch.LongTensor, past_length: int
+) -> torch.BoolTensor:
+    """The 2-D mask of a row's tokens, cached ones included, `(batch_size, past_length + seq_len)`."""
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return attention_mask.bool()
+    batch_size, seq_len = position_ids.shape
+    return position_ids.new_ones(batch_size, past_length + seq_len, dtype=torch.bool)
+
+
+def take_columns(states: torch.Tensor, columns: torch.LongTensor) -> torch.Tensor:
+    """Rows of `states` `(B, N, ...)` at `columns` `(B, M)`: `(B, M, ...)`."""
+    batch_size, length = states.shape[:2]
+    offsets = torch.arange(batch_size, device=columns.device)[:, None] * length
+    return states.flatten(0, 1).index_select(0, (columns + offsets).flatten()).unflatten(0, columns.shape)
+
+
+@dataclass
+class TokenLocations:
+    """Where the tokens of a call stand in their documents and rows, and which chunks of a row came before the call."""
+
+    document_index: torch.LongTensor  # [B, T] i: index of the token in its document
+    row_index: torch.LongTensor  # [B, T] t': index of the token in its row counted without padding
+    document_slot: torch.LongTensor  # [B, T] (t' - i) // m: chunks of the row before the token's document
+    is_token: torch.BoolTensor  # [B, T] False for padding
+    column_of: torch.LongTensor  # [B, N + 1] column of each row index
+    first_document_index: torch.LongTensor  # [B, 1] i of the first token of the call
+    first_row_index: torch.LongTensor  # [B, 1] t' of the first token of the call
+    first_slot: torch.LongTensor  # [B, 1] chunks of the row completed before the call
+
+
+def locate_tokens(position_ids: torch.LongTensor, attention_mask: torch.BoolTensor, chunk_size: int) -> TokenLocations:
+    """
+    Args:
+        position_ids (`torch.LongTensor` of shape `(batch_size, seq_len)`):
+            Index i of each token of the call in its document.
+        attention_mask (`torch.BoolTensor` of shape `(batch_size, past_length + seq_len)`):
+            False for padding.
+        chunk_size (`int`):
+            Number m of tokens in a chunk.
+    """
+    batch_size, seq_len = position_ids.shape
+    total_length = attention_mask.shape[1]
+    row_index = attention_mask.cumsum(-1) - 1  # [B, N]
+    columns = torch.arange(total_length, device=position_ids.device).expand(batch_size, -1)
+    column_of = columns.new_zeros(batch_size, total_length + 1)
+    column_of = column_of.scatter(1, torch.where(attention_mask, row_index, total_length), columns)
+
+    is_token, row_index = attention_mask[:, -seq_len:], row_index[:, -seq_len:]
+    document_slot = (row_index - position_ids) // chunk_size
+    first = is_token.int().argmax(-1, keepdim=True)
+    first_document_index = position_ids.gather(1, first)
+    first_slot = document_slot.gather(1, first) + first_document_index // chunk_size
+    if total_length == seq_len:
+        first_slot = torch.zeros_like(first_slot)
+    return TokenLocations(
+        document_index=position_ids,
+        row_index=row_index,
+        document_slot=document_slot,
+        is_token=is_token,
+        column_of=column_of,
+        first_document_index=first_document_index,
+        first_row_index=row_index.gather(1, first),
+        first_slot=first_slot,
+    )
+
+
+def completed_chunks(
+    locations: TokenLocations, chunk_size: int
+) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
+    """
+    The chunks that a call completes. Reads tensor values: for retrieval, which leaves the device anyway.
+
+    Returns:
+        `tuple`: rows `(n,)`, slots `(n,)` counted from the first chunk that the call completes in the row, and columns
+        `(n, chunk_size)` of the tokens of each chunk, counted from the first cached one.
+    """
+    slots = locations.document_slot + (locations.document_index + 1) // chunk_size - 1 - locations.first_slot
+    closing = locations.is_token & ((locations.document_index + 1) % chunk_size == 0) & (slots >= 0)
+    rows, closing_columns = closing.nonzero(as_tuple=True)
+    back = torch.arange(chunk_size - 1, -1, -1, device=rows.device)
+    row_index = locations.row_index[rows, closing_columns][:, None] - back  # [n, m]
+    return rows, slots[rows, closing_columns], locations.column_of[rows[:, None], row_index]
+
+
+@dataclass
+class ChunkLayout:
+    """
+    Which neighbors each token of a call sees. A *slot* is a whole chunk of a row whose neighbors some token of the
+    call may see: the S slots are the chunks that the call completes and, if `has_previous_slot`, in front of them the
+    chunk that the row completed last in earlier calls. At most G tokens of the call see the same slot.
+    """
+
+    first_slot: torch.LongTensor  # [B] chunks of the row completed before the call
+    next_slot: torch.LongTensor  # [B] which of the S slots the row's next token sees; none if outside
+    chunk_columns: torch.LongTensor  # [B, S, m] columns of the tokens of each chunk, counted from the first cached one
+    query_columns: torch.LongTensor  # [B, S G] columns of the call: the tokens that see each slot
+    query_places: torch.LongTensor  # [B, T] for each token its place among these S G
+    sees: torch.BoolTensor  # [B, T] whether the token sees a slot at all
+    query_positions: torch.LongTensor  # [B, T] position of each token counted from the start of the chunk it sees
+
+
+def compute_chunk_layout(
+    locations: TokenLocations, chunk_size: int, num_slots: int, has_previous_slot: bool
+) -> ChunkLayout:
+    """
+    Maps tokens to the chunks whose neighbors they see. With i the token's index in its document and t' its index in
+    the row counted without padding, a token sees those of the chunk completed last, u = (i + 1) // m - 1 of the
+    document, which is chunk (t' - i) // m + u of the row: the last token of a chunk is the first to see the neighbors
+    retrieved with it (section 2.4 of arXiv 2112.04426).
+
+    Args:
+        locations ([`TokenLocations`]):
+            Where the tokens stand.
+        chunk_size (`int`):
+            Number m of tokens in a chunk.
+        num_slots (`int`):
+            Number of slots that the call brings neighbors for.
+        has_previous_slot (`bool`):
+            Whether neighbors of the chunk completed last before the call stand in front.
+    """
+    i, t = locations.document_index, locations.row_index
+    batch_size, seq_len = i.shape
+    device = i.device
+    before = int(has_previous_slot)
+    num_slots = num_slots + before
+    slot = locations.document_slot + (i + 1) // chunk_size - 1 - locations.first_slot + before  # [B, T]
+    sees = locations.is_token & (i + 1 >= chunk_size) & (slot >= 0) & (slot < num_slots)
+    offset = (i + 1) % chunk_size  # [B, T]
+    closing = sees & (offset == 0)
+    if has_previous_slot:
+        # Of the tokens that see the previous slot only a part stands in this call: count from the first of them.
+        offset = torch.where(slot == 0, t - locations.first_row_index, offset)
+        closing = closing & (slot > 0)
+
+    group_size = min(chunk_size, seq_len)
+    nowhere = num_slots * group_size
+    places = torch.where(sees, slot * group_size + offset, nowhere)
+    columns = torch.arange(seq_len, device=device).expand(batch_size, -1)
+    query_columns = columns.new_zeros(batch_size, nowhere + 1).scatter(1, places, columns)[:, :-1]
+
+    # The closing token of each chunk has all tokens of the chunk before it in the row.
+    closing_index = t.new_zeros(batch_size, num_slots + 1)
+    closing_index = closing_index.scatter(1, torch.where(closing, slot, num_slots), t)[:, :-1]  # [B, S]
+    if has_previous_slot:
+        previous = locations.first_row_index - locations.first_document_index % chunk_size - 1
+        closing_index = torch.cat([previous, closing_index[:, 1:]], dim=1)
+    row_index = closing_index[:, :, None] - torch.arange(chunk_size - 1, -1, -1, device=device)  # [B, S, m]
+    chunk_columns = locations.column_of.gather(1, row_index.clamp(min=0).flatten(1))
+
+    last = seq_len - 1 - locations.is_token.flip(-1).int().argmax(-1, keepdim=True)  # [B, 1]
+    next_slot = locations.document_slot.gather(1, last) + (i.gather(1, last) + 1) // chunk_size - 1
+    next_slot = next_slot - locations.first_slot + before
+    next_slot = torch.where(locations.is_token.any(-1, keepdim=True), next_slot, before - 1)
+    return ChunkLayout(
+        first_slot=locations.first_slot[:, 0],
+        next_slot=next_slot[:, 0],
+        chunk_columns=chunk_columns.unflatten(1, (num_slots, chunk_size)),
+        query_columns=query_columns,
+        query_places=places.clamp(max=nowhere - 1),
+        sees=sees,
+        query_positions=chunk_size - 1 + (i + 1) % chunk_size,
+    )

@@ -1,0 +1,281 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Retrieval at chunk ends, inside `generate()` and inside a plain forward pass"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from .cache_retro import RetroCache, pad_to_shape
+from .chunk_layout_retro import completed_chunks, default_position_ids, locate_tokens, token_mask
+
+
+@dataclass
+class RetrievalMemory:
+    """
+    What a `generate()` has retrieved so far, by the tokens of the chunk: no chunk is retrieved twice, whatever becomes
+    of rows that beams reorder, of rejected candidates, or of a prefix that is computed again without a cache.
+    """
+
+    prompt_length: int
+    prompt_mask: torch.Tensor | None = None
+    chunks: dict[bytes, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+
+# Per thread and task, and a stack: an assistant model generates inside the generation of the model it assists.
+_active_memory: ContextVar[RetrievalMemory | None] = ContextVar("retrieval_memory", default=None)
+
+PROVENANCE_FIELDS = {"chunk_ids": -1, "document_ids": -1, "scores": float("nan")}
+
+
+class RetroGenerationMixin:
+    """
+    Makes a RETRO model look up neighbors by itself. Its retriever is any object with a method
+    `retrieve(chunk_input_ids, k)` that takes a `torch.LongTensor` of shape `(n, chunk_size)` and returns an object with
+    the attributes `neighbor_input_ids` (`torch.LongTensor` of shape `(n, k, neighbor_length)`),
+    `neighbor_attention_mask` (of the same shape) and, where they are known, `scores`, `chunk_ids` and `document_ids` of
+    shape `(n, k)`.
+    """
+
+    @classmethod
+    def from_pretrained(cls, *args, retriever: Any = None, **kwargs):
+        """
+        Loads a model as [`~transformers.PreTrainedModel.from_pretrained`] does.
+
+        Args:
+            retriever (*optional*):
+                What the model looks up its neighbors with, see [`~RetroGenerationMixin.set_retriever`].
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.set_retriever(retriever)
+        return loaded
+
+    def set_retriever(self, retriever: Any) -> None:
+        """Sets the object that looks up neighbors, or `None`: the model then runs without retrieval (OFF)."""
+        self.retriever = retriever
+        self.retrieval_enabled = True
+
+    @contextmanager
+    def retrieval(self, enabled: bool) -> Iterator[None]:
+        """Switches retrieval on or off inside a `with` block; `with model.retrieval(False):` is RETRO OFF."""
+        before = self.retrieval_enabled
+        self.retrieval_enabled = enabled
+        try:
+            yield
+        finally:
+            self.retrieval_enabled = before
+
+    @property
+    def is_retrieving(self) -> bool:
+        """`bool`: Whether a forward pass without neighbors looks them up. Nothing retrieves by itself in training."""
+        return (
+            self.retriever is not None
+            and self.retrieval_enabled
+            and not self.training
+            and self.config.num_neighbors > 0
+        )
+
+    @torch.no_grad()
+    def retrieve_neighbors(
+        self,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        first_column: int = 0,
+    ) -> tuple[torch.LongTensor | None, torch.BoolTensor | None]:
+        """
+        Looks up the neighbors of the chunks that these tokens complete, with at most one call of the retriever.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, seq_len)`, *optional*):
+                Tokens of this call; `None` (embeddings instead) retrieves nothing.
+            attention_mask (`torch.Tensor` of shape `(batch_size, past_length + seq_len)`, *optional*):
+                0 for padding.
+            position_ids (`torch.LongTensor` of shape `(batch_size, seq_len)`, *optional*):
+                Index of each token in its document.
+            past_key_values ([`RetroCache`], *optional*):
+                Cache with the tokens before.
+            first_column (`int`, *optional*, defaults to 0):
+                Chunks that end before this column, counted from the first cached one, are left without neighbors.
+
+        Returns:
+            `tuple`: `neighbor_input_ids` and `neighbor_attention_mask` for `forward`, or twice `None`.
+        """
+        if input_ids is None:
+            return None, None
+        if past_key_values is not None and not isinstance(past_key_values, RetroCache):
+            raise ValueError(
+                f"`past_key_values` is a {type(past_key_values).__name__}, which cannot hold the state of retrieval: "
+                "pass a `RetroCache`, or none, or switch retrieval off."
+            )
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = default_position_ids(input_ids, attention_mask, past_length)
+        position_ids = position_ids.expand(input_ids.shape[0], -1)
+        mask = token_mask(attention_mask, position_ids, past_length)
+        rows, slots, columns = completed_chunks(
+            locate_tokens(position_ids, mask, self.config.chunk_size), self.config.chunk_size
+        )
+        if past_length > 0:
+            input_ids = torch.cat([past_key_values.input_ids, input_ids], dim=1)
+        chunks = input_ids[rows[:, None], columns]  # [n, m]
+        wanted = (chunks >= 0).all(-1) & (columns[:, -1] >= first_column)
+        rows, slots, chunks = rows[wanted], slots[wanted], chunks[wanted]
+        if rows.shape[0] == 0:
+            return None, None
+
+        found = self._look_up(chunks.cpu())
+        neighbor_input_ids = torch.stack([chunk["neighbor_input_ids"] for chunk in found])  # [n, k, r]
+        neighbor_attention_mask = torch.stack([chunk["neighbor_attention_mask"] for chunk in found])
+        shape = (input_ids.shape[0], int(slots.max()) + 1, *neighbor_input_ids.shape[1:])
+        all_ids = input_ids.new_zeros(shape)
+        all_masks = torch.zeros(shape, dtype=torch.bool, device=input_ids.device)
+        all_ids[rows, slots] = neighbor_input_ids.to(all_ids)
+        all_masks[rows, slots] = neighbor_attention_mask.to(all_masks)
+        return all_ids, all_masks
+
+    def _look_up(self, chunks: torch.LongTensor) -> list[dict[str, torch.Tensor]]:
+        """What the retriever found for each of `chunks` `(n, m)`; chunks that the memory knows are not asked again."""
+        memory = _active_memory.get()
+        known = memory.chunks if memory is not None else {}
+        keys = [chunk.tobytes() for chunk in chunks.numpy()]
+        missing = {key: row for row, key in enumerate(keys) if key not in known}
+        if missing:
+            retrieved = self.retriever.retrieve(chunks[list(missing.values())], self.config.num_neighbors)
+            shape = retrieved.neighbor_input_ids.shape
+            if len(shape) != 3 or shape[0] != len(missing) or retrieved.neighbor_attention_mask.shape != shape:
+                raise ValueError(
+                    f"The retriever returned `neighbor_input_ids` of shape {tuple(shape)} and "
+                    f"`neighbor_attention_mask` of shape {tuple(retrieved.neighbor_attention_mask.shape)} for "
+                    f"{len(missing)} chunks, expected ({len(missing)}, k, neighbor_length) twice."
+                )
+            # A retriever need not know the provenance of what it returns.
+            fields = {name: getattr(retrieved, name, None) for name in PROVENANCE_FIELDS}
+            fields |= {name: getattr(retrieved, name) for name in ("neighbor_input_ids", "neighbor_attention_mask")}
+            for row, key in enumerate(missing):
+                known[key] = {name: value[row] for name, value in fields.items() if value is not None}
+        return [known[key] for key in keys]
+
+    def generate(self, *args, **kwargs):
+        """
+        Generates as [`~transformers.GenerationMixin.generate`] does. Whenever a row completes a chunk, its neighbors
+        are looked up, and the token that completed it already uses them. `neighbor_input_ids` belong to the chunks of
+        the prompt; later chunks use the retriever, if there is one.
+
+        Returns:
+            With `return_dict_in_generate=True` and a retriever that knows them, the output also has
+            `retrieved_chunk_ids`, `retrieved_document_ids` (`torch.LongTensor`, -1 where absent) and
+            `retrieved_scores` (`torch.FloatTensor`, NaN where absent) of shape `(num_sequences, num_chunks, k)`.
+        """
+        prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        memory = RetrievalMemory(prompt_length=prompt.shape[1] if prompt is not None else 0)
+        token = _active_memory.set(memory)
+        try:
+            outputs = super().generate(*args, **kwargs)
+        finally:
+            _active_memory.reset(token)
+        if not isinstance(outputs, torch.Tensor) and prompt is not None:
+            self._add_provenance(outputs, memory)
+        return outputs
+
+    def _add_provenance(self, outputs: Any, memory: RetrievalMemory) -> None:
+        sequences = outputs.sequences.cpu()
+        num_sequences, length = sequences.shape
+        mask = torch.ones(num_sequences, length, dtype=torch.bool)
+        if memory.prompt_mask is not None:
+            # The rows of generation are those of the prompt, each repeated for its beams.
+            rows = torch.arange(num_sequences) * memory.prompt_mask.shape[0] // num_sequences
+            mask[:, : memory.prompt_length] = memory.prompt_mask.cpu().bool()[rows]
+        position_ids = default_position_ids(sequences, mask, 0)
+        chunk_size = self.config.chunk_size
+        rows, slots, columns = completed_chunks(locate_tokens(position_ids, mask, chunk_size), chunk_size)
+        keys = [chunk.tobytes() for chunk in sequences[rows[:, None], columns].numpy()]
+        for name, absent in PROVENANCE_FIELDS.items():
+            known = [(n, memory.chunks[key][name]) for n, key in enumerate(keys) if name in memory.chunks.get(key, {})]
+            if not known:
+                continue
+            index = torch.tensor([n for n, _ in known])
+            values = torch.stack([value.cpu() for _, value in known])  # [n, k]
+            shape = (num_sequences, int(slots.max()) + 1, values.shape[1])
+            provenance = torch.full(shape, absent, dtype=values.dtype)
+            provenance[rows[index], slots[index]] = values
+            outputs[f"retrieved_{name}"] = provenance
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        neighbor_input_ids: torch.LongTensor | None = None,
+        neighbor_attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """Keeps given neighbors to the prompt's chunks; forward looks up those of later chunks by itself."""
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        memory = _active_memory.get()
+        if memory is not None and memory.prompt_mask is None and attention_mask is not None:
+            memory.prompt_mask = attention_mask[:, : memory.prompt_length]
+        if neighbor_input_ids is None or not (is_first_iteration or past_key_values is None):
+            return model_inputs
+
+        if neighbor_attention_mask is None:
+            neighbor_attention_mask = torch.ones_like(neighbor_input_ids)
+        if self.is_retrieving:
+            # The same call may hold later chunks: candidates behind the prompt, or all tokens if there is no cache.
+            later_ids, later_mask = self.retrieve_neighbors(
+                model_inputs["input_ids"],
+                attention_mask,
+                model_inputs.get("position_ids"),
+                past_key_values,
+                first_column=memory.prompt_length if memory is not None else input_ids.shape[1],
+            )
+            if later_ids is not None:
+                shape = [max(sizes) for sizes in zip(later_ids.shape, neighbor_input_ids.shape)]
+                later_ids, later_mask = pad_to_shape(later_ids, shape), pad_to_shape(later_mask, shape)
+                is_later = later_mask.any(-1, keepdim=True).any(-2, keepdim=True)
+                neighbor_input_ids = torch.where(is_later, later_ids, pad_to_shape(neighbor_input_ids, shape))
+                given_mask = pad_to_shape(neighbor_attention_mask, shape).bool()
+                neighbor_attention_mask = torch.where(is_later, later_mask, given_mask)
+        model_inputs["neighbor_input_ids"] = neighbor_input_ids
+        model_inputs["neighbor_attention_mask"] = neighbor_attention_mask
+        return model_inputs
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        is_given = model_kwargs.get("past_key_values") is not None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if not is_given and generation_config.cache_implementation in (None, "dynamic", "offloaded"):
+            offloading = generation_config.cache_implementation == "offloaded"
+            if model_kwargs.get("past_key_values") is not None:
+                model_kwargs["past_key_values"] = RetroCache(config=self.config, offloading=offloading)
+
+
+__all__ = ["RetroGenerationMixin"]

@@ -1,0 +1,895 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""RETRO model: a Llama-like decoder with chunked cross attention to retrieved neighbors (arXiv 2112.04426)"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .cache_retro import RetroCache, prepend_slot
+from .chunk_layout_retro import (
+    ChunkLayout,
+    compute_chunk_layout,
+    default_position_ids,
+    locate_tokens,
+    take_columns,
+    token_mask,
+)
+from .configuration_retro import RetroConfig
+from .generation_retro import RetroGenerationMixin
+
+
+class RetroRMSNorm(nn.Module):
+    """Root mean square normalisation, in float32 or better."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.promote_types(input_dtype, torch.float32))
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+    def extra_repr(self):
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class RetroRotaryEmbedding(nn.Module):
+    """Rotary embedding of the decoder's self-attention, with the scaling that `config.rope_parameters` names."""
+
+    def __init__(self, config: RetroConfig):
+        super().__init__()
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn: Callable = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: RetroConfig, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies `(head_dim // 2,)` of unscaled rotary embeddings, and the scale 1 of cos and sin."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)  # [B, T, D/2]
+        emb = torch.cat((freqs, freqs), dim=-1)  # [B, T, D]
+        cos = emb.cos() * self.attention_scaling
+        sin = emb.sin() * self.attention_scaling
+        return cos.to(dtype=x.dtype), sin.to(dtype=x.dtype)
+
+
+class RetroNeighborRotaryEmbedding(RetroRotaryEmbedding):
+    """Unscaled rotary embedding of chunked cross attention and encoder, with positions from the chunk's start."""
+
+    def __init__(self, config: RetroConfig):
+        nn.Module.__init__(self)
+        self.config = config
+        self.rope_type = "default"
+        inv_freq, self.attention_scaling = self.compute_default_rope_parameters(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: RetroConfig, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies `(head_dim // 2,)` for `neighbor_rope_theta`, and the scale 1 of cos and sin."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / (config.neighbor_rope_theta**exponents), 1.0
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """Rotates half the dimensions of a head."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((-x2, x1), dim=-1)
+
+
+def apply_rotary(states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotates queries or keys `(..., length, head_dim)` by cos and sin that broadcast to that shape."""
+    cos, sin = position_embeddings
+    return (states * cos) + (rotate_half(states) * sin)
+
+
+class RetroMLP(nn.Module):
+    def __init__(self, config: RetroConfig):
+        super().__init__()
+        hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RetroNeighborMLP(RetroMLP):
+    def __init__(self, config: RetroConfig):
+        nn.Module.__init__(self)
+        hidden_size, intermediate_size = config.neighbor_encoder_hidden_size, config.neighbor_encoder_intermediate_size
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+
+def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
+    """Repeats each key/value head `n_rep` times: `(B, Hkv, L, D)` to `(B, Hkv * n_rep, L, D)`."""
+    batch, num_key_value_heads, slen, head_dim = hidden_states.shape
+    if n_rep == 1:
+        return hidden_states
+    hidden_states = hidden_states[:, :, None, :, :].expand(batch, num_key_value_heads, n_rep, slen, head_dim)
+    return hidden_states.reshape(batch, num_key_value_heads * n_rep, slen, head_dim)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    key_states = repeat_kv(key, module.num_key_value_groups)
+    value_states = repeat_kv(value, module.num_key_value_groups)
+
+    attn_weights = torch.matmul(query, key_states.transpose(2, 3)) * scaling  # [B, H, Lq, Lk]
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+    softmax_dtype = torch.promote_types(query.dtype, torch.float32)
+    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=softmax_dtype).to(query.dtype)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    attn_output = torch.matmul(attn_weights, value_states).transpose(1, 2).contiguous()  # [B, Lq, H, D]
+    return attn_output, attn_weights
+
+
+class RetroAttention(nn.Module):
+    """What the decoder's self-attention, chunked cross attention and the neighbor encoder's attentions have in common."""
+
+    is_causal = False
+
+    def _make_projections(
+        self,
+        config: RetroConfig,
+        hidden_size: int,
+        key_value_hidden_size: int,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+    ) -> None:
+        self.config = config
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = num_attention_heads // num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        query_size, key_value_size = num_attention_heads * self.head_dim, num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(key_value_hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(key_value_hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, hidden_size, bias=config.attention_output_bias)
+        # CODEPATH: models of the Qwen3 kind normalise the queries and keys of each head, Llama-like ones do not.
+        self.q_norm = RetroRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        # CODEPATH: as for the queries.
+        self.k_norm = RetroRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def project_queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(..., length, hidden_size)` to `(..., length, num_attention_heads, head_dim)`."""
+        return self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
+
+    def project_keys_values(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(..., length, key_value_hidden_size)` to twice `(..., length, num_key_value_heads, head_dim)`."""
+        keys = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
+        return keys, self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+
+    def attend(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Queries `(B, H, Lq, D)`, keys and values `(B, Hkv, Lk, D)` to `(B, Lq, H * D)` and the weights, if any."""
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            queries,
+            keys,
+            values,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return attn_output.flatten(-2), attn_weights
+
+
+class RetroSelfAttention(RetroAttention):
+    """Causal self-attention of the decoder."""
+
+    is_causal = True
+
+    def __init__(self, config: RetroConfig, layer_idx: int):
+        super().__init__()
+        self.attention_dropout = config.attention_dropout
+        self._make_projections(
+            config,
+            hidden_size=config.hidden_size,
+            key_value_hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+        )
+        self.layer_idx = layer_idx
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        queries = self.project_queries(hidden_states).transpose(1, 2)  # [B, H, T, D]
+        keys, values = self.project_keys_values(hidden_states)
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)  # [B, Hkv, T, D]
+        queries, keys = apply_rotary(queries, position_embeddings), apply_rotary(keys, position_embeddings)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        attn_output, attn_weights = self.attend(queries, keys, values, attention_mask, **kwargs)
+        return self.o_proj(attn_output), attn_weights
+
+
+class RetroNeighborAttention(RetroAttention):
+    """Bidirectional self-attention of the neighbor encoder."""
+
+    def __init__(self, config: RetroConfig):
+        super().__init__()
+        self.attention_dropout = config.neighbor_encoder_attention_dropout
+        self._make_projections(
+            config,
+            hidden_size=config.neighbor_encoder_hidden_size,
+            key_value_hidden_size=config.neighbor_encoder_hidden_size,
+            num_attention_heads=config.neighbor_encoder_num_attention_heads,
+            num_key_value_heads=config.neighbor_encoder_num_key_value_heads,
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        key_position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        queries = self.project_queries(hidden_states).transpose(1, 2)  # [N, H, Lq, D]
+        keys, values = self.project_keys_values(key_value_states)
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)  # [N, Hkv, Lk, D]
+        queries, keys = apply_rotary(queries, position_embeddings), apply_rotary(keys, key_position_embeddings)
+        return self.o_proj(self.attend(queries, keys, values, attention_mask)[0])
+
+
+class RetroNeighborChunkAttention(RetroNeighborAttention):
+    """Attention of the neighbor encoder to the decoder's activations of the retrieving chunk."""
+
+    def __init__(self, config: RetroConfig):
+        nn.Module.__init__(self)
+        self.attention_dropout = config.neighbor_encoder_attention_dropout
+        self._make_projections(
+            config,
+            hidden_size=config.neighbor_encoder_hidden_size,
+            key_value_hidden_size=config.hidden_size,
+            num_attention_heads=config.neighbor_encoder_num_attention_heads,
+            num_key_value_heads=config.neighbor_encoder_num_key_value_heads,
+        )
+
+
+class RetroCrossAttention(RetroAttention):
+    """
+    Chunked cross attention (section 2.4 of arXiv 2112.04426): each token attends to all tokens of all neighbors of the
+    chunk completed last, with one softmax over them.
+    """
+
+    def __init__(self, config: RetroConfig, layer_idx: int):
+        super().__init__()
+        self.attention_dropout = config.attention_dropout
+        self._make_projections(
+            config,
+            hidden_size=config.hidden_size,
+            key_value_hidden_size=config.neighbor_encoder_hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+        )
+        self.layer_idx = layer_idx
+        # CODEPATH: retrofitted models have a gate that starts at zero, models trained from scratch have none.
+        self.gate = nn.Parameter(torch.zeros(1)) if config.cross_attention_gate else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        neighbor_states: torch.Tensor | None,
+        layout: ChunkLayout,
+        has_neighbors: torch.BoolTensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        key_position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        cos, sin = position_embeddings
+        queries = self.project_queries(hidden_states)  # [B, T, H, D]
+        queries = apply_rotary(queries, (cos.unsqueeze(2), sin.unsqueeze(2)))
+        keys, values = None, None
+        if neighbor_states is not None:
+            cos, sin = key_position_embeddings
+            keys, values = self.project_keys_values(neighbor_states)  # [B, L, k, r, Hkv, D]
+            keys = apply_rotary(keys, (cos.unsqueeze(1), sin.unsqueeze(1)))
+            keys = keys.flatten(2, 3).transpose(2, 3)  # [B, L, Hkv, k r, D]
+            values = values.flatten(2, 3).transpose(2, 3)
+        if past_key_values is not None:
+            keys, values = past_key_values.update_current(keys, values, layout.next_slot, self.layer_idx)
+
+        num_slots = keys.shape[1]
+        queries = take_columns(queries, layout.query_columns)  # [B, S G, H, D]
+        queries = queries.unflatten(1, (num_slots, -1)).flatten(0, 1).transpose(1, 2)  # [B S, H, G, D]
+        attn_output, attn_weights = self.attend(queries, keys.flatten(0, 1), values.flatten(0, 1), attention_mask)
+        attn_output = attn_output.unflatten(0, (-1, num_slots)).flatten(1, 2)  # [B, S G, H D]
+        attn_output = self.o_proj(take_columns(attn_output, layout.query_places))  # [B, T, d]
+        if self.gate is not None:
+            attn_output = attn_output * self.gate.tanh()
+        # Tokens without neighbors get exactly nothing, not even the bias of the projection.
+        return attn_output.masked_fill(~has_neighbors[..., None], 0.0), attn_weights
+
+
+class RetroNeighborEncoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: RetroConfig, layer_idx: int):
+        super().__init__()
+        hidden_size, eps = config.neighbor_encoder_hidden_size, config.rms_norm_eps
+        self.self_attn = RetroNeighborAttention(config)
+        self.input_layernorm = RetroRMSNorm(hidden_size, eps=eps)
+        # CODEPATH: only some layers of the encoder see the chunk that retrieved the neighbors.
+        self.attends_to_chunk = layer_idx in config.neighbor_encoder_cross_attention_layers
+        if self.attends_to_chunk:
+            self.chunk_attn = RetroNeighborChunkAttention(config)
+            self.chunk_attn_layernorm = RetroRMSNorm(hidden_size, eps=eps)
+        self.mlp = RetroNeighborMLP(config)
+        self.post_attention_layernorm = RetroRMSNorm(hidden_size, eps=eps)
+        self.dropout = nn.Dropout(config.neighbor_encoder_hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        chunk_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        batch_size, chunk_size = chunk_states.shape[:2]
+        cos, sin = position_embeddings
+        length = hidden_states.shape[1]
+        own = (cos[:length], sin[:length])
+        states = self.input_layernorm(hidden_states)  # [N k, r, E]
+        states = self.self_attn(states, states, own, own, attention_mask)
+        hidden_states = hidden_states + self.dropout(states)
+
+        if self.attends_to_chunk:
+            # The k neighbors of a chunk are one long query, so that its keys and values are not repeated for each.
+            states = self.chunk_attn_layernorm(hidden_states)
+            num_neighbors = states.shape[0] // batch_size
+            states = states.unflatten(0, (batch_size, num_neighbors)).flatten(1, 2)  # [N, k r, E]
+            queries_at = (own[0].repeat(num_neighbors, 1), own[1].repeat(num_neighbors, 1))
+            states = self.chunk_attn(states, chunk_states, queries_at, (cos[:chunk_size], sin[:chunk_size]))
+            hidden_states = hidden_states + self.dropout(states.reshape_as(hidden_states))
+
+        states = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.dropout(states)
+
+
+class RetroNeighborEncoder(nn.Module):
+    """
+    Bidirectional encoder of the neighbors, conditioned on the decoder's activations of the chunk that retrieved them
+    (section 2.3 and algorithm 1 of arXiv 2112.04426).
+    """
+
+    def __init__(self, config: RetroConfig):
+        super().__init__()
+        self.config = config
+        hidden_size = config.neighbor_encoder_hidden_size
+        self.embed_projection = nn.Identity()
+        # CODEPATH: an encoder of another width than the decoder reads the decoder's embeddings through a projection.
+        if hidden_size != config.hidden_size:
+            self.embed_projection = nn.Linear(config.hidden_size, hidden_size, bias=False)
+        self.chunk_layernorm = RetroRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(
+            [
+                RetroNeighborEncoderLayer(config, layer_idx)
+                for layer_idx in range(config.neighbor_encoder_num_hidden_layers)
+            ]
+        )
+        self.norm = RetroRMSNorm(hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        neighbor_embeds: torch.Tensor,
+        neighbor_attention_mask: torch.BoolTensor,
+        chunk_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        r"""
+        Args:
+            neighbor_embeds (`torch.Tensor` of shape `(num_chunks, k, neighbor_length, hidden_size)`):
+                Embeddings of the neighbor tokens.
+            neighbor_attention_mask (`torch.BoolTensor` of shape `(num_chunks, k, neighbor_length)`):
+                Which of them are real.
+            chunk_states (`torch.Tensor` of shape `(num_chunks, chunk_size, hidden_size)`):
+                The decoder's activations of the chunks.
+            position_embeddings (`tuple[torch.Tensor, torch.Tensor]`):
+                Cos and sin `(length, head_dim)` of positions from 0.
+
+        Returns:
+            `torch.Tensor` of shape `(num_chunks, k, neighbor_length, neighbor_encoder_hidden_size)`.
+        """
+        num_neighbors = neighbor_embeds.shape[1]
+        hidden_states = self.embed_projection(neighbor_embeds).flatten(0, 1)  # [N k, r, E]
+        mask = neighbor_attention_mask.flatten(0, 1)  # [N k, r]
+        # An absent neighbor attends to its padding, which nobody reads, rather than to nothing.
+        mask = mask | ~mask.any(-1, keepdim=True)
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=mask)
+        chunk_states = self.chunk_layernorm(chunk_states)  # [N, m, d]
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, chunk_states, mask, position_embeddings)
+        return self.norm(hidden_states).unflatten(0, (-1, num_neighbors))  # [N, k, r, E]
+
+
+class RetroDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: RetroConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = RetroSelfAttention(config, layer_idx)
+        self.input_layernorm = RetroRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        # CODEPATH: chunked cross attention stands in the layers that the config names.
+        self.has_cross_attention = layer_idx in config.cross_attention_layers
+        if self.has_cross_attention:
+            self.cross_attn = RetroCrossAttention(config, layer_idx)
+            self.cross_attn_layernorm = RetroRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = RetroMLP(config)
+        self.post_attention_layernorm = RetroRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        neighbor_states: torch.Tensor | None = None,
+        encode_neighbors: Callable[[torch.Tensor, Cache | None], torch.Tensor | None] | None = None,
+        cross_attention_inputs: dict | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        hidden_states, _ = self.self_attn(hidden_states, past_key_values=past_key_values, **kwargs)
+        hidden_states = residual + self.dropout(hidden_states)  # [B, T, d]
+
+        # The first layer with cross attention conditions the encoder, whose output serves all of them.
+        if encode_neighbors is not None:
+            neighbor_states = encode_neighbors(hidden_states, past_key_values)  # [B, L, k, r, E]
+        if self.has_cross_attention and cross_attention_inputs is not None:
+            residual = hidden_states
+            hidden_states = self.cross_attn_layernorm(hidden_states)
+            hidden_states, _ = self.cross_attn(
+                hidden_states, neighbor_states, past_key_values=past_key_values, **cross_attention_inputs
+            )
+            hidden_states = residual + self.dropout(hidden_states)
+
+        residual = hidden_states
+        hidden_states = self.mlp(self.post_attention_layernorm(hidden_states))
+        return residual + self.dropout(hidden_states), neighbor_states
+
+
+@auto_docstring
+class RetroPreTrainedModel(PreTrainedModel):
+    config: RetroConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RetroDecoderLayer", "RetroNeighborEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "hidden_states": RetroDecoderLayer,
+        "attentions": OutputRecorder(RetroSelfAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(RetroCrossAttention, index=1, layer_name="cross_attn"),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, RetroCrossAttention) and module.gate is not None:
+            init.zeros_(module.gate)
+
+
+@auto_docstring
+class RetroModel(RetroPreTrainedModel):
+    def __init__(self, config: RetroConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [RetroDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = RetroRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = RetroRotaryEmbedding(config)
+        self.neighbor_encoder = RetroNeighborEncoder(config)
+        self.neighbor_rotary_emb = RetroNeighborRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        neighbor_input_ids: torch.LongTensor | None = None,
+        neighbor_attention_mask: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        r"""
+        neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_slots, k, neighbor_length)`, *optional*):
+            Tokens of the neighbors of each whole chunk of a row, in the order of the chunks (an incomplete last chunk
+            has no slot). With a filled cache: of the chunks that this call completes; a row that completes fewer
+            leaves its last slots masked. Chunks beyond `num_slots` have no neighbors.
+        neighbor_attention_mask (`torch.Tensor` of shape `(batch_size, num_slots, k, neighbor_length)`, *optional*):
+            1 (or True) for real neighbor tokens, 0 for padding and absent neighbors. Defaults to all real.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)  # [B, T, d]
+        if use_cache and past_key_values is None:
+            past_key_values = RetroCache(config=self.config)
+        cache = past_key_values if isinstance(past_key_values, RetroCache) else None
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        neighbor_input_ids, neighbor_attention_mask = self._check_neighbors(
+            inputs_embeds, neighbor_input_ids, neighbor_attention_mask, past_key_values
+        )
+
+        has_explicit_positions = position_ids is not None
+        if position_ids is None:
+            position_ids = default_position_ids(inputs_embeds, attention_mask, past_length)
+        causal_mask = self._create_causal_mask(
+            inputs_embeds, attention_mask, position_ids if has_explicit_positions else None, past_key_values
+        )
+        cross_attention_inputs, encode_neighbors = self._prepare_retrieval(
+            inputs_embeds, attention_mask, position_ids, neighbor_input_ids, neighbor_attention_mask, cache
+        )
+        if cache is not None:
+            unknown = position_ids.new_full(inputs_embeds.shape[:2], -1)
+            cache.update_input_ids(unknown if input_ids is None else input_ids)
+
+        hidden_states = inputs_embeds
+        neighbor_states = None
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        position_embeddings = (position_embeddings[0].unsqueeze(1), position_embeddings[1].unsqueeze(1))
+        for layer_idx, decoder_layer in enumerate(self.layers):
+            is_first = layer_idx == self.config.cross_attention_layers[0]
+            hidden_states, neighbor_states = decoder_layer(
+                hidden_states,
+                neighbor_states,
+                encode_neighbors=encode_neighbors if is_first else None,
+                cross_attention_inputs=cross_attention_inputs,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden_states, past_key_values=past_key_values
+        )
+
+    def _check_neighbors(
+        self,
+        inputs_embeds: torch.Tensor,
+        neighbor_input_ids: torch.LongTensor | None,
+        neighbor_attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[torch.LongTensor | None, torch.BoolTensor | None]:
+        """Checks the shapes of neighbors; no slots, no neighbors and `None` are the same."""
+        if neighbor_input_ids is None:
+            return None, None
+        if neighbor_input_ids.ndim != 4 or neighbor_input_ids.shape[0] != inputs_embeds.shape[0]:
+            raise ValueError(
+                f"`neighbor_input_ids` has shape {tuple(neighbor_input_ids.shape)}, expected (batch_size, num_slots, "
+                f"k, neighbor_length) with batch_size {inputs_embeds.shape[0]}."
+            )
+        if neighbor_attention_mask is None:
+            neighbor_attention_mask = torch.ones_like(neighbor_input_ids)
+        if neighbor_attention_mask.shape != neighbor_input_ids.shape:
+            raise ValueError(
+                f"`neighbor_attention_mask` has shape {tuple(neighbor_attention_mask.shape)}, expected that of "
+                f"`neighbor_input_ids`, {tuple(neighbor_input_ids.shape)}."
+            )
+        num_slots, seq_len, chunk_size = neighbor_input_ids.shape[1], inputs_embeds.shape[1], self.config.chunk_size
+        # With a filled cache, the first tokens of the call may complete a chunk that was open.
+        is_filled = isinstance(past_key_values, RetroCache) and past_key_values.get_seq_length() > 0
+        max_slots = -(-seq_len // chunk_size) if is_filled else seq_len // chunk_size
+        if num_slots > max_slots:
+            raise ValueError(
+                f"`neighbor_input_ids` has {num_slots} slots, but {seq_len} tokens complete at most {max_slots} "
+                f"chunks of {chunk_size}."
+            )
+        if neighbor_input_ids.numel() == 0:
+            return None, None
+        if past_key_values is not None and not isinstance(past_key_values, RetroCache):
+            raise ValueError(
+                f"`past_key_values` is a {type(past_key_values).__name__}, which cannot hold the state of retrieval: "
+                "pass a `RetroCache`, or none, or switch retrieval off."
+            )
+        return neighbor_input_ids, neighbor_attention_mask.bool()
+
+    def _create_causal_mask(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor | None:
+        """
+        Causal mask in which documents packed into a row do not see each other. transformers finds restarting positions
+        only without mask and cache; the other cases are added here. `position_ids` is `None` if not given.
+        """
+        is_dynamic = past_key_values is None or isinstance(past_key_values, RetroCache)
+        past_length = past_key_values.get_seq_length() if past_key_values is not None and is_dynamic else 0
+        mask_inputs = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": None if is_dynamic and past_length == 0 else past_key_values,
+            "position_ids": position_ids,
+        }
+        is_prepared = not is_dynamic or (attention_mask is not None and attention_mask.ndim == 4)
+        if is_prepared or position_ids is None or (attention_mask is None and past_length == 0):
+            return create_causal_mask(**mask_inputs)
+
+        seq_len = inputs_embeds.shape[1]
+        position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
+        mask = token_mask(attention_mask, position_ids, past_length)
+        row_index = mask.cumsum(-1) - 1  # [B, N]
+        document_start = row_index[:, -seq_len:] - position_ids  # [B, T]
+        if seq_len == 1:
+            mask_inputs["attention_mask"] = mask & (row_index >= document_start)
+            return create_causal_mask(**mask_inputs)
+
+        def same_document(batch_idx: int, head_idx: int, q_idx: int, kv_idx: int) -> torch.BoolTensor:
+            return row_index[batch_idx, kv_idx] >= document_start[batch_idx, q_idx - past_length]
+
+        return create_causal_mask(**mask_inputs, and_mask_function=same_document)
+
+    def _prepare_retrieval(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor,
+        neighbor_input_ids: torch.LongTensor | None,
+        neighbor_attention_mask: torch.BoolTensor | None,
+        cache: RetroCache | None,
+    ) -> tuple[dict | None, Callable | None]:
+        """
+        Makes, once for all layers, what chunked cross attention needs (`None` if there are no neighbors), and the
+        function that the first layer with cross attention calls to encode neighbors and to fill the cache.
+        """
+        has_previous_slot = cache is not None and cache.neighbor_input_ids is not None
+        if neighbor_input_ids is None and not has_previous_slot:
+            return None, None if cache is None else self._encode_neighbors
+
+        chunk_size = self.config.chunk_size
+        position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
+        mask = token_mask(attention_mask, position_ids, cache.get_seq_length() if cache is not None else 0)
+        num_slots = neighbor_input_ids.shape[1] if neighbor_input_ids is not None else 0
+        locations = locate_tokens(position_ids, mask, chunk_size)
+        layout = compute_chunk_layout(locations, chunk_size, num_slots, has_previous_slot)
+        if cache is not None:
+            max_slots = mask.shape[1] // chunk_size
+            cache.update_neighbors(neighbor_input_ids, neighbor_attention_mask, layout.first_slot, max_slots)
+        if has_previous_slot and not cache.current_key_values:
+            # After a crop, the neighbors of the chunk completed last are encoded again.
+            ids, present = cache.get_neighbors(layout.first_slot - 1)  # [B, k, r]
+            neighbor_input_ids = prepend_slot(ids, neighbor_input_ids, dim=(2, 3))  # [B, 1 + L, k, r]
+            neighbor_attention_mask = prepend_slot(present, neighbor_attention_mask, dim=(2, 3))
+
+        slot_mask = neighbor_attention_mask.flatten(2) if neighbor_attention_mask is not None else None  # [B, L, k r]
+        if cache is not None:
+            slot_mask = cache.update_current_mask(slot_mask, layout.next_slot)  # [B, S, k r]
+        batch_size, num_slots, length = slot_mask.shape
+        group_size = layout.query_columns.shape[1] // num_slots
+        is_present = slot_mask.any(-1)  # [B, S]
+        attendable = (slot_mask | ~is_present[:, :, None]).flatten(0, 1)  # [B S, k r]
+        cross_attention_inputs = {
+            "layout": layout,
+            "has_neighbors": layout.sees & is_present.gather(1, layout.query_places // group_size),  # [B, T]
+            "attention_mask": create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds.new_empty(batch_size * num_slots, group_size, 0),
+                attention_mask=attendable,
+                encoder_hidden_states=inputs_embeds.new_empty(batch_size * num_slots, length, 0),
+            ),
+            "position_embeddings": self.neighbor_rotary_emb(inputs_embeds, layout.query_positions),  # [B, T, D]
+            "key_position_embeddings": None,
+        }
+        if neighbor_input_ids is None:
+            return cross_attention_inputs, self._encode_neighbors
+
+        neighbor_length = neighbor_input_ids.shape[3]
+        positions = torch.arange(max(neighbor_length, chunk_size), device=inputs_embeds.device)
+        cos, sin = self.neighbor_rotary_emb(inputs_embeds, positions)  # [max(r, m), D]
+        cross_attention_inputs["key_position_embeddings"] = (cos[:neighbor_length], sin[:neighbor_length])
+        encode_neighbors = partial(
+            self._encode_neighbors,
+            neighbor_input_ids=neighbor_input_ids,
+            neighbor_attention_mask=neighbor_attention_mask,
+            chunk_columns=layout.chunk_columns[:, -neighbor_input_ids.shape[1] :],
+            position_embeddings=(cos, sin),
+        )
+        return cross_attention_inputs, encode_neighbors
+
+    def _encode_neighbors(
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Cache | None,
+        neighbor_input_ids: torch.LongTensor | None = None,
+        neighbor_attention_mask: torch.BoolTensor | None = None,
+        chunk_columns: torch.LongTensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor | None:
+        """Encodes the neighbors, given the activations `(B, T, d)` at the first layer with cross attention."""
+        if isinstance(past_key_values, RetroCache):
+            hidden_states = past_key_values.update_chunk_states(hidden_states)  # [B, past + T, d]
+        if neighbor_input_ids is None:
+            return None
+        batch_size, num_slots = neighbor_input_ids.shape[:2]
+        chunk_states = take_columns(hidden_states, chunk_columns.flatten(1))
+        chunk_states = chunk_states.unflatten(1, (num_slots, -1)).flatten(0, 1)  # [B L, m, d]
+        neighbor_embeds = self.embed_tokens(neighbor_input_ids.flatten(0, 1))  # [B L, k, r, d]
+        neighbor_states = self.neighbor_encoder(
+            neighbor_embeds, neighbor_attention_mask.flatten(0, 1), chunk_states, position_embeddings
+        )
+        return neighbor_states.unflatten(0, (batch_size, num_slots))  # [B, L, k, r, E]
+
+
+@auto_docstring
+class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: RetroConfig):
+        super().__init__(config)
+        self.model = RetroModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.set_retriever(None)
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        neighbor_input_ids: torch.LongTensor | None = None,
+        neighbor_attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithCrossAttentions:
+        r"""
+        neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_slots, k, neighbor_length)`, *optional*):
+            Tokens of the neighbors of each whole chunk of a row, in the order of the chunks (an incomplete last chunk
+            has no slot). With a filled cache: of the chunks that this call completes; a row that completes fewer
+            leaves its last slots masked. Chunks beyond `num_slots` have no neighbors. Without this argument, a model
+            that has a retriever and is not training looks the neighbors up itself.
+        neighbor_attention_mask (`torch.Tensor` of shape `(batch_size, num_slots, k, neighbor_length)`, *optional*):
+            1 (or True) for real neighbor tokens, 0 for padding and absent neighbors. Defaults to all real.
+
+        Example:
+
+        ```python
+        >>> from modeling_retro import RetroForCausalLM, RetroRetriever
+        >>> from transformers import AutoTokenizer
+
+        >>> retriever = RetroRetriever.from_pretrained("path/to/datastore")
+        >>> model = RetroForCausalLM.from_pretrained("path/to/model", retriever=retriever)
+        >>> tokenizer = AutoTokenizer.from_pretrained("path/to/model")
+        >>> inputs = tokenizer("The class wraps", return_tensors="pt")
+        >>> print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
+        ```"""
+        if neighbor_input_ids is None and self.is_retrieving:
+            neighbor_input_ids, neighbor_attention_mask = self.retrieve_neighbors(
+                input_ids, attention_mask, position_ids, past_key_values
+            )
+        outputs: BaseModelOutputWithPastAndCrossAttentions = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            neighbor_input_ids=neighbor_input_ids,
+            neighbor_attention_mask=neighbor_attention_mask,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states)  # [B, T, V]
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+
+        return CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+
+
+__all__ = ["RetroForCausalLM", "RetroModel", "RetroNeighborEncoder", "RetroPreTrainedModel"]
