@@ -155,9 +155,7 @@ class DocumentChunker:
         # Token j of a document stands at first_chunk * m + j of the flat array of chunks.
         place = np.arange(tokens.sum()) + np.repeat(first_chunk * m - first_token, tokens)
         input_ids = np.zeros((int(chunks.sum()), m), dtype=self.dtype)
-        input_ids.reshape(-1)[place] = np.fromiter(
-            (i for row in rows for i in row), dtype=np.int64, count=tokens.sum()
-        )
+        input_ids.reshape(-1)[place] = np.fromiter(chain.from_iterable(rows), dtype=self.dtype, count=tokens.sum())
         length = np.full(len(input_ids), m, dtype=np.int32)
         kept = chunks > 0
         length[(first_chunk + chunks - 1)[kept]] = (tokens - (chunks - 1) * m)[kept]
@@ -166,12 +164,11 @@ class DocumentChunker:
             for document, encoding, number in zip(documents, encodings, chunks, strict=True)
             if number
         ]
+        document_id = np.array([document.document_id for document in documents], dtype=np.int64)
         columns = {
             "input_ids": input_ids,
             "length": length,
-            "document_id": np.repeat(
-                np.array([document.document_id for document in documents], dtype=np.int64), chunks
-            ),
+            "document_id": np.repeat(document_id, chunks),
             "num_bytes": np.concatenate([np.zeros(0, dtype=np.int64), *num_bytes]),
         }
         return columns, chunks
@@ -181,18 +178,12 @@ class DocumentChunker:
         UTF-8 bytes of the text that each chunk of a document covers. A chunk ends where its last token ends, so what
         the tokenizer skips before a token belongs to that token, and a character split over two chunks to the first.
         """
-        tokens = len(encoding)
+        tokens, m = len(encoding), self.chunk_size
         cuts = [0]
-        for end in range(
-            self.chunk_size - len(self.prefix), tokens + len(self.suffix) + self.chunk_size, self.chunk_size
-        ):
-            if end >= tokens:
-                cuts.append(len(text))
-                if end >= tokens + len(self.suffix):
-                    break
-            else:
-                # Offsets of some normalizers step back.
-                cuts.append(max(cuts[-1], encoding.token_to_chars(end - 1)[1] if end > 0 else 0))
+        for end in range(m - len(self.prefix), tokens + len(self.suffix) + m, m):
+            # `end` tokens of the text stand in this chunk and those before it. Offsets of some normalizers step back.
+            cut = len(text) if end >= tokens else encoding.token_to_chars(end - 1)[1] if end > 0 else 0
+            cuts.append(max(cuts[-1], cut))
         if text.isascii():
             return np.diff(np.array(cuts, dtype=np.int64))
         return np.array([len(text[a:b].encode()) for a, b in zip(cuts, cuts[1:], strict=False)], dtype=np.int64)
@@ -383,9 +374,8 @@ def _chunk_shards(
             raise ValueError(f"{path} is unfinished and needs {stage['sources'][part.source]['path']} as an input too")
         room = None
         if options["max_chunks"] is not None:
-            room = options["max_chunks"] - sum(
-                record["rows"] for record in finished_records(root / "chunks", names[:index])
-            )
+            earlier = finished_records(root / "chunks", names[:index])
+            room = options["max_chunks"] - sum(record["rows"] for record in earlier)
         dropped = Dropped(options["on_bad_record"])
         shard = _ShardWriter(chunker, root, names[index], part, sources[part.source], dropped, room)
         for batch in _batches(reader.documents(part, dropped)):

@@ -15,7 +15,8 @@
 Readers of documents and the policy for bad records.
 
 Inputs are files, folders and globs: `.jsonl`, `.json` (one object a line) and `.parquet` hold records with a text
-column, every other file is one document; `.gz` and `.zst` are unpacked on the way. A `datasets.Dataset` is an input too.
+column, every other file is one document; `.gz` and `.zst` are unpacked on the way. A `datasets.Dataset` is
+an input too.
 
 A corpus is first *scanned* for the number and size of its records (nothing is parsed), then read in parts that several
 processes share. A document's id is the position of its record in the inputs.

@@ -549,7 +549,9 @@ class ChunkEncoder:
         """
         name = str(name_or_path)
         files = sentence_transformers_config(name, revision)
-        model, loading = AutoModel.from_pretrained(name, revision=revision, dtype="auto", output_loading_info=True)
+        model, loading = AutoModel.from_pretrained(
+            name, revision=revision, dtype="auto", use_safetensors=True, output_loading_info=True
+        )
         sha256 = weights_fingerprint(model, loading["missing_keys"])
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype)
@@ -604,7 +606,9 @@ class ChunkEncoder:
                 embeddings[start + batch] = self._embed([encoded[row] for row in batch], lengths[batch])
         return embeddings
 
-    def encode_chunks(self, input_ids: Any, mask: Any, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    def encode_chunks(
+        self, input_ids: Any, mask: Any, tokenizer: PreTrainedTokenizerBase, tokens_per_batch: int = 4096
+    ) -> np.ndarray:
         """
         Embeds chunks of another tokenizer: their text, special tokens dropped.
 
@@ -612,11 +616,12 @@ class ChunkEncoder:
             input_ids (`np.ndarray`): Integers [n, m], ids of `tokenizer`.
             mask (`np.ndarray`): bool [n, m], False at padding.
             tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the chunks.
+            tokens_per_batch (`int`, *optional*, defaults to 4096): Tokens of a batch, padding included.
 
         Returns:
             `np.ndarray`: float32 [n, dim].
         """
-        return self.encode(decode_chunks(input_ids, mask, tokenizer))
+        return self.encode(decode_chunks(input_ids, mask, tokenizer), tokens_per_batch)
 
     def _embed(self, rows: list[list[int]], lengths: np.ndarray) -> np.ndarray:
         width = int(lengths.max())

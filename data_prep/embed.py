@@ -1,0 +1,211 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Embeddings of the chunks of a datastore, float16, one file a shard.
+
+```bash
+retro embed --datastore datastore --encoder sentence-transformers/all-MiniLM-L6-v2
+retro embed --datastore datastore --split validation
+```
+
+Many processes share the shards: `accelerate launch -m data_prep.embed ...`, one for each GPU.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from data_prep.arguments import parse_arguments, run_command
+from data_prep.manifest import (
+    check_options,
+    clear_records,
+    directory_lock,
+    discard,
+    open_manifest,
+    process_state,
+    run_shards,
+    verify_shard,
+    whole,
+    write_manifest,
+)
+from modeling_retro.retrieval_retro import TRAIN_SPLIT, ChunkEncoder, RetroDatastore, split_path
+
+
+logger = logging.get_logger(__name__)
+
+_WINDOW = 8192
+
+
+@dataclass
+class EmbedArguments:
+    """Options of `retro embed`."""
+
+    datastore: str = field(metadata={"help": "The datastore."})
+    encoder: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the encoder; by default the datastore's own."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Revision of the encoder on the Hub."})
+    split: str = field(default=TRAIN_SPLIT, metadata={"help": "The split to embed."})
+    pooling: str | None = field(
+        default=None, metadata={"help": "By default what the encoder's files say.", "choices": ["mean", "cls"]}
+    )
+    normalize: bool | None = field(default=None, metadata={"help": "By default what the encoder's files say."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Computing type.", "choices": ["float32", "bfloat16", "float16"]}
+    )
+    tokens_per_batch: int = field(default=4096, metadata={"help": "Tokens of a batch, padding included."})
+    force: bool = field(default=False, metadata={"help": "Embed the split anew."})
+
+
+def embed_chunks(
+    datastore: str | Path,
+    encoder: str | Path | ChunkEncoder | None = None,
+    revision: str | None = None,
+    split: str = TRAIN_SPLIT,
+    pooling: str | None = None,
+    normalize: bool | None = None,
+    dtype: str = "float32",
+    tokens_per_batch: int = 4096,
+    force: bool = False,
+) -> dict[str, Any]:
+    """
+    Embeds the chunks of a split; shards that are finished are left as they are.
+
+    Args:
+        datastore (`str` or `Path`): The datastore.
+        encoder (`str`, `Path` or [`ChunkEncoder`], *optional*): Defaults to the encoder the datastore was begun with.
+        revision (`str`, *optional*): Revision of the encoder on the Hub.
+        split (`str`, *optional*, defaults to `"train"`): The split.
+        pooling (`str`, *optional*): `"mean"` or `"cls"`. Defaults to what the encoder's files say.
+        normalize (`bool`, *optional*): Whether embeddings get length 1. Defaults to what the encoder's files say.
+        dtype (`str`, *optional*, defaults to `"float32"`): Computing type.
+        tokens_per_batch (`int`, *optional*, defaults to 4096): Tokens of a batch, padding included.
+        force (`bool`, *optional*, defaults to `False`): Embed the split anew.
+
+    Returns:
+        `dict`: what the manifest says of the split's embeddings.
+
+    Raises:
+        ValueError: If the encoder is not the one the datastore was begun with, or its vectors are not finite.
+    """
+    path = Path(datastore)
+    with directory_lock(path):
+        manifest = open_manifest(path)
+        chunks = RetroDatastore(path, manifest).split(split).chunks
+        if force:
+            # Another encoder for what is searched is another encoder for what searches it.
+            for name in manifest["splits"] if split == TRAIN_SPLIT else [split]:
+                discard(path, manifest, name, "embeddings")
+        encoder = _open_encoder(path, manifest, encoder, revision, pooling, normalize, dtype)
+        chunk_shards = manifest["splits"][split]["chunks"]["shards"]
+        options = {"dtype": dtype}
+        stage = manifest["splits"][split].setdefault("embeddings", {"options": options, "shards": []})
+        check_options("embed", options, stage["options"])
+        for record, source in zip(stage["shards"], chunk_shards, strict=False):
+            if record["chunks_sha256"] != source["sha256"]:
+                raise ValueError(
+                    f"the embeddings of {record['name']} ({split}) belong to other chunks; use --force to embed anew"
+                )
+        write_manifest(path, manifest)
+        root = split_path(path, split)
+        tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
+
+        def make(index: int, temporary: Path) -> dict[str, Any]:
+            verify_shard(root / "chunks" / chunk_shards[index]["name"], chunk_shards[index])
+            columns = chunks.shard(index)
+            rows = len(columns["length"])
+            with temporary.open("wb") as file:
+                header = {"descr": "<f2", "fortran_order": False, "shape": (rows, encoder.dim)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for start in range(0, rows, _WINDOW):
+                    window = {name: column[start : start + _WINDOW] for name, column in columns.items()}
+                    mask = np.arange(chunks.chunk_size) < window["length"][:, None]
+                    vectors = encoder.encode_chunks(window["input_ids"], mask, tokenizer, tokens_per_batch)
+                    _check_finite(vectors, chunk_shards[index]["name"], start)
+                    file.write(vectors.astype(np.float16).tobytes())
+            return {"rows": rows, "chunks_sha256": chunk_shards[index]["sha256"]}
+
+        names = [record["name"] for record in chunk_shards]
+        stage["shards"] = run_shards(
+            root / "embeddings", stage["shards"], names, make, suffix=".npy", description=f"Embedding {split}"
+        )
+        write_manifest(path, manifest)
+        clear_records(root / "embeddings")
+        return stage
+
+
+def _check_finite(vectors: np.ndarray, shard: str, start: int) -> None:
+    bad = np.flatnonzero(~(np.abs(vectors) <= np.finfo(np.float16).max).all(axis=1))
+    if len(bad):
+        raise ValueError(
+            f"the encoder's vectors are not finite (in float16) for {len(bad)} chunks of {shard}, the first in row "
+            f"{start + bad[0]}; check its weights, or its dtype"
+        )
+
+
+def _open_encoder(
+    path: Path,
+    manifest: dict[str, Any],
+    encoder: str | Path | ChunkEncoder | None,
+    revision: str | None,
+    pooling: str | None,
+    normalize: bool | None,
+    dtype: str,
+) -> ChunkEncoder:
+    """Loads the encoder; the first one is recorded (and kept, unless it is on the Hub), others must equal it."""
+    datastore = RetroDatastore(path, manifest)
+    recorded = manifest.get("encoder")
+    state = process_state()
+    if encoder is None:
+        encoder, revision = datastore.encoder_source()
+        pooling, normalize = recorded["pooling"], recorded["normalize"]
+    if not isinstance(encoder, ChunkEncoder):
+        device = state.device if torch.cuda.is_available() else "cpu"
+        encoder = ChunkEncoder.from_pretrained(encoder, revision, pooling, normalize, device, dtype)
+    if recorded is not None and any("embeddings" in record for record in manifest["splits"].values()):
+        datastore.check_encoder(encoder)
+        return encoder
+    manifest["encoder"] = encoder.describe()
+    if state.is_main_process and Path(encoder.name).is_dir():
+        with whole(path / "encoder") as temporary:
+            _copy_encoder(Path(encoder.name), temporary)
+    state.wait_for_everyone()
+    return encoder
+
+
+def _copy_encoder(source: Path, target: Path) -> None:
+    """Copies what loads the encoder: weights, configs and tokenizer, not the checkpoints of a training run."""
+    for pattern in ("*.safetensors", "*.json", "*.txt", "*.model", "*_*/config.json"):
+        for file in sorted(source.glob(pattern)):
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (arguments,) = parse_arguments(EmbedArguments, argv=argv, description=__doc__, prog="retro embed")
+    stage = embed_chunks(**vars(arguments))
+    if process_state().is_main_process:
+        print(f"{sum(record['rows'] for record in stage['shards'])} embeddings in {len(stage['shards'])} shards")
+
+
+if __name__ == "__main__":
+    run_command(main)
