@@ -45,6 +45,7 @@ setup(
         "tokenizers>=0.23",
         "torch>=2.9",
         "transformers>=5.23",
+        "xxhash>=3",
     ],
     extras_require={
         "cpu": faiss_cpu,
