@@ -47,10 +47,9 @@ PROVENANCE_FIELDS = {"chunk_ids": -1, "document_ids": -1, "scores": float("nan")
 class RetroGenerationMixin:
     """
     Makes a RETRO model look up neighbors by itself. Its retriever is any object with a method
-    `retrieve(chunk_input_ids, k)` that takes a `torch.LongTensor` of shape `(n, chunk_size)` and returns an object with
-    the attributes `neighbor_input_ids` (`torch.LongTensor` of shape `(n, k, neighbor_length)`),
-    `neighbor_attention_mask` (of the same shape) and, where they are known, `scores`, `chunk_ids` and `document_ids` of
-    shape `(n, k)`.
+    `retrieve(chunk_input_ids, k)` that takes a `torch.LongTensor` of shape `(n, chunk_size)` and returns an object
+    with `neighbor_input_ids` (`torch.LongTensor` of shape `(n, k, neighbor_length)`), `neighbor_attention_mask` of the
+    same shape and, where they are known, `scores`, `chunk_ids` and `document_ids` of shape `(n, k)`.
     """
 
     @classmethod

@@ -185,7 +185,7 @@ def eager_attention_forward(
 
 
 class RetroAttention(nn.Module):
-    """What the decoder's self-attention, chunked cross attention and the neighbor encoder's attentions have in common."""
+    """What self-attention, chunked cross attention and the attentions of the neighbor encoder have in common."""
 
     is_causal = False
 
