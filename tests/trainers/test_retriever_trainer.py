@@ -1,0 +1,279 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
+
+from data_prep.pairs import PairMixture
+from modeling_retro.retrieval_retro import ChunkEncoder
+from trainers.losses import MultipleNegativesRankingLoss
+from trainers.retriever_config import RetrieverTrainingArguments
+from trainers.retriever_trainer import RetrieverTrainer, SiameseDataCollator
+
+
+WORDS = 60
+
+
+def make_tokenizer():
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, **{f"w{i}": i + 2 for i in range(WORDS)}}
+    backend = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32)
+
+
+def make_encoder(dropout=0.0):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=WORDS + 2,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    return BertModel(config)
+
+
+def make_pairs(rows, seed=0, negatives=0):
+    """The positive of an anchor is made of the words one further on."""
+    generator = np.random.default_rng(seed)
+    columns = {name: [] for name in ("anchor", "positive", *(f"negative_{i + 1}" for i in range(negatives)))}
+    for _ in range(rows):
+        words = generator.integers(WORDS, size=generator.integers(3, 9))
+        for shift, name in enumerate(columns):
+            columns[name].append(" ".join(f"w{(word + shift) % WORDS}" for word in words))
+    return Dataset.from_dict(columns)
+
+
+def make_trainer(output_dir, encoder=None, pairs=None, callbacks=None, eval_dataset=None, **options):
+    defaults = {
+        "per_device_train_batch_size": 8,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
+    return RetrieverTrainer(
+        model=encoder or make_encoder(),
+        args=RetrieverTrainingArguments(output_dir=str(output_dir), **(defaults | options)),
+        processing_class=make_tokenizer(),
+        train_dataset=pairs or make_pairs(64),
+        eval_dataset=eval_dataset,
+        callbacks=callbacks,
+    )
+
+
+def parameters_of(trainer):
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+class FirstGradient(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self.gradient = {
+                name: parameter.grad.clone()
+                for name, parameter in model.named_parameters()
+                if parameter.grad is not None
+            }
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 5])
+def test_accumulated_gradient_is_the_mean_of_the_batches(tmp_path, mini_batch_size):
+    callback = FirstGradient()
+    trainer = make_trainer(
+        tmp_path,
+        callbacks=[callback],
+        gradient_accumulation_steps=4,
+        max_steps=1,
+        max_grad_norm=0.0,
+        mini_batch_size=mini_batch_size,
+    )
+    encoder = copy.deepcopy(trainer.model)
+    batches = list(trainer.get_train_dataloader())[:4]
+    trainer.train()
+
+    losses = []
+    for batch in batches:
+        states = encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+        mask = batch["attention_mask"][..., None]
+        embeddings = (states * mask).sum(1) / mask.sum(1)
+        losses.append(MultipleNegativesRankingLoss()(embeddings.unflatten(0, (2, 8)), batch["text_ids"]))
+        (losses[-1] / 4).backward()
+    expected = {name: parameter.grad for name, parameter in encoder.named_parameters() if parameter.grad is not None}
+    assert callback.gradient.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(callback.gradient[name], gradient, rtol=1e-4, atol=1e-6)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(sum(losses).item() / 4, abs=1e-4)
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 5])
+def test_resumed_training_equals_uninterrupted_training_to_the_bit(tmp_path, mini_batch_size):
+    sets = {"pairs": make_pairs(40), "triplets": make_pairs(32, seed=1, negatives=1)}  # 9 steps an epoch
+    options = {
+        "pairs": PairMixture(sets, {"pairs": 1.0, "triplets": 1.0}),
+        "max_steps": 14,
+        "save_strategy": "steps",
+        "save_steps": 11,
+        "mini_batch_size": mini_batch_size,
+    }
+    whole = make_trainer(tmp_path / "whole", make_encoder(dropout=0.1), **options)
+    whole.train()
+    resumed = make_trainer(tmp_path / "resumed", make_encoder(dropout=0.1), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-11"))
+    assert torch.equal(parameters_of(resumed), parameters_of(whole))
+    losses = [
+        [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in (whole, resumed)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_training_improves_retrieval_of_held_out_pairs(tmp_path):
+    trainer = make_trainer(
+        tmp_path, pairs=make_pairs(800), eval_dataset=make_pairs(65, seed=9), max_steps=100, symmetric=True
+    )
+    before, _ = trainer.evaluate(), trainer.train()
+    after = trainer.evaluate()  # 65 pairs: the last batch holds a single one
+    assert after["eval_recall@1"] > before["eval_recall@1"] + 0.2
+    assert after["eval_mrr@10"] > before["eval_mrr@10"]
+    assert after["eval_loss"] < before["eval_loss"]
+
+
+def test_metrics_count_equal_texts_once(tmp_path):
+    pairs = Dataset.from_dict({"anchor": ["w1", "w1", "w2"], "positive": ["w1", "w1", "w2"]})
+    metrics = make_trainer(tmp_path, eval_dataset=pairs).evaluate()
+    assert metrics["eval_recall@1"] == metrics["eval_mrr@10"] == metrics["eval_ndcg@10"] == 1.0
+
+
+def test_streamed_pairs_train(tmp_path):
+    trainer = make_trainer(tmp_path, pairs=make_pairs(64).to_iterable_dataset(num_shards=2), max_steps=3)
+    trainer.train()
+    assert [entry["loss"] > 0 for entry in trainer.state.log_history if "loss" in entry] == [True] * 3
+
+
+TEXTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11", " ".join(f"w{i}" for i in range(40))]
+
+
+@pytest.mark.parametrize(("pooling", "similarity"), [("mean", "cosine"), ("cls", "dot")])
+def test_saved_encoder_loads_everywhere_with_the_same_embeddings(tmp_path, pooling, similarity):
+    trainer = make_trainer(tmp_path, max_steps=2, pooling=pooling, similarity=similarity)
+    trainer.train()
+    trainer.save_model()
+    batch = make_tokenizer()(TEXTS, padding=True, truncation=True, max_length=32, return_tensors="pt")
+    trainer.model.eval()
+    with torch.no_grad():
+        states = trainer.model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    expected = states[:, 0] if pooling == "cls" else (states * mask).sum(1) / mask.sum(1)
+    if similarity == "cosine":
+        expected = expected / expected.norm(dim=1, keepdim=True)
+
+    encoded = SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(encoded, expected, rtol=0, atol=1e-6)
+    encoded = torch.from_numpy(ChunkEncoder.from_pretrained(tmp_path, device="cpu").encode(TEXTS))
+    torch.testing.assert_close(encoded, expected, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        loaded = AutoModel.from_pretrained(tmp_path)(**batch).last_hidden_state
+    torch.testing.assert_close(loaded, states, rtol=0, atol=1e-6)
+
+
+def test_model_card_says_how_to_load_and_how_it_retrieves(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset=make_pairs(20, seed=9), eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    trainer.create_model_card(model_name="my-encoder")
+    card = (tmp_path / "README.md").read_text()
+    assert "library_name: sentence-transformers" in card
+    assert 'SentenceTransformer("my-encoder")' in card
+    value = [entry["eval_recall@10"] for entry in trainer.state.log_history if "eval_recall@10" in entry][-1]
+    assert f"{value:.3f} |\n" in card.split("| recall@10 |")[1]
+
+
+TWO_PROCESSES = """
+import json, sys, torch
+sys.path.insert(0, {tests!r})
+from test_retriever_trainer import make_pairs, make_trainer, parameters_of
+results = {{}}
+for name, options in json.loads(sys.argv[2]).items():
+    evaluation = make_pairs(13, seed=5)
+    trainer = make_trainer(sys.argv[1] + name, pairs=make_pairs(64), eval_dataset=evaluation, **options)
+    trainer.train()
+    metrics = trainer.evaluate()
+    results[name] = (trainer.args.world_size, parameters_of(trainer), metrics["eval_mrr@10"])
+if trainer.is_world_process_zero():
+    torch.save(results, sys.argv[1] + "results.pt")
+"""
+
+
+def test_two_processes_with_gathered_negatives_equal_one_with_the_joint_batch(tmp_path):
+    variants = {"plain": {"symmetric": True}, "cached": {"mini_batch_size": 3}, "accumulated": {"mini_batch_size": 6}}
+    variants["accumulated"]["gradient_accumulation_steps"] = 2
+    common = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    options = {name: common | variant | {"per_device_train_batch_size": 4} for name, variant in variants.items()}
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES.format(tests=os.path.dirname(__file__)))
+    command = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        script,
+        f"{tmp_path}/",
+        json.dumps(options),
+    ]
+    subprocess.run([sys.executable, "-m", *map(str, command)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    results = torch.load(tmp_path / "results.pt", weights_only=True)
+    for name, variant in variants.items():
+        world_size, parameters, mrr = results[name]
+        assert world_size == 2
+        one = make_trainer(
+            tmp_path / "one",
+            eval_dataset=make_pairs(13, seed=5),
+            **common,
+            **variant,
+            per_device_train_batch_size=8,
+        )
+        start = parameters_of(one)
+        one.train()
+        torch.testing.assert_close(parameters, parameters_of(one), rtol=0, atol=1e-6)
+        assert (parameters - start).abs().max() > 1e-3
+        assert one.evaluate()["eval_mrr@10"] == pytest.approx(mrr, abs=1e-6)
+
+
+def test_column_that_must_stay_is_not_removed(tmp_path):
+    with pytest.raises(ValueError, match="remove_unused_columns must be False"):
+        RetrieverTrainingArguments(output_dir=str(tmp_path), remove_unused_columns=True)
+
+
+def test_longest_input_is_what_tokenizer_and_encoder_take(tmp_path):
+    assert make_trainer(tmp_path).data_collator.max_length == 32
+    assert make_trainer(tmp_path, max_length=7).data_collator.max_length == 7
+    assert isinstance(make_trainer(tmp_path).data_collator, SiameseDataCollator)

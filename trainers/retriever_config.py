@@ -1,0 +1,99 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Training arguments of the retriever encoder."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class RetrieverTrainingArguments(TrainingArguments):
+    """
+    Configuration class for [`RetrieverTrainer`].
+
+    Only the parameters specific to retriever training are listed here; see [`~transformers.TrainingArguments`] for the
+    others.
+
+    Parameters:
+        > Parameters that control the embeddings
+
+        pooling (`str`, *optional*, defaults to `"mean"`):
+            How token states become one embedding: `"mean"` over the tokens that are not padding, or `"cls"`, the first
+            of them.
+        max_length (`int`, *optional*):
+            Longer texts are cut to this number of tokens. Defaults to what tokenizer and encoder can take.
+
+        > Parameters that control the loss
+
+        scale (`float`, *optional*, defaults to `20.0`):
+            Factor on the similarities (inverse temperature).
+        similarity (`str`, *optional*, defaults to `"cosine"`):
+            `"cosine"` (the saved encoder normalizes its embeddings) or `"dot"`.
+        symmetric (`bool`, *optional*, defaults to `False`):
+            Also rank the anchors for each positive.
+        gather_across_devices (`bool`, *optional*, defaults to `True`):
+            Take the texts of all processes as negatives, with gradient.
+        mini_batch_size (`int`, *optional*):
+            Number of texts in memory at a time (GradCache). Unset, a whole batch is.
+
+    These parameters have default values different from [`~transformers.TrainingArguments`]:
+
+    - `per_device_train_batch_size`: Defaults to `64` instead of `8`. More pairs are more negatives for each.
+    - `per_device_eval_batch_size`: Defaults to `64` instead of `8`.
+    - `learning_rate`: Defaults to `2e-5` instead of `5e-5`.
+    - `warmup_steps`: Defaults to `0.1` (of all steps) instead of `0`.
+    - `remove_unused_columns`: Defaults to `False` instead of `True`. The columns hold texts, not model inputs.
+    """
+
+    # Parameters whose default values differ from TrainingArguments
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Number of pairs per device in training."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Number of pairs per device in evaluation."})
+    learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps of linear warm-up; a number below 1 is a share of all steps."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must be false: the columns hold texts, not inputs of the model."}
+    )
+
+    # Parameters that control the embeddings
+    pooling: str = field(default="mean", metadata={"help": "Pooling of token states.", "choices": ["mean", "cls"]})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longer texts are cut to this number of tokens. Defaults to what the encoder can take."},
+    )
+
+    # Parameters that control the loss
+    scale: float = field(default=20.0, metadata={"help": "Factor on the similarities (inverse temperature)."})
+    similarity: str = field(
+        default="cosine", metadata={"help": "Similarity of embeddings.", "choices": ["cosine", "dot"]}
+    )
+    symmetric: bool = field(default=False, metadata={"help": "Also rank the anchors for each positive."})
+    gather_across_devices: bool = field(
+        default=True, metadata={"help": "Take the texts of all processes as negatives, with gradient."}
+    )
+    mini_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Number of texts in memory at a time (GradCache). Unset, a whole batch is."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pooling not in ("mean", "cls"):
+            raise ValueError(f"pooling is {self.pooling!r}, expected 'mean' or 'cls'")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be False: the columns hold texts, not inputs of the model")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length is {self.max_length}, expected at least 1")

@@ -1,0 +1,212 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How well embeddings retrieve: Recall@k, MRR, nDCG over pairs or a set in BEIR layout; Spearman over scores."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import faiss
+import numpy as np
+from scipy.stats import spearmanr
+
+from data_prep.pairs import hash_texts
+
+
+def retrieval_metrics(
+    queries: np.ndarray,
+    documents: np.ndarray,
+    relevance: np.ndarray,
+    ks: Sequence[int] = (1, 10, 100),
+    excluded: np.ndarray | None = None,
+) -> dict[str, float]:
+    r"""
+    Metrics of an exact search by inner product, means over the queries that have a relevant document.
+
+    - recall@k: share of the relevant documents among the first k
+    - mrr@k: 1 / rank of the first relevant document, 0 if it is not among the first k
+    - ndcg@k: \\(\sum_i g_i / \log_2(1 + i)\\) over the first k, by its value for the best order
+
+    Args:
+        queries (`np.ndarray`):
+            float32 `[Q, d]`.
+        documents (`np.ndarray`):
+            float32 `[D, d]`.
+        relevance (`np.ndarray`):
+            int64 `[R, 2]`, rows (query, document), or `[R, 3]` with a gain above 0 as third column.
+        ks (`Sequence[int]`, *optional*, defaults to `(1, 10, 100)`):
+            Numbers of documents for recall. MRR and nDCG are those at 10.
+        excluded (`np.ndarray`, *optional*):
+            int64 `[Q]`: a document that does not count for a query (the query itself), -1 for none.
+
+    Returns:
+        `dict[str, float]`: `recall@1`, …, `mrr@10`, `ndcg@10`.
+    """
+    if len(relevance) == 0:
+        raise ValueError("no query has a relevant document")
+    gains = relevance[:, 2] if relevance.shape[1] > 2 else np.ones(len(relevance))
+    depth = min(max(*ks, 10), len(documents))
+    index = faiss.IndexFlatIP(documents.shape[1])
+    index.add(np.ascontiguousarray(documents, dtype=np.float32))
+    _, ranked = index.search(
+        np.ascontiguousarray(queries, dtype=np.float32), min(depth + (excluded is not None), len(documents))
+    )
+    if excluded is not None:
+        # A stable sort moves the excluded document behind all others.
+        order = np.argsort(ranked == excluded[:, None], axis=1, kind="stable")
+        ranked = np.take_along_axis(np.where(ranked == excluded[:, None], -1, ranked), order, axis=1)[:, :depth]
+
+    # Gain of each document found, [Q, depth], by binary search among the (query, document) pairs
+    keys = relevance[:, 0].astype(np.int64) * len(documents) + relevance[:, 1].astype(np.int64)
+    order = np.argsort(keys)
+    keys, gains, owners = keys[order], gains[order].astype(np.float64), relevance[order, 0].astype(np.int64)
+    found_keys = np.arange(len(queries))[:, None] * len(documents) + ranked
+    places = np.searchsorted(keys, found_keys).clip(max=len(keys) - 1)
+    found = np.where((keys[places] == found_keys) & (ranked >= 0), gains[places], 0.0)
+
+    number_relevant = np.bincount(owners, minlength=len(queries))
+    judged = number_relevant > 0
+    metrics = {}
+    for k in ks:
+        metrics[f"recall@{k}"] = ((found[:, :k] > 0).sum(axis=1) / number_relevant.clip(min=1))[judged].mean()
+    hits = found[:, :10] > 0
+    metrics["mrr@10"] = (hits.any(axis=1) / (hits.argmax(axis=1) + 1))[judged].mean()
+
+    discounts = 1 / np.log2(np.arange(2, 12))
+    by_gain = np.lexsort((-gains, owners))
+    rank = np.arange(len(owners)) - np.searchsorted(
+        owners, owners
+    )  # place of each judgement in its query's best order
+    best = np.where(rank < 10, gains[by_gain] * discounts[rank.clip(max=9)], 0.0)
+    ideal = np.bincount(owners, weights=best, minlength=len(queries))
+    dcg = found[:, :10] @ discounts[: found[:, :10].shape[1]]
+    metrics["ndcg@10"] = (dcg[judged] / ideal[judged]).mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def spearman(first: np.ndarray, second: np.ndarray, scores: Sequence[float]) -> float:
+    """
+    Rank correlation of cosine similarities with the scores people gave.
+
+    Args:
+        first, second (`np.ndarray`):
+            float32 `[n, d]`, embeddings of the two texts of each pair.
+        scores (`Sequence[float]`):
+            Their scores.
+
+    Returns:
+        `float`: Spearman's correlation.
+    """
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    return float(spearmanr((first * second).sum(axis=1) / norms, scores).statistic)
+
+
+@dataclass
+class RetrievalSet:
+    """
+    Queries, documents and which belong together.
+
+    Args:
+        queries, documents (`list[str]`):
+            Texts.
+        relevance (`np.ndarray`):
+            int64 `[R, 3]`, rows (query, document, gain).
+        excluded (`np.ndarray`):
+            int64 `[Q]`: for a query that is one of the documents, that document; else -1.
+    """
+
+    queries: list[str]
+    documents: list[str]
+    relevance: np.ndarray
+    excluded: np.ndarray
+
+    @classmethod
+    def from_pairs(cls, anchors: Sequence[str], positives: Sequence[str]) -> "RetrievalSet":
+        """Anchors as queries, positives as documents; equal texts are one."""
+        _, first_query, query_of_row = np.unique(hash_texts(anchors), return_index=True, return_inverse=True)
+        _, first_document, document_of_row = np.unique(hash_texts(positives), return_index=True, return_inverse=True)
+        relevance = np.unique(np.stack([query_of_row, document_of_row], axis=1), axis=0)
+        return cls(
+            [anchors[row] for row in first_query],
+            [positives[row] for row in first_document],
+            np.concatenate([relevance, np.ones_like(relevance[:, :1])], axis=1),
+            np.full(len(first_query), -1),
+        )
+
+    @classmethod
+    def from_beir(cls, folder: str | Path, split: str = "test") -> "RetrievalSet":
+        """
+        Reads `corpus.jsonl`, `queries.jsonl` and `qrels/{split}.tsv`. Queries without a judgement are left out.
+
+        Raises:
+            `ValueError`: naming file and line of what cannot be read.
+        """
+        folder = Path(folder)
+        documents = _read_beir_texts(folder / "corpus.jsonl")
+        queries = _read_beir_texts(folder / "queries.jsonl")
+        document_numbers = {name: number for number, name in enumerate(documents)}
+        judgements = _read_qrels(folder / "qrels" / f"{split}.tsv", queries, document_numbers)
+        names = list(dict.fromkeys(query for query, _, _ in judgements))
+        query_numbers = {name: number for number, name in enumerate(names)}
+        relevance = [(query_numbers[query], document, gain) for query, document, gain in judgements if gain > 0]
+        return cls(
+            [queries[name] for name in names],
+            list(documents.values()),
+            np.array(relevance, dtype=np.int64).reshape(-1, 3),
+            np.array([document_numbers.get(name, -1) for name in names]),
+        )
+
+    def save_beir(self, folder: str | Path, split: str = "test") -> None:
+        """Writes the set in BEIR layout."""
+        folder = Path(folder)
+        (folder / "qrels").mkdir(parents=True, exist_ok=True)
+        for name, prefix, texts in (("corpus", "d", self.documents), ("queries", "q", self.queries)):
+            with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+                records = ({"_id": f"{prefix}{number}", "text": text} for number, text in enumerate(texts))
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        with open(folder / "qrels" / f"{split}.tsv", "w", encoding="utf-8") as file:
+            file.write("query-id\tcorpus-id\tscore\n")
+            file.writelines(f"q{query}\td{document}\t{gain}\n" for query, document, gain in self.relevance.tolist())
+
+
+def _read_beir_texts(path: Path) -> dict[str, str]:
+    texts = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+                title = record.get("title") or ""
+                texts[str(record["_id"])] = f"{title} {record['text']}" if title else record["text"]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f'{path}:{number}: expected {{"_id": …, "text": …}}, got {line[:80]!r}') from error
+    return texts
+
+
+def _read_qrels(path: Path, queries: dict[str, str], documents: dict[str, int]) -> list[tuple[str, int, int]]:
+    judgements = []
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        next(rows, None)
+        for number, row in enumerate(rows, start=2):
+            try:
+                query, document, gain = row
+                gain = int(gain)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: expected query-id, corpus-id, score, got {row}") from error
+            if query not in queries or document not in documents:
+                raise ValueError(f"{path}:{number}: query {query} or document {document} is in no file of the set")
+            judgements.append((query, documents[document], gain))
+    return judgements

@@ -1,0 +1,547 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Training of the retriever encoder on pairs of texts."""
+
+import functools
+import json
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.utils.data import BatchSampler, DataLoader
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.data.data_collator import DataCollatorMixin
+from transformers.utils import logging
+
+from data_prep.pairs import PairMixture, hash_pairs, hash_texts, pair_columns
+
+from .losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
+from .retriever_config import RetrieverTrainingArguments
+from .retriever_evaluation import retrieval_metrics
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class SiameseDataCollator(DataCollatorMixin):
+    """
+    Stacks anchors, positives and hard negatives into one batch for one forward pass.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            Tokenizes columns of text, and pads.
+        max_length (`int`, *optional*):
+            Longer texts are cut to this number of tokens. Defaults to the tokenizer's `model_max_length`.
+        pad_to_multiple_of (`int`, *optional*):
+            Length is padded to a multiple of it; otherwise to the longest text of the batch.
+
+    Takes rows with the columns `anchor`, `positive`, `negative_1`, …; or, tokenized before, `anchor_input_ids` and so
+    on (`anchor_attention_mask` is optional); and, where known, `anchor_document_id` and so on.
+
+    Returns (with C columns, B rows, T the longest length):
+        `dict[str, torch.Tensor]`: `input_ids` and `attention_mask` `int64 [C * B, T]`, all anchors first; `text_ids`
+        `int64 [C, B]`, equal for equal texts; `document_ids` `int64 [C, B]`, if there are any.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoTokenizer
+    >>> from trainers.retriever_trainer import SiameseDataCollator
+
+    >>> collator = SiameseDataCollator(AutoTokenizer.from_pretrained("google-bert/bert-base-uncased"))
+    >>> rows = [
+    ...     {"anchor_input_ids": [101, 7, 102], "positive_input_ids": [101, 8, 9, 102]},
+    ...     {"anchor_input_ids": [101, 5, 102], "positive_input_ids": [101, 6, 102]},
+    ... ]
+    >>> collator(rows)["input_ids"]
+    tensor([[101,   7, 102,   0],
+            [101,   5, 102,   0],
+            [101,   8,   9, 102],
+            [101,   6, 102,   0]])
+    ```
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+    return_tensors: str = "pt"
+
+    def __post_init__(self):
+        if self.tokenizer.pad_token_id is None:
+            raise ValueError(
+                f"{self.tokenizer.name_or_path or type(self.tokenizer).__name__} has no padding token; set "
+                "`tokenizer.pad_token`, to `tokenizer.eos_token` for instance"
+            )
+
+    def torch_call(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        columns = pair_columns(examples[0].keys())
+        for row, example in enumerate(examples):
+            for name in set(pair_columns(example.keys())) ^ set(columns):
+                raise ValueError(
+                    f"{name} is in some rows only: row 0 has {', '.join(columns)}, row {row} does not have the same; "
+                    "a batch has equally many hard negatives in all rows"
+                )
+        texts = [example[column] for column in columns for example in examples]
+        for position, text in enumerate(texts):
+            if text is None or len(text.strip() if isinstance(text, str) else text) == 0:
+                column, row = columns[position // len(examples)], position % len(examples)
+                raise ValueError(
+                    f"{column} of row {row} of the batch is {text!r}, expected a text or tokens; a hard negative "
+                    "is there in all rows or in none"
+                )
+        if columns[0] == "anchor":
+            batch = self.tokenizer(
+                texts,
+                truncation=True,
+                max_length=self.max_length,
+                padding=True,
+                pad_to_multiple_of=self.pad_to_multiple_of,
+                return_token_type_ids=False,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
+        else:
+            batch = self._pad(examples, columns, texts)
+        shape = (len(columns), len(examples))
+        result = {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "text_ids": torch.from_numpy(hash_texts(texts).reshape(shape)),
+        }
+        document_columns = [column.removesuffix("_input_ids") + "_document_id" for column in columns]
+        if not examples[0].keys().isdisjoint(document_columns):
+            document_ids = [[example.get(column, -1) for example in examples] for column in document_columns]
+            result["document_ids"] = torch.tensor(document_ids, dtype=torch.int64)
+        return result
+
+    def _pad(self, examples, columns, texts):
+        mask_columns = [column.replace("_input_ids", "_attention_mask") for column in columns]
+        features = {"input_ids": [list(text)[: self.max_length] for text in texts]}
+        if mask_columns[0] in examples[0]:
+            masks = [example[column] for column in mask_columns for example in examples]
+            features["attention_mask"] = [list(mask)[: self.max_length] for mask in masks]
+        return self.tokenizer.pad(features, pad_to_multiple_of=self.pad_to_multiple_of, return_tensors="pt")
+
+
+class NoDuplicatesBatchSampler(BatchSampler):
+    """
+    Batches without a repeated text, drawn from one pair set each. The order depends on `seed` and epoch only.
+
+    The batches that the processes take in one step, `num_processes` in a row, are together free of duplicates and come
+    from one set, so that every process can take the others' texts as negatives; two processes with half the batch size
+    see the pairs that one process would. An epoch has as many pairs as the sets together, less what does not fill a
+    step. Rows that never fit into a batch are left to the next pass over their set.
+
+    Args:
+        text_ids (`Sequence[np.ndarray]`):
+            For each set, int64 `[rows, columns]`, equal for equal texts ([`~data_prep.pairs.hash_pairs`]). Row numbers
+            go on from one set to the next.
+        batch_size (`int`):
+            Pairs in the batch of one process.
+        num_processes (`int`, *optional*, defaults to `1`):
+            Number of processes that share the batches.
+        weights (`Sequence[float]`, *optional*):
+            Share of each set in the batches. Defaults to its share of the rows.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the order.
+
+    Raises:
+        `ValueError`: if a set cannot fill a single step.
+    """
+
+    def __init__(
+        self,
+        text_ids: Sequence[np.ndarray],
+        batch_size: int,
+        num_processes: int = 1,
+        weights: Sequence[float] | None = None,
+        seed: int = 0,
+    ):
+        self.text_ids = text_ids
+        self.batch_size = batch_size
+        self.drop_last = True
+        self.num_processes = num_processes
+        rows = np.array([len(ids) for ids in text_ids])
+        self.weights = rows / rows.sum() if weights is None else np.asarray(weights)
+        self.offsets = np.cumsum([0, *rows])
+        self.seed = seed
+        self.epoch = 0
+        self.num_steps = int(rows.sum()) // (batch_size * num_processes)
+        if batch_size * num_processes < 2:
+            raise ValueError("the batch has a single pair, so there are no negatives; use a batch size of at least 2")
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_steps * self.num_processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        draws = np.random.default_rng([self.seed, self.epoch]).choice(
+            len(self.text_ids), size=self.num_steps, p=self.weights
+        )
+        steps = [self._steps_of_set(number) for number in range(len(self.text_ids))]
+        for number in draws:
+            rows = next(steps[number])
+            for start in range(0, len(rows), self.batch_size):
+                yield rows[start : start + self.batch_size]
+
+    def _steps_of_set(self, number: int) -> Iterator[list[int]]:
+        """Passes over one set, without end."""
+        text_ids, passes = self.text_ids[number], 0
+        while True:
+            order = np.random.default_rng([self.seed, self.epoch, number, passes]).permutation(len(text_ids))
+            step = None
+            for step in self._steps_of_pass(text_ids, order):
+                yield [int(self.offsets[number]) + row for row in step]
+            if step is None:
+                raise ValueError(
+                    f"training set {number} has {len(text_ids)} pairs, too few without a common text for one step of "
+                    f"{self.batch_size} pairs on {self.num_processes} process(es); use a smaller batch size"
+                )
+            passes += 1
+
+    def _steps_of_pass(self, text_ids: np.ndarray, order: np.ndarray) -> Iterator[list[int]]:
+        size = self.batch_size * self.num_processes
+        deferred: deque[tuple[int, list[int]]] = deque()
+        step, used = [], set()
+
+        def add(row: int, ids: list[int]) -> None:
+            if used.isdisjoint(ids):
+                step.append(row)
+                used.update(ids)
+            else:
+                deferred.append((row, ids))
+
+        blocks = np.split(order, range(10_000, len(order), 10_000))
+        for row, ids in ((row, ids) for block in blocks for row, ids in zip(block.tolist(), text_ids[block].tolist())):
+            add(row, ids)
+            if len(step) == size:
+                yield step
+                step, used = [], set()
+                # The oldest of those put off have first claim on the next step; a bound keeps the pass linear.
+                for _ in range(min(len(deferred), 4 * size)):
+                    if len(step) < size:
+                        add(*deferred.popleft())
+        while len(step) + len(deferred) >= size:
+            waiting = len(deferred)
+            for _ in range(waiting):
+                if len(step) < size:
+                    add(*deferred.popleft())
+            if len(step) < size:
+                return
+            yield step
+            step, used = [], set()
+
+
+class _SamplerEpoch(TrainerCallback):
+    """Tells the sampler the epoch; accelerate does not reach it in a resumed epoch of several processes."""
+
+    def __init__(self, sampler: NoDuplicatesBatchSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class RetrieverTrainer(Trainer):
+    """
+    Trainer of a text encoder on pairs, with the other pairs of the batch as negatives.
+
+    Args:
+        model (`PreTrainedModel`):
+            An encoder whose output has `last_hidden_state`, as `AutoModel` or `T5EncoderModel` load it.
+        args ([`RetrieverTrainingArguments`]):
+            Batch, loss, pooling and schedule.
+        processing_class (`PreTrainedTokenizerBase`):
+            The tokenizer.
+        train_dataset (`datasets.Dataset`, `datasets.IterableDataset` or [`~data_prep.pairs.PairMixture`], *optional*):
+            Pairs as [`~data_prep.pairs.load_pairs`] returns them. Duplicates are kept out of the batches of all but an
+            iterable dataset.
+        eval_dataset (`datasets.Dataset` or `dict[str, datasets.Dataset]`, *optional*):
+            Held-out pairs. Each anchor is looked up among all texts of the other columns: `eval_recall@1`,
+            `eval_recall@10`, `eval_mrr@10`, `eval_ndcg@10`, and `eval_loss`.
+        kwargs (`dict[str, Any]`, *optional*):
+            Those of [`~transformers.Trainer`].
+
+    `save_model` writes a folder that `AutoModel`, sentence-transformers and
+    [`~modeling_retro.retrieval_retro.ChunkEncoder`] load.
+    """
+
+    _tag_names = ["sentence-transformers", "sentence-similarity", "feature-extraction", "retro"]
+
+    # Every batch has a loss of its own, a mean; `Trainer` divides it by the number of accumulated batches.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: RetrieverTrainingArguments,
+        processing_class: PreTrainedTokenizerBase,
+        train_dataset=None,
+        eval_dataset=None,
+        **kwargs,
+    ):
+        max_length = args.max_length or longest_input(model, processing_class)
+        kwargs.setdefault("data_collator", SiameseDataCollator(processing_class, max_length=max_length))
+        kwargs.setdefault("compute_metrics", functools.partial(_compute_metrics, cosine=args.similarity == "cosine"))
+        self.loss = _loss_of(args)
+        self.max_length = max_length
+        super().__init__(
+            model=model,
+            args=args,
+            processing_class=processing_class,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
+        # The batches name what they hold in other words than the model, so the default guess fails.
+        self.can_return_loss = True
+        self.label_names = ["text_ids"]
+
+    def get_train_dataloader(self) -> DataLoader:
+        dataset = self.train_dataset
+        if dataset is None or isinstance(dataset, torch.utils.data.IterableDataset):
+            return super().get_train_dataloader()
+        is_mixture = isinstance(dataset, PairMixture)
+        with self.args.main_process_first(desc="hashing the training texts"):
+            text_ids = [hash_pairs(pairs) for pairs in (dataset.sets.values() if is_mixture else [dataset])]
+        sampler = NoDuplicatesBatchSampler(
+            text_ids,
+            self._train_batch_size,
+            num_processes=self.args.world_size,
+            weights=dataset.weights if is_mixture else None,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+        )
+        self.pop_callback(_SamplerEpoch)
+        self.add_callback(_SamplerEpoch(sampler))
+        dataloader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(dataloader)
+
+    def _embed(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Embeddings [n, d] of the texts in `input_ids` [n, t], in float32 or wider."""
+        with self.compute_loss_context_manager():
+            hidden_states = model(**inputs).last_hidden_state
+        return pool_hidden_states(hidden_states, inputs["attention_mask"], self.args.pooling)
+
+    def _split_inputs(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+        """What the encoder takes, and what the loss takes."""
+        encoder_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        return encoder_inputs, {name: inputs.get(name) for name in ("text_ids", "document_ids")}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        encoder_inputs, ids = self._split_inputs(inputs)
+        embeddings = self._embed(model, encoder_inputs).unflatten(0, ids["text_ids"].shape)  # [C, B, d]
+        loss = self.loss(embeddings, **ids)
+        return (loss, embeddings) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if not isinstance(self.loss, CachedMultipleNegativesRankingLoss):
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        encoder_inputs, ids = self._split_inputs(self._prepare_inputs(inputs))
+        loss = self.loss.forward_backward(
+            functools.partial(self._embed, model),
+            encoder_inputs,
+            num_columns=len(ids["text_ids"]),
+            **ids,
+            backward=lambda part: self.accelerator.backward(part / self.current_gradient_accumulation_steps),
+            no_sync=functools.partial(self.accelerator.no_sync, model=model),
+        )
+        return loss / self.current_gradient_accumulation_steps
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        encoder_inputs, ids = self._split_inputs(self._prepare_inputs(inputs))
+        shape = ids["text_ids"].shape
+        with torch.no_grad():
+            embeddings = self._embed(model, encoder_inputs).unflatten(0, shape)
+            # The last batch may hold a single pair, which has no loss.
+            loss = self.loss(embeddings, **ids) if shape[0] > 2 or shape[1] > 1 else None
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, embeddings.transpose(0, 1).contiguous(), ids["text_ids"].T.contiguous()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            save_sentence_transformers_files(
+                output_dir or self.args.output_dir,
+                dimension=self.model.config.hidden_size,
+                pooling=self.args.pooling,
+                normalized=self.args.similarity == "cosine",
+                max_length=self.max_length,
+            )
+
+    def create_model_card(self, model_name: str | None = None, tags: str | list[str] | None = None, **kwargs) -> None:
+        """Writes `README.md` into the output folder: how to load the encoder, how it was trained, how it retrieves."""
+        if not self.is_world_process_zero():
+            return
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        base_model = self.model.name_or_path
+        data = ModelCardData(
+            library_name="sentence-transformers",
+            pipeline_tag="sentence-similarity",
+            tags=[*self._tag_names, *(tag for tag in tags if tag not in self._tag_names)],
+            base_model=None if not base_model or os.path.isdir(base_model) else base_model,
+        )
+        name = model_name or os.path.basename(os.path.abspath(self.args.output_dir))
+        repository = self.hub_model_id or name
+        content = _model_card_text(name, repository, self.args, self.max_length, self.state.log_history)
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{content}").save(os.path.join(self.args.output_dir, "README.md"))
+
+
+def pool_hidden_states(hidden_states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
+    """Embeddings [n, d] of token states [n, t, d]: the mean over the mask [n, t], or the first token."""
+    hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+    if pooling == "cls":
+        return hidden_states[:, 0]
+    mask = attention_mask[..., None].to(hidden_states.dtype)
+    return (hidden_states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of tokens that both take; at most 512 where neither has a limit."""
+    # T5 has relative positions, and no field for a limit.
+    limits = [tokenizer.model_max_length, model.config.to_dict().get("max_position_embeddings") or 512]
+    return min(limits)
+
+
+def _loss_of(args: RetrieverTrainingArguments) -> MultipleNegativesRankingLoss:
+    options = {
+        "scale": args.scale,
+        "similarity": args.similarity,
+        "symmetric": args.symmetric,
+        "gather_across_devices": args.gather_across_devices,
+    }
+    if args.mini_batch_size is None:
+        return MultipleNegativesRankingLoss(**options)
+    return CachedMultipleNegativesRankingLoss(mini_batch_size=args.mini_batch_size, **options)
+
+
+def _compute_metrics(prediction: EvalPrediction, cosine: bool) -> dict[str, float]:
+    """Looks each anchor up among the texts of all other columns; equal texts are one."""
+    embeddings, text_ids = torch.from_numpy(prediction.predictions), prediction.label_ids  # [N, C, d], [N, C]
+    embeddings = (normalize(embeddings, dim=-1) if cosine else embeddings).numpy()
+    queries, first_query, query_of_row = np.unique(text_ids[:, 0], return_index=True, return_inverse=True)
+    documents, first_document, document_of_text = np.unique(text_ids[:, 1:], return_index=True, return_inverse=True)
+    positives = document_of_text.reshape(len(text_ids), -1)[:, 0]
+    relevance = np.unique(np.stack([query_of_row.reshape(-1), positives], axis=1), axis=0)
+    return retrieval_metrics(
+        embeddings[first_query, 0],
+        embeddings[:, 1:].reshape(-1, embeddings.shape[-1])[first_document],
+        relevance,
+    )
+
+
+def save_sentence_transformers_files(
+    folder: str | os.PathLike, dimension: int, pooling: str, normalized: bool, max_length: int
+) -> None:
+    """
+    Adds to a saved encoder what sentence-transformers reads (all its versions) beside weights, config and tokenizer.
+
+    Args:
+        folder (`str`):
+            Folder of the encoder.
+        dimension (`int`):
+            Size of the embeddings.
+        pooling (`str`):
+            `"mean"` or `"cls"`.
+        normalized (`bool`):
+            Whether the embeddings have length 1.
+        max_length (`int`):
+            Longer texts are cut to this number of tokens.
+    """
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if normalized else [])]
+    files = {
+        "modules.json": [
+            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"}
+            for index, (path, name) in enumerate(modules)
+        ],
+        "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
+        "config_sentence_transformers.json": {"similarity_fn_name": "cosine" if normalized else "dot"},
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": dimension,
+            "pooling_mode_cls_token": pooling == "cls",
+            "pooling_mode_mean_tokens": pooling == "mean",
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+        },
+    }
+    for path, _ in modules[1:]:
+        os.makedirs(os.path.join(folder, path), exist_ok=True)
+    for name, content in files.items():
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
+
+
+def _model_card_text(
+    name: str,
+    repository: str,
+    args: RetrieverTrainingArguments,
+    max_length: int,
+    log_history: Sequence[Mapping[str, Any]],
+) -> str:
+    evaluations = [entry for entry in log_history if any("recall@" in key for key in entry)]
+    metrics = [key for key in evaluations[-1] if "@" in key] if evaluations else []
+    lines = [
+        f"# {name}",
+        "",
+        f"A text encoder for retrieval: {args.pooling} pooling, {args.similarity} similarity, texts of up to "
+        f"{max_length} tokens. It was trained on pairs with RETRO for Hugging Face, to find the chunks that a RETRO "
+        "language model reads.",
+        "",
+        "```python",
+        "from sentence_transformers import SentenceTransformer",
+        "",
+        f'embeddings = SentenceTransformer("{repository}").encode(["a text", "another"])',
+        "```",
+        "",
+        "As the encoder of a datastore:",
+        "",
+        "```bash",
+        f"retro embed --encoder {repository} …",
+        "```",
+        "",
+        "## Training",
+        "",
+        f"Multiple negatives ranking loss (scale {args.scale}{', symmetric' if args.symmetric else ''}), "
+        f"{args.train_batch_size * args.world_size} pairs a step, learning rate {args.learning_rate}.",
+    ]
+    if metrics:
+        first, last = evaluations[0], evaluations[-1]
+        lines += [
+            "",
+            "## Retrieval on held-out pairs",
+            "",
+            f"| metric | step {first['step']} | step {last['step']} |",
+            "|---|---|---|",
+            *(f"| {key.removeprefix('eval_')} | {first[key]:.3f} | {last[key]:.3f} |" for key in metrics),
+        ]
+    return "\n".join(lines) + "\n"
