@@ -13,6 +13,9 @@
 # limitations under the License.
 """The RETRO model and the read side of its datastore."""
 
+import importlib
+from typing import Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .cache_retro import RetroCache
@@ -28,11 +31,25 @@ RetroConfig.register_for_auto_class()
 RetroModel.register_for_auto_class("AutoModel")
 RetroForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
-__all__ = [
+_RETRIEVAL = ("ChunkEncoder", "RetrievedNeighbors", "RetroDatastore", "RetroRetriever")
+
+
+def __getattr__(name: str) -> Any:
+    """Retrieval wants faiss, the model does not: its classes are imported when they are asked for."""
+    if name in _RETRIEVAL:
+        return getattr(importlib.import_module(".retrieval_retro", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [  # noqa: F822
+    "ChunkEncoder",
+    "RetrievedNeighbors",
     "RetroCache",
     "RetroConfig",
+    "RetroDatastore",
     "RetroForCausalLM",
     "RetroModel",
     "RetroNeighborEncoder",
     "RetroPreTrainedModel",
+    "RetroRetriever",
 ]
