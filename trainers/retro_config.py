@@ -40,6 +40,11 @@ class RetroTrainingArguments(TrainingArguments):
         neighbor_dropout (`float`, *optional*, defaults to `0.1`):
             Share of chunks that see no neighbors in a training step, so that the model without retrieval stays good.
 
+        > Parameters that control the optimizer
+
+        use_muon (`bool`, *optional*, defaults to `False`):
+            Whether to optimize the weights of the linear layers with Muon and the rest with AdamW, instead of `optim`.
+
         > Parameters that control the evaluation
 
         eval_window_chunks (`int`, *optional*, defaults to `32`):
@@ -78,6 +83,11 @@ class RetroTrainingArguments(TrainingArguments):
     num_neighbors: int = field(default=2, metadata={"help": "Number of neighbors that a chunk sees in training."})
     neighbor_dropout: float = field(
         default=0.1, metadata={"help": "Share of chunks that see no neighbors in a training step."}
+    )
+
+    # Parameters that control the optimizer
+    use_muon: bool = field(
+        default=False, metadata={"help": "Optimize the linear layers with Muon and the rest with AdamW."}
     )
 
     # Parameters that control the evaluation

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -30,6 +31,7 @@ from modeling_retro import RetroConfig
 from modeling_retro.retrieval_retro import DatastoreSplit, RetroDatastore
 
 from .evaluation import evaluate_retro
+from .muon import MuonWithAdamW
 from .retro_config import RetroTrainingArguments
 
 
@@ -286,6 +288,19 @@ class RetroTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: ChunkRows | None = None) -> EpochRowSampler:
         data_seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochRowSampler(len(self.train_dataset), data_seed)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.args.use_muon and self.optimizer is None:
+            model = self.model if model is None else model
+            self.optimizer = MuonWithAdamW(
+                model,
+                lr=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                decay_names=self.get_decay_parameter_names(model),
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+            )
+        return super().create_optimizer(model)
 
     def evaluate(
         self,
