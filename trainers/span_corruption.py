@@ -195,6 +195,10 @@ class DataCollatorForSpanCorruption:
             "labels": torch.from_numpy(labels),
         }
 
+    def is_special(self, tokens: np.ndarray) -> np.ndarray:
+        """True where labels of any shape hold no token of the text: sentinels, EOS, padding."""
+        return np.isin(tokens, [*self._sentinels, self.tokenizer.eos_token_id, -100])
+
     def _refuse_sentinels(self, tokens: np.ndarray) -> None:
         suspects = tokens[(tokens >= self._sentinels.min()) & (tokens <= self._sentinels.max())]
         if (reserved := suspects[np.isin(suspects, self._sentinels)]).size:

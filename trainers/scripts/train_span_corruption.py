@@ -1,0 +1,194 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Trains an encoder-decoder on corrupted spans (https://huggingface.co/papers/1910.10683, section 3.1.4), over bytes or
+subwords, from scratch or from a checkpoint:
+
+    retro train-span-corruption --tasks data_prep/recipes/span_corruption.yaml --output_dir byt5 \\
+        --model_config d_model=512,d_ff=1024,num_layers=8 --optim adafactor --learning_rate 1e-3 --max_steps 10000
+    accelerate launch -m trainers.scripts.train_span_corruption --tasks tasks.yaml --output_dir t5 \\
+        --model_name_or_path google/t5-v1_1-small --max_steps 10000
+
+The same command goes on from the last checkpoint. `output_dir` then holds the model, and `output_dir/encoder` its
+encoder half, which `retro train-retriever` can start from.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from data_prep.arguments import parse_arguments, run_command
+from data_prep.tasks import load_mixture, read_tasks
+from trainers.span_corruption import DataCollatorForSpanCorruption
+
+
+@dataclass
+class SpanCorruptionArguments:
+    """
+    Arguments of `retro train-span-corruption`, beside those of [`~transformers.TrainingArguments`].
+
+    Args:
+        tasks (`str`):
+            YAML file of tasks, see [`data_prep.tasks`].
+        model_name_or_path (`str`, *optional*):
+            Checkpoint to go on from. Defaults to a new model.
+        config_name_or_path (`str`, *optional*):
+            Configuration of a new model. Defaults to a [`~transformers.T5Config`] with a gated GELU.
+        model_config (`str`, *optional*):
+            Changes to the configuration of a new model, `"d_model=512,num_layers=8"`.
+        tokenizer_name_or_path (`str`, *optional*):
+            Tokenizer. Defaults to that of the checkpoint, for a new model to bytes, as ByT5.
+        shuffle_buffer (`int`, *optional*, defaults to 10000):
+            Rows to shuffle among; 0 keeps the order of the tasks' texts.
+    """
+
+    tasks: str = field(metadata={"help": "YAML file of tasks, see data_prep/tasks.py."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to go on from; a new model if not given."}
+    )
+    config_name_or_path: str | None = field(
+        default=None, metadata={"help": "Configuration of a new model; T5 with a gated GELU if not given."}
+    )
+    model_config: str | None = field(
+        default=None, metadata={"help": "Changes to the configuration of a new model: d_model=512,num_layers=8."}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer; that of the checkpoint, or bytes for a new model, if not given."}
+    )
+    shuffle_buffer: int = field(default=10_000, metadata={"help": "Rows to shuffle among; 0 keeps the order."})
+
+
+def load_model(args: SpanCorruptionArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and its tokenizer, from a checkpoint or new."""
+    if args.model_name_or_path is not None:
+        if args.model_config is not None or args.config_name_or_path is not None:
+            raise ValueError(
+                "--config_name_or_path and --model_config describe a new model: drop --model_name_or_path"
+            )
+        model = AutoModelForSeq2SeqLM.from_pretrained(args.model_name_or_path)
+        return model, AutoTokenizer.from_pretrained(args.tokenizer_name_or_path or args.model_name_or_path)
+    tokenizer = ByT5Tokenizer()
+    if args.tokenizer_name_or_path is not None:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path)
+    if args.config_name_or_path is not None:
+        config = AutoConfig.from_pretrained(args.config_name_or_path)
+    else:
+        config = T5Config(
+            vocab_size=len(tokenizer),
+            feed_forward_proj="gated-gelu",
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            decoder_start_token_id=tokenizer.pad_token_id,
+        )
+    if args.model_config is not None:
+        config.update_from_string(args.model_config)
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"the model has {config.vocab_size} embeddings for the {len(tokenizer)} tokens of the tokenizer"
+        )
+    return AutoModelForSeq2SeqLM.from_config(config), tokenizer
+
+
+def span_metrics(collator: DataCollatorForSpanCorruption) -> Callable[[EvalPrediction], dict[str, float]]:
+    """
+    Makes the `compute_metrics` of a Trainer: `span_accuracy`, the share of the noise tokens that the model names
+    right, sentinels and EOS not counted, and `unigram_entropy`, the loss in nats of the best model without context.
+    """
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        labels = prediction.label_ids
+        tokens = labels[labels != -100]
+        is_right = prediction.predictions[labels != -100] == tokens
+        share = np.unique(tokens, return_counts=True)[1] / len(tokens)
+        return {
+            "span_accuracy": float(is_right[~collator.is_special(tokens)].mean()),
+            "unigram_entropy": float(-(share * np.log(share)).sum()),
+        }
+
+    return compute_metrics
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args, training_args = parse_arguments(
+        SpanCorruptionArguments, TrainingArguments, argv=argv, description=__doc__, prog="retro train-span-corruption"
+    )
+    if training_args.max_steps <= 0:
+        raise ValueError(
+            f"--max_steps is {training_args.max_steps}, expected the number of steps: the rows are a stream"
+        )
+    set_seed(training_args.seed)
+    # Batches differ in width where rows are short: every process takes its own from the stream.
+    training_args.accelerator_config.dispatch_batches = False
+    tasks = read_tasks(args.tasks)
+    if endless := [name for name in tasks.evaluation if tasks.tasks[name].repeat]:
+        raise ValueError(f"{args.tasks}: evaluation on {', '.join(endless)} would never end; remove repeat")
+    model, tokenizer = load_model(args)
+    try:
+        collator = DataCollatorForSpanCorruption(tokenizer, seed=training_args.seed, **tasks.features)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{args.tasks}: features: {error}") from error
+
+    # Repeated as a whole, so that a resumed run finds its place by counting batches.
+    train_dataset = load_mixture(tasks.tasks, tasks.train, tokenizer, collator.raw_length, training_args.seed).repeat(
+        None
+    )
+    if args.shuffle_buffer:
+        train_dataset = train_dataset.shuffle(seed=training_args.seed, buffer_size=args.shuffle_buffer)
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset={
+            name: load_mixture(tasks.tasks, {name: 1.0}, tokenizer, collator.raw_length) for name in tasks.evaluation
+        },
+        data_collator=collator,
+        processing_class=tokenizer,
+        compute_metrics=span_metrics(collator),
+        preprocess_logits_for_metrics=lambda logits, labels: logits[0].argmax(dim=-1),
+    )
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint is None and Path(training_args.output_dir).is_dir():
+        checkpoint = get_last_checkpoint(training_args.output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if tasks.evaluation:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if trainer.is_world_process_zero():
+        encoder = AutoModelForTextEncoding.from_pretrained(training_args.output_dir)
+        encoder.save_pretrained(Path(training_args.output_dir, "encoder"))
+        tokenizer.save_pretrained(Path(training_args.output_dir, "encoder"))
+
+
+if __name__ == "__main__":
+    run_command(main)
