@@ -391,25 +391,28 @@ def _chunk_shards(
         description=f"Chunking {split}",
         in_order=options["max_chunks"] is not None,
     )
-    num_chunks = sum(record["rows"] for record in records)
-    if num_chunks == 0:
+    if not any(record["rows"] for record in records):
         raise ValueError(f"no document of {', '.join(source['path'] for source in stage['sources'])} has text")
-    stage["shards"] = records
     stage["parts"] = stage["parts"][: len(records)]
-    stage["num_chunks"] = num_chunks
-    stage["num_documents"] = sum(record["documents"] for record in records)
-    stage["num_tokens"] = sum(record["tokens"] for record in records)
-    stage["num_bytes"] = sum(record["bytes"] for record in records)
-    stage["dropped"] = {
-        reason: sum(record["dropped"][reason] for record in records) for reason in ("bad_records", "filtered")
-    }
-    stage["fingerprint"] = chunks_fingerprint(records)
+    set_shards(stage, records)
     write_manifest(path, manifest)
     clear_records(root / "chunks")
     if process_state().is_main_process:
         (path / f".stdin-{split}.jsonl").unlink(missing_ok=True)
-    logger.info(f"{split}: {num_chunks} chunks of {stage['num_documents']} documents, dropped {stage['dropped']}")
+    logger.info(
+        f"{split}: {stage['num_chunks']} chunks of {stage['num_documents']} documents, dropped {stage['dropped']}"
+    )
     return stage
+
+
+def set_shards(stage: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """Sets the shards of a stage of chunks, their fingerprint and their totals."""
+    stage["shards"] = records
+    stage["fingerprint"] = chunks_fingerprint(records)
+    for total, key in (("chunks", "rows"), ("documents", "documents"), ("tokens", "tokens"), ("bytes", "bytes")):
+        stage[f"num_{total}"] = sum(record[key] for record in records)
+    reasons = records[0]["dropped"]
+    stage["dropped"] = {reason: sum(record["dropped"][reason] for record in records) for reason in reasons}
 
 
 class _ShardWriter:

@@ -37,7 +37,7 @@ from datasets import Dataset
 
 _RECORD_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _PACKED_SUFFIXES = (".gz", ".zst")
-_READ_SIZE = 1 << 20
+_READ_SIZE = 1 << 16
 _ROWS = 256
 
 

@@ -130,6 +130,8 @@ def find_neighbors(
         stage["shards"] = run_shards(
             root / "neighbors", stage["shards"], names, make, description=f"Neighbors of {split}"
         )
+        totals = [record["counts"] for record in stage["shards"]]
+        stage["counts"] = {name: sum(total.get(name, 0) for total in totals) for name in sorted(set().union(*totals))}
         write_manifest(path, manifest)
         clear_records(root / "neighbors")
         return stage
@@ -139,7 +141,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(NeighborsArguments, argv=argv, description=__doc__, prog="retro neighbors")
     stage = find_neighbors(**vars(arguments))
     if process_state().is_main_process:
-        print(f"{stage['options']['num_neighbors']} neighbors of {sum(r['rows'] for r in stage['shards'])} chunks")
+        print(
+            f"{stage['options']['num_neighbors']} neighbors of {sum(r['rows'] for r in stage['shards'])} chunks; "
+            + ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in stage["counts"].items())
+        )
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ class ChunkTable:
         for positions in np.split(order, bounds) if order.size else []:
             shard = int(shards[positions[0]])
             values[positions] = self._shard(shard)[column][flat[positions] - self.offsets[shard]]
-        return values.reshape(*np.shape(chunk_ids), *first.shape[1:])
+        return values.reshape((*np.shape(chunk_ids), *first.shape[1:]))
 
     def shard(self, index: int) -> dict[str, np.ndarray]:
         """Columns of one shard as views of its file: `input_ids` [n, m], `length`, `document_id`, `num_bytes` [n]."""
@@ -250,6 +250,8 @@ class DatastoreSplit:
     def __init__(self, path: Path, record: Mapping[str, Any], chunk_size: int):
         self.path = path
         self.record = record
+        if "fingerprint" not in record.get("chunks", {}):
+            raise ValueError(f"{path} has no finished chunks; run `retro chunk` (again)")
         shards = record["chunks"]["shards"]
         folders = [path / "chunks" / shard["name"] for shard in shards]
         missing = [str(folder) for folder in folders if not folder.is_dir()]

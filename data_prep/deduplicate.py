@@ -1,0 +1,304 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Removes the training documents that nearly equal a held-out document: 13-gram Jaccard similarity of at least 0.8.
+
+```bash
+retro deduplicate --datastore datastore
+```
+
+Runs after `chunk` of all splits and before `embed`. Candidates come from MinHash signatures (Broder 1997), each is
+verified on the n-grams of token ids themselves. What was removed is listed in `duplicates.jsonl`.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasketch import MinHash, MinHashLSH
+from transformers.utils import logging
+
+from data_prep.arguments import parse_arguments, run_command
+from data_prep.chunk import chunk_features, set_shards
+from data_prep.manifest import (
+    directory_lock,
+    discard,
+    open_manifest,
+    process_state,
+    remove,
+    run_shards,
+    save_shard,
+    verify_shard,
+    whole,
+    write_manifest,
+)
+from modeling_retro.retrieval_retro import TRAIN_SPLIT, ChunkTable, RetroDatastore
+
+
+logger = logging.get_logger(__name__)
+
+_SIGNATURE_SIZE = 128
+# Candidates are taken from a lower similarity on: missing a duplicate is worse than verifying one in vain.
+_MARGIN = 0.6
+_WORK = ".deduplicated-"
+
+
+@dataclass
+class DeduplicateArguments:
+    """Options of `retro deduplicate`."""
+
+    datastore: str = field(metadata={"help": "The datastore."})
+    against: list[str] = field(
+        default_factory=list, metadata={"help": "Splits of held-out documents; by default all but train."}
+    )
+    threshold: float = field(default=0.8, metadata={"help": "Jaccard similarity from which a document is removed."})
+    ngram: int = field(default=13, metadata={"help": "Tokens in an n-gram."})
+    force: bool = field(default=False, metadata={"help": "Also remove embeddings and neighbors that become stale."})
+
+
+class NearDuplicates:
+    """
+    Finds the known document that a document nearly equals.
+
+    Args:
+        threshold (`float`): Jaccard similarity of the sets of n-grams from which two documents are near duplicates.
+        ngram (`int`): Tokens in an n-gram; a shorter document is one n-gram.
+    """
+
+    def __init__(self, threshold: float = 0.8, ngram: int = 13):
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold must lie in (0, 1], got {threshold}")
+        if ngram < 1:
+            raise ValueError(f"ngram must be at least 1, got {ngram}")
+        self.threshold = threshold
+        self.ngram = ngram
+        self._index = MinHashLSH(threshold=_MARGIN * threshold, num_perm=_SIGNATURE_SIZE)
+        self._known: dict[Any, np.ndarray] = {}
+
+    def add(self, key: Any, tokens: np.ndarray) -> None:
+        """Makes a document known under `key`; `tokens` are its ids [n]."""
+        ngrams = self._ngrams(tokens)
+        self._known[key] = ngrams
+        self._index.insert(key, self._signature(ngrams))
+
+    def find(self, tokens: np.ndarray) -> tuple[Any, float] | None:
+        """Key and similarity of the most similar known document, if it is at least `threshold`."""
+        ngrams = self._ngrams(tokens)
+        matches = [
+            (similarity, key)
+            for key in self._index.query(self._signature(ngrams))
+            if (similarity := _jaccard(ngrams, self._known[key])) >= self.threshold
+        ]
+        if not matches:
+            return None
+        similarity, key = max(matches, key=lambda match: (match[0], str(match[1])))
+        return key, similarity
+
+    def _ngrams(self, tokens: np.ndarray) -> np.ndarray:
+        """The distinct n-grams as rows [g, ngram]; a document shorter than that is padded with -1."""
+        tokens = np.asarray(tokens, dtype=np.int32)
+        if len(tokens) < self.ngram:
+            tokens = np.pad(tokens, (0, self.ngram - len(tokens)), constant_values=-1)
+        windows = np.lib.stride_tricks.sliding_window_view(tokens, self.ngram)
+        rows = np.ascontiguousarray(windows).view(f"V{4 * self.ngram}").reshape(-1)
+        return np.unique(rows)
+
+    def _signature(self, ngrams: np.ndarray) -> MinHash:
+        signature = MinHash(num_perm=_SIGNATURE_SIZE, hashfunc=int)
+        hashes = _hash(ngrams.view(np.uint32).reshape(len(ngrams), -1))
+        for start in range(0, len(hashes), 8192):
+            signature.update_batch(hashes[start : start + 8192])
+        return signature
+
+
+def _hash(rows: np.ndarray) -> np.ndarray:
+    """32-bit hashes of rows of 32-bit integers: multiply and shift, modulo 2**64."""
+    hashes = np.zeros(len(rows), dtype=np.uint64)
+    for column in rows.T:
+        hashes = (hashes ^ column) * np.uint64(0x9E3779B97F4A7C15)
+        hashes ^= hashes >> np.uint64(32)
+    return hashes & np.uint64(0xFFFFFFFF)
+
+
+def _jaccard(first: np.ndarray, second: np.ndarray) -> float:
+    common = len(np.intersect1d(first, second, assume_unique=True))
+    return common / (len(first) + len(second) - common)
+
+
+def documents_of(columns: dict[str, np.ndarray]) -> Iterator[tuple[int, slice, np.ndarray]]:
+    """Yields (document id, rows, token ids) of the documents of a shard of chunks, in order."""
+    document_id, length, input_ids = columns["document_id"], columns["length"], columns["input_ids"]
+    starts = np.flatnonzero(np.diff(document_id, prepend=-1))
+    for start, stop in zip(starts, [*starts[1:], len(document_id)], strict=True):
+        tokens = input_ids[start:stop].reshape(-1)[: (stop - start - 1) * input_ids.shape[1] + length[stop - 1]]
+        yield int(document_id[start]), slice(int(start), int(stop)), tokens
+
+
+def deduplicate(
+    datastore: str | Path,
+    against: Sequence[str] = (),
+    threshold: float = 0.8,
+    ngram: int = 13,
+    force: bool = False,
+) -> dict[str, Any]:
+    """
+    Removes training documents that are near duplicates of documents of other splits.
+
+    Args:
+        datastore (`str` or `Path`): The datastore.
+        against (`Sequence[str]`, *optional*): The splits of held-out documents. Defaults to all but `"train"`.
+        threshold (`float`, *optional*, defaults to 0.8): Jaccard similarity from which a document is removed.
+        ngram (`int`, *optional*, defaults to 13): Tokens in an n-gram.
+        force (`bool`, *optional*, defaults to `False`): Whether to remove embeddings of chunks that change.
+
+    Returns:
+        `dict`: what the manifest says: `documents` and `chunks` removed, and the options.
+
+    Raises:
+        ValueError: If there is nothing to compare with, nothing would be left, or chunks are embedded already.
+    """
+    path = Path(datastore)
+    with directory_lock(path):
+        manifest = open_manifest(path)
+        stage = manifest["splits"].get(TRAIN_SPLIT, {}).get("chunks", {})
+        _finish(path, stage)
+        opened = RetroDatastore(path, manifest)
+        against = sorted(against or set(manifest["splits"]) - {TRAIN_SPLIT})
+        if not against:
+            raise ValueError(f"{path} has no held-out split; run `retro chunk --split validation` first")
+        known = {name: opened.split(name).record["chunks"]["fingerprint"] for name in against}
+        options = {"against": known, "threshold": threshold, "ngram": ngram}
+        before = stage.get("deduplicated", {"options": options, "shards": 0, "documents": 0, "chunks": 0})
+        if before["options"] != options:
+            before = {"options": options, "shards": 0, "documents": 0, "chunks": 0}
+        if before["shards"] == len(stage["shards"]):
+            return before
+        if len(manifest["splits"][TRAIN_SPLIT].get("embeddings", {}).get("shards", [])) > before["shards"]:
+            if not force:
+                raise ValueError(f"{path} is embedded already; deduplicate before that, or use --force to embed anew")
+            discard(path, manifest, TRAIN_SPLIT, "embeddings")
+        return _remove_duplicates(path, manifest, opened, before)
+
+
+def _remove_duplicates(
+    path: Path, manifest: dict[str, Any], opened: RetroDatastore, before: dict[str, Any]
+) -> dict[str, Any]:
+    options = before["options"]
+    stage = manifest["splits"][TRAIN_SPLIT]["chunks"]
+    shards = stage["shards"]
+    detector = NearDuplicates(options["threshold"], options["ngram"])
+    for name in options["against"]:
+        table = opened.split(name).chunks
+        for index in range(len(table.folders)):
+            for document, _, tokens in documents_of(table.shard(index)):
+                detector.add((name, document), tokens)
+    features = chunk_features(manifest["chunk_size"], manifest["tokenizer"]["vocab_size"])
+
+    def make(index: int, temporary: Path) -> dict[str, Any]:
+        folder = verify_shard(path / "chunks" / shards[index]["name"], shards[index])
+        keep, duplicates = _find_in_shard(detector, opened.chunks, index if index >= before["shards"] else None)
+        if not duplicates:
+            shutil.copytree(folder, temporary, copy_function=os.link)
+            return {**shards[index], "duplicates": []}
+        columns = {name: column[keep] for name, column in opened.chunks.shard(index).items()}
+        save_shard(temporary, columns, features)
+        return {
+            **shards[index],
+            "rows": len(columns["length"]),
+            "documents": shards[index]["documents"] - len(duplicates),
+            "tokens": int(columns["length"].sum()),
+            "bytes": int(columns["num_bytes"].sum()),
+            "duplicates": duplicates,
+        }
+
+    names = [record["name"] for record in shards]
+    # An interrupted run goes on only if it compares the same chunks in the same way.
+    run = hashlib.sha256(json.dumps([stage["fingerprint"], before], sort_keys=True).encode()).hexdigest()[:16]
+    records = run_shards(path / (_WORK + run), [], names, make, description="Deduplicating")
+    duplicates = [duplicate for record in records for duplicate in record.pop("duplicates")]
+    removed = stage["num_chunks"] - sum(record["rows"] for record in records)
+    if removed == stage["num_chunks"]:
+        raise ValueError("every training document nearly equals a held-out document; nothing would be left")
+    if process_state().is_main_process:
+        report = path / "duplicates.jsonl"
+        earlier = report.read_text(encoding="utf-8") if before["shards"] else ""
+        with whole(report) as temporary:
+            temporary.write_text(earlier + "".join(json.dumps(line) + "\n" for line in duplicates), encoding="utf-8")
+    stage["deduplicated"] = {
+        "options": options,
+        "run": run,
+        "shards": len(records),
+        "documents": before["documents"] + len(duplicates),
+        "chunks": before["chunks"] + removed,
+    }
+    set_shards(stage, records)
+    write_manifest(path, manifest)
+    _finish(path, stage)
+    return stage["deduplicated"]
+
+
+def _find_in_shard(
+    detector: NearDuplicates, table: ChunkTable, index: int | None
+) -> tuple[np.ndarray | None, list[dict[str, Any]]]:
+    """Mask of the rows to keep and the duplicates of a shard; nothing for a shard that was looked through before."""
+    if index is None:
+        return None, []
+    columns = table.shard(index)
+    keep = np.ones(len(columns["length"]), dtype=bool)
+    duplicates = []
+    for document, rows, tokens in documents_of(columns):
+        match = detector.find(tokens)
+        if match is not None:
+            (split, other), similarity = match
+            keep[rows] = False
+            chunks = rows.stop - rows.start
+            duplicates.append(
+                {"document_id": document, "split": split, "of": other, "jaccard": similarity, "chunks": chunks}
+            )
+    return keep, duplicates
+
+
+def _finish(path: Path, stage: dict[str, Any]) -> None:
+    """
+    Puts the remaining chunks in the place of all chunks. The manifest names them already, so an interruption here
+    leaves nothing but this step to do, which the next run does first.
+    """
+    state = process_state()
+    if "deduplicated" in stage and state.is_main_process:
+        work = path / (_WORK + stage["deduplicated"]["run"])
+        if work.exists():
+            for file in work.glob(".shard-*.json"):
+                file.unlink()
+            remove(path / "chunks")
+            os.replace(work, path / "chunks")
+        for leftover in path.glob(f"{_WORK}*"):
+            remove(leftover)
+    state.wait_for_everyone()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (arguments,) = parse_arguments(DeduplicateArguments, argv=argv, description=__doc__, prog="retro deduplicate")
+    report = deduplicate(**vars(arguments))
+    if process_state().is_main_process:
+        print(f"removed {report['documents']} near duplicates of held-out documents ({report['chunks']} chunks)")
+
+
+if __name__ == "__main__":
+    run_command(main)
