@@ -64,6 +64,12 @@ class RetroConfig(PreTrainedConfig):
     neighbor_encoder_cross_attention_layers (`list[int]`, *optional*, defaults to `[0]`):
         Layers of the neighbor encoder (0-based) that attend to the decoder's activations of the retrieving chunk. An
         empty list makes the encoding of neighbors independent of the chunk.
+    base_model_name_or_path (`str`, *optional*):
+        Decoder that a retrofitted model was made from.
+    base_model_revision (`str`, *optional*):
+        Its revision.
+    base_model_sha256 (`str`, *optional*):
+        Checksum of its weights.
 
     Example:
 
@@ -146,6 +152,9 @@ class RetroConfig(PreTrainedConfig):
     neighbor_encoder_hidden_dropout: float | int = interval(min=0.0, max=1.0)(default=0.0)
     neighbor_encoder_attention_dropout: float | int = interval(min=0.0, max=1.0)(default=0.0)
     neighbor_encoder_cross_attention_layers: list[int] | None = None
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    base_model_sha256: str | None = None
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:

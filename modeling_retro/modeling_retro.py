@@ -46,6 +46,7 @@ from .chunk_layout_retro import (
 )
 from .configuration_retro import RetroConfig
 from .generation_retro import RetroGenerationMixin
+from .retrofit_retro import RetroRetrofitMixin
 
 
 class RetroRMSNorm(nn.Module):
@@ -807,7 +808,7 @@ class RetroModel(RetroPreTrainedModel):
 
 
 @auto_docstring
-class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel, GenerationMixin):
+class RetroForCausalLM(RetroGenerationMixin, RetroRetrofitMixin, RetroPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
