@@ -170,7 +170,7 @@ def load_mixture(
 ) -> IterableDataset:
     """
     Mixes tasks by their shares of the rows. Each task's texts are tokenized, without special tokens, joined and split
-    to rows of `row_length` tokens, 1,000 texts at a time; the rest of each thousand is a shorter row. Every row of the
+    to rows of `row_length` tokens, 100 texts at a time; the rest of each hundred is a shorter row. Every row of the
     finite tasks comes once; with a task that repeats the mixture never ends.
 
     Args:
@@ -190,7 +190,7 @@ def load_mixture(
     """
     fn_kwargs = {"tokenizer": tokenizer, "row_length": row_length}
     streams = [
-        tasks[name].texts().map(_tokenize, batched=True, batch_size=1000, remove_columns=["text"], fn_kwargs=fn_kwargs)
+        tasks[name].texts().map(_tokenize, batched=True, batch_size=100, remove_columns=["text"], fn_kwargs=fn_kwargs)
         for name in shares
     ]
     total = sum(shares.values())
