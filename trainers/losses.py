@@ -201,7 +201,7 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         Returns:
             `torch.FloatTensor`: the loss, detached.
         """
-        mini_batches = _split_by_length(inputs, self.mini_batch_size)
+        mini_batches = split_by_length(inputs, self.mini_batch_size)
         # The second pass must draw the dropout masks of the first.
         seeds = torch.randint(2**62, (len(mini_batches),)).tolist()
 
@@ -268,8 +268,19 @@ def _false_negatives(text_ids: Tensor | None, document_ids: Tensor | None, rows:
     return mask
 
 
-def _split_by_length(inputs: dict[str, Tensor], size: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """Mini-batches of texts of like length, without the columns that are padding in all of them."""
+def split_by_length(inputs: dict[str, Tensor], size: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """
+    Mini-batches of texts of like length, so that little of them is padding.
+
+    Args:
+        inputs (`dict[str, torch.Tensor]`):
+            Inputs of an encoder, `(texts, length)`, with an `attention_mask`.
+        size (`int`):
+            Texts in a mini-batch.
+
+    Returns:
+        `list[tuple[torch.LongTensor, dict[str, torch.Tensor]]]`: for each mini-batch, the rows it holds, and them.
+    """
     order = inputs["attention_mask"].sum(dim=1).argsort(stable=True)
     mini_batches = []
     for positions in order.split(size):

@@ -27,13 +27,22 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import BatchSampler, DataLoader
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
 from transformers.data.data_collator import DataCollatorMixin
 from transformers.utils import logging
 
 from data_prep.pairs import PairMixture, hash_pairs, hash_texts, pair_columns
 
-from .losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
+from .losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss, split_by_length
 from .retriever_config import RetrieverTrainingArguments
 from .retriever_evaluation import retrieval_metrics
 
@@ -351,6 +360,17 @@ class RetrieverTrainer(Trainer):
             hidden_states = model(**inputs).last_hidden_state
         return pool_hidden_states(hidden_states, inputs["attention_mask"], self.args.pooling)
 
+    def _embed_columns(self, model: nn.Module, inputs: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+        """Embeddings [C, B, d] of the stacked texts, in `length_groups` forward passes."""
+        groups = self.args.length_groups or (4 if self.args.device.type == "cpu" else 1)
+        if groups == 1:
+            return self._embed(model, inputs).unflatten(0, shape)
+        # The number of passes must not depend on the texts: processes that average gradients run in step.
+        parts = split_by_length(inputs, -(-shape.numel() // groups))
+        order = torch.cat([positions for positions, _ in parts])
+        embeddings = torch.cat([self._embed(model, part) for _, part in parts])
+        return embeddings[order.argsort()].unflatten(0, shape)
+
     def _split_inputs(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
         """What the encoder takes, and what the loss takes."""
         encoder_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -358,7 +378,7 @@ class RetrieverTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         encoder_inputs, ids = self._split_inputs(inputs)
-        embeddings = self._embed(model, encoder_inputs).unflatten(0, ids["text_ids"].shape)  # [C, B, d]
+        embeddings = self._embed_columns(model, encoder_inputs, ids["text_ids"].shape)
         loss = self.loss(embeddings, **ids)
         return (loss, embeddings) if return_outputs else loss
 
@@ -381,7 +401,7 @@ class RetrieverTrainer(Trainer):
         encoder_inputs, ids = self._split_inputs(self._prepare_inputs(inputs))
         shape = ids["text_ids"].shape
         with torch.no_grad():
-            embeddings = self._embed(model, encoder_inputs).unflatten(0, shape)
+            embeddings = self._embed_columns(model, encoder_inputs, shape)
             # The last batch may hold a single pair, which has no loss.
             loss = self.loss(embeddings, **ids) if shape[0] > 2 or shape[1] > 1 else None
         if prediction_loss_only:
@@ -415,6 +435,13 @@ class RetrieverTrainer(Trainer):
         repository = self.hub_model_id or name
         content = _model_card_text(name, repository, self.args, self.max_length, self.state.log_history)
         ModelCard(f"---\n{data.to_yaml()}\n---\n\n{content}").save(os.path.join(self.args.output_dir, "README.md"))
+
+
+def load_text_encoder(name_or_path: str, revision: str | None = None, **kwargs) -> PreTrainedModel:
+    """The encoder of a checkpoint: what `AutoModel` loads, or the encoder half of a T5."""
+    config = AutoConfig.from_pretrained(name_or_path, revision=revision)
+    auto_class = AutoModelForTextEncoding if config.model_type in ("t5", "mt5", "umt5") else AutoModel
+    return auto_class.from_pretrained(name_or_path, revision=revision, **kwargs)
 
 
 def pool_hidden_states(hidden_states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:

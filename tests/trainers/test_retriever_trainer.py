@@ -17,61 +17,18 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModel,
-    BertConfig,
-    BertModel,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-)
+from tiny_retriever import make_encoder, make_pairs, make_tokenizer
+from transformers import AutoModel, TrainerCallback
 
 from data_prep.pairs import PairMixture
 from modeling_retro.retrieval_retro import ChunkEncoder
 from trainers.losses import MultipleNegativesRankingLoss
 from trainers.retriever_config import RetrieverTrainingArguments
 from trainers.retriever_trainer import RetrieverTrainer, SiameseDataCollator
-
-
-WORDS = 60
-
-
-def make_tokenizer():
-    vocabulary = {"[PAD]": 0, "[UNK]": 1, **{f"w{i}": i + 2 for i in range(WORDS)}}
-    backend = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32)
-
-
-def make_encoder(dropout=0.0):
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=WORDS + 2,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
-    return BertModel(config)
-
-
-def make_pairs(rows, seed=0, negatives=0):
-    """The positive of an anchor is made of the words one further on."""
-    generator = np.random.default_rng(seed)
-    columns = {name: [] for name in ("anchor", "positive", *(f"negative_{i + 1}" for i in range(negatives)))}
-    for _ in range(rows):
-        words = generator.integers(WORDS, size=generator.integers(3, 9))
-        for shift, name in enumerate(columns):
-            columns[name].append(" ".join(f"w{(word + shift) % WORDS}" for word in words))
-    return Dataset.from_dict(columns)
 
 
 def make_trainer(output_dir, encoder=None, pairs=None, callbacks=None, eval_dataset=None, **options):
@@ -221,7 +178,8 @@ def test_model_card_says_how_to_load_and_how_it_retrieves(tmp_path):
 TWO_PROCESSES = """
 import json, sys, torch
 sys.path.insert(0, {tests!r})
-from test_retriever_trainer import make_pairs, make_trainer, parameters_of
+from test_retriever_trainer import make_trainer, parameters_of
+from tiny_retriever import make_pairs
 results = {{}}
 for name, options in json.loads(sys.argv[2]).items():
     evaluation = make_pairs(13, seed=5)

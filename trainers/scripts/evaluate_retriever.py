@@ -1,0 +1,132 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Measures how well an encoder retrieves.
+
+    retro evaluate-retriever --encoder encoder --pairs held-out.jsonl
+    retro evaluate-retriever --encoder encoder --beir scifact --split test --output_file scifact.json
+    retro evaluate-retriever --encoder encoder --scored_pairs sts-test.jsonl
+    retro evaluate-retriever --pairs held-out.jsonl --save_beir benchmark     # a retrieval set out of held-out pairs
+
+Pairs: each anchor is looked up among all positives. BEIR: `corpus.jsonl`, `queries.jsonl`, `qrels/{split}.tsv`. Scored
+pairs: lines `{"sentence1": …, "sentence2": …, "score": …}`. The search is exact.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.arguments import parse_arguments, run_command
+from data_prep.pairs import load_pairs
+from modeling_retro.retrieval_retro import ChunkEncoder
+
+from ..retriever_evaluation import RetrievalSet, retrieval_metrics, spearman
+
+
+@dataclass
+class EvaluateRetrieverArguments:
+    """
+    Arguments of `retro evaluate-retriever`.
+    """
+
+    encoder: str | None = field(default=None, metadata={"help": "Folder or Hub id of the encoder."})
+    pairs: str | None = field(default=None, metadata={"help": "Held-out pair set, as for `retro train-retriever`."})
+    columns: list[str] | None = field(default=None, metadata={"help": "Columns of anchor and positive, if others."})
+    beir: str | None = field(default=None, metadata={"help": "Folder of a retrieval set in BEIR layout."})
+    split: str = field(default="test", metadata={"help": "Judgements of the BEIR set to use."})
+    scored_pairs: str | None = field(default=None, metadata={"help": "File .jsonl of scored pairs."})
+    pooling: str | None = field(default=None, metadata={"help": "Overrides the pooling the encoder was saved with."})
+    recall_at: list[int] = field(default_factory=lambda: [1, 10, 100], metadata={"help": "Depths k of recall@k."})
+    save_beir: str | None = field(default=None, metadata={"help": "Folder to write the pairs to, in BEIR layout."})
+    output_file: str | None = field(default=None, metadata={"help": "File .json for the results."})
+
+
+def evaluate_retriever(
+    encoder: ChunkEncoder, retrieval_set: RetrievalSet, recall_at: Sequence[int] = (1, 10, 100)
+) -> dict[str, float]:
+    """
+    Embeds a retrieval set and measures the exact search.
+
+    Args:
+        encoder ([`~modeling_retro.retrieval_retro.ChunkEncoder`]):
+            The encoder.
+        retrieval_set ([`~trainers.retriever_evaluation.RetrievalSet`]):
+            Queries, documents and judgements.
+        recall_at (`Sequence[int]`, *optional*, defaults to `(1, 10, 100)`):
+            Depths of recall.
+
+    Returns:
+        `dict[str, float]`: see [`~trainers.retriever_evaluation.retrieval_metrics`].
+    """
+    return retrieval_metrics(
+        encoder.encode(retrieval_set.queries),
+        encoder.encode(retrieval_set.documents),
+        retrieval_set.relevance,
+        ks=recall_at,
+        excluded=retrieval_set.excluded,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (arguments,) = parse_arguments(
+        EvaluateRetrieverArguments, argv=argv, description=__doc__, prog="retro evaluate-retriever"
+    )
+    if arguments.pairs is None and arguments.beir is None and arguments.scored_pairs is None:
+        raise ValueError("give --pairs, --beir or --scored_pairs: what to measure the encoder on")
+    if arguments.encoder is None and arguments.save_beir is None:
+        raise ValueError("give --encoder, the encoder to measure")
+    sets = {}
+    if arguments.pairs is not None:
+        pairs = load_pairs(arguments.pairs, columns=arguments.columns)
+        sets["pairs"] = RetrievalSet.from_pairs(pairs["anchor"][:], pairs["positive"][:])
+        if arguments.save_beir is not None:
+            sets["pairs"].save_beir(arguments.save_beir, arguments.split)
+    if arguments.beir is not None:
+        sets["beir"] = RetrievalSet.from_beir(arguments.beir, arguments.split)
+    if arguments.encoder is None:
+        return
+
+    encoder = ChunkEncoder.from_pretrained(arguments.encoder, pooling=arguments.pooling)
+    results = {name: evaluate_retriever(encoder, data, arguments.recall_at) for name, data in sets.items()}
+    if arguments.scored_pairs is not None:
+        first, second, scores = _read_scored_pairs(arguments.scored_pairs)
+        results["scored_pairs"] = {"spearman": spearman(encoder.encode(first), encoder.encode(second), scores)}
+    for name, metrics in results.items():
+        print(name, *(f"{metric} {value:.4f}" for metric, value in metrics.items()), sep="  ")
+    if arguments.output_file is not None:
+        Path(arguments.output_file).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_scored_pairs(path: str) -> tuple[list[str], list[str], np.ndarray]:
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+                rows.append((record["sentence1"], record["sentence2"], float(record["score"])))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f'{path}:{number}: expected {{"sentence1": …, "sentence2": …, "score": …}}, got {line[:80]!r}'
+                ) from error
+    if len(rows) < 2:
+        raise ValueError(f"{path} has {len(rows)} scored pairs; a correlation needs at least 2")
+    first, second, scores = zip(*rows, strict=True)
+    return list(first), list(second), np.array(scores)
+
+
+if __name__ == "__main__":
+    run_command(main)

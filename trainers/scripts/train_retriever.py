@@ -1,0 +1,165 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Trains the encoder that finds neighbors, on pairs of texts.
+
+    retro train-retriever --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 --pairs train.jsonl.gz \
+        --eval_pairs held-out.jsonl --eval_strategy steps --eval_on_start true --output_dir encoder
+    accelerate launch -m trainers.scripts.train_retriever --model_name_or_path … --pairs a.jsonl.gz b.jsonl.gz \
+        --weights 2 1 --mini_batch_size 64 --per_device_train_batch_size 1024 --output_dir encoder
+
+Several pair sets are a mixture: each batch comes from one of them. The folder written loads in sentence-transformers,
+in AutoModel, and as `retro embed --encoder`. The same command run again goes on from the last checkpoint in it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from datasets import Dataset, IterableDataset
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, set_seed
+
+from data_prep.arguments import parse_arguments, run_command
+from data_prep.pairs import PairMixture, load_pairs, read_recipe
+
+from ..retriever_config import RetrieverTrainingArguments
+from ..retriever_trainer import RetrieverTrainer, load_text_encoder
+from ..retro_trainer import last_complete_checkpoint
+
+
+@dataclass
+class TrainRetrieverArguments:
+    """
+    Arguments of `retro train-retriever` beside [`RetrieverTrainingArguments`].
+    """
+
+    pairs: list[str] = field(
+        metadata={"help": "Pair sets: files .jsonl or .jsonl.gz, folders of `retro pairs`, Hub datasets."}
+    )
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Encoder to start from."})
+    model_config: str | None = field(
+        default=None,
+        metadata={"help": "YAML or JSON file with `model_type` and fields of its config, to start from scratch."},
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer. Defaults to that of the encoder to start from."}
+    )
+    weights: list[float] | None = field(
+        default=None, metadata={"help": "Relative number of batches of each pair set. Defaults to their sizes."}
+    )
+    recipe: str | None = field(
+        default=None,
+        metadata={"help": "List like recipes/sentence_pairs.tsv to take the weights from, by file name."},
+    )
+    columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns of anchor, positive and hard negatives in Hub datasets."}
+    )
+    num_negatives: int | None = field(
+        default=None, metadata={"help": "Hard negatives taken of each record. Defaults to those of the first."}
+    )
+    skip_bad_lines: bool = field(default=False, metadata={"help": "Leave malformed lines out instead of stopping."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Do not read the (single) pair set into a table first; needs --max_steps."}
+    )
+    eval_pairs: str | None = field(default=None, metadata={"help": "Held-out pair set."})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments, training_arguments = parse_arguments(
+        TrainRetrieverArguments,
+        RetrieverTrainingArguments,
+        argv=argv,
+        description=__doc__,
+        prog="retro train-retriever",
+    )
+    if arguments.tokenizer_name_or_path is None and arguments.model_name_or_path is None:
+        raise ValueError("--model_config needs --tokenizer_name_or_path")
+    eval_dataset = None
+    if arguments.eval_pairs is not None:
+        eval_dataset = load_pairs(arguments.eval_pairs, columns=arguments.columns)
+    trainer = RetrieverTrainer(
+        model=_load_encoder(arguments, training_arguments.seed),
+        args=training_arguments,
+        processing_class=AutoTokenizer.from_pretrained(
+            arguments.tokenizer_name_or_path or arguments.model_name_or_path
+        ),
+        train_dataset=_load_training_pairs(arguments, training_arguments),
+        eval_dataset=eval_dataset,
+    )
+    checkpoint = training_arguments.resume_from_checkpoint or last_complete_checkpoint(training_arguments.output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if eval_dataset is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    trainer.save_model()
+    trainer.save_state()
+    if training_arguments.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.create_model_card()
+
+
+def _load_encoder(arguments: TrainRetrieverArguments, seed: int) -> PreTrainedModel:
+    if (arguments.model_name_or_path is None) == (arguments.model_config is None):
+        raise ValueError(
+            "give either --model_name_or_path (an encoder to start from) or --model_config (from scratch)"
+        )
+    if arguments.model_name_or_path is not None:
+        return load_text_encoder(arguments.model_name_or_path)
+    fields = yaml.safe_load(Path(arguments.model_config).read_text(encoding="utf-8"))
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise ValueError(f"{arguments.model_config}: expected `model_type` and fields of its config")
+    set_seed(seed)
+    return AutoModel.from_config(AutoConfig.for_model(**fields))
+
+
+def _load_training_pairs(
+    arguments: TrainRetrieverArguments, training_arguments: RetrieverTrainingArguments
+) -> Dataset | IterableDataset | PairMixture:
+    if arguments.streaming and len(arguments.pairs) > 1:
+        raise ValueError("--streaming takes one pair set; a mixture needs to know the sizes of its sets")
+    names = [Path(source).name.removesuffix(".gz").removesuffix(".jsonl") for source in arguments.pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the pair sets {', '.join(arguments.pairs)} have names in common")
+    weights = arguments.weights
+    if arguments.recipe is not None:
+        rows = read_recipe(arguments.recipe)
+        unknown = [name for name in names if name not in rows]
+        if unknown:
+            raise ValueError(f"{arguments.recipe} has no set {', '.join(unknown)}")
+        if weights is not None:
+            raise ValueError("give --weights or --recipe, not both")
+        weights = [float(rows[name]["weight"]) for name in names]
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(f"--weights has {len(weights)} numbers for {len(names)} pair sets")
+    with training_arguments.main_process_first(desc="reading the pairs"):
+        sets = [
+            load_pairs(
+                source,
+                columns=arguments.columns,
+                num_negatives=arguments.num_negatives,
+                skip_bad_lines=arguments.skip_bad_lines,
+                streaming=arguments.streaming,
+            )
+            for source in arguments.pairs
+        ]
+    if len(sets) == 1:
+        return sets[0]
+    return PairMixture(
+        dict(zip(names, sets, strict=True)), None if weights is None else dict(zip(names, weights, strict=True))
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
