@@ -1,0 +1,193 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from loopback_hub import Repository, StoredFile, loopback_hub
+
+from data_prep.pairs import RECIPE_PATH, load_pairs, main, pair_columns, read_recipe
+
+
+def write_lines(path, records):
+    lines = "".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    else:
+        path.write_text(lines)
+    return str(path)
+
+
+FORMS = {
+    "list": ([["a", "b"], ["c", "d"]], [("a", "b"), ("c", "d")]),
+    "triplets": ([["a", "b", "n"], ["c", "d", "m"]], [("a", "b", "n"), ("c", "d", "m")]),
+    "sets": ([{"set": ["a", "b", "c"]}, {"set": ["d", "e"]}], [("a", "b"), ("a", "c"), ("d", "e")]),
+    "queries": (
+        [{"query": "a", "pos": ["b", "c"], "neg": ["n", "m"]}, {"query": "d", "pos": ["e"], "neg": ["x", "y", "z"]}],
+        [("a", "b", "n", "m"), ("a", "c", "n", "m"), ("d", "e", "x", "y")],
+    ),
+    "queries without negatives": ([{"query": "a", "pos": ["b"]}], [("a", "b")]),
+    "anchors": ([{"anchor": "a", "positive": "b", "negative": "n"}], [("a", "b", "n")]),
+    "anchors, numbered": (
+        [{"anchor": "a", "negative_2": "m", "positive": "b", "negative_1": "n"}],
+        [("a", "b", "n", "m")],
+    ),
+    "labelled": (
+        [
+            {"questions": {"id": [1, 2], "text": ["a", "b"]}, "is_duplicate": True},
+            {"questions": {"id": [3, 4], "text": ["c", "d"]}, "is_duplicate": False},
+        ],
+        [("a", "b")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
+@pytest.mark.parametrize(("records", "expected"), FORMS.values(), ids=FORMS)
+def test_every_form_of_a_file_gives_the_same_columns(tmp_path, name, records, expected):
+    pairs = load_pairs(write_lines(tmp_path / name, records))
+    assert pairs.column_names == ["anchor", "positive", "negative_1", "negative_2"][: len(expected[0])]
+    assert [tuple(row.values()) for row in pairs] == expected
+
+
+def test_columns_of_a_dataset_are_taken_by_form_or_by_name(tmp_path):
+    rows = {"question": ["a", "c"], "answer": ["b", "d"], "wrong": ["n", "m"], "id": [1, 2]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "named")
+    pairs = load_pairs(tmp_path / "named", columns=["question", "answer", "wrong"])
+    assert list(pairs) == [
+        {"anchor": "a", "positive": "b", "negative_1": "n"},
+        {"anchor": "c", "positive": "d", "negative_1": "m"},
+    ]
+    with pytest.raises(ValueError, match="say which hold anchor, positive"):
+        load_pairs(tmp_path / "named")
+    with pytest.raises(ValueError, match="columns are question, title; expected"):
+        load_pairs(tmp_path / "named", columns=["question", "title"])
+
+    datasets.Dataset.from_list(FORMS["labelled"][0]).save_to_disk(tmp_path / "labelled")
+    assert list(load_pairs(tmp_path / "labelled")) == [{"anchor": "a", "positive": "b"}]
+
+
+def test_streamed_files_are_shared_by_the_workers(tmp_path):
+    files = [write_lines(tmp_path / f"{i}.jsonl", [[f"a{i}-{j}", f"b{i}-{j}"] for j in range(3)]) for i in range(4)]
+    stream = load_pairs(files, streaming=True)
+    assert stream.num_shards == 4
+    assert list(stream) == list(load_pairs(files)) == list(load_pairs(files, num_proc=2))
+
+
+def test_changed_file_is_read_again(tmp_path):
+    path = write_lines(tmp_path / "pairs.jsonl", [["a", "b"]])
+    assert load_pairs(path)[0]["anchor"] == "a"
+    write_lines(tmp_path / "pairs.jsonl", [["other", "b"]])
+    assert load_pairs(path)[0]["anchor"] == "other"
+
+
+@pytest.mark.parametrize(
+    ("second_line", "message"),
+    [
+        ("{broken", "not a pair"),
+        (["a"], "expected an anchor and a positive, got a list of 1"),
+        (["", "b"], "expected a text that is not empty, got ''"),
+        (["a", 7], "expected a text that is not empty, got 7"),
+        ({"query": "a", "pos": ["b"]}, "this record has the form pos/query, the ones before have list"),
+        ({"text": "a"}, 'expected \\["a", "b"\\]'),
+    ],
+)
+def test_bad_line_is_named_by_file_and_number_and_can_be_left_out(tmp_path, second_line, message):
+    path = write_lines(tmp_path / "pairs.jsonl", [["a", "b"], second_line, ["c", "d"]])
+    with pytest.raises(ValueError, match=rf"pairs.jsonl:2: .*{message}"):
+        load_pairs(path)
+    assert load_pairs(path, skip_bad_lines=True)["anchor"][:] == ["a", "c"]
+
+
+def test_hard_negatives_in_some_records_only_are_refused(tmp_path):
+    path = write_lines(tmp_path / "pairs.jsonl", [["a", "b", "n"], ["c", "d"]])
+    with pytest.raises(ValueError, match="pairs.jsonl:2: .*expected 1 hard negatives as in the first record, got 0"):
+        load_pairs(path)
+    assert load_pairs(path, num_negatives=0).column_names == ["anchor", "positive"]
+
+
+def test_file_cut_off_in_the_middle_is_named(tmp_path):
+    whole = gzip.compress(json.dumps(["a", "b" * 10_000]).encode())
+    (tmp_path / "pairs.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="pairs.jsonl.gz:1"):
+        load_pairs(tmp_path / "pairs.jsonl.gz")
+
+
+def test_one_column_is_no_pair_set():
+    for columns in (["anchor"], ["anchor", "positive", "negative_2"], ["anchor", "positive_input_ids"]):
+        with pytest.raises(ValueError, match="expected `anchor`, `positive`"):
+            pair_columns(columns)
+
+
+def test_recipe_of_public_sets_has_a_weight_and_a_file_for_each():
+    rows = read_recipe()
+    assert len(rows) > 30
+    for name, row in rows.items():
+        assert int(row["pairs"]) > 0
+        assert 0 < float(row["weight"]) <= 1
+        assert Path(row["path"]).name == f"{name}.jsonl.gz"
+
+
+def test_broken_recipe_is_refused(tmp_path):
+    (tmp_path / "recipe.tsv").write_text("name\tpairs\tweight\tpath\nx\t1\t1.0\n")
+    with pytest.raises(ValueError, match="recipe.tsv: x: expected name, pairs, weight and path"):
+        read_recipe(tmp_path / "recipe.tsv")
+
+
+DOWNLOAD = """
+import sys
+from data_prep.pairs import main
+main(["--download", "first", "second", "--recipe", sys.argv[1], "--output_dir", sys.argv[2]])
+"""
+
+
+def test_download_that_broke_off_goes_on_with_what_is_missing(tmp_path):
+    output, home = tmp_path / "collections", tmp_path / "bob"
+    contents = {name: gzip.compress(json.dumps([name, "b"]).encode()) for name in ("first", "second")}
+    recipe = tmp_path / "recipe.tsv"
+    rows = "".join(f"{name}\t1\t1.0\talice/collection/{name}.jsonl.gz\n" for name in contents)
+    recipe.write_text("name\tpairs\tweight\tpath\n" + rows)
+    with loopback_hub() as hub:
+        repository = hub.repos["datasets", "alice/collection"] = Repository()
+        files = {f"{name}.jsonl.gz": StoredFile(content, is_lfs=True) for name, content in contents.items()}
+        repository.commit("main", files, "Add the sets")
+        hub.fail_after(0, r"^GET .*second\.jsonl\.gz")
+        assert hub.run(DOWNLOAD, str(recipe), str(output), home=home, check=False).returncode != 0
+        assert (output / "first.jsonl.gz").exists()
+        assert not (output / "second.jsonl.gz").exists()
+        hub.recover()
+        seen = len(hub.requests)
+        hub.run(DOWNLOAD, str(recipe), str(output), home=home)
+        fetched = [request for request in hub.requests[seen:] if request.startswith("GET ") and "resolve" in request]
+        assert not any("first" in request for request in fetched)
+    for name, content in contents.items():
+        assert (output / f"{name}.jsonl.gz").read_bytes() == content
+    assert load_pairs(output / "second.jsonl.gz")[0] == {"anchor": "second", "positive": "b"}
+
+
+def test_command_stores_a_set_that_loads_again(tmp_path, capsys):
+    path = write_lines(tmp_path / "pairs.jsonl", FORMS["queries"][0])
+    main(["--sources", path, "--output_dir", str(tmp_path / "pairs"), "--num_negatives", "1"])
+    assert "3 pairs with the columns anchor, positive, negative_1" in capsys.readouterr().out
+    assert list(load_pairs(tmp_path / "pairs")) == list(load_pairs(path, num_negatives=1))
+
+
+def test_command_wants_one_source(tmp_path):
+    for options in ([], ["--sources", "a.jsonl", "--download", "AllNLI"]):
+        with pytest.raises(ValueError, match="give one of --sources, --download and --datastore"):
+            main([*options, "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="has no set nonsense"):
+        main(["--download", "nonsense", "--recipe", str(RECIPE_PATH), "--output_dir", str(tmp_path)])
