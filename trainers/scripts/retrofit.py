@@ -1,0 +1,101 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Makes a RETRO model of a pretrained decoder (Llama, Mistral, Qwen2, Qwen3). It starts as exactly that decoder.
+
+    retro retrofit --base HuggingFaceTB/SmolLM2-135M --output-dir smollm2-retro
+    retro retrofit --base Qwen/Qwen3-0.6B --output-dir qwen3-retro --cross-attention-layers 9 15 21 --retrofit-only
+
+Train it with `retro train --model smollm2-retro --freeze-decoder true ...`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from data_prep.arguments import parse_arguments, run_command
+from modeling_retro import RetroForCausalLM
+
+
+@dataclass
+class RetrofitArguments:
+    """
+    Arguments of `retro retrofit`. What is left out takes the default of [`RetroConfig`].
+    """
+
+    base: str = field(metadata={"help": "Hub id or folder of the decoder."})
+    output_dir: str = field(metadata={"help": "Folder to write the model and its tokenizer to; new or empty."})
+    revision: str = field(default="main", metadata={"help": "Revision of the decoder on the Hub."})
+    dtype: str = field(default="auto", metadata={"help": "Data type of the weights: float32, bfloat16, auto, …"})
+    warm_start: bool = field(
+        default=True, metadata={"help": "Copy the decoder's layers into cross attention and neighbor encoder."}
+    )
+    retrofit_only: bool = field(
+        default=False, metadata={"help": "Write only what RETRO adds, with the name and checksum of the decoder."}
+    )
+    chunk_size: int = field(default=64, metadata={"help": "Tokens in a chunk: that of the datastore."})
+    continuation_chunks: int = field(default=1, metadata={"help": "Chunks that a neighbor goes on: as the datastore."})
+    num_neighbors: int = field(default=2, metadata={"help": "Neighbors that the model asks for."})
+    cross_attention_layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers (from 0) with chunked cross attention; every third from the sixth."}
+    )
+    neighbor_encoder_num_hidden_layers: int = field(default=2, metadata={"help": "Layers of the neighbor encoder."})
+
+
+def retrofit(arguments: RetrofitArguments) -> RetroForCausalLM:
+    """
+    Makes and saves a retrofitted model.
+
+    Args:
+        arguments ([`RetrofitArguments`]):
+            What to make it of, and how.
+
+    Returns:
+        [`RetroForCausalLM`]
+
+    Raises:
+        `ValueError`: for a folder that holds something already, or a decoder that RETRO cannot represent.
+    """
+    output_dir = Path(arguments.output_dir)
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise ValueError(f"--output-dir {output_dir} is not empty; choose another or delete it")
+    model = RetroForCausalLM.from_decoder_pretrained(
+        arguments.base,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        warm_start=arguments.warm_start,
+        chunk_size=arguments.chunk_size,
+        continuation_chunks=arguments.continuation_chunks,
+        num_neighbors=arguments.num_neighbors,
+        cross_attention_layers=arguments.cross_attention_layers,
+        neighbor_encoder_num_hidden_layers=arguments.neighbor_encoder_num_hidden_layers,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(arguments.base, revision=arguments.revision)
+    model.freeze_decoder()
+    tokenizer.save_pretrained(output_dir)
+    model.save_pretrained(output_dir, retrofit_only=arguments.retrofit_only)
+    added = model.num_parameters(only_trainable=True)
+    print(f"{output_dir}: {model.num_parameters() / 1e6:.1f} million parameters, {added / 1e6:.1f} of them new")
+    return model
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (arguments,) = parse_arguments(RetrofitArguments, argv=argv, description=__doc__, prog="retro retrofit")
+    retrofit(arguments)
+
+
+if __name__ == "__main__":
+    run_command(main)
