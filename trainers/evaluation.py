@@ -38,26 +38,23 @@ MODES = ("off", "random", "on")
 
 
 @dataclass
-class RetrievalResult:
+class Difference:
     """
-    Result of one way to retrieve over all evaluated documents.
+    Bits per byte of one mode less those of another.
 
     Args:
         bits_per_byte (`float`):
-            Bits of the code for the text per byte of its UTF-8 source.
-        perplexity (`float`):
-            Per token of the model's tokenizer.
-        difference (`float`):
-            Bits per byte less those without retrieval: below zero, retrieval helps.
-        difference_low (`float`), difference_high (`float`):
-            95 % confidence interval of `difference`, by bootstrap over documents.
+            Below zero, the first mode is better.
+        low (`float`), high (`float`):
+            95 % confidence interval, by bootstrap over documents.
     """
 
     bits_per_byte: float
-    perplexity: float
-    difference: float
-    difference_low: float
-    difference_high: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.bits_per_byte:+.4f} ({self.low:+.4f} … {self.high:+.4f})"
 
 
 @dataclass
@@ -66,58 +63,74 @@ class RetroEvaluation:
     What [`evaluate_retro`] measures.
 
     Args:
-        results (`dict[str, RetrievalResult]`):
-            One result for each mode.
-        num_documents (`int`), num_bytes (`int`), num_tokens (`int`):
-            What was evaluated.
-        num_neighbors (`int`):
-            Neighbors of a chunk, with retrieval.
         document_bits (`dict[str, np.ndarray]`):
-            Bits of each document for each mode, float64 `[num_documents]`.
+            Bits of the code for each document, for each mode, float64 `[num_documents]`.
         document_bytes (`np.ndarray`):
-            Bytes of the source of each document, int64 `[num_documents]`.
+            Bytes of the UTF-8 source of each document, int64 `[num_documents]`.
+        num_tokens (`int`):
+            Number of tokens counted.
+        num_neighbors (`int`):
+            Neighbors of a chunk, where there are any.
+        seed (`int`):
+            Seed of the bootstrap.
     """
 
-    results: dict[str, RetrievalResult]
-    num_documents: int
-    num_bytes: int
-    num_tokens: int
-    num_neighbors: int
     document_bits: dict[str, np.ndarray]
     document_bytes: np.ndarray
+    num_tokens: int
+    num_neighbors: int
+    seed: int = 0
+
+    def bits_per_byte(self, mode: str) -> float:
+        """Bits of the code for the text in this mode per byte of its source."""
+        return float(self.document_bits[mode].sum() / self.document_bytes.sum())
+
+    def perplexity(self, mode: str) -> float:
+        """Perplexity in this mode per token of the model's tokenizer."""
+        return float(2.0 ** (self.document_bits[mode].sum() / self.num_tokens))
+
+    def difference(self, mode: str, reference: str) -> Difference:
+        """Bits per byte of `mode` less those of `reference`, over the same documents."""
+        bits = self.document_bits[mode] - self.document_bits[reference]
+        low, high = bootstrap_interval(bits, self.document_bytes, seed=self.seed)
+        return Difference(float(bits.sum() / self.document_bytes.sum()), low, high)
 
     def to_dict(self) -> dict:
-        """The numbers of the table, ready for JSON."""
+        """The numbers, ready for JSON."""
+        modes = list(self.document_bits)
+        pairs = [(mode, reference) for i, mode in enumerate(modes) for reference in modes[:i]]
         return {
-            "num_documents": self.num_documents,
-            "num_bytes": self.num_bytes,
+            "num_documents": len(self.document_bytes),
+            "num_bytes": int(self.document_bytes.sum()),
             "num_tokens": self.num_tokens,
             "num_neighbors": self.num_neighbors,
-            "results": {mode: asdict(result) for mode, result in self.results.items()},
+            "bits_per_byte": {mode: self.bits_per_byte(mode) for mode in modes},
+            "perplexity": {mode: self.perplexity(mode) for mode in modes},
+            "differences": {
+                f"{mode} - {reference}": asdict(self.difference(mode, reference)) for mode, reference in pairs
+            },
         }
 
     def to_markdown(self) -> str:
         """The results as a Markdown table."""
-        lines = [
-            "| retrieval | bits per byte | perplexity | difference to off | 95 % interval |",
-            "|---|---|---|---|---|",
-        ]
-        for mode, result in self.results.items():
-            change, interval = "", ""
-            if mode != "off" and "off" in self.results:
-                change = f"{result.difference:+.4f}"
-                interval = f"{result.difference_low:+.4f} … {result.difference_high:+.4f}"
-            lines.append(f"| {mode} | {result.bits_per_byte:.4f} | {result.perplexity:.3f} | {change} | {interval} |")
+        references = [mode for mode in ("off", "random") if mode in self.document_bits]
+        header = ["retrieval", "bits per byte", "perplexity", *(f"less {reference}" for reference in references)]
+        lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+        for mode in self.document_bits:
+            cells = [mode, f"{self.bits_per_byte(mode):.4f}", f"{self.perplexity(mode):.3f}"]
+            cells += ["" if mode == reference else str(self.difference(mode, reference)) for reference in references]
+            lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
         lines.append(
-            f"{self.num_documents:,} held-out documents, {self.num_bytes:,} bytes, {self.num_tokens:,} tokens; "
-            f"{self.num_neighbors} neighbors a chunk; intervals by bootstrap over documents."
+            f"{len(self.document_bytes):,} held-out documents, {self.document_bytes.sum():,} bytes, "
+            f"{self.num_tokens:,} tokens; {self.num_neighbors} neighbors a chunk; in brackets 95 % intervals by "
+            "bootstrap over documents."
         )
         return "\n".join(lines) + "\n"
 
     def save(self, directory: str | os.PathLike) -> None:
         """
-        Writes `evaluation.json`, `evaluation.md` and, where matplotlib is installed, `evaluation.png`.
+        Writes `evaluation.json`, `evaluation.md` and `evaluation.png` (with matplotlib).
 
         Args:
             directory (`str` or `os.PathLike`):
@@ -141,14 +154,14 @@ class RetroEvaluation:
 
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         bars, changes = figure.subplots(1, 2)
-        values = [result.bits_per_byte for result in self.results.values()]
-        drawn = bars.bar(list(self.results), values, color="tab:blue")
+        values = [self.bits_per_byte(mode) for mode in self.document_bits]
+        drawn = bars.bar(list(self.document_bits), values, color="tab:blue")
         bars.bar_label(drawn, fmt="%.4f")
         spread = max(values) - min(values) or max(values)
         bars.set_ylim(max(0.0, min(values) - spread), max(values) + spread / 2)
         bars.set_ylabel("bits per byte (axis cut)")
-        for mode in self.results:
-            if mode != "off" and "off" in self.results:
+        for mode in self.document_bits:
+            if mode != "off" and "off" in self.document_bits:
                 difference = (self.document_bits[mode] - self.document_bits["off"]) / self.document_bytes
                 changes.plot(np.sort(difference), label=f"{mode} − off")
         changes.axhline(0.0, color="gray", linewidth=0.8)
@@ -249,15 +262,7 @@ def evaluate_retro(
         document_bits[mode] = np.add.reduceat(bits, document_offsets[:-1])
 
     document_bytes = np.add.reduceat(np.asarray(split.chunks.num_bytes[:num_chunks]), document_offsets[:-1])
-    return RetroEvaluation(
-        results=_results(document_bits, document_bytes, num_tokens.sum(), seed),
-        num_documents=len(document_bytes),
-        num_bytes=int(document_bytes.sum()),
-        num_tokens=int(num_tokens.sum()),
-        num_neighbors=num_neighbors,
-        document_bits=document_bits,
-        document_bytes=document_bytes,
-    )
+    return RetroEvaluation(document_bits, document_bytes, int(num_tokens.sum()), num_neighbors, seed)
 
 
 def sliding_windows(num_chunks: int, window_chunks: int, stride_chunks: int) -> list[tuple[int, int, int]]:
@@ -379,26 +384,6 @@ def _sum_over_processes(array: np.ndarray) -> np.ndarray:
     if state.num_processes == 1:
         return array
     return reduce(torch.from_numpy(array).to(state.device), reduction="sum").cpu().numpy()
-
-
-def _results(
-    document_bits: dict[str, np.ndarray], document_bytes: np.ndarray, num_tokens: int, seed: int
-) -> dict[str, RetrievalResult]:
-    baseline = document_bits.get("off")
-    results = {}
-    for mode, bits in document_bits.items():
-        difference = low = high = 0.0
-        if baseline is not None:
-            difference = (bits - baseline).sum() / document_bytes.sum()
-            low, high = bootstrap_interval(bits - baseline, document_bytes, seed=seed)
-        results[mode] = RetrievalResult(
-            bits_per_byte=float(bits.sum() / document_bytes.sum()),
-            perplexity=float(2.0 ** (bits.sum() / num_tokens)),
-            difference=float(difference),
-            difference_low=low,
-            difference_high=high,
-        )
-    return results
 
 
 def bootstrap_interval(

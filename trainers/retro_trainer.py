@@ -326,10 +326,10 @@ class RetroTrainer(Trainer):
                 max_documents=self.args.eval_max_documents,
                 show_progress=not self.args.disable_tqdm,
             )
-        metrics = {f"{metric_key_prefix}_loss": float(np.log(evaluation.results["on"].perplexity))}
-        for mode, result in evaluation.results.items():
-            metrics[f"{metric_key_prefix}_{mode}_bits_per_byte"] = result.bits_per_byte
-            metrics[f"{metric_key_prefix}_{mode}_perplexity"] = result.perplexity
+        metrics = {f"{metric_key_prefix}_loss": float(np.log(evaluation.perplexity("on")))}
+        for mode in ("off", "on"):
+            metrics[f"{metric_key_prefix}_{mode}_bits_per_byte"] = evaluation.bits_per_byte(mode)
+            metrics[f"{metric_key_prefix}_{mode}_perplexity"] = evaluation.perplexity(mode)
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start_time
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -22,7 +22,7 @@ import torch
 from array_datastore import ArrayDatastore, ArraySource, random_datastore
 
 from modeling_retro import RetroConfig, RetroForCausalLM
-from trainers.evaluation import bootstrap_interval, chunk_bits, evaluate_retro, sliding_windows
+from trainers.evaluation import RetroEvaluation, bootstrap_interval, chunk_bits, evaluate_retro, sliding_windows
 
 
 VOCAB_SIZE = 40
@@ -107,10 +107,11 @@ def test_bits_equal_a_loop_over_documents_windows_and_tokens(model, datastore, h
     bits = np.array([sum(document) / math.log(2) for document in nats])
     assert np.allclose(evaluation.document_bits[mode], bits, rtol=1e-5)
     assert evaluation.num_tokens == sum(map(len, nats)) == held_out.chunks.length.sum()
-    assert evaluation.num_bytes == held_out.chunks.num_bytes.sum()
-    result = evaluation.results[mode]
-    assert math.isclose(result.bits_per_byte, bits.sum() / held_out.chunks.num_bytes.sum(), rel_tol=1e-5)
-    assert math.isclose(result.perplexity, math.exp(sum(map(sum, nats)) / evaluation.num_tokens), rel_tol=1e-5)
+    assert evaluation.document_bytes.sum() == held_out.chunks.num_bytes.sum()
+    assert math.isclose(evaluation.bits_per_byte(mode), bits.sum() / held_out.chunks.num_bytes.sum(), rel_tol=1e-5)
+    assert math.isclose(
+        evaluation.perplexity(mode), math.exp(sum(map(sum, nats)) / evaluation.num_tokens), rel_tol=1e-5
+    )
 
 
 def uniform_model(model):
@@ -137,9 +138,9 @@ def test_uniform_model_needs_the_logarithm_of_the_vocabulary_for_each_token(data
     # Six tokens (the last an end of document without bytes) over ten bytes, then three tokens over two bytes.
     held_out = ArraySource([[1, 2, 3, 4, 5, 6], [7, 8, 9]], CHUNK_SIZE, [[0], [1], [2]], num_bytes=[7, 3, 2])
     evaluation = evaluate(model, datastore, held_out, num_neighbors=1)
-    for result in evaluation.results.values():
-        assert math.isclose(result.bits_per_byte, 9 * math.log2(VOCAB_SIZE) / 12, rel_tol=1e-6)
-        assert math.isclose(result.perplexity, VOCAB_SIZE, rel_tol=1e-6)
+    for mode in ("off", "random", "on"):
+        assert math.isclose(evaluation.bits_per_byte(mode), 9 * math.log2(VOCAB_SIZE) / 12, rel_tol=1e-6)
+        assert math.isclose(evaluation.perplexity(mode), VOCAB_SIZE, rel_tol=1e-6)
 
 
 def test_bos_at_the_start_of_a_document_costs_nothing(model, held_out):
@@ -156,8 +157,8 @@ def test_bos_at_the_start_of_a_document_costs_nothing(model, held_out):
 
 def test_off_on_and_random_differ_only_by_the_neighbors(model, datastore, held_out):
     evaluation = evaluate(model, datastore, held_out, num_neighbors=2)
-    assert list(evaluation.results) == ["off", "random", "on"]
-    assert len({round(result.bits_per_byte, 6) for result in evaluation.results.values()}) == 3
+    assert list(evaluation.document_bits) == ["off", "random", "on"]
+    assert len({round(evaluation.bits_per_byte(mode), 6) for mode in evaluation.document_bits}) == 3
     # Where no chunk finds a neighbor, retrieval is off.
     held_out_without = ArraySource([], CHUNK_SIZE, np.full_like(held_out.neighbor_ids, -1))
     held_out_without.chunks = held_out.chunks
@@ -174,8 +175,17 @@ def test_evaluation_leaves_the_model_as_it_was(model, datastore, held_out):
 def test_first_documents_are_evaluated_as_in_the_whole(model, datastore, held_out):
     whole = evaluate(model, datastore, held_out, modes=["on"])
     part = evaluate(model, datastore, held_out, modes=["on"], max_documents=4)
-    assert part.num_documents == 4
+    assert len(part.document_bytes) == 4
     assert np.allclose(part.document_bits["on"], whole.document_bits["on"][:4], rtol=1e-6)
+
+
+def test_difference_is_paired_by_document():
+    generator = np.random.default_rng(0)
+    off = generator.uniform(1_000, 9_000, size=50)
+    evaluation = RetroEvaluation({"off": off, "on": off - 10.0}, np.full(50, 1_000), num_tokens=1, num_neighbors=1)
+    difference = evaluation.difference("on", "off")
+    for value in (difference.bits_per_byte, difference.low, difference.high):
+        assert math.isclose(value, -0.01, rel_tol=1e-9)
 
 
 def test_bootstrap_interval_is_that_of_the_normal_distribution_for_many_documents():
@@ -192,9 +202,11 @@ def test_saved_files_hold_the_table(model, datastore, held_out, tmp_path):
     evaluation.save(tmp_path / "report")
     saved = json.loads((tmp_path / "report" / "evaluation.json").read_text())
     assert saved["num_documents"] == 9
-    assert saved["results"]["on"]["bits_per_byte"] == evaluation.results["on"].bits_per_byte
+    assert saved["bits_per_byte"]["on"] == evaluation.bits_per_byte("on")
+    assert set(saved["differences"]) == {"random - off", "on - off", "on - random"}
     table = (tmp_path / "report" / "evaluation.md").read_text()
-    assert all(f"| {mode} | {result.bits_per_byte:.4f} |" in table for mode, result in evaluation.results.items())
+    for mode in evaluation.document_bits:
+        assert f"| {mode} | {evaluation.bits_per_byte(mode):.4f} | {evaluation.perplexity(mode):.3f} |" in table
     assert (tmp_path / "report" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 

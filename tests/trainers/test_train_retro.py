@@ -1,0 +1,187 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The scripts that train, measure and generate, on a whole tiny datastore."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from modeling_retro import RetroForCausalLM
+from trainers.scripts import evaluate_retro, generate, train_retro
+
+
+MODEL_CONFIG = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "cross_attention_layers": [1],
+    "neighbor_encoder_num_hidden_layers": 1,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def model_config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    path.write_text(yaml.safe_dump(MODEL_CONFIG))
+    return path
+
+
+def train_options(default_datastore, default_config, output_dir, **options):
+    options = {
+        "datastore": default_datastore,
+        "model_config": default_config,
+        "output_dir": output_dir,
+        "row_chunks": 4,
+        "per_device_train_batch_size": 2,
+        "max_steps": 12,
+        "learning_rate": 1e-2,
+        "neighbor_dropout": 0.3,
+        "logging_steps": 4,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **options,
+    }
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_datastore_dir, model_config):
+    output_dir = tmp_path_factory.mktemp("trained")
+    options = {"save_steps": 5, "eval_strategy": "steps", "eval_steps": 6}
+    train_retro.main(train_options(tiny_datastore_dir, model_config, output_dir, **options))
+    return output_dir
+
+
+def read_history(output_dir):
+    return json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+
+
+def weights(output_dir):
+    return RetroForCausalLM.from_pretrained(output_dir).state_dict()
+
+
+def assert_same_weights(output_dir, expected_dir):
+    found, expected = weights(output_dir), weights(expected_dir)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_training_lowers_the_loss_and_logs_both_bits_per_byte(trained):
+    history = read_history(trained)
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    logged = [entry for entry in history if "loss" in entry]
+    assert all(entry["tokens_per_second"] > 0 and 0 <= entry["data_wait_share"] <= 1 for entry in logged)
+    evaluated = [entry for entry in history if "eval_on_bits_per_byte" in entry]
+    assert [entry["step"] for entry in evaluated] == [6, 12]
+    assert evaluated[1]["eval_off_bits_per_byte"] < evaluated[0]["eval_off_bits_per_byte"]
+
+
+def test_model_fits_the_datastore(trained, tiny_tokenizer):
+    config = RetroForCausalLM.from_pretrained(trained).config
+    assert (config.vocab_size, config.chunk_size, config.eos_token_id) == (len(tiny_tokenizer), 8, 0)
+
+
+@pytest.mark.parametrize("use_muon", [False, True])
+def test_run_resumed_from_a_checkpoint_ends_with_the_same_weights(
+    trained, tiny_datastore_dir, model_config, tmp_path, use_muon
+):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    options = {"save_steps": 5, "use_muon": use_muon}
+    if use_muon:
+        train_retro.main(train_options(tiny_datastore_dir, model_config, whole, **options))
+    else:
+        whole = trained
+    resumed.mkdir()
+    shutil.copytree(whole / "checkpoint-5", resumed / "checkpoint-5")
+    # What a process killed while it wrote a later checkpoint leaves behind.
+    shutil.copytree(whole / "checkpoint-10", resumed / "checkpoint-10")
+    (resumed / "checkpoint-10" / "trainer_state.json").unlink()
+    train_retro.main(train_options(tiny_datastore_dir, model_config, resumed, **options))
+    state = json.loads((resumed / "trainer_state.json").read_text())
+    assert state["global_step"] == 12
+    assert_same_weights(resumed, whole)
+
+
+def test_evaluation_writes_the_report(trained, tiny_datastore_dir, tmp_path, capsys):
+    options = {"model": trained, "datastore": tiny_datastore_dir, "output_dir": tmp_path, "window_chunks": 4}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    evaluate_retro.main([*words, "--stride_chunks", "2"])
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    assert report["num_documents"] == 6
+    assert set(report["bits_per_byte"]) == {"off", "random", "on"}
+    assert f"| on | {report['bits_per_byte']['on']:.4f} |" in capsys.readouterr().out
+
+
+def test_generation_shows_the_neighbors_of_each_whole_chunk(trained, tiny_datastore_dir, capsys):
+    options = {
+        "model": trained,
+        "datastore": tiny_datastore_dir,
+        "prompt": "retro looks things up in a",
+        "max_new_tokens": 30,
+    }
+    generate.main([word for name, value in options.items() for word in (f"--{name}", str(value))])
+    output = capsys.readouterr().out
+    assert output.startswith("retro looks things up in a")
+    assert "chunk 0: retro looks" in output
+    assert "neighbor 1 (" in output
+    assert "neighbor 2 (" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_config": "no-such.yaml"}, "no-such.yaml"),
+        ({"model_name_or_path": "model"}, "either --model_name_or_path"),
+        ({"num_neighbors": 9}, "num_neighbors is 9, but only 4"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(tiny_datastore_dir, model_config, tmp_path, options, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        train_retro.main(train_options(tiny_datastore_dir, model_config, tmp_path, **options))
+
+
+def test_two_processes_end_with_the_weights_of_one_with_the_joint_batch(
+    trained, tiny_datastore_dir, model_config, tmp_path
+):
+    script = ["-m", "trainers.scripts.train_retro"]
+    options = train_options(
+        tiny_datastore_dir,
+        model_config,
+        tmp_path / "two",
+        per_device_train_batch_size=1,
+        logging_steps=1,
+        max_steps=6,
+        save_strategy="no",
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*launch, *script, *options], check=True, timeout=300)
+    train_retro.main(
+        train_options(
+            tiny_datastore_dir, model_config, tmp_path / "one", logging_steps=1, max_steps=6, save_strategy="no"
+        )
+    )
+    history = {name: [entry for entry in read_history(tmp_path / name) if "loss" in entry] for name in ("one", "two")}
+    for one, two in zip(history["one"], history["two"], strict=True):
+        assert abs(one["loss"] - two["loss"]) < 1e-4
+        assert one["epoch"] == two["epoch"]
+    found, expected = weights(tmp_path / "two"), weights(tmp_path / "one")
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)

