@@ -45,11 +45,10 @@ from data_prep.manifest import (
     remove,
     run_shards,
     save_shard,
-    verify_shard,
     whole,
     write_manifest,
 )
-from modeling_retro.retrieval_retro import TRAIN_SPLIT, ChunkTable, RetroDatastore
+from modeling_retro.retrieval_retro import TRAIN_SPLIT, ChunkTable, RetroDatastore, verify_file
 
 
 logger = logging.get_logger(__name__)
@@ -212,7 +211,7 @@ def _remove_duplicates(
     features = chunk_features(manifest["chunk_size"], manifest["tokenizer"]["vocab_size"])
 
     def make(index: int, temporary: Path) -> dict[str, Any]:
-        folder = verify_shard(path / "chunks" / shards[index]["name"], shards[index])
+        folder = verify_file(path / "chunks" / shards[index]["name"], shards[index]["sha256"])
         keep, duplicates = _find_in_shard(detector, opened.chunks, index if index >= before["shards"] else None)
         if not duplicates:
             shutil.copytree(folder, temporary, copy_function=os.link)

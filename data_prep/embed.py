@@ -42,11 +42,10 @@ from data_prep.manifest import (
     open_manifest,
     process_state,
     run_shards,
-    verify_shard,
     whole,
     write_manifest,
 )
-from modeling_retro.retrieval_retro import TRAIN_SPLIT, ChunkEncoder, RetroDatastore, split_path
+from modeling_retro.retrieval_retro import TRAIN_SPLIT, ChunkEncoder, RetroDatastore, split_path, verify_file
 
 
 logger = logging.get_logger(__name__)
@@ -129,7 +128,7 @@ def embed_chunks(
         tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
 
         def make(index: int, temporary: Path) -> dict[str, Any]:
-            verify_shard(root / "chunks" / chunk_shards[index]["name"], chunk_shards[index])
+            verify_file(root / "chunks" / chunk_shards[index]["name"], chunk_shards[index]["sha256"])
             columns = chunks.shard(index)
             rows = len(columns["length"])
             with temporary.open("wb") as file:

@@ -12,21 +12,31 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The faiss index over the embeddings of a datastore.
+The faiss index over the embeddings of a datastore: trained on a sample, filled shard by shard, merged, measured.
 
 ```bash
 retro index --datastore datastore
-retro index --datastore datastore --factory IVF131072,PQ32 --target-recall 0.95
+retro index --datastore datastore --factory IVF131072,PQ32 --target-recall 0.9 --use-gpus
 ```
+
+Always reports recall@1 and recall@10 against exact search, and writes it into the manifest with the nprobe (efSearch
+for HNSW) that reaches the target. Many processes fill shards: `accelerate launch -m data_prep.index ...`.
 """
 
-from collections.abc import Sequence
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from data_prep.arguments import parse_arguments, run_command
@@ -36,14 +46,30 @@ from data_prep.manifest import (
     discard,
     open_manifest,
     process_state,
-    verify_shard,
+    remove,
+    run_shards,
     whole,
+    write_json,
     write_manifest,
 )
-from modeling_retro.retrieval_retro import TRAIN_SPLIT, chunks_fingerprint
+from modeling_retro.retrieval_retro import (
+    TRAIN_SPLIT,
+    checksum,
+    chunks_fingerprint,
+    read_index,
+    split_path,
+    verify_file,
+)
 
 
 logger = logging.get_logger(__name__)
+
+_WORK = ".index-"
+_RECALL_AT = (1, 10)
+# Below this, exact search takes milliseconds a query and needs no tuning.
+_EXACT_UP_TO = 50_000
+# Vectors that are converted to float32 at once.
+_BLOCK = 1 << 16
 
 
 @dataclass
@@ -55,8 +81,15 @@ class IndexArguments:
     metric: str = field(
         default="inner_product", metadata={"help": "What is compared.", "choices": ["inner_product", "l2"]}
     )
+    max_index_memory: float | None = field(
+        default=None, metadata={"help": "GB; auto compresses to fit, larger indexes are merged on disk."}
+    )
     max_training_vectors: int = field(default=1_000_000, metadata={"help": "Vectors of the random training sample."})
-    seed: int = field(default=0, metadata={"help": "Seed of the sample."})
+    target_recall: float = field(default=0.95, metadata={"help": "recall@10 that nprobe or efSearch is set for."})
+    recall_queries: int = field(default=1000, metadata={"help": "Held-out queries that recall is measured with."})
+    seed: int = field(default=0, metadata={"help": "Seed of the samples."})
+    use_gpus: bool = field(default=False, metadata={"help": "Train and fill on GPUs."})
+    shard_index: bool = field(default=False, metadata={"help": "Split the index over GPUs instead of copying it."})
     force: bool = field(default=False, metadata={"help": "Build the index anew."})
 
 
@@ -92,8 +125,12 @@ def read_embeddings(path: Path, split: str, manifest: dict[str, Any], verify: bo
             )
         file = path / "embeddings" / f"{record['name']}.npy"
         if verify:
-            verify_shard(file, record)
-        arrays.append(np.load(file, mmap_mode="r", allow_pickle=False))
+            verify_file(file, record["sha256"])
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        expected = (chunks["rows"], manifest["encoder"]["dim"])
+        if array.shape != expected:
+            raise ValueError(f"{file} has shape {list(array.shape)}, the manifest says {list(expected)}")
+        arrays.append(array)
     return arrays
 
 
@@ -101,84 +138,489 @@ def build_index(
     datastore: str | Path,
     factory: str = "auto",
     metric: str = "inner_product",
+    max_index_memory: float | None = None,
     max_training_vectors: int = 1_000_000,
+    target_recall: float = 0.95,
+    recall_queries: int = 1000,
     seed: int = 0,
+    use_gpus: bool = False,
+    shard_index: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
     """
-    Trains a faiss index on a random sample of the embeddings and fills it.
+    Builds the index over the embeddings of the searched chunks, or adds the shards that it does not hold yet.
 
     Args:
         datastore (`str` or `Path`): The datastore.
         factory (`str`, *optional*, defaults to `"auto"`): A faiss factory string; `"auto"` picks one by size.
         metric (`str`, *optional*, defaults to `"inner_product"`): `"inner_product"` or `"l2"`.
-        max_training_vectors (`int`, *optional*, defaults to 1,000,000): Vectors of the training sample.
-        seed (`int`, *optional*, defaults to 0): Seed of the sample.
+        max_index_memory (`float`, *optional*):
+            GB. `"auto"` compresses vectors to fit it; an inverted file that is larger is merged on disk.
+        max_training_vectors (`int`, *optional*, defaults to 1,000,000): Vectors of the random training sample.
+        target_recall (`float`, *optional*, defaults to 0.95): recall@10 that nprobe or efSearch is set for.
+        recall_queries (`int`, *optional*, defaults to 1000): Queries that recall is measured with.
+        seed (`int`, *optional*, defaults to 0): Seed of the samples.
+        use_gpus (`bool`, *optional*, defaults to `False`): Train and fill on GPUs.
+        shard_index (`bool`, *optional*, defaults to `False`): Split the index over GPUs instead of copying it.
         force (`bool`, *optional*, defaults to `False`): Build the index anew.
 
     Returns:
-        `dict`: what the manifest says of the index.
+        `dict`: what the manifest says of the index: `factory`, `ntotal`, `search_parameters`, `recall`, ….
 
     Raises:
-        ValueError: If faiss does not know the factory, or embeddings are missing or belong to other chunks.
+        ValueError: If faiss does not know the factory or has no GPUs, or embeddings are missing or of other chunks.
     """
     path = Path(datastore)
+    if use_gpus and not faiss.get_num_gpus():
+        raise ValueError("use_gpus: this faiss sees no GPU; install `retro-transformers[gpu]` on a machine with one")
     with directory_lock(path):
         manifest = open_manifest(path)
         if force:
             discard(path, manifest, TRAIN_SPLIT, "index")
-        shards = manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"]
-        fingerprint = chunks_fingerprint(shards)
-        options = {"factory": factory, "metric": metric, "max_training_vectors": max_training_vectors, "seed": seed}
-        record = manifest.get("index")
-        if record is not None:
-            check_options("index", options, record["options"])
-            if record["fingerprint"] == fingerprint and (path / "index.faiss").exists():
-                return record
-        embeddings = read_embeddings(path, TRAIN_SPLIT, manifest)
-        state = process_state()
-        if state.is_main_process:
-            index = _train(embeddings, factory, metric, max_training_vectors, seed)
-            for vectors in embeddings:
-                index.add(vectors.astype(np.float32))
-            with whole(path / "index.faiss") as temporary:
-                faiss.write_index(index, str(temporary))
-        state.wait_for_everyone()
-        manifest["index"] = {
-            "options": options,
-            "factory": _factory(factory, sum(map(len, embeddings))),
+        options = {
+            "factory": factory,
             "metric": metric,
-            "ntotal": sum(map(len, embeddings)),
-            "search_parameters": {},
-            "fingerprint": fingerprint,
+            "max_index_memory": max_index_memory,
+            "max_training_vectors": max_training_vectors,
+            "target_recall": target_recall,
+            "recall_queries": recall_queries,
+            "seed": seed,
         }
-        write_manifest(path, manifest)
-        return manifest["index"]
+        before = manifest.get("index")
+        if before is not None:
+            check_options("index", options, before["options"])
+        shards = manifest["splits"].get(TRAIN_SPLIT, {}).get("chunks", {}).get("shards", [])
+        fingerprint = chunks_fingerprint(shards)
+        if before is not None and before["fingerprint"] == fingerprint and (path / "index.faiss").exists():
+            return before
+        if before is not None and before["fingerprint"] != chunks_fingerprint(shards[: before["shards"]]):
+            raise ValueError(f"the index of {path} belongs to other chunks; use --force to build it anew")
+        run = hashlib.sha256(json.dumps([options, fingerprint, before], sort_keys=True).encode()).hexdigest()[:16]
+        build = _IndexBuild(path, path / (_WORK + run), manifest, options, before, use_gpus, shard_index)
+        if not build.record_path.exists():
+            build.train()
+            build.fill()
+            build.merge()
+            build.measure(fingerprint)
+        return build.publish()
 
 
-def _factory(factory: str, rows: int) -> str:
-    return "Flat" if factory == "auto" else factory
+class _IndexBuild:
+    """
+    One run of `build_index` in a folder of its own, so that an interrupted run goes on step by step and the index in
+    use is replaced only at the end.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        work: Path,
+        manifest: dict[str, Any],
+        options: dict[str, Any],
+        before: dict[str, Any] | None,
+        use_gpus: bool,
+        shard_index: bool,
+    ):
+        self.path = path
+        self.work = work
+        self.manifest = manifest
+        self.options = options
+        self.before = before
+        self.use_gpus = use_gpus
+        self.shard_index = shard_index
+        self.state = process_state()
+        self.record_path = work / "record.json"
+        self.merged = work / "index.faiss"
+        if self.record_path.exists():
+            return
+        self.embeddings = read_embeddings(path, TRAIN_SPLIT, manifest)
+        self.offsets = np.concatenate([[0], np.cumsum([len(array) for array in self.embeddings])])
+        self.dim = self.embeddings[0].shape[1]
+        self.first_shard = before["shards"] if before else 0
+        self.factory = before["factory"] if before else self._choose_factory()
+        if self.state.is_main_process:
+            for other in path.glob(f"{_WORK}*"):
+                if other != work:
+                    remove(other)
+            work.mkdir(parents=True, exist_ok=True)
+        self.state.wait_for_everyone()
+
+    def _choose_factory(self) -> str:
+        if self.options["factory"] != "auto":
+            return self.options["factory"]
+        memory = self.options["max_index_memory"]
+        return suggest_factory(int(self.offsets[-1]), self.dim, None if memory is None else memory * 1e9)
+
+    def train(self) -> None:
+        """Trains an empty index on a random sample, or empties the index that shards are added to."""
+        if self.state.is_main_process and not self._trained.exists():
+            if self.before is not None:
+                index = empty_copy(self.path)
+            else:
+                index = make_index(self.factory, self.dim, self.options["metric"])
+                if not index.is_trained:
+                    sample = self._sample(self.options["max_training_vectors"])
+                    if self.use_gpus and faiss.try_extract_index_ivf(index) is not None:
+                        clustering = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(faiss.extract_index_ivf(index).d))
+                        faiss.extract_index_ivf(index).clustering_index = clustering
+                    try:
+                        index.train(sample)
+                    except RuntimeError as error:
+                        raise ValueError(
+                            f"faiss cannot train {self.factory!r} on {len(sample)} vectors: {_last_line(error)}"
+                        ) from error
+            with whole(self._trained) as temporary:
+                write_index(index, temporary)
+        self.state.wait_for_everyone()
+
+    def fill(self) -> None:
+        """Adds each shard to a copy of the trained index of its own, unless the type cannot be merged."""
+        if not self._mergeable:
+            return
+        names = [record["name"] for record in self.manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"]]
+
+        def make(number: int, temporary: Path) -> dict[str, Any]:
+            index = faiss.read_index(str(self._trained))
+            if self.use_gpus:
+                index = to_gpus(index, self.shard_index)
+            self._add(index, self.first_shard + number)
+            write_index(faiss.index_gpu_to_cpu(index) if self.use_gpus else index, temporary)
+            return {}
+
+        new = names[self.first_shard :]
+        run_shards(self.work, [], new, make, suffix=".faiss", description=f"Filling {self.factory}")
+
+    def merge(self) -> None:
+        """Merges the shards: in memory, or on disk if the index is larger than `max_index_memory`."""
+        if self.state.is_main_process and not self.merged.exists():
+            old = [self.path / "index.faiss"] if self.before else []
+            files = old + sorted(self.work.glob("shard-*.faiss"))
+            index = faiss.read_index(str(self._trained))
+            if not self._mergeable:
+                index = faiss.read_index(str(old[0])) if old else index
+                for shard in tqdm(range(self.first_shard, len(self.embeddings)), desc=f"Filling {self.factory}"):
+                    self._add(index, shard)
+            elif self._on_disk:
+                merge_on_disk(index, files, self.work / "index.ivfdata")
+            else:
+                for file in files:
+                    index.merge_from(faiss.read_index(str(file)), 0)
+            with whole(self.merged) as temporary:
+                write_index(index, temporary)
+        self.state.wait_for_everyone()
+
+    def measure(self, fingerprint: str) -> None:
+        """Sets the search parameters for the target recall and records everything."""
+        queries, excluded, source = self._held_out_queries()
+        exact = self._exact_search(queries, excluded)
+        if self.state.is_main_process:
+            index = read_index(self.merged)
+
+            def recall_now() -> dict[str, float]:
+                found = index.search(queries, min(_RECALL_AT[-1] + 1, index.ntotal))[1]
+                return recall_at(self._scores(queries, without(found, excluded)), exact)
+
+            parameters, recall = tune(index, recall_now, self.options["target_recall"])
+            if recall[f"recall@{_RECALL_AT[-1]}"] < self.options["target_recall"]:
+                logger.warning(
+                    f"recall@10 is {recall['recall@10']:.3f} at best, below the target "
+                    f"{self.options['target_recall']}; a factory with less compression finds more"
+                )
+            record = {
+                "options": self.options,
+                "factory": self.factory,
+                "metric": self.options["metric"],
+                "ntotal": int(index.ntotal),
+                "shards": len(self.embeddings),
+                "encoder_sha256": self.manifest["encoder"]["sha256"],
+                "search_parameters": parameters,
+                "recall": {**recall, "queries": len(queries), "source": source},
+                "fingerprint": fingerprint,
+                "sha256": {file.name: checksum(file) for file in sorted(self.work.glob("index.*"))},
+            }
+            write_json(self.record_path, record)
+        self.state.wait_for_everyone()
+
+    def publish(self) -> dict[str, Any]:
+        """Moves the finished index into the datastore."""
+        record = json.loads(self.record_path.read_text(encoding="utf-8"))
+        if self.state.is_main_process:
+            for name in ("index.ivfdata", "index.faiss"):
+                if (self.work / name).exists():
+                    os.replace(self.work / name, self.path / name)
+            if "index.ivfdata" not in record["sha256"]:
+                remove(self.path / "index.ivfdata")
+        self.manifest["index"] = record
+        write_manifest(self.path, self.manifest)
+        if self.state.is_main_process:
+            remove(self.work)
+        self.state.wait_for_everyone()
+        return record
+
+    @property
+    def _trained(self) -> Path:
+        return self.work / "trained.faiss"
+
+    @cached_property
+    def _mergeable(self) -> bool:
+        index = faiss.read_index(str(self._trained))
+        try:
+            index.check_compatible_for_merge(index)
+        except RuntimeError:
+            return False
+        return True
+
+    @cached_property
+    def _on_disk(self) -> bool:
+        memory = self.options["max_index_memory"]
+        ivf = faiss.try_extract_index_ivf(faiss.read_index(str(self._trained)))
+        return ivf is not None and memory is not None and (ivf.code_size + 8) * self.offsets[-1] > memory * 1e9
+
+    def _add(self, index: faiss.Index, shard: int) -> None:
+        with_ids = self._mergeable and faiss.try_extract_index_ivf(index) is not None
+        for start, vectors in _blocks(self.embeddings[shard]):
+            if with_ids:
+                first = self.offsets[shard] + start
+                index.add_with_ids(vectors, np.arange(first, first + len(vectors)))
+            else:
+                index.add(vectors)
+
+    def _sample(self, number: int) -> np.ndarray:
+        """Random rows over all shards, float32, in the order of the chunks."""
+        total = int(self.offsets[-1])
+        rows = np.arange(total)
+        if number < total:
+            rows = np.sort(np.random.default_rng(self.options["seed"]).choice(total, number, replace=False))
+        return self._rows(rows)
+
+    def _rows(self, rows: np.ndarray) -> np.ndarray:
+        parts = [
+            array[rows[(rows >= start) & (rows < start + len(array))] - start]
+            for start, array in zip(self.offsets, self.embeddings, strict=False)
+        ]
+        return np.concatenate(parts).astype(np.float32)
+
+    def _held_out_queries(self) -> tuple[np.ndarray, np.ndarray, str]:
+        """Queries [q, dim], the row that each must not find (-1 for none), and where they come from."""
+        number = self.options["recall_queries"]
+        generator = np.random.default_rng(self.options["seed"] + 1)
+        for split in sorted(set(self.manifest["splits"]) - {TRAIN_SPLIT}):
+            record = self.manifest["splits"][split]
+            if len(record.get("embeddings", {}).get("shards", [])) == len(record.get("chunks", {}).get("shards", [0])):
+                queries = np.concatenate(read_embeddings(split_path(self.path, split), split, self.manifest))
+                rows = np.sort(generator.choice(len(queries), min(number, len(queries)), replace=False))
+                return queries[rows].astype(np.float32), np.full(len(rows), -1), split
+        total = int(self.offsets[-1])
+        rows = np.sort(generator.choice(total, min(number, total), replace=False))
+        return self._rows(rows), rows, f"{TRAIN_SPLIT}, each without itself"
+
+    def _scores(self, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """True scores [q, n] of the chunks found, larger is better; an index may know its vectors only roughly."""
+        rows, place = np.unique(np.maximum(ids, 0), return_inverse=True)
+        vectors = self._rows(rows)[place.reshape(ids.shape)]
+        if self.options["metric"] == "l2":
+            scores = -((queries[:, None] - vectors) ** 2).sum(-1)
+        else:
+            scores = np.einsum("qd,qnd->qn", queries, vectors)
+        return np.where(ids >= 0, scores, -np.inf)
+
+    def _exact_search(self, queries: np.ndarray, excluded: np.ndarray) -> np.ndarray:
+        """True scores [q, 10] of the nearest neighbors; each process searches its shards."""
+        k = _RECALL_AT[-1] + 1
+        kind = _metric(self.options["metric"])
+        scores, ids = np.zeros((len(queries), 0), dtype=np.float32), np.zeros((len(queries), 0), dtype=np.int64)
+        for shard in range(self.state.process_index, len(self.embeddings), self.state.num_processes):
+            for start, vectors in _blocks(self.embeddings[shard]):
+                found_scores, found = faiss.knn(queries, vectors, min(k, len(vectors)), metric=kind)
+                scores = np.concatenate([scores, found_scores], axis=1)
+                ids = np.concatenate([ids, found + self.offsets[shard] + start], axis=1)
+                scores, ids = _best(scores, ids, k, kind)
+        gathered = gather_object([(scores, ids)])
+        scores, ids = (np.concatenate(part, axis=1) for part in zip(*gathered, strict=True))
+        return self._scores(queries, without(_best(scores, ids, k, kind)[1], excluded))
 
 
-def _train(
-    embeddings: list[np.ndarray], factory: str, metric: str, max_training_vectors: int, seed: int
-) -> faiss.Index:
-    rows, dim = sum(map(len, embeddings)), embeddings[0].shape[1]
-    kind = faiss.METRIC_INNER_PRODUCT if metric == "inner_product" else faiss.METRIC_L2
+def _best(scores: np.ndarray, ids: np.ndarray, k: int, kind: int) -> tuple[np.ndarray, np.ndarray]:
+    order = np.lexsort((ids, -scores if kind == faiss.METRIC_INNER_PRODUCT else scores), axis=-1)[:, :k]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
+
+
+def _blocks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    for start in range(0, len(array), _BLOCK):
+        yield start, array[start : start + _BLOCK].astype(np.float32)
+
+
+def _metric(metric: str) -> int:
+    if metric not in ("inner_product", "l2"):
+        raise ValueError(f"metric must be 'inner_product' or 'l2', got {metric!r}")
+    return faiss.METRIC_INNER_PRODUCT if metric == "inner_product" else faiss.METRIC_L2
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).rsplit(": ", 1)[-1].strip()
+
+
+def make_index(factory: str, dim: int, metric: str) -> faiss.Index:
+    """An empty index of a faiss factory string; a `ValueError` if faiss does not know it."""
     try:
-        index = faiss.index_factory(dim, _factory(factory, rows), kind)
+        return faiss.index_factory(dim, factory, _metric(metric))
     except RuntimeError as error:
-        raise ValueError(f"faiss knows no factory {factory!r} for {dim} dimensions: {error}") from error
-    if not index.is_trained:
-        index.train(np.concatenate(embeddings).astype(np.float32))
+        raise ValueError(f"faiss knows no factory {factory!r} for {dim} dimensions: {_last_line(error)}") from error
+
+
+def suggest_factory(rows: int, dim: int, max_bytes: float | None = None) -> str:
+    """
+    A factory for a number of vectors: exact up to 50,000, then an inverted file of about 8 sqrt(rows) lists whose
+    codes are as precise as the memory allows.
+
+    Args:
+        rows (`int`): Number of vectors.
+        dim (`int`): Their dimension.
+        max_bytes (`float`, *optional*): Memory of the index. Defaults to no limit.
+
+    Returns:
+        `str`: The factory string.
+    """
+    if rows <= _EXACT_UP_TO and (max_bytes is None or 4 * dim * rows <= max_bytes):
+        return "Flat"
+    lists = 1 << round(math.log2(max(16, min(8 * math.sqrt(rows), rows / 39))))
+    quantizer = f"IVF{lists}" if lists < 1 << 16 else f"IVF{lists}_HNSW32"
+    codes = [(2 * dim, "SQfp16"), (dim, "SQ8")]
+    codes += [(m, f"PQ{m}") for m in (128, 96, 64, 48, 32, 16, 8) if m < dim and dim % m == 0]
+    for size, code in codes:
+        if max_bytes is None or (size + 8) * rows + 4 * dim * lists <= max_bytes:
+            prefix = f"OPQ{size}," if code.startswith("PQ") else ""
+            return f"{prefix}{quantizer},{code}"
+    raise ValueError(f"no index of {rows} vectors fits into {max_bytes / 1e9:g} GB; allow more memory")
+
+
+def write_index(index: faiss.Index, path: Path) -> None:
+    """Writes an index; a `ValueError` names the file if that fails, as on a full disk."""
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as error:
+        raise OSError(f"cannot write {path}: {_last_line(error)}") from error
+
+
+def merge_on_disk(index: faiss.Index, files: Sequence[Path], data: Path) -> None:
+    """
+    Fills an empty inverted file with the lists of others, which stay on disk like the result.
+
+    Args:
+        index (`faiss.Index`): The trained index; its lists will be those of the file `data`.
+        files (`Sequence[Path]`): Indexes with the same training.
+        data (`Path`): The file of the lists, to stand beside the index.
+    """
+    remove(data)
+    ivf = faiss.extract_index_ivf(index)
+    parts = [read_index(file) for file in files]
+    vector = faiss.InvertedListsPtrVector()
+    for part in parts:
+        vector.push_back(faiss.extract_index_ivf(part).invlists)
+    lists = faiss.OnDiskInvertedLists(ivf.nlist, ivf.code_size, str(data))
+    index.ntotal = ivf.ntotal = lists.merge_from_multiple(vector.data(), vector.size())
+    lists.filename = data.name  # found beside the index, wherever both are moved
+    ivf.replace_invlists(lists, True)
+    lists.this.disown()
+
+
+def empty_copy(path: Path) -> faiss.Index:
+    """The trained index of a datastore without its vectors."""
+    index = read_index(path / "index.faiss")
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is None:
+        index = faiss.read_index(str(path / "index.faiss"))
+        index.reset()
+        return index
+    lists = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)
+    ivf.replace_invlists(lists, True)
+    lists.this.disown()
+    index.ntotal = ivf.ntotal = 0
     return index
+
+
+def to_gpus(index: faiss.Index, shard: bool) -> faiss.Index:
+    """
+    Moves an index to GPUs: to all of them if this process is alone, else to the one of this process.
+
+    Args:
+        index (`faiss.Index`): The index.
+        shard (`bool`): Whether to split it over the GPUs rather than to copy it to each.
+    """
+    state = process_state()
+    options = faiss.GpuMultipleClonerOptions()
+    options.useFloat16 = True
+    options.shard = shard
+    gpus = None if state.num_processes == 1 else [state.local_process_index]
+    return faiss.index_cpu_to_gpus_list(index, options, gpus)
+
+
+def without(ids: np.ndarray, excluded: np.ndarray) -> np.ndarray:
+    """The first ten ids of each row that are not the excluded one; -1 where there are fewer."""
+    wanted = (ids != excluded[:, None]) & (ids >= 0)
+    order = np.argsort(~wanted, axis=1, kind="stable")[:, : _RECALL_AT[-1]]
+    return np.take_along_axis(np.where(wanted, ids, -1), order, axis=1)
+
+
+def recall_at(found: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+    """
+    recall@n: the share of the first n results that are among the n nearest. Of equally near ones any will do.
+
+    Args:
+        found (`np.ndarray`): float32 [q, 10] true scores of what was found, in the order found; -inf absent.
+        exact (`np.ndarray`): float32 [q, 10] scores of the nearest, best first; -inf absent.
+    """
+    recall = {}
+    for n in _RECALL_AT:
+        present = np.isfinite(exact[:, :n])
+        last = np.where(present, exact[:, :n], np.inf).min(axis=1, keepdims=True)  # score of the n-th nearest
+        hits = np.isfinite(found[:, :n]) & (found[:, :n] >= last - 1e-5 * np.abs(last))
+        recall[f"recall@{n}"] = round(float(hits.sum() / max(1, present.sum())), 4)
+    return recall
+
+
+def tune(
+    index: faiss.Index, recall_now: Callable[[], dict[str, float]], target: float
+) -> tuple[dict[str, int], dict[str, float]]:
+    """
+    The smallest nprobe (efSearch for HNSW), by doubling, whose recall@10 reaches the target, or the best there is.
+
+    Args:
+        index (`faiss.Index`): The index.
+        recall_now (`Callable`): Measures the recall of the index with the parameters it has.
+        target (`float`): The recall@10 to reach.
+
+    Returns:
+        `tuple[dict, dict]`: the search parameters and the recall they give.
+    """
+    ivf = faiss.try_extract_index_ivf(index)
+    inner = faiss.downcast_index(index)
+    if isinstance(inner, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(inner.index)
+    if ivf is not None:
+        name, value, limit = "nprobe", 1, ivf.nlist
+    elif isinstance(inner, faiss.IndexHNSW):
+        name, value, limit = "efSearch", 16, 4096
+    else:
+        return {}, recall_now()
+    best: tuple[dict[str, int], dict[str, float]] = ({}, {"recall@10": -1.0})
+    while True:
+        faiss.ParameterSpace().set_index_parameter(index, name, value)
+        recall = recall_now()
+        if recall["recall@10"] > best[1]["recall@10"]:
+            best = ({name: value}, recall)
+        if recall["recall@10"] >= target or value >= limit:
+            return best
+        value = min(2 * value, limit)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(IndexArguments, argv=argv, description=__doc__, prog="retro index")
     record = build_index(**vars(arguments))
     if process_state().is_main_process:
-        print(f"{record['factory']} over {record['ntotal']} chunks")
+        recall = ", ".join(f"{name} {value:.3f}" for name, value in record["recall"].items() if "@" in name)
+        parameters = ", ".join(f"{name} {value}" for name, value in record["search_parameters"].items()) or "exact"
+        print(f"{record['factory']} over {record['ntotal']} chunks ({parameters}): {recall}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,14 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from modeling_retro.retrieval_retro import FORMAT_VERSION, MANIFEST_NAME, TRAIN_SPLIT, read_manifest, split_path
+from modeling_retro.retrieval_retro import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    TRAIN_SPLIT,
+    checksum,
+    read_manifest,
+    split_path,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -123,28 +130,6 @@ def write_json(path: Path, value: Any) -> None:
     """Writes JSON with sorted keys, whole or not at all."""
     with whole(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def checksum(path: Path) -> str:
-    """Sha256 of a file, or of the names and contents of all files of a folder."""
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            if file != path:
-                digest.update(str(file.relative_to(path)).encode())
-            with file.open("rb") as handle:
-                while block := handle.read(1 << 20):
-                    digest.update(block)
-    return digest.hexdigest()
-
-
-def verify_shard(path: Path, record: Mapping[str, Any]) -> Path:
-    """Returns `path`, or raises a `ValueError` if the shard there is missing or not the recorded one."""
-    if not path.exists():
-        raise ValueError(f"the shard {path} is missing")
-    if checksum(path) != record["sha256"]:
-        raise ValueError(f"the shard {path} was altered: its checksum is not the one in {MANIFEST_NAME}")
-    return path
 
 
 def open_manifest(path: Path, create: bool = False) -> dict[str, Any]:

@@ -34,9 +34,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import CommitInfo
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
@@ -45,6 +44,7 @@ from transformers.utils import cached_file, logging
 try:
     import datasets
     import faiss
+    import pyarrow as pa
 except ImportError as error:
     raise ImportError(
         "Retrieval needs `datasets` and `faiss`. Install one of the two extras: "
@@ -323,8 +323,16 @@ class RetroDatastore:
         """
         path = Path(name_or_path)
         if not path.is_dir():
-            path = Path(snapshot_download(str(name_or_path), repo_type="dataset", revision=revision, **hub_kwargs))
+            from .hub_retro import download_datastore
+
+            path = download_datastore(str(name_or_path), revision=revision, **hub_kwargs)
         return cls(path, read_manifest(path))
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
+        """Uploads the datastore; the arguments are those of [`~modeling_retro.hub_retro.push_datastore`]."""
+        from .hub_retro import push_datastore
+
+        return push_datastore(self.path, repo_id, **kwargs)
 
     def __repr__(self) -> str:
         return f"RetroDatastore({str(self.path)!r}, {len(self.chunks)} chunks of {self.chunk_size} tokens)"
@@ -383,6 +391,8 @@ class RetroDatastore:
             raise ValueError(f"{self.path} has no index; run `retro index`")
         shards = self.manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"]
         if record["fingerprint"] != chunks_fingerprint(shards):
+            if record["fingerprint"] == chunks_fingerprint(shards[: record["shards"]]):
+                raise ValueError(f"the index of {self.path} lacks chunks that were added later; run `retro index`")
             raise ValueError(
                 f"the index of {self.path} belongs to other chunks or another order of rows; run `retro index --force`"
             )
@@ -394,6 +404,16 @@ class RetroDatastore:
         for name, value in record["search_parameters"].items():
             faiss.ParameterSpace().set_index_parameter(index, name, value)
         return index
+
+    def verify(self) -> None:
+        """Reads every file; a `ValueError` names the first whose checksum is not the one in the manifest."""
+        for name, record in self.manifest["splits"].items():
+            root = split_path(self.path, name)
+            for stage, suffix in (("chunks", ""), ("embeddings", ".npy"), ("neighbors", "")):
+                for shard in record.get(stage, {}).get("shards", []):
+                    verify_file(root / stage / (shard["name"] + suffix), shard["sha256"])
+        for name, sha256 in self.manifest.get("index", {}).get("sha256", {}).items():
+            verify_file(self.path / name, sha256)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises a `ValueError` unless `tokenizer` is the one that made the chunks."""
@@ -476,15 +496,43 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def checksum(path: Path) -> str:
+    """Sha256 of a file, or of the names and contents of all files of a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            if file != path:
+                digest.update(str(file.relative_to(path)).encode())
+            with file.open("rb") as handle:
+                while block := handle.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def verify_file(path: Path, sha256: str) -> Path:
+    """Returns `path`, or raises a `ValueError` if the file or folder is missing or its [`checksum`] is another."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing")
+    if checksum(path) != sha256:
+        raise ValueError(f"{path} was altered: its checksum is not the one in {MANIFEST_NAME}")
+    return path
+
+
 def read_index(path: Path) -> faiss.Index:
     """Reads a faiss index, memory-mapped where its type allows."""
     if not path.is_file():
         raise ValueError(f"{path} is missing; run `retro index`")
-    flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_ONDISK_SAME_DIR
-    try:
-        return faiss.read_index(str(path), flags)
-    except RuntimeError as error:
-        raise ValueError(f"cannot read the index {path}: {error}") from error
+    if path.with_suffix(".ivfdata").exists():
+        mappings = [faiss.IO_FLAG_ONDISK_SAME_DIR]
+    else:
+        # One flag maps flat codes and graphs but refuses inverted lists, the other maps these.
+        mappings = [faiss.IO_FLAG_MMAP_IFC, faiss.IO_FLAG_MMAP]
+    for mapping in mappings:
+        try:
+            return faiss.read_index(str(path), mapping | faiss.IO_FLAG_READ_ONLY)
+        except RuntimeError as error:
+            reason = error
+    raise ValueError(f"cannot read the index {path}: {reason}")
 
 
 class ChunkEncoder:

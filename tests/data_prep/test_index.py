@@ -1,0 +1,226 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Every kind of index finds what exact search finds, as often as it says."""
+
+import json
+import shutil
+
+import faiss
+import numpy as np
+import pytest
+
+from data_prep.index import build_index, recall_at, suggest_factory
+from data_prep.manifest import run_shards
+from data_prep.neighbors import find_neighbors
+from modeling_retro.retrieval_retro import RetroDatastore
+
+
+@pytest.fixture
+def embedded(tiny_datastore_dir, tmp_path):
+    """The tiny datastore before its index was built."""
+    path = shutil.copytree(tiny_datastore_dir, tmp_path / "datastore")
+    manifest = json.loads((path / "datastore.json").read_text())
+    del manifest["index"]
+    for split in manifest["splits"].values():
+        del split["neighbors"]
+    (path / "datastore.json").write_text(json.dumps(manifest))
+    (path / "index.faiss").unlink()
+    return path
+
+
+def embeddings_of(path):
+    return np.concatenate([np.load(file) for file in sorted((path / "embeddings").glob("*.npy"))]).astype(np.float32)
+
+
+FACTORIES = [
+    "Flat",
+    "IVF8,Flat",
+    "IVF4_HNSW8,SQ8",
+    "OPQ4_8,IVF4,PQ4x4",
+    "SQ8",
+    "PCA8,Flat",
+    "HNSW8",
+    "IVF4,Flat,RFlat",
+]
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_recall_in_the_manifest_is_the_recall_of_the_index(embedded, factory):
+    record = build_index(embedded, factory=factory, target_recall=0.9)
+    datastore = RetroDatastore.from_pretrained(embedded)
+    keys = embeddings_of(embedded)
+    queries = embeddings_of(embedded / "splits" / "validation")
+    assert datastore.index.ntotal == len(keys) == record["ntotal"]
+    scores = queries @ keys.T
+    tenth = np.sort(scores, axis=1)[:, -10]
+    found = datastore.index.search(queries, 10)[1]
+    hits = np.mean([(row[ids] >= last - 1e-5).sum() / 10 for row, ids, last in zip(scores, found, tenth, strict=True)])
+    assert record["recall"]["recall@10"] == pytest.approx(hits, abs=0.002)
+    assert record["recall"]["source"] == "validation" and record["recall"]["queries"] == len(queries)
+    if not any(codec in factory for codec in ("PQ", "PCA")):
+        assert hits >= 0.9
+
+
+def test_recall_is_the_share_of_the_exact_neighbors_that_are_found():
+    exact = np.linspace(1, 0.1, 10)[None].repeat(3, 0)
+    found = np.full((3, 10), 0.01)
+    found[0, :5] = exact[0, :5]
+    found[1] = exact[1, [1, 0, 2, 3, 4, 5, 6, 7, 8, 9]]
+    found[1, 9] = -np.inf
+    exact[2, 2:] = found[2, 2:] = -np.inf  # only two chunks exist
+    found[2, :2] = exact[2, :2]
+    assert recall_at(found, exact) == {"recall@1": round(2 / 3, 4), "recall@10": round((5 + 9 + 2) / 22, 4)}
+
+
+def test_of_equally_near_neighbors_any_will_do():
+    exact = np.array([[1.0] + [0.5] * 9])
+    assert recall_at(np.array([[1.0] + [0.5] * 9]), exact) == {"recall@1": 1.0, "recall@10": 1.0}
+
+
+def test_without_held_out_queries_training_chunks_search_without_themselves(embedded):
+    manifest = json.loads((embedded / "datastore.json").read_text())
+    del manifest["splits"]["validation"]
+    (embedded / "datastore.json").write_text(json.dumps(manifest))
+    record = build_index(embedded, factory="Flat", recall_queries=50)
+    assert record["recall"] == {
+        "recall@1": 1.0,
+        "recall@10": 1.0,
+        "queries": 50,
+        "source": "train, each without itself",
+    }
+
+
+def test_nprobe_grows_with_the_target(embedded):
+    recalls = []
+    for target in (0.3, 0.7, 1.0):
+        record = build_index(embedded, factory="IVF32,Flat", target_recall=target, force=True)
+        assert record["recall"]["recall@10"] >= target
+        recalls.append(record["search_parameters"]["nprobe"])
+    assert recalls[0] < recalls[1] < recalls[2]
+    index = RetroDatastore.from_pretrained(embedded).index
+    assert faiss.extract_index_ivf(index).nprobe == recalls[-1]
+
+
+def test_an_index_over_its_memory_limit_is_merged_on_disk_and_can_be_moved(embedded, tmp_path):
+    in_memory = build_index(embedded, factory="IVF8,Flat")
+    expected = find_neighbors(embedded, num_neighbors=3)
+    ids = RetroDatastore.from_pretrained(embedded).neighbor_ids.copy()
+    on_disk = build_index(embedded, factory="IVF8,Flat", max_index_memory=1e-6, force=True)
+    assert set(in_memory["sha256"]) == {"index.faiss"} and set(on_disk["sha256"]) == {"index.faiss", "index.ivfdata"}
+    moved = tmp_path / "moved"
+    embedded.rename(moved)
+    assert find_neighbors(moved, num_neighbors=3)["counts"] == expected["counts"]
+    np.testing.assert_array_equal(RetroDatastore.from_pretrained(moved).neighbor_ids, ids)
+    RetroDatastore.from_pretrained(moved).verify()
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "HNSW8"])
+@pytest.mark.parametrize("memory", [None, 1e-6])
+def test_shards_that_are_added_later_are_added_to_the_index(embedded, factory, memory):
+    whole = json.loads((embedded / "datastore.json").read_text())
+    partial = json.loads((embedded / "datastore.json").read_text())
+    for stage in ("chunks", "embeddings"):
+        partial["splits"]["train"][stage]["shards"] = partial["splits"]["train"][stage]["shards"][:2]
+    (embedded / "datastore.json").write_text(json.dumps(partial))
+    options = {"factory": factory, "target_recall": 0.99, "max_index_memory": memory}
+    before = build_index(embedded, **options)
+    whole["index"] = json.loads((embedded / "datastore.json").read_text())["index"]
+    (embedded / "datastore.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match="lacks chunks that were added later"):
+        RetroDatastore.from_pretrained(embedded).index  # noqa: B018
+    after = build_index(embedded, **options)
+    rows = [shard["rows"] for shard in whole["splits"]["train"]["chunks"]["shards"]]
+    assert (before["ntotal"], after["ntotal"]) == (sum(rows[:2]), sum(rows))
+    assert after["recall"]["recall@10"] >= 0.99
+
+
+def test_a_finished_index_is_left_alone(embedded):
+    record = build_index(embedded, factory="IVF8,Flat")
+    before = (embedded / "index.faiss").stat().st_mtime_ns
+    assert build_index(embedded, factory="IVF8,Flat") == record
+    assert (embedded / "index.faiss").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="`index` was begun with factory='IVF8,Flat', not 'Flat'"):
+        build_index(embedded, factory="Flat")
+
+
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "HNSW8"])
+@pytest.mark.parametrize("step", ["train", "fill", "merge", "measure", "publish"])
+def test_an_interrupted_build_goes_on_and_ends_the_same(embedded, tmp_path, monkeypatch, factory, step):
+    other = shutil.copytree(embedded, tmp_path / "other")
+    expected = build_index(other, factory=factory)
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"data_prep.index._IndexBuild.{step}", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build_index(embedded, factory=factory)
+    assert build_index(embedded, factory=factory) == expected
+    assert (embedded / "index.faiss").read_bytes() == (other / "index.faiss").read_bytes()
+    assert (embedded / "datastore.json").read_bytes() == (other / "datastore.json").read_bytes()
+    assert sorted(path.name for path in embedded.iterdir()) == sorted(path.name for path in other.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"factory": "IVF8,Flatt"}, "faiss knows no factory 'IVF8,Flatt' for 16 dimensions"),
+        ({"factory": "IVF4096,Flat"}, "cannot train 'IVF4096,Flat' on 457 vectors"),
+        ({"metric": "cosine"}, "'inner_product' or 'l2', got 'cosine'"),
+        ({"use_gpus": True}, "sees no GPU"),
+    ],
+)
+def test_bad_options_are_named(embedded, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_index(embedded, **options)
+    assert not (embedded / "index.faiss").exists()
+
+
+def test_damaged_embeddings_are_named(embedded):
+    file = embedded / "embeddings" / "shard-00001.npy"
+    content = file.read_bytes()
+    file.write_bytes(content[:-2] + b"xx")
+    with pytest.raises(ValueError, match="shard-00001.npy was altered"):
+        build_index(embedded)
+    file.unlink()
+    with pytest.raises(ValueError, match="shard-00001.npy is missing"):
+        build_index(embedded)
+
+
+def test_the_suggested_factory_fits_the_memory():
+    assert suggest_factory(40_000, 384) == "Flat"
+    assert suggest_factory(1_000_000, 384) == "IVF8192,SQfp16"
+    assert suggest_factory(1_000_000, 384, 0.5e9) == "IVF8192,SQ8"
+    assert suggest_factory(27_000_000_000, 384, 2e12) == "OPQ64,IVF1048576_HNSW32,PQ64"
+    with pytest.raises(ValueError, match="no index of 1000000 vectors fits into 0.001 GB"):
+        suggest_factory(1_000_000, 384, 1e6)
+
+
+def test_shards_are_made_once(tmp_path):
+    made = []
+
+    def make(index, path):
+        made.append(index)
+        path.write_text(str(index))
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return {"rows": index}
+
+    names = [f"shard-{index:05d}" for index in range(4)]
+    with pytest.raises(KeyboardInterrupt):
+        run_shards(tmp_path, [], names, make)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["shard-00000"]
+    records = run_shards(tmp_path, [], names, make)
+    assert made == [0, 1, 1, 2, 3] and [record["rows"] for record in records] == [0, 1, 2, 3]
