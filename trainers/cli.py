@@ -13,12 +13,16 @@
 # limitations under the License.
 """The command `retro`: a thin dispatcher to modules that also run by `python -m` and `accelerate launch -m`."""
 
+import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from data_prep.arguments import run_command
 
+
+ACCELERATE_CONFIGS = Path(__file__).parent / "accelerate_configs"
 
 COMMANDS = {
     "quickstart": ("trainers.scripts.quickstart", "documents to datastore to trained model to table, in ten minutes"),
@@ -48,7 +52,55 @@ def help_text() -> str:
     """The list of commands that `retro --help` prints."""
     lines = ["usage: retro COMMAND [options]", "", "commands (each has its own --help):"]
     lines += [f"  {name:<22} {summary}" for name, (_, summary) in COMMANDS.items()]
+    lines += [
+        "",
+        "on several devices:",
+        "  retro COMMAND --accelerate-config NAME_OR_FILE [--num-processes N] [options]",
+        f"  with one of {', '.join(accelerate_config_names())}, or a file written by `accelerate config`",
+    ]
     return "\n".join(lines)
+
+
+def accelerate_config_names() -> list[str]:
+    """Names of the configs of `accelerate launch` that come with the package."""
+    return sorted(path.stem for path in ACCELERATE_CONFIGS.glob("*.yaml"))
+
+
+def run_module(module: str, options: Sequence[str]) -> None:
+    """
+    Runs the `main` of a module, in this process or, with `--accelerate-config`, in those that accelerate launches.
+
+    Args:
+        module (`str`):
+            Name of the module.
+        options (`Sequence[str]`):
+            Words of the command line after the command.
+
+    Raises:
+        `ValueError`: for an accelerate config that is neither a known name nor a file.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--accelerate-config", "--accelerate_config")
+    parser.add_argument("--num-processes", "--num_processes")
+    launch, options = parser.parse_known_args(options)
+    if launch.accelerate_config is None:
+        importlib.import_module(module).main(options)
+        return
+
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    path = ACCELERATE_CONFIGS / f"{launch.accelerate_config}.yaml"
+    if not path.is_file():
+        path = Path(launch.accelerate_config)
+    if not path.is_file():
+        raise ValueError(
+            f"--accelerate-config is {launch.accelerate_config!r}, expected a file or one of "
+            f"{', '.join(accelerate_config_names())}"
+        )
+    words = ["--config_file", str(path)]
+    if launch.num_processes is not None:
+        words += ["--num_processes", launch.num_processes]
+    launch_command(launch_command_parser().parse_args([*words, "-m", module, *options]))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,10 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"error: unknown command {command!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
 
-    def run() -> None:
-        importlib.import_module(COMMANDS[command][0]).main(options)
-
-    run_command(run)
+    run_command(lambda: run_module(COMMANDS[command][0], options))
 
 
 if __name__ == "__main__":

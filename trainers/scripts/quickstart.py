@@ -59,6 +59,7 @@ ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 # Sizes at which two CPU cores embed, train and evaluate in ten minutes.
 NUM_HELD_OUT = 64
 MAX_CHUNKS = {"train": 12_000, "validation": 1_500}
+SHARD_BYTES = 200_000  # small shards: progress is shown by the shard
 VOCAB_SIZE = 4096
 MODEL = {
     "hidden_size": 128,
@@ -235,9 +236,9 @@ def make_datastore(output_dir: Path, tokenizer: PreTrainedTokenizerFast) -> Retr
     encoder = find_encoder()
     for split, max_chunks in MAX_CHUNKS.items():
         documents = output_dir / "documents" / f"{split}.jsonl"
-        chunk_documents(documents, path, tokenizer, split=split, max_chunks=max_chunks)
+        chunk_documents(documents, path, tokenizer, split=split, max_chunks=max_chunks, shard_bytes=SHARD_BYTES)
     removed = deduplicate(path)
-    print(f"near-duplicates of held-out documents removed: {removed}")
+    print(f"{removed['documents']} near-duplicates of held-out documents ({removed['chunks']} chunks) removed")
     for split in MAX_CHUNKS:
         embed_chunks(path, encoder, split=split)
     build_index(path)
@@ -278,6 +279,7 @@ def train_model(output_dir: Path, datastore: RetroDatastore, max_steps: int, see
         save_total_limit=1,
         seed=seed,
         bf16=_computes_in_bf16(),
+        use_cpu=not torch.cuda.is_available(),
         **TRAINING,
     )
     trainer = RetroTrainer(model, arguments, datastore)
@@ -295,10 +297,11 @@ def _computes_in_bf16() -> bool:
 
 
 def generate_example(output_dir: Path, model: RetroForCausalLM) -> str:
-    """Continues the first chunk of a held-out document and shows the neighbors that were used."""
+    """Continues the first whole chunk of the held-out documents and shows the neighbors that were used."""
     retriever = RetroRetriever.from_pretrained(output_dir / "datastore")
     datastore = retriever.datastore
-    input_ids, mask = datastore.split("validation").chunks.take([0])
+    held_out = datastore.split("validation").chunks
+    input_ids, mask = held_out.take(np.argmax(held_out.length == datastore.chunk_size))
     prompt = datastore.tokenizer.decode(input_ids[mask], skip_special_tokens=True)
     set_seed(0)
     chunks = generate_with_neighbors(

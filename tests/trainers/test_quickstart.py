@@ -1,0 +1,132 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`retro quickstart`, on a small corpus with a tiny encoder."""
+
+import json
+
+import pytest
+from conftest import make_texts, write_jsonl
+
+from data_prep.chunk import DocumentChunker
+from modeling_retro import RetroForCausalLM, RetroRetriever
+from trainers.evaluation import Difference
+from trainers.scripts import quickstart
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("documents") / "documents.jsonl", make_texts(60, seed=7, max_words=200))
+
+
+def run(output_dir, data, **options):
+    words = [f"--output_dir={output_dir}", f"--data={data}", "--max_steps=4"]
+    quickstart.main([*words, *(f"--{name}={value}" for name, value in options.items())])
+
+
+@pytest.fixture(scope="module")
+def finished(documents, tiny_encoder_dir, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("quickstart") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart, "find_encoder", lambda: tiny_encoder_dir)
+        run(output_dir, documents)
+    return output_dir
+
+
+def read_texts(path):
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+def test_held_out_documents_are_in_neither_training_nor_the_tokenizer(finished, documents):
+    train = read_texts(finished / "documents" / "train.jsonl")
+    held_out = read_texts(finished / "documents" / "validation.jsonl")
+    assert not set(train) & set(held_out)
+    assert set(train) | set(held_out) == set(read_texts(documents))
+    assert len(held_out) == 6
+
+
+def test_report_has_the_table_and_what_it_cost(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert set(report["bits_per_byte"]) == {"off", "random", "on"}
+    assert report["num_documents"] == 6
+    assert set(report["seconds"]) == {"documents", "datastore", "training", "evaluation", "generation"}
+    assert report["peak_memory_gib"] > 0
+    assert (finished / "evaluation" / "evaluation.png").exists()
+    assert "neighbor 1" in (finished / "generated.txt").read_text()
+
+
+def test_model_and_datastore_load_and_generate(finished):
+    retriever = RetroRetriever.from_pretrained(finished / "datastore")
+    model = RetroForCausalLM.from_pretrained(finished / "model", retriever=retriever)
+    inputs = retriever.datastore.tokenizer("retro looks things up", return_tensors="pt")
+    assert model.generate(inputs["input_ids"], max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_same_command_again_reuses_every_stage(finished, documents, tiny_encoder_dir, monkeypatch):
+    monkeypatch.setattr(quickstart, "find_encoder", lambda: tiny_encoder_dir)
+    monkeypatch.setattr(quickstart.RetroTrainer, "training_step", None)
+    monkeypatch.setattr(DocumentChunker, "chunk", None)
+    before = json.loads((finished / "report.json").read_text())["bits_per_byte"]
+    run(finished, documents)
+    assert json.loads((finished / "report.json").read_text())["bits_per_byte"] == before
+
+
+def test_folder_of_something_else_is_refused(documents, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        run(tmp_path, documents)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_folder_of_a_run_with_other_options_is_refused(finished, documents):
+    with pytest.raises(ValueError, match="'seed': 0"):
+        run(finished, documents, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"text": "one"}\n', "1 documents"),
+        ('{"text": "one"}\nnot json\n', ":2"),
+        ('{"text": "one"}\n{"title": "two"}\n', ":2"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused(tmp_path, lines, message):
+    data = tmp_path / "data.jsonl"
+    data.write_text(lines)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", data)
+
+
+def test_verdict_claims_a_gain_only_beyond_noise(finished):
+    class Fixed:
+        def __init__(self, high):
+            self.high = high
+
+        def difference(self, mode, reference):
+            return Difference(-0.01, -0.02, self.high[reference])
+
+    assert "helps beyond noise" in quickstart.verdict(Fixed({"off": -0.001, "random": -0.002}))
+    assert "no gain" in quickstart.verdict(Fixed({"off": -0.001, "random": 0.001}))
+    assert "no gain" in quickstart.verdict(Fixed({"off": 0.001, "random": -0.001}))
+
+
+def test_changed_weights_of_the_encoder_are_refused(tmp_path, monkeypatch):
+    package = tmp_path / "fake_encoder"
+    (package / "model").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "model" / "model.safetensors").write_bytes(b"changed")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(quickstart, "ENCODER_PACKAGE", "fake_encoder")
+    with pytest.raises(ValueError, match="has sha256"):
+        quickstart.find_encoder()
