@@ -24,8 +24,7 @@ interruption. A chunk never crosses documents; the last one of a document is pad
 """
 
 import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, chain
 from pathlib import Path
@@ -41,6 +40,7 @@ from transformers.utils import logging
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.documents import (
+    SPOOL,
     BadRecord,
     Document,
     Dropped,
@@ -51,6 +51,7 @@ from data_prep.documents import (
     find_sources,
     plan_parts,
     record_location,
+    spool_streams,
 )
 from data_prep.manifest import (
     check_options,
@@ -77,17 +78,24 @@ _BATCH_CHARACTERS = 1 << 20
 class ChunkArguments:
     """Options of `retro chunk`."""
 
-    input: list[str] = field(
-        metadata={"help": "Files, folders or globs of .jsonl[.gz|.zst], .parquet or text; - reads jsonl from stdin."}
-    )
     output_dir: str = field(metadata={"help": "The datastore; made if it does not exist."})
     tokenizer: str = field(metadata={"help": "Folder or Hub id of a fast tokenizer."})
+    input: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Files, folders or globs of .jsonl[.gz|.zst], .parquet or text; - reads jsonl from stdin."},
+    )
+    dataset: str | None = field(default=None, metadata={"help": "Or a dataset: Hub id or folder."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    streaming: bool = field(default=False, metadata={"help": "Stream the dataset instead of downloading it whole."})
     split: str = field(default=TRAIN_SPLIT, metadata={"help": "train is what is searched; other names only query."})
     chunk_size: int = field(default=64, metadata={"help": "Tokens in a chunk."})
     continuation_chunks: int = field(default=1, metadata={"help": "Chunks of the same document a neighbor goes on."})
     text_column: str = field(default="text", metadata={"help": "Key of the text in a record; a.b reaches inside."})
     id_column: str | None = field(default=None, metadata={"help": "Key of your own id; kept in documents/."})
-    filter: str | None = field(default=None, metadata={"help": "Keep such records: 'meta.set == \"Wikipedia (en)\"'."})
+    filter: str | None = field(
+        default=None, metadata={"help": "As in 'meta.set == \"Wikipedia (en)\"': records to keep."}
+    )
     on_bad_record: str = field(
         default="error", metadata={"help": "error stops; skip writes it to quarantine/.", "choices": ["error", "skip"]}
     )
@@ -190,7 +198,7 @@ class DocumentChunker:
 
 
 def chunk_documents(
-    inputs: str | Path | Dataset | Sequence[str | Path | Dataset],
+    inputs: str | Path | Dataset | Mapping[str, Any] | Sequence[str | Path | Dataset | Mapping[str, Any]],
     output_dir: str | Path,
     tokenizer: str | Path | PreTrainedTokenizerBase,
     split: str = TRAIN_SPLIT,
@@ -211,7 +219,9 @@ def chunk_documents(
     Tokenizes documents and writes them as chunks, shard by shard; goes on where an earlier run stopped.
 
     Args:
-        inputs (`str`, `Path`, `datasets.Dataset` or a sequence of them): Files, folders, globs or datasets.
+        inputs (`str`, `Path`, `datasets.Dataset`, `Mapping` or a sequence of them):
+            Files, folders, globs, `"-"` for jsonl on standard input, or datasets (streamed ones too). A mapping has
+            `path` or `dataset` (and `config`, `split`, `streaming`), and may have a `filter` of its own.
         output_dir (`str` or `Path`): The datastore.
         tokenizer (`str`, `Path` or `PreTrainedTokenizerBase`): A fast tokenizer.
         split (`str`, *optional*, defaults to `"train"`): `"train"` is what is searched; other splits only query it.
@@ -219,7 +229,7 @@ def chunk_documents(
         continuation_chunks (`int`, *optional*, defaults to 1): Chunks of the same document a neighbor goes on.
         text_column (`str`, *optional*, defaults to `"text"`): Key of the text in a record.
         id_column (`str`, *optional*): Key of the user's own id of a document, written to `documents/`.
-        filter (`str`, *optional*): `KEY == JSON` or `KEY != JSON`.
+        filter (`str`, *optional*): `KEY == JSON`, `KEY != JSON` or `KEY in JSON`: which records to keep.
         on_bad_record (`str`, *optional*, defaults to `"error"`): `"error"`, or `"skip"` into `quarantine/`.
         max_documents (`int`, *optional*): Stop after so many documents.
         max_chunks (`int`, *optional*): Stop before the document that would go over so many chunks.
@@ -243,11 +253,10 @@ def chunk_documents(
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     path = Path(output_dir)
-    record_format = RecordFormat(text_column, id_column, filter, max_document_bytes)
+    record_format = RecordFormat(text_column, id_column, max_document_bytes)
     options = {
         "text_column": text_column,
         "id_column": id_column,
-        "filter": filter,
         "on_bad_record": on_bad_record,
         "max_documents": max_documents,
         "max_chunks": max_chunks,
@@ -259,7 +268,7 @@ def chunk_documents(
         if force and split in manifest["splits"]:
             discard(path, manifest, split, "chunks")
         _set_vocabulary(path, manifest, tokenizer, chunk_size, continuation_chunks)
-        sources = find_sources(_spool_stdin(inputs, path, split))
+        sources = find_sources(spool_streams(inputs, path, split), filter)
         sources = _plan(path, manifest, split, sources, record_format, options, append)
         return _chunk_shards(path, manifest, split, sources, record_format, DocumentChunker(tokenizer, chunk_size))
 
@@ -279,32 +288,12 @@ def _set_vocabulary(
             )
         return
     manifest |= shared | {"tokenizer": {"name": tokenizer.name_or_path, **fingerprint}}
+    write_manifest(path, manifest)
     state = process_state()
     if state.is_main_process:
         with whole(path / "tokenizer") as temporary:
             tokenizer.save_pretrained(temporary)
     state.wait_for_everyone()
-
-
-def _spool_stdin(inputs: Any, path: Path, split: str) -> Any:
-    """Standard input can be read once: it is copied to a file, which the shards are made from."""
-    if inputs != "-" and inputs != ["-"]:
-        return inputs
-    spool = path / f".stdin-{split}.jsonl"
-    state = process_state()
-    if state.is_main_process and not spool.exists():
-        with whole(spool) as temporary, temporary.open("wb") as file:
-            while block := sys.stdin.buffer.read(1 << 20):
-                file.write(block)
-    state.wait_for_everyone()
-    return spool
-
-
-def _describe(source: Source) -> dict[str, Any]:
-    if source.kind == "dataset":
-        return {"kind": source.kind, "path": source.path, "bytes": source.dataset.data.nbytes}
-    files = source.files or (source.path,)
-    return {"kind": source.kind, "path": source.path, "bytes": sum(Path(file).stat().st_size for file in files)}
 
 
 def _plan(
@@ -317,11 +306,13 @@ def _plan(
     append: bool,
 ) -> list[Source]:
     """Adds the parts of new sources to the manifest; returns all sources of its parts, in order."""
-    described = [_describe(source) for source in sources]
+    described = [source.describe() for source in sources]
     stage = manifest["splits"].get(split, {}).get("chunks")
     if stage is not None:
         check_options("chunk", options, stage["options"])
         new = [i for i, source in enumerate(described) if source not in stage["sources"]]
+        if stage["options"]["max_chunks"] is not None and new and append:
+            raise ValueError(f"{path} was cut by max_chunks; nothing can be added to it")
         if new and not append:
             raise ValueError(
                 f"{path} was not made from {described[new[0]]['path']} as it is now; "
@@ -398,7 +389,8 @@ def _chunk_shards(
     write_manifest(path, manifest)
     clear_records(root / "chunks")
     if process_state().is_main_process:
-        (path / f".stdin-{split}.jsonl").unlink(missing_ok=True)
+        for spool in path.glob(f"{SPOOL}{split}-*"):
+            spool.unlink()
     logger.info(
         f"{split}: {stage['num_chunks']} chunks of {stage['num_documents']} documents, dropped {stage['dropped']}"
     )
@@ -505,7 +497,12 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(ChunkArguments, argv=argv, description=__doc__, prog="retro chunk")
     options = vars(arguments)
-    stage = chunk_documents(inputs=options.pop("input"), **options)
+    inputs = options.pop("input")
+    names = {"dataset": "dataset", "dataset_config": "config", "dataset_split": "split", "streaming": "streaming"}
+    dataset = {name: options.pop(option) for option, name in names.items()}
+    if dataset["dataset"] is not None:
+        inputs = [*inputs, dataset]
+    stage = chunk_documents(inputs, **options)
     if process_state().is_main_process:
         print(
             f"{stage['num_chunks']} chunks of {stage['num_documents']} documents "

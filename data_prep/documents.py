@@ -15,8 +15,8 @@
 Readers of documents and the policy for bad records.
 
 Inputs are files, folders and globs: `.jsonl`, `.json` (one object a line) and `.parquet` hold records with a text
-column, every other file is one document; `.gz` and `.zst` are unpacked on the way. A `datasets.Dataset` is
-an input too.
+column, every other file is one document; `.gz` and `.zst` are unpacked on the way. Any `datasets` dataset is an input
+too. What can be read only once (standard input, a streamed dataset) is first copied to a file.
 
 A corpus is first *scanned* for the number and size of its records (nothing is parsed), then read in parts that several
 processes share. A document's id is the position of its record in the inputs.
@@ -25,18 +25,25 @@ processes share. A document's id is the position of its record in the inputs.
 import glob
 import io
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+
+from data_prep.manifest import process_state, whole
 
 
 _RECORD_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _PACKED_SUFFIXES = (".gz", ".zst")
+# A copied stream is known by its name.
+SPOOL = ".stream-"
 _READ_SIZE = 1 << 16
 _ROWS = 256
 
@@ -51,12 +58,24 @@ class Source:
         path (`str`): The file, or what to call a dataset in messages.
         files (`tuple[str, ...]`, *optional*): The files of a `"text"` source.
         dataset (`datasets.Dataset`, *optional*): The data of a `"dataset"` source.
+        filter ([`Filter`], *optional*): Which records to keep.
     """
 
     kind: str
     path: str
     files: tuple[str, ...] = ()
     dataset: Dataset | None = field(default=None, compare=False, repr=False)
+    filter: "Filter | None" = None
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest keeps, to tell whether an input is the same again."""
+        if self.kind == "dataset":
+            size = self.dataset.data.nbytes
+        else:
+            size = sum(Path(file).stat().st_size for file in self.files or (self.path,))
+        # A copied stream stands in the datastore, wherever that is.
+        path = "-" if Path(self.path).name.startswith(SPOOL) else self.path
+        return {"kind": self.kind, "path": path, "bytes": size, "filter": self.filter and str(self.filter)}
 
     @property
     def seekable(self) -> bool:
@@ -101,6 +120,51 @@ class BadRecord:
 
 
 @dataclass(frozen=True)
+class Filter:
+    """
+    A condition on a key of a record.
+
+    Args:
+        expression (`str`): `KEY == JSON`, `KEY != JSON` or `KEY in JSON`, such as `meta.set == "Wikipedia (en)"`.
+    """
+
+    expression: str
+
+    def __post_init__(self) -> None:
+        self._parse()
+
+    def __str__(self) -> str:
+        return self.expression
+
+    @property
+    def key(self) -> str:
+        """The key it looks at."""
+        return self._parse()[0]
+
+    def keeps(self, record: dict[str, Any]) -> bool:
+        """Whether the condition holds for a record; a missing key is null."""
+        key, operator, value = self._parse()
+        found = _lookup(record, key)[1]
+        return found in value if operator == "in" else (found == value) == (operator == "==")
+
+    @cache
+    def _parse(self) -> tuple[str, str, Any]:
+        for operator in ("==", "!=", " in "):
+            key, separator, value = self.expression.partition(operator)
+            if separator:
+                try:
+                    parsed = json.loads(value)
+                except ValueError:
+                    break
+                if operator != " in " or isinstance(parsed, list):
+                    return key.strip(), operator.strip(), parsed
+        raise ValueError(
+            'filter must look like `meta.set == "Wikipedia (en)"` or `meta.set in ["a", "b"]` (values in JSON), '
+            f"got {self.expression!r}"
+        )
+
+
+@dataclass(frozen=True)
 class RecordFormat:
     """
     How a record becomes a document.
@@ -108,41 +172,17 @@ class RecordFormat:
     Args:
         text_column (`str`, *optional*, defaults to `"text"`): Key or column of the text; `a.b` reaches inside.
         id_column (`str`, *optional*): Key or column of the user's own id of a document.
-        filter (`str`, *optional*): `KEY == JSON` or `KEY != JSON`, such as `meta.set == "Wikipedia (en)"`.
         max_document_bytes (`int`, *optional*, defaults to 50,000,000): Longer records are bad records.
     """
 
     text_column: str = "text"
     id_column: str | None = None
-    filter: str | None = None
     max_document_bytes: int = 50_000_000
 
-    def __post_init__(self) -> None:
-        self.keep({})  # refuses a filter that cannot be understood
-
-    @property
-    def columns(self) -> list[str]:
-        """Top-level columns that are read."""
-        keys = [self.text_column, self.id_column, self._condition[0] if self.filter else None]
+    def columns(self, source: Source) -> list[str]:
+        """Top-level columns that are read of a source."""
+        keys = [self.text_column, self.id_column, source.filter and source.filter.key]
         return sorted({key.split(".")[0] for key in keys if key})
-
-    @property
-    def _condition(self) -> tuple[str, bool, Any]:
-        for operator in ("==", "!="):
-            key, found, value = self.filter.partition(operator)
-            if found:
-                try:
-                    return key.strip(), operator == "==", json.loads(value)
-                except ValueError:
-                    break
-        raise ValueError(f'filter must look like `meta.set == "Wikipedia (en)"` (a JSON value), got {self.filter!r}')
-
-    def keep(self, record: dict[str, Any]) -> bool:
-        """Whether the filter keeps a record."""
-        if self.filter is None:
-            return True
-        key, equal, value = self._condition
-        return (_lookup(record, key)[1] == value) == equal
 
     def document(self, record: dict[str, Any], document_id: int) -> Document | str:
         """The document of a record, or the reason why it is none."""
@@ -175,47 +215,113 @@ def _lookup(record: Any, key: str) -> tuple[bool, Any]:
     return False, None
 
 
-def find_sources(inputs: str | Path | Dataset | Sequence[str | Path | Dataset]) -> list[Source]:
+def find_sources(
+    inputs: str | Path | Dataset | Mapping[str, Any] | Sequence[str | Path | Dataset | Mapping[str, Any]],
+    filter: str | None = None,
+) -> list[Source]:
     """
     Finds the files of files, folders and globs, in order; within a folder or glob sorted by path.
 
     Args:
-        inputs (`str`, `Path`, `Dataset` or a sequence of them): What the user named.
+        inputs (`str`, `Path`, `Dataset`, `Mapping` or a sequence of them):
+            What the user named. A mapping has `path`, or what [`open_dataset`] takes, and maybe a `filter` of its own.
+        filter (`str`, *optional*): The [`Filter`] of inputs without one of their own.
 
     Raises:
         ValueError: If an input does not exist or holds no files.
     """
-    if isinstance(inputs, (str, Path, Dataset)):
+    if isinstance(inputs, (str, Path, Dataset, Mapping)):
         inputs = [inputs]
     sources: list[Source] = []
     for entry in inputs:
+        condition = filter
+        if isinstance(entry, Mapping):
+            condition = entry.get("filter", filter)
+            entry = entry["path"] if "path" in entry else open_dataset(entry)
+        condition = None if condition is None else Filter(condition)
+        if not isinstance(entry, Dataset) and (Path(entry) / "state.json").exists():
+            entry = load_from_disk(str(entry))
         if isinstance(entry, Dataset):
-            sources.append(Source("dataset", f"dataset {entry._fingerprint}", dataset=entry))
-            continue
-        path = Path(entry)
-        if path.is_file():
-            files = [path]
-        elif path.is_dir():
-            files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path))]
+            sources.append(Source("dataset", f"dataset {entry._fingerprint}", dataset=entry, filter=condition))
         else:
-            files = [Path(name) for name in glob.glob(str(entry), recursive=True) if Path(name).is_file()]
-        if not files:
-            what = "no files in it" if path.is_dir() else "no such file, folder or glob"
-            raise ValueError(f"input {entry}: {what}")
-        texts = []
-        for file in sorted(files):
-            name = file.name.removesuffix(".gz").removesuffix(".zst")
-            if name.endswith(_RECORD_SUFFIXES):
-                sources.append(Source("jsonl", str(file)))
-            elif name.endswith(".parquet"):
-                sources.append(Source("parquet", str(file)))
-            else:
-                texts.append(str(file))
-        if texts:
-            sources.append(Source("text", str(entry), tuple(texts)))
+            sources += [replace(source, filter=condition) for source in _find_files(entry)]
     if not sources:
         raise ValueError("no inputs given")
     return sources
+
+
+def open_dataset(entry: Mapping[str, Any]) -> Dataset | IterableDataset:
+    """
+    Loads a dataset of the Hub or of a folder.
+
+    Args:
+        entry (`Mapping`): `dataset` (name or path), and optionally `config`, `split` (`"train"`) and `streaming`.
+    """
+    known = {"dataset", "config", "split", "streaming", "filter"}
+    if "dataset" not in entry or set(entry) - known:
+        raise ValueError(f"an input must have `path` or `dataset`, and {', '.join(sorted(known))}; got {dict(entry)}")
+    return load_dataset(
+        entry["dataset"],
+        entry.get("config"),
+        split=entry.get("split", "train"),
+        streaming=entry.get("streaming", False),
+    )
+
+
+def spool_streams(inputs: Any, folder: Path, name: str) -> Any:
+    """
+    Copies the inputs that can be read only once to files in `folder`, unless they are there from an interrupted run.
+
+    Args:
+        inputs (`Any`): As [`find_sources`] takes them; `"-"` is standard input (jsonl).
+        folder (`Path`): Where to copy to.
+        name (`str`): Part of the names of the files.
+
+    Returns:
+        The inputs with these files in place of the streams.
+    """
+    entries = [inputs] if isinstance(inputs, (str, Path, Dataset, IterableDataset, Mapping)) else list(inputs)
+    for number, entry in enumerate(entries):
+        spool = folder / f"{SPOOL}{name}-{number}.jsonl"
+        condition = entry.get("filter") if isinstance(entry, Mapping) else None
+        if isinstance(entry, Mapping) and entry.get("streaming"):
+            entry = open_dataset(entry)
+        if not (entry == "-" or isinstance(entry, IterableDataset)):
+            continue
+        state = process_state()
+        if state.is_main_process and not spool.exists():
+            with whole(spool) as temporary, temporary.open("wb") as file:
+                if entry == "-":
+                    shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+                else:
+                    for record in entry:
+                        file.write(json.dumps(record, default=str).encode() + b"\n")
+        state.wait_for_everyone()
+        entries[number] = {"path": spool} if condition is None else {"path": spool, "filter": condition}
+    return entries
+
+
+def _find_files(entry: str | Path) -> list[Source]:
+    path = Path(entry)
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path))]
+    else:
+        files = [Path(name) for name in glob.glob(str(entry), recursive=True) if Path(name).is_file()]
+    if not files:
+        what = "no files in it" if path.is_dir() else "no such file, folder or glob"
+        raise ValueError(f"input {entry}: {what}")
+    sources, texts = [], []
+    for file in sorted(files):
+        name = file.name.removesuffix(".gz").removesuffix(".zst")
+        if name.endswith(_RECORD_SUFFIXES):
+            sources.append(Source("jsonl", str(file)))
+        elif name.endswith(".parquet"):
+            sources.append(Source("parquet", str(file)))
+        else:
+            texts.append(str(file))
+    return [*sources, Source("text", str(entry), tuple(texts))] if texts else sources
 
 
 def _is_hidden(path: Path) -> bool:
@@ -279,7 +385,7 @@ class RecordReader:
             if record is None:
                 continue
             if not isinstance(record, BadRecord):
-                if not self.format.keep(record):
+                if source.filter is not None and not source.filter.keeps(record):
                     dropped.filtered += 1
                     continue
                 record = self.format.document(record, part.first_document_id + number - part.start)
@@ -383,11 +489,9 @@ def plan_parts(
 
 def _is_document(source: Source, number: int, item: Any, record_format: RecordFormat) -> bool:
     record = _parse(source, number, item, record_format)
-    return (
-        isinstance(record, dict)
-        and record_format.keep(record)
-        and isinstance(record_format.document(record, 0), Document)
-    )
+    if not isinstance(record, dict) or source.filter is not None and not source.filter.keeps(record):
+        return False
+    return isinstance(record_format.document(record, 0), Document)
 
 
 def record_location(source: Source, number: int) -> tuple[str, int]:
@@ -402,9 +506,9 @@ def _read_items(source: Source, start: int, offset: int, record_format: RecordFo
     elif source.kind == "text":
         yield from source.files[start:]
     elif source.kind == "parquet":
-        yield from _read_parquet(source.path, start, record_format.columns)
+        yield from _read_parquet(source.path, start, record_format.columns(source))
     else:
-        names = [name for name in record_format.columns if name in source.dataset.column_names]
+        names = [name for name in record_format.columns(source) if name in source.dataset.column_names]
         rows = source.dataset.select_columns(names)
         for first in range(start, len(rows), _ROWS):
             yield from rows.select(range(first, min(first + _ROWS, len(rows)))).to_list()

@@ -143,14 +143,17 @@ def open_manifest(path: Path, create: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: If the folder holds something else than a datastore.
     """
-    if create and not (path / MANIFEST_NAME).exists():
-        others = [entry.name for entry in path.iterdir() if not entry.name.startswith(".")] if path.exists() else []
-        if others:
-            raise ValueError(
-                f"{path} is not empty and not a datastore (it holds {others[0]}); choose another directory"
-            )
-        return {"format_version": FORMAT_VERSION, "splits": {}}
-    return read_manifest(path)
+    manifest = _new_manifest(path) if create and not (path / MANIFEST_NAME).exists() else read_manifest(path)
+    # Nobody writes before everybody has read.
+    process_state().wait_for_everyone()
+    return manifest
+
+
+def _new_manifest(path: Path) -> dict[str, Any]:
+    others = [entry.name for entry in path.iterdir() if not entry.name.startswith(".")] if path.exists() else []
+    if others:
+        raise ValueError(f"{path} is not empty and not a datastore (it holds {others[0]}); choose another directory")
+    return {"format_version": FORMAT_VERSION, "splits": {}}
 
 
 def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ retro neighbors --datastore datastore --num-neighbors 4 --split validation
 Many processes share the shards: `accelerate launch -m data_prep.neighbors ...`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from datasets import Features, List, Value
 from transformers.utils import logging
 
 from data_prep.arguments import parse_arguments, run_command
-from data_prep.index import read_embeddings
+from data_prep.index import read_embeddings, to_gpus
 from data_prep.manifest import (
     check_options,
     clear_records,
@@ -44,12 +44,20 @@ from data_prep.manifest import (
     save_shard,
     write_manifest,
 )
-from modeling_retro.retrieval_retro import TRAIN_SPLIT, RetroDatastore, other_document_filter, search, split_path
+from modeling_retro.retrieval_retro import (
+    TRAIN_SPLIT,
+    ChunkTable,
+    RetroDatastore,
+    other_document_filter,
+    search,
+    split_path,
+)
 
 
 logger = logging.get_logger(__name__)
 
 _QUERIES = 4096
+_PAIRS = 4096
 
 
 @dataclass
@@ -59,6 +67,11 @@ class NeighborsArguments:
     datastore: str = field(metadata={"help": "The datastore."})
     num_neighbors: int = field(default=4, metadata={"help": "Neighbors of a chunk."})
     split: str = field(default=TRAIN_SPLIT, metadata={"help": "The split whose chunks are the queries."})
+    drop_near_duplicates: float | None = field(
+        default=None, metadata={"help": "Drop neighbors that hold more than this share of the chunk's tokens."}
+    )
+    use_gpus: bool = field(default=False, metadata={"help": "Search on GPUs."})
+    shard_index: bool = field(default=False, metadata={"help": "Split the index over GPUs instead of copying it."})
     force: bool = field(default=False, metadata={"help": "Search anew."})
 
 
@@ -73,15 +86,28 @@ def neighbor_features(num_neighbors: int) -> Features:
 
 
 def find_neighbors(
-    datastore: str | Path, num_neighbors: int = 4, split: str = TRAIN_SPLIT, force: bool = False
+    datastore: str | Path,
+    num_neighbors: int = 4,
+    split: str = TRAIN_SPLIT,
+    drop_near_duplicates: float | None = None,
+    use_gpus: bool = False,
+    shard_index: bool = False,
+    force: bool = False,
 ) -> dict[str, Any]:
     """
     Finds neighbors of every chunk of a split among the searched chunks, never in the chunk's own document.
+
+    More and more results are fetched until enough are left; everything dropped is counted. Shards that were added to
+    the datastore later are searched for; neighbors found before stay as they are.
 
     Args:
         datastore (`str` or `Path`): The datastore.
         num_neighbors (`int`, *optional*, defaults to 4): Neighbors of a chunk, K.
         split (`str`, *optional*, defaults to `"train"`): The split whose chunks are the queries.
+        drop_near_duplicates (`float`, *optional*):
+            Drop neighbors that hold more than this share of the chunk's tokens, such as 0.9.
+        use_gpus (`bool`, *optional*, defaults to `False`): Search on GPUs.
+        shard_index (`bool`, *optional*, defaults to `False`): Split the index over GPUs instead of copying it.
         force (`bool`, *optional*, defaults to `False`): Search anew.
 
     Returns:
@@ -100,31 +126,44 @@ def find_neighbors(
             )
         if force:
             discard(path, manifest, split, "neighbors")
-        index = opened.index
+        if drop_near_duplicates is not None and not 0 <= drop_near_duplicates < 1:
+            raise ValueError(f"drop_near_duplicates must lie in [0, 1), got {drop_near_duplicates}")
         root = split_path(path, split)
+        queries = opened.split(split)
         embeddings = read_embeddings(root, split, manifest)
-        chunks = opened.split(split).chunks
         chunk_shards = manifest["splits"][split]["chunks"]["shards"]
-        options = {"num_neighbors": num_neighbors}
+        options = {"num_neighbors": num_neighbors, "drop_near_duplicates": drop_near_duplicates}
         stage = manifest["splits"][split].setdefault("neighbors", {"options": options, "shards": []})
         check_options("neighbors", options, stage["options"])
+        for record, chunks in zip(stage["shards"], chunk_shards, strict=False):
+            if record["chunks_sha256"] != chunks["sha256"]:
+                raise ValueError(f"the neighbors of {record['name']} ({split}) belong to other chunks; use --force")
         write_manifest(path, manifest)
+        index = to_gpus(opened.index, shard_index) if use_gpus else opened.index
         features = neighbor_features(num_neighbors)
 
         def make(shard: int, temporary: Path) -> dict[str, Any]:
             parts, counts = [], {}
             for start in range(0, len(embeddings[shard]), _QUERIES):
-                queries = embeddings[shard][start : start + _QUERIES].astype(np.float32)
-                unwanted = {}
-                if split == TRAIN_SPLIT:
-                    documents = chunks.shard(shard)["document_id"][start : start + _QUERIES]
-                    unwanted["own_document"] = other_document_filter(opened.chunks, documents)
-                ids, scores, found = search(index, queries, num_neighbors, unwanted)
+                columns = {name: part[start : start + _QUERIES] for name, part in queries.chunks.shard(shard).items()}
+                ids, scores, found = search(
+                    index,
+                    embeddings[shard][start : start + _QUERIES].astype(np.float32),
+                    num_neighbors,
+                    _unwanted(opened, columns, queries.searched, drop_near_duplicates),
+                    wide_index=opened.index,
+                )
                 parts.append((ids, scores))
                 counts = {name: counts.get(name, 0) + number for name, number in found.items()}
-            ids, scores = (np.concatenate(part) for part in zip(*parts, strict=True))
+            empty = (np.zeros((0, num_neighbors), dtype=np.int64), np.zeros((0, num_neighbors), dtype=np.float32))
+            ids, scores = (np.concatenate(part) for part in zip(empty, *parts, strict=True))
             save_shard(temporary, {"neighbor_ids": ids, "neighbor_scores": scores}, features)
-            return {"rows": len(ids), "counts": counts, "chunks_sha256": chunk_shards[shard]["sha256"]}
+            return {
+                "rows": len(ids),
+                "counts": counts,
+                "chunks_sha256": chunk_shards[shard]["sha256"],
+                "index": manifest["index"]["fingerprint"],
+            }
 
         names = [record["name"] for record in chunk_shards]
         stage["shards"] = run_shards(
@@ -135,6 +174,49 @@ def find_neighbors(
         write_manifest(path, manifest)
         clear_records(root / "neighbors")
         return stage
+
+
+def _unwanted(
+    datastore: RetroDatastore, columns: dict[str, np.ndarray], searched: bool, threshold: float | None
+) -> dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
+    """The filters of a block of query chunks, given as columns of their shard."""
+    unwanted = {}
+    if searched:
+        unwanted["own_document"] = other_document_filter(datastore.chunks, columns["document_id"])
+    if threshold is not None:
+        mask = np.arange(datastore.chunk_size) < columns["length"][:, None]
+        unwanted["near_duplicates"] = near_duplicate_filter(datastore.chunks, columns["input_ids"], mask, threshold)
+    return unwanted
+
+
+def near_duplicate_filter(
+    chunks: ChunkTable, input_ids: np.ndarray, mask: np.ndarray, threshold: float
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """
+    A filter for `search` that drops results which hold more than a share of the tokens of the query chunk.
+
+    Args:
+        chunks ([`ChunkTable`]): The searched chunks.
+        input_ids (`np.ndarray`): Integers [n, m], the tokens of the queries.
+        mask (`np.ndarray`): bool [n, m], False at padding.
+        threshold (`float`): The share.
+
+    Returns:
+        `Callable`: (rows [q], ids [q, width]) -> bool [q, width].
+    """
+
+    def is_near_duplicate(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        flat, query = ids.reshape(-1), np.repeat(rows, ids.shape[1])
+        share = np.zeros(len(flat))
+        for start in range(0, len(flat), _PAIRS):
+            part = slice(start, start + _PAIRS)
+            other, other_mask = chunks.take(flat[part])
+            own, own_mask = input_ids[query[part]], mask[query[part]]
+            equal = (own[:, :, None] == other[:, None, :]) & other_mask[:, None, :]  # [pairs, m, m]
+            share[part] = (equal.any(axis=2) & own_mask).sum(axis=1) / own_mask.sum(axis=1)
+        return (share > threshold).reshape(ids.shape)
+
+    return is_near_duplicate
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -27,7 +27,8 @@ neighbors.neighbor_input_ids.shape  # [2, 2, 128]
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -57,6 +58,8 @@ logger = logging.get_logger(__name__)
 MANIFEST_NAME = "datastore.json"
 FORMAT_VERSION = 1
 TRAIN_SPLIT = "train"
+# The most results of a query that a GPU index can return.
+_MOST_ON_GPU = 2048
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -245,11 +248,13 @@ class DatastoreSplit:
         path (`Path`): Folder of the split: the datastore itself, or `splits/NAME` in it.
         record (`dict`): What the manifest says of the split.
         chunk_size (`int`): Tokens in a chunk, m.
+        searched (`bool`): Whether these chunks are searched too, so that a chunk must not find its document.
     """
 
-    def __init__(self, path: Path, record: Mapping[str, Any], chunk_size: int):
+    def __init__(self, path: Path, record: Mapping[str, Any], chunk_size: int, searched: bool):
         self.path = path
         self.record = record
+        self.searched = searched
         if "fingerprint" not in record.get("chunks", {}):
             raise ValueError(f"{path} has no finished chunks; run `retro chunk` (again)")
         shards = record["chunks"]["shards"]
@@ -380,7 +385,8 @@ class RetroDatastore:
             raise ValueError(f"{self.path} has no split {name!r}, only {', '.join(sorted(self.manifest['splits']))}")
         if name not in self._splits:
             record = self.manifest["splits"][name]
-            self._splits[name] = DatastoreSplit(split_path(self.path, name), record, self.chunk_size)
+            searched = name == TRAIN_SPLIT or record.get("searched", False)
+            self._splits[name] = DatastoreSplit(split_path(self.path, name), record, self.chunk_size, searched)
         return self._splits[name]
 
     @cached_property
@@ -752,6 +758,7 @@ def search(
     k: int,
     unwanted: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] | None = None,
     fetch: int | None = None,
+    wide_index: faiss.Index | None = None,
     max_results: int = 1 << 22,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
     """
@@ -765,6 +772,7 @@ def search(
             Functions (rows of queries [q], ids [q, width]) -> bool [q, width] of results that must not be returned,
             by the reason that is counted.
         fetch (`int`, *optional*): Results of the first fetch. Defaults to 2 k + 8, or to k if nothing is unwanted.
+        wide_index (`faiss.Index`, *optional*): Searched instead where a GPU index cannot return as many results.
         max_results (`int`, *optional*, defaults to 4,194,304): Results held in memory at once.
 
     Returns:
@@ -775,46 +783,63 @@ def search(
     ids = np.full((len(queries), k), -1, dtype=np.int64)
     scores = np.zeros((len(queries), k), dtype=np.float32)
     counts = {"refetched": 0, "short": 0, **dict.fromkeys(unwanted, 0)}
-    if index.ntotal == 0 or k == 0:
-        return ids, scores, {**counts, "short": len(queries) if k else 0}
-    width = min(fetch or (2 * k + 8 if unwanted else k), index.ntotal)
-    ivf = faiss.try_extract_index_ivf(index)
-    probes = ivf.nprobe if ivf is not None else 0
-    pending = np.arange(len(queries))
-    try:
-        while len(pending):
-            exhausted = width == index.ntotal and (ivf is None or ivf.nprobe == ivf.nlist)
-            again = []
+    pending = np.arange(len(queries) if k and index.ntotal else 0)
+    width, factor = min(fetch or (2 * k + 8 if unwanted else k), index.ntotal), 1
+    while len(pending):
+        used = wide_index if wide_index is not None and width > _MOST_ON_GPU else index
+        short = []
+        with _probing(used, factor) as all_lists:
             for start in range(0, len(pending), max(1, max_results // width)):
                 rows = pending[start : start + max(1, max_results // width)]
-                found_scores, found = index.search(np.ascontiguousarray(queries[rows], dtype=np.float32), width)
-                wanted = found >= 0
-                dropped = {}
-                for reason, function in unwanted.items():
-                    drop = wanted & function(rows, found)
-                    dropped[reason] = drop.sum(1)
-                    wanted &= ~drop
-                done = (wanted.sum(1) >= k) | exhausted
-                sign = -1 if index.metric_type == faiss.METRIC_INNER_PRODUCT else 1
-                order = np.lexsort((found, sign * found_scores, ~wanted), axis=-1)[:, :k]
-                best = np.take_along_axis(np.where(wanted, found, -1), order, axis=1)
-                ids[rows, : best.shape[1]] = best
-                best_scores = np.take_along_axis(found_scores, order, axis=1)
-                scores[rows, : best.shape[1]] = np.where(best >= 0, best_scores, 0)
+                ids[rows], scores[rows], dropped = _search_block(used, queries, rows, k, width, unwanted)
+                done = (ids[rows, -1] >= 0) | (all_lists and width == index.ntotal)
                 for reason, number in dropped.items():
                     counts[reason] += int(number[done].sum())
-                again.append(rows[~done])
-            pending = np.concatenate(again)
-            counts["refetched"] += len(pending)
-            if len(pending):
-                width = min(4 * width, index.ntotal)
-                if ivf is not None:
-                    ivf.nprobe = min(4 * ivf.nprobe, ivf.nlist)
-    finally:
-        if ivf is not None:
-            ivf.nprobe = probes
-    counts["short"] = int((ids[:, -1] < 0).sum())
+                short.append(rows[~done])
+        pending = np.concatenate(short)
+        counts["refetched"] += len(pending)
+        width, factor = min(4 * width, index.ntotal), 4 * factor
+    counts["short"] = int((ids[:, k - 1 :] < 0).any(axis=1).sum())
     return ids, scores, counts
+
+
+@contextmanager
+def _probing(index: faiss.Index, factor: int) -> Iterator[bool]:
+    """Multiplies nprobe of an inverted file for a while; yields whether all of the index is searched then."""
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is None:
+        yield True
+        return
+    nprobe = ivf.nprobe
+    ivf.nprobe = min(factor * nprobe, ivf.nlist)
+    try:
+        yield ivf.nprobe == ivf.nlist
+    finally:
+        ivf.nprobe = nprobe
+
+
+def _search_block(
+    index: faiss.Index,
+    queries: np.ndarray,
+    rows: np.ndarray,
+    k: int,
+    width: int,
+    unwanted: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """The first k wanted ids and scores [q, k] of `width` results, and how many were dropped for each reason [q]."""
+    found_scores, found = index.search(np.ascontiguousarray(queries[rows], dtype=np.float32), width)
+    wanted = found >= 0
+    dropped = {}
+    for reason, function in unwanted.items():
+        drop = wanted & function(rows, found)
+        dropped[reason] = drop.sum(axis=1)
+        wanted &= ~drop
+    sign = -1 if index.metric_type == faiss.METRIC_INNER_PRODUCT else 1
+    order = np.lexsort((found, sign * found_scores, ~wanted), axis=-1)[:, :k]
+    found = np.take_along_axis(np.where(wanted, found, -1), order, axis=1)
+    found_scores = np.where(found >= 0, np.take_along_axis(found_scores, order, axis=1), 0)
+    missing = ((0, 0), (0, k - found.shape[1]))
+    return np.pad(found, missing, constant_values=-1), np.pad(found_scores, missing), dropped
 
 
 @dataclass

@@ -105,7 +105,7 @@ def test_chunks_that_are_embedded_are_not_changed_behind_their_back(tmp_path, ti
         deduplicate(datastore)
     deduplicate(datastore, force=True)
     with pytest.raises(ValueError, match="run `retro index`"):
-        RetroDatastore.from_pretrained(datastore).index  # noqa: B018
+        RetroDatastore.from_pretrained(datastore).index
 
 
 def test_nothing_to_compare_with_is_an_error(tmp_path, tiny_tokenizer):

@@ -14,6 +14,7 @@
 """Every kind of input gives the same documents; every kind of damage is named."""
 
 import gzip
+import io
 import json
 
 import pyarrow as pa
@@ -22,12 +23,21 @@ import pytest
 from conftest import make_texts
 from datasets import Dataset
 
-from data_prep.documents import Document, Dropped, RecordFormat, RecordReader, find_sources, plan_parts
+from data_prep.documents import (
+    Document,
+    Dropped,
+    Filter,
+    RecordFormat,
+    RecordReader,
+    find_sources,
+    plan_parts,
+    spool_streams,
+)
 
 
 def read_all(inputs, part_bytes=10**9, on_bad_record="error", **options):
+    sources = find_sources(inputs, options.pop("filter", None))
     record_format = RecordFormat(**options)
-    sources = find_sources(inputs)
     reader = RecordReader(sources, record_format)
     dropped = Dropped(on_bad_record)
     parts = plan_parts(sources, record_format, part_bytes, on_bad_record)
@@ -112,6 +122,41 @@ def test_filter_and_id_reach_into_nested_records(tmp_path):
     assert dropped.filtered == 3
     others, _, _ = read_all(path, filter='meta.set != "Wikipedia (en)"', **options)
     assert [document.name for document in others] == ["0", "3", "6"]
+    several, _, _ = read_all(
+        {"path": path, "filter": 'meta.set in ["Books3", "C4"]'}, filter="meta.set == 0", **options
+    )
+    assert [document.name for document in several] == ["0", "3", "6"]
+
+
+@pytest.mark.parametrize("expression", ["meta is good", "meta == good", 'meta in "abc"'])
+def test_a_filter_that_cannot_be_understood_is_named(expression):
+    with pytest.raises(ValueError, match="filter must look like .* got"):
+        Filter(expression)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_by_name_gives_its_texts(tmp_path, streaming):
+    texts = make_texts(20)
+    write_as("parquet", tmp_path, texts)
+    entry = {"dataset": str(tmp_path), "streaming": streaming, "filter": "other != 3"}
+    (spooled,) = spool_streams(entry, tmp_path, "train")
+    documents, dropped, _ = read_all([spooled])
+    assert [document.text for document in documents] == texts[:3] + texts[4:]
+    assert len(list(tmp_path.glob(".stream-*"))) == streaming
+
+
+def test_a_saved_dataset_is_known_by_its_folder(tmp_path):
+    texts = make_texts(5)
+    Dataset.from_dict({"text": texts}).save_to_disk(str(tmp_path / "saved"))
+    assert [document.text for document in read_all(tmp_path / "saved")[0]] == texts
+
+
+def test_standard_input_is_copied_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "one"}\n{"text": "two"}\n')))
+    inputs = spool_streams("-", tmp_path, "train")
+    assert [document.text for document in read_all(inputs)[0]] == ["one", "two"]
+    assert spool_streams(["-"], tmp_path, "train") == inputs  # an interrupted run finds the copy
+    assert find_sources(inputs)[0].describe()["path"] == "-"
 
 
 BAD_LINES = {

@@ -138,7 +138,7 @@ def test_shards_that_are_added_later_are_added_to_the_index(embedded, factory, m
     whole["index"] = json.loads((embedded / "datastore.json").read_text())["index"]
     (embedded / "datastore.json").write_text(json.dumps(whole))
     with pytest.raises(ValueError, match="lacks chunks that were added later"):
-        RetroDatastore.from_pretrained(embedded).index  # noqa: B018
+        RetroDatastore.from_pretrained(embedded).index
     after = build_index(embedded, **options)
     rows = [shard["rows"] for shard in whole["splits"]["train"]["chunks"]["shards"]]
     assert (before["ntotal"], after["ntotal"]) == (sum(rows[:2]), sum(rows))

@@ -301,7 +301,7 @@ def test_a_changed_tokenizer_folder_is_refused(datastore_copy, tiny_tokenizer):
     other.add_tokens(["retrospective"])
     other.save_pretrained(datastore_copy / "tokenizer")
     with pytest.raises(ValueError, match="is not the tokenizer of"):
-        RetroDatastore.from_pretrained(datastore_copy).tokenizer  # noqa: B018
+        RetroDatastore.from_pretrained(datastore_copy).tokenizer
 
 
 def test_another_chunk_size_in_the_manifest_is_refused(datastore_copy):
@@ -314,9 +314,9 @@ def test_another_order_of_rows_is_refused(datastore_copy):
     edit_manifest(datastore_copy, lambda manifest: manifest["splits"]["train"]["chunks"]["shards"].reverse())
     datastore = RetroDatastore.from_pretrained(datastore_copy)
     with pytest.raises(ValueError, match="index .* belongs to other chunks or another order of rows"):
-        datastore.index  # noqa: B018
+        datastore.index
     with pytest.raises(ValueError, match="neighbors of .* belong to other chunks or another order of rows"):
-        datastore.neighbor_ids  # noqa: B018
+        datastore.neighbor_ids
 
 
 def test_missing_parts_are_named_with_the_command_that_makes_them(datastore_copy):
@@ -325,14 +325,14 @@ def test_missing_parts_are_named_with_the_command_that_makes_them(datastore_copy
     )
     datastore = RetroDatastore.from_pretrained(datastore_copy)
     with pytest.raises(ValueError, match="run `retro index`"):
-        datastore.index  # noqa: B018
+        datastore.index
     with pytest.raises(ValueError, match="run `retro neighbors`"):
-        datastore.neighbor_ids  # noqa: B018
+        datastore.neighbor_ids
     with pytest.raises(ValueError, match="no split 'test', only train, validation"):
         datastore.split("test")
     shutil.rmtree(datastore_copy / "chunks" / "shard-00001")
     with pytest.raises(ValueError, match=r"shard-00001 is missing \(1 of \d+ shards are\)"):
-        RetroDatastore.from_pretrained(datastore_copy).chunks  # noqa: B018
+        RetroDatastore.from_pretrained(datastore_copy).chunks
 
 
 def test_what_is_no_datastore_is_refused(tmp_path):
