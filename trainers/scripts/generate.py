@@ -100,6 +100,7 @@ def generate_with_neighbors(
         input_ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), input_ids], dim=1)
     if pad_to_chunks:
         input_ids = retriever.pad_to_chunks(input_ids)
+    model.eval()  # nothing is retrieved in training mode
     model.set_retriever(retriever)
     output = model.generate(
         input_ids.to(model.device),
