@@ -13,6 +13,8 @@
 # limitations under the License.
 """RETRO model configuration"""
 
+import os
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
@@ -88,10 +90,14 @@ class RetroConfig(PreTrainedConfig):
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.cross_attn.q_proj": "colwise",
         "layers.*.cross_attn.k_proj": "colwise",
         "layers.*.cross_attn.v_proj": "colwise",
+        "layers.*.cross_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.cross_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.cross_attn.o_proj": "rowwise",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
@@ -99,10 +105,14 @@ class RetroConfig(PreTrainedConfig):
         "neighbor_encoder.layers.*.self_attn.q_proj": "colwise",
         "neighbor_encoder.layers.*.self_attn.k_proj": "colwise",
         "neighbor_encoder.layers.*.self_attn.v_proj": "colwise",
+        "neighbor_encoder.layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "neighbor_encoder.layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "neighbor_encoder.layers.*.self_attn.o_proj": "rowwise",
         "neighbor_encoder.layers.*.chunk_attn.q_proj": "colwise",
         "neighbor_encoder.layers.*.chunk_attn.k_proj": "colwise",
         "neighbor_encoder.layers.*.chunk_attn.v_proj": "colwise",
+        "neighbor_encoder.layers.*.chunk_attn.q_norm": "replicated_with_grad_allreduce",
+        "neighbor_encoder.layers.*.chunk_attn.k_norm": "replicated_with_grad_allreduce",
         "neighbor_encoder.layers.*.chunk_attn.o_proj": "rowwise",
         "neighbor_encoder.layers.*.mlp.gate_proj": "colwise",
         "neighbor_encoder.layers.*.mlp.up_proj": "colwise",
@@ -183,6 +193,17 @@ class RetroConfig(PreTrainedConfig):
         if self.neighbor_encoder_cross_attention_layers is None:
             self.neighbor_encoder_cross_attention_layers = [0]
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Saves the configuration as [`~transformers.PreTrainedConfig.save_pretrained`] does, for every Auto class."""
+        if self._auto_class is not None:
+            # transformers would name only the class of the model that is saved.
+            self.auto_map = {
+                "AutoConfig": "configuration_retro.RetroConfig",
+                "AutoModel": "modeling_retro.RetroModel",
+                "AutoModelForCausalLM": "modeling_retro.RetroForCausalLM",
+            }
+        super().save_pretrained(save_directory, **kwargs)
 
     @property
     def neighbor_length(self) -> int:

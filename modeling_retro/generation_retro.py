@@ -248,6 +248,10 @@ class RetroGenerationMixin:
 
         if neighbor_attention_mask is None:
             neighbor_attention_mask = torch.ones_like(neighbor_input_ids)
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            neighbor_input_ids, neighbor_attention_mask = self._skip_cached_chunks(
+                neighbor_input_ids, neighbor_attention_mask, model_inputs
+            )
         if self.is_retrieving:
             # The same call may hold later chunks: candidates behind the prompt, or all tokens if there is no cache.
             later_ids, later_mask = self.retrieve_neighbors(
@@ -267,6 +271,26 @@ class RetroGenerationMixin:
         model_inputs["neighbor_input_ids"] = neighbor_input_ids
         model_inputs["neighbor_attention_mask"] = neighbor_attention_mask
         return model_inputs
+
+    def _skip_cached_chunks(
+        self, neighbor_input_ids: torch.LongTensor, neighbor_attention_mask: torch.Tensor, model_inputs: dict[str, Any]
+    ) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        """Of the neighbors of a prompt that continues a cache, those of the chunks that the cache does not hold."""
+        tokens = model_inputs.get("input_ids")
+        tokens = model_inputs["inputs_embeds"] if tokens is None else tokens
+        past_length = model_inputs["past_key_values"].get_seq_length()
+        position_ids = model_inputs.get("position_ids")
+        if position_ids is None:
+            position_ids = default_position_ids(tokens, model_inputs.get("attention_mask"), past_length)
+        position_ids = position_ids.expand(tokens.shape[0], -1)
+        mask = token_mask(model_inputs.get("attention_mask"), position_ids, past_length)
+        chunk_size = self.config.chunk_size
+        first_slot = locate_tokens(position_ids, mask, chunk_size).first_slot  # [B, 1]
+        slots = first_slot + torch.arange(-(-tokens.shape[1] // chunk_size), device=tokens.device)  # [B, L]
+        is_given = slots < neighbor_input_ids.shape[1]
+        rows, slots = torch.arange(tokens.shape[0], device=tokens.device)[:, None], torch.where(is_given, slots, 0)
+        mask = neighbor_attention_mask[rows, slots].bool() & is_given[:, :, None, None]
+        return neighbor_input_ids[rows, slots], mask
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         is_given = model_kwargs.get("past_key_values") is not None

@@ -22,7 +22,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
@@ -185,6 +185,12 @@ def eager_attention_forward(
     return attn_output, attn_weights
 
 
+def create_neighbor_mask(mask: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
+    """What to add to the scores of keys `(N, Lk)`, the same for all queries: `(N, 1, 1, Lk)`."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    return bias[:, None, None, :]
+
+
 class RetroAttention(nn.Module):
     """What self-attention, chunked cross attention and the attentions of the neighbor encoder have in common."""
 
@@ -230,9 +236,11 @@ class RetroAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Queries `(B, H, Lq, D)`, keys and values `(B, Hkv, Lk, D)` to `(B, Lq, H * D)` and the weights, if any."""
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = self.config._attn_implementation
+        if not self.is_causal and implementation != "eager":
+            # Attentions to neighbors are many, short and masked by token: flash and flex are for the decoder's own.
+            implementation = "sdpa"
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         attn_output, attn_weights = attention_interface(
             self,
             queries,
@@ -473,7 +481,7 @@ class RetroNeighborEncoder(nn.Module):
         mask = neighbor_attention_mask.flatten(0, 1)  # [N k, r]
         # An absent neighbor attends to its padding, which nobody reads, rather than to nothing.
         mask = mask | ~mask.any(-1, keepdim=True)
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=mask)
+        mask = create_neighbor_mask(mask, hidden_states.dtype)
         chunk_states = self.chunk_layernorm(chunk_states)  # [N, m, d]
         for layer in self.layers:
             hidden_states = layer(hidden_states, chunk_states, mask, position_embeddings)
@@ -751,19 +759,13 @@ class RetroModel(RetroPreTrainedModel):
         slot_mask = neighbor_attention_mask.flatten(2) if neighbor_attention_mask is not None else None  # [B, L, k r]
         if cache is not None:
             slot_mask = cache.update_current_mask(slot_mask, layout.next_slot)  # [B, S, k r]
-        batch_size, num_slots, length = slot_mask.shape
-        group_size = layout.query_columns.shape[1] // num_slots
+        group_size = layout.query_columns.shape[1] // slot_mask.shape[1]
         is_present = slot_mask.any(-1)  # [B, S]
         attendable = (slot_mask | ~is_present[:, :, None]).flatten(0, 1)  # [B S, k r]
         cross_attention_inputs = {
             "layout": layout,
             "has_neighbors": layout.sees & is_present.gather(1, layout.query_places // group_size),  # [B, T]
-            "attention_mask": create_bidirectional_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds.new_empty(batch_size * num_slots, group_size, 0),
-                attention_mask=attendable,
-                encoder_hidden_states=inputs_embeds.new_empty(batch_size * num_slots, length, 0),
-            ),
+            "attention_mask": create_neighbor_mask(attendable, inputs_embeds.dtype),
             "position_embeddings": self.neighbor_rotary_emb(inputs_embeds, layout.query_positions),  # [B, T, D]
             "key_position_embeddings": None,
         }
