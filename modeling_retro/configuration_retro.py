@@ -72,6 +72,10 @@ class RetroConfig(PreTrainedConfig):
         Its revision.
     base_model_sha256 (`str`, *optional*):
         Checksum of its weights.
+    datastore_name_or_path (`str`, *optional*):
+        Datastore that `from_pretrained(..., retriever="auto")` opens.
+    datastore_revision (`str`, *optional*):
+        Its revision.
 
     Example:
 
@@ -165,6 +169,8 @@ class RetroConfig(PreTrainedConfig):
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     base_model_sha256: str | None = None
+    datastore_name_or_path: str | None = None
+    datastore_revision: str | None = None
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:

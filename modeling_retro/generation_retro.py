@@ -59,12 +59,32 @@ class RetroGenerationMixin:
 
         Args:
             retriever (*optional*):
-                What the model looks up its neighbors with, see [`~RetroGenerationMixin.set_retriever`].
+                What the model looks up its neighbors with, see [`~RetroGenerationMixin.set_retriever`]. `"auto"` opens
+                the datastore that the configuration names, which needs `datasets` and `faiss`.
+
+        Raises:
+            ValueError: If the retriever is `"auto"` and the configuration names no datastore.
         """
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(retriever, str):
+            retriever = model.open_retriever(retriever)
         model.set_retriever(retriever)
         return loaded
+
+    def open_retriever(self, retriever: str = "auto") -> Any:
+        """The retriever over the datastore that the configuration names."""
+        if retriever != "auto":
+            raise ValueError(f"`retriever` is {retriever!r}, expected a retriever or 'auto'.")
+        if self.config.datastore_name_or_path is None:
+            raise ValueError(
+                "The model names no datastore for retriever='auto': pass a retriever, or set "
+                "`config.datastore_name_or_path`."
+            )
+        # Saved models carry this file too; only those who retrieve need its requirements.
+        from .retrieval_retro import RetroRetriever
+
+        return RetroRetriever.from_pretrained(self.config.datastore_name_or_path, self.config.datastore_revision)
 
     def set_retriever(self, retriever: Any) -> None:
         """Sets the object that looks up neighbors, or `None`: the model then runs without retrieval (OFF)."""

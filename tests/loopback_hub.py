@@ -102,11 +102,14 @@ class LoopbackHub:
         self.lfs_objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.lock = threading.RLock()
-        self._failing: tuple[re.Pattern, int] | None = None
+        self._failing: tuple[re.Pattern, int, int | None] | None = None
 
-    def fail_after(self, count: int, pattern: str = "") -> None:
-        """Answers 507 (the client does not retry it) once `count` more requests `"METHOD /path"` match `pattern`."""
-        self._failing = (re.compile(pattern), count)
+    def fail_after(self, count: int, pattern: str = "", times: int | None = None) -> None:
+        """
+        Answers 507, which the client does not retry, once `count` more requests `"METHOD /path"` match `pattern`; so
+        many `times`, or until [`recover`].
+        """
+        self._failing = (re.compile(pattern), count, None if times is None else count + times)
 
     def recover(self) -> None:
         """Ends what `fail_after` began."""
@@ -117,9 +120,9 @@ class LoopbackHub:
             self.requests.append(request)
             if self._failing is None or not self._failing[0].search(request):
                 return False
-            pattern, count = self._failing
-            self._failing = (pattern, count - 1)
-            return count <= 0
+            pattern, first, end = self._failing
+            self._failing = (pattern, first - 1, None if end is None else end - 1)
+            return first <= 0 and (end is None or end > 0)
 
     def env(self, home: str | os.PathLike, token: str | None = token) -> dict[str, str]:
         """Environment of a process that uses this Hub, with a cache of its own in the folder `home`."""

@@ -1,0 +1,233 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What one person shares by `push_to_hub`, another loads over HTTP, in another process with another cache."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from loopback_hub import loopback_hub
+
+from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroRetriever
+
+
+# Stands for a machine without this package: its modules cannot be imported.
+WITHOUT_PACKAGE = """
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_retro", "data_prep", "trainers"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+PUSH = """
+import json, sys
+from huggingface_hub import HfApi
+from modeling_retro import RetroDatastore, RetroForCausalLM
+from transformers import AutoTokenizer
+
+datastore = RetroDatastore.from_pretrained(sys.argv[1])
+report = {}
+for repo in ("alice/datastore", "alice/datastore", "alice/other"):
+    if repo == "alice/other":
+        HfApi().create_repo(repo, repo_type="dataset")
+        HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="x.txt", repo_id=repo, repo_type="dataset")
+    try:
+        report.setdefault(repo, []).append(datastore.push_to_hub(repo, private=True).oid)
+    except Exception as error:
+        report.setdefault(repo, []).append(f"{type(error).__name__}: {error}")
+model = RetroForCausalLM.from_pretrained(sys.argv[2])
+model.config.datastore_name_or_path = "alice/datastore"
+model.config.datastore_revision = report["alice/datastore"][1]
+model.push_to_hub("alice/model")
+AutoTokenizer.from_pretrained(sys.argv[2]).push_to_hub("alice/model")
+print(json.dumps(report))
+"""
+
+USE_MODEL = """
+import json, torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("alice/model", trust_remote_code=True, retriever="auto")
+base = AutoModel.from_pretrained("alice/model", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("alice/model", trust_remote_code=True)
+inputs = tokenizer(sys.argv[1], return_tensors="pt")
+result = {"on": model(**inputs).logits, "base": base(**inputs).last_hidden_state}
+result["tokens"] = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+with model.retrieval(False):
+    result["off"] = model(**inputs).logits
+torch.save(result, "result.pt")
+print(json.dumps({"code": type(model).__module__, "datastore": str(model.retriever.datastore.path)}))
+"""
+
+USE_DATASTORE = """
+import json, sys
+from datasets import load_dataset
+from modeling_retro import RetroDatastore
+
+report = {}
+for revision in sys.argv[1:]:
+    try:
+        datastore = RetroDatastore.from_pretrained("alice/datastore", revision=revision)
+        datastore.verify()
+        again = RetroDatastore.from_pretrained("alice/datastore", revision=revision)
+        assert again.path == datastore.path
+        report[revision] = {
+            "chunks": datastore.chunks.take(range(len(datastore.chunks)))[0].tolist(),
+            "neighbors": datastore.split("validation").neighbor_ids.tolist(),
+        }
+    except Exception as error:
+        report[revision] = f"{type(error).__name__}: {error}"
+report["datasets"] = load_dataset("alice/datastore", "chunks", split="train")["input_ids"][:]
+report["splits"] = sorted(load_dataset("alice/datastore", "neighbors"))
+try:
+    RetroDatastore.from_pretrained("alice/datastore", token=False, cache_dir="elsewhere")
+except Exception as error:
+    report["anonymous"] = type(error).__name__
+print(json.dumps(report))
+"""
+
+PROMPT = "retro looks things up in a datastore and in a datastore things look up"
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with loopback_hub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory, tiny_tokenizer):
+    torch.manual_seed(0)
+    config = RetroConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        chunk_size=8,
+        cross_attention_layers=[1],
+        neighbor_encoder_num_hidden_layers=1,
+        initializer_range=0.3,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+        eos_token_id=None,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    RetroForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, tiny_datastore_dir, model_dir, tmp_path_factory):
+    """Alice pushes the datastore, whose first upload breaks off, then tries another repository, then the model."""
+    hub.fail_after(3, "^PUT /lfs/", times=1)
+    home = tmp_path_factory.mktemp("alice")
+    return json.loads(hub.run(PUSH, tiny_datastore_dir, model_dir, home=home).stdout)
+
+
+def test_a_push_that_broke_off_goes_on_without_repeating_itself(hub, pushed):
+    broken, whole = pushed["alice/datastore"]
+    assert broken.startswith("ConnectionError: the push to alice/datastore broke off at chunks/")
+    repo = hub.repos["datasets", "alice/datastore"]
+    assert repo.refs["main"] == whole
+    # The commit that made the repository, and one that shows everything at once.
+    assert len(repo.commits) == 2
+    uploads = [request for request in hub.requests if request.startswith("PUT /lfs/")]
+    assert len(uploads) == len(set(uploads)) + 1
+    assert repo.private
+
+
+def test_a_repository_of_something_else_is_left_alone(hub, pushed):
+    assert "alice/other holds something else than a datastore (x.txt)" in pushed["alice/other"][0]
+    assert set(hub.repos["datasets", "alice/other"].files()) == {"x.txt"}
+
+
+def test_the_pushed_manifest_tells_nothing_of_the_machine(hub, pushed, tiny_datastore_dir):
+    files = hub.repos["datasets", "alice/datastore"].files()
+    assert str(tiny_datastore_dir.parent.parent).encode() not in files["datastore.json"].data + files["README.md"].data
+    assert not any("embeddings" in name for name in files)
+
+
+def test_model_and_datastore_load_without_this_package(
+    hub, pushed, model_dir, tiny_datastore_dir, tmp_path, tiny_tokenizer
+):
+    report = json.loads(hub.run(WITHOUT_PACKAGE + USE_MODEL, PROMPT, home=tmp_path / "bob").stdout)
+    assert report["code"].startswith("transformers_modules.")
+    assert report["datastore"].startswith(str(tmp_path / "bob"))
+    there = torch.load(tmp_path / "bob" / "result.pt", weights_only=True)
+
+    model = RetroForCausalLM.from_pretrained(model_dir, retriever=RetroRetriever.from_pretrained(tiny_datastore_dir))
+    inputs = tiny_tokenizer(PROMPT, return_tensors="pt")
+    assert inputs.input_ids.shape[1] > 16
+    torch.testing.assert_close(there["on"], model(**inputs).logits)
+    assert there["tokens"].tolist() == model.generate(**inputs, max_new_tokens=20, do_sample=False).tolist()
+    torch.testing.assert_close(there["base"], model.model(**inputs).last_hidden_state)
+    with model.retrieval(False):
+        torch.testing.assert_close(there["off"], model(**inputs).logits)
+    assert not torch.allclose(there["on"], there["off"], atol=1e-3)
+
+
+def test_names_without_a_datastore_are_named():
+    for name in ("no/such", "no such name", "./no/such/folder"):
+        with pytest.raises(ValueError, match=f"{name} is neither a folder nor a datastore"):
+            RetroDatastore.from_pretrained(name)
+
+
+def test_datastores_are_verified_pinned_and_read_by_datasets(hub, pushed, tiny_datastore_dir, tmp_path):
+    datastore = RetroDatastore.from_pretrained(tiny_datastore_dir)
+    repo = hub.repos["datasets", "alice/datastore"]
+    files = repo.files()
+    manifest = json.loads(files["datastore.json"].data)
+    parquet = next(name for name in files if name.endswith(".parquet"))
+
+    def branch(name, changes):
+        changed = {file: data for file, data in (files | changes).items() if data is not None}
+        repo.commit(name, changed, name)
+
+    def with_manifest(**changes):
+        return {"datastore.json": replace(files["datastore.json"], data=json.dumps(manifest | changes).encode())}
+
+    def altered(name):
+        data = files[name].data
+        return {name: replace(files[name], data=data[:-1] + bytes([data[-1] ^ 1]))}
+
+    branch("altered-index", altered("index.faiss"))
+    branch("altered-chunks", altered(parquet))
+    branch("missing-file", {parquet: None})
+    branch("unlisted-shard", with_manifest(files={n: s for n, s in manifest["files"].items() if n != parquet}))
+    branch("escaping", with_manifest(files=manifest["files"] | {"../../escaped.txt": "0" * 64}))
+    branch("newer", with_manifest(format_version=99))
+    branch("no-manifest", {"datastore.json": None})
+    names = ["altered-index", "altered-chunks", "missing-file", "unlisted-shard", "escaping", "newer", "no-manifest"]
+
+    report = json.loads(hub.run(USE_DATASTORE, "main", pushed["alice/datastore"][1], *names, home=tmp_path).stdout)
+    chunks = datastore.chunks.take(range(len(datastore.chunks)))[0]
+    expected = {"chunks": chunks.tolist(), "neighbors": datastore.split("validation").neighbor_ids.tolist()}
+    assert report["main"] == report[pushed["alice/datastore"][1]] == expected
+    assert report["datasets"] == expected["chunks"]
+    assert report["splits"] == ["train", "validation"]
+    assert report["anonymous"] == "RepositoryNotFoundError"
+    assert "index.faiss was altered" in report["altered-index"]
+    assert f"{parquet} was altered" in report["altered-chunks"]
+    assert f"lacks {parquet.split('/')[-1]}" in report["missing-file"]
+    assert f"does not list {parquet}" in report["unlisted-shard"]
+    assert "'../../escaped.txt', which is outside" in report["escaping"]
+    assert "format version 99" in report["newer"]
+    assert "has no datastore.json" in report["no-manifest"]
+    assert all(report[name].startswith("ValueError: ") for name in names)
