@@ -339,8 +339,10 @@ def _plan(
         stage["sources"] = stage["sources"] + [described[i] for i in new]
         manifest["splits"].setdefault(split, {})["chunks"] = stage
         write_manifest(path, manifest)
-    by_description = {json.dumps(description): source for description, source in zip(described, sources, strict=True)}
-    return [by_description.get(json.dumps(description)) for description in stage["sources"]]
+    return [
+        next((source for own, source in zip(described, sources, strict=True) if own == recorded), None)
+        for recorded in stage["sources"]
+    ]
 
 
 def _chunk_shards(

@@ -1,0 +1,305 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+All stages of a datastore from one recipe: chunk, deduplicate, embed, index, neighbors.
+
+```bash
+retro prepare --recipe own_documents.yaml --output-dir datastore
+accelerate launch --num_processes 8 -m data_prep.prepare --recipe massive_open_text.yaml --output-dir datastore
+```
+
+A recipe is a YAML file, either your own or the name of one that comes with the package (see `data_prep/recipes`). The
+same command goes on after an interruption; a recipe that gained inputs adds them with `--append`.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.utils import logging
+
+from data_prep.arguments import parse_arguments, run_command
+from data_prep.chunk import chunk_documents, chunk_features, set_shards
+from data_prep.deduplicate import deduplicate
+from data_prep.embed import embed_chunks
+from data_prep.index import build_index, read_embeddings
+from data_prep.manifest import (
+    clear_records,
+    directory_lock,
+    discard,
+    open_manifest,
+    process_state,
+    run_shards,
+    save_shard,
+    whole,
+    write_manifest,
+)
+from data_prep.neighbors import find_neighbors
+from modeling_retro.retrieval_retro import TRAIN_SPLIT, RetroDatastore, read_manifest, split_path
+
+
+logger = logging.get_logger(__name__)
+
+_RECIPES = Path(__file__).parent / "recipes"
+_KEYS = {"tokenizer", "encoder", "splits", "chunk", "deduplicate", "embed", "index", "neighbors", "search_all"}
+
+
+@dataclass
+class PrepareArguments:
+    """Options of `retro prepare`."""
+
+    recipe: str = field(metadata={"help": "A YAML file, or the name of a recipe of the package."})
+    output_dir: str = field(metadata={"help": "The datastore."})
+    data_dir: str = field(default=".", metadata={"help": "Folder that relative inputs of the recipe stand in."})
+    append: bool = field(default=False, metadata={"help": "Add the inputs that the datastore does not hold yet."})
+    force: bool = field(default=False, metadata={"help": "Rebuild everything."})
+
+
+def read_recipe(recipe: str | Path) -> dict[str, Any]:
+    """
+    Reads a recipe.
+
+    Args:
+        recipe (`str` or `Path`): A YAML file, or the name of a recipe of the package, with or without `.yaml`.
+
+    Raises:
+        ValueError: If there is no such recipe, or it has keys that mean nothing.
+    """
+    candidates = [Path(recipe), _RECIPES / recipe, _RECIPES / f"{recipe}.yaml"]
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
+        known = ", ".join(sorted(path.name for path in _RECIPES.glob("*.yaml")))
+        raise ValueError(f"there is no recipe {recipe}; give a file, or one of {known}")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(content, dict) or not {"tokenizer", "encoder", "splits"} <= set(content):
+        raise ValueError(f"{file} must be a mapping with tokenizer, encoder and splits")
+    unknown = sorted(set(content) - _KEYS)
+    if unknown:
+        raise ValueError(f"{file} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_KEYS))}")
+    if TRAIN_SPLIT not in content["splits"]:
+        raise ValueError(f"{file} has no split {TRAIN_SPLIT!r}, which is what is searched")
+    return content
+
+
+def prepare_datastore(
+    recipe: str | Path | Mapping[str, Any],
+    output_dir: str | Path,
+    data_dir: str | Path = ".",
+    append: bool = False,
+    force: bool = False,
+) -> dict[str, Any]:
+    """
+    Runs all stages of a recipe; stages and shards that are finished are left as they are.
+
+    Args:
+        recipe (`str`, `Path` or `Mapping`): A YAML file, the name of a recipe of the package, or the contents of one.
+        output_dir (`str` or `Path`): The datastore.
+        data_dir (`str` or `Path`, *optional*, defaults to `"."`): Folder that relative inputs stand in.
+        append (`bool`, *optional*, defaults to `False`): Add the inputs that the datastore does not hold yet.
+        force (`bool`, *optional*, defaults to `False`): Rebuild everything.
+
+    Returns:
+        `dict`: the manifest.
+    """
+    recipe = recipe if isinstance(recipe, Mapping) else read_recipe(recipe)
+    path = Path(output_dir)
+    splits = list(recipe["splits"])
+    neighbors = recipe.get("neighbors", {})
+    with directory_lock(path):
+        for split, inputs in recipe["splits"].items():
+            with _timed(f"chunk {split}"):
+                chunk_documents(
+                    _resolve(inputs, Path(data_dir)),
+                    path,
+                    recipe["tokenizer"],
+                    split=split,
+                    append=append,
+                    force=force,
+                    **recipe.get("chunk", {}),
+                )
+        if len(splits) > 1 and recipe.get("deduplicate") is not None:
+            with _timed("deduplicate"):
+                deduplicate(path, **recipe["deduplicate"])
+        for split in splits:
+            with _timed(f"embed {split}"):
+                embed_chunks(path, recipe["encoder"], split=split, **recipe.get("embed", {}))
+        with _timed("index"):
+            build_index(path, **recipe.get("index", {}))
+        with _timed("neighbors of train"):
+            find_neighbors(path, split=TRAIN_SPLIT, **neighbors)
+        for split in splits:
+            if split == TRAIN_SPLIT:
+                continue
+            if recipe.get("search_all"):
+                searched = path / "search_all" / split
+                with _timed(f"{split} searches {split} and train"):
+                    extend_datastore(path, split, searched)
+                    build_index(searched, **recipe.get("index", {}))
+            else:
+                searched = path
+            with _timed(f"neighbors of {split}"):
+                find_neighbors(searched, split=split, **neighbors)
+    return read_manifest(path)
+
+
+def extend_datastore(base: str | Path, split: str, output_dir: str | Path) -> dict[str, Any]:
+    """
+    Makes a datastore in which a split is searched together with the training side: its chunks are appended to those of
+    `base`, and it remains the split that queries, so that its neighbors never come from their own documents.
+
+    Files of `base` are linked, not copied, where the file system allows; its index is a start for the new one.
+
+    Args:
+        base (`str` or `Path`): A datastore with embeddings and index.
+        split (`str`): The split of `base`.
+        output_dir (`str` or `Path`): The new datastore.
+
+    Returns:
+        `dict`: the manifest of the new datastore, which wants `index` and `neighbors`.
+    """
+    base, path = Path(base), Path(output_dir)
+    source = read_manifest(base)
+    opened = RetroDatastore(base, source)
+    for name in (TRAIN_SPLIT, split):
+        read_embeddings(split_path(base, name), name, source)  # refuses what is missing or altered
+    with directory_lock(path):
+        manifest = open_manifest(path, create=True)
+        train, own = source["splits"][TRAIN_SPLIT], source["splits"][split]
+        origin = {"train": train["chunks"]["fingerprint"], split: own["chunks"]["fingerprint"]}
+        if manifest.get("extends") == origin:
+            return manifest
+        for name in list(manifest["splits"]):
+            discard(path, manifest, name, "chunks")
+        first_document = int(opened.chunks.document_id[-1]) + 1
+        first_shard = len(train["chunks"]["shards"])
+        features = chunk_features(opened.chunk_size, source["tokenizer"]["vocab_size"])
+        table = opened.split(split).chunks
+        names = [f"shard-{first_shard + index:05d}" for index in range(len(own["chunks"]["shards"]))]
+
+        def renumber(index: int, temporary: Path) -> dict[str, Any]:
+            columns = dict(table.shard(index))
+            columns["document_id"] = columns["document_id"] + first_document
+            save_shard(temporary, columns, features)
+            return dict(own["chunks"]["shards"][index])
+
+        chunks = run_shards(path / "chunks", [], names, renumber, description=f"Renumbering {split}")
+        embeddings = [
+            {**record, "name": shard["name"], "chunks_sha256": shard["sha256"]}
+            for record, shard in zip(own["embeddings"]["shards"], chunks, strict=True)
+        ]
+        if process_state().is_main_process:
+            _link_extension(base, path, split, source, names)
+        manifest = {key: value for key, value in source.items() if key != "splits"}
+        manifest["extends"] = origin
+        all_chunks = train["chunks"]["shards"] + chunks
+        all_embeddings = train["embeddings"]["shards"] + embeddings
+        manifest["splits"] = {
+            TRAIN_SPLIT: _split_record(train, all_chunks, all_embeddings),
+            split: {**_split_record(own, chunks, embeddings), "searched": True},
+        }
+        write_manifest(path, manifest)
+        clear_records(path / "chunks")
+        return manifest
+
+
+def _link_extension(base: Path, path: Path, split: str, source: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Links the files of an extended datastore; `names` are the new names of the shards of the split."""
+    for name in ("tokenizer", "encoder", *source.get("index", {}).get("sha256", {})):
+        if (base / name).exists():
+            _link(base / name, path / name)
+    for record in source["splits"][TRAIN_SPLIT]["chunks"]["shards"]:
+        for name in (f"chunks/{record['name']}", f"embeddings/{record['name']}.npy"):
+            _link(base / name, path / name)
+    own, searched = split_path(base, split), split_path(path, split)
+    for record, name in zip(source["splits"][split]["embeddings"]["shards"], names, strict=True):
+        for root in (path, searched):
+            _link(own / "embeddings" / f"{record['name']}.npy", root / "embeddings" / f"{name}.npy")
+        _link(path / "chunks" / name, searched / "chunks" / name)
+
+
+def _split_record(
+    record: Mapping[str, Any], chunks: list[dict[str, Any]], embeddings: list[dict[str, Any]]
+) -> dict[str, Any]:
+    stage = {key: record["chunks"][key] for key in ("options", "sources", "parts")}
+    set_shards(stage, chunks)
+    return {"chunks": stage, "embeddings": {**record["embeddings"], "shards": embeddings}}
+
+
+def _link(source: Path, target: Path) -> None:
+    """Links a file, or the files of a folder; copies them where they cannot be linked."""
+
+    def link(file: str, copy: str) -> None:
+        try:
+            os.link(file, copy)
+        except OSError:
+            shutil.copyfile(file, copy)
+
+    with whole(target) as temporary:
+        if source.is_dir():
+            shutil.copytree(source, temporary, copy_function=link)
+        else:
+            link(str(source), str(temporary))
+
+
+def _resolve(inputs: Any, folder: Path) -> list[Any]:
+    """Relative paths of a recipe are relative to the data folder."""
+    entries = inputs if isinstance(inputs, Sequence) and not isinstance(inputs, str) else [inputs]
+    resolved = []
+    for entry in entries:
+        if isinstance(entry, Mapping) and "path" in entry:
+            entry = {**entry, "path": str(folder / entry["path"])}
+        elif isinstance(entry, str) and entry != "-":
+            entry = str(folder / entry)
+        resolved.append(entry)
+    return resolved
+
+
+class _timed:
+    """Prints the name of a step and the seconds it took."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None and process_state().is_main_process:
+            print(f"{self.name}: {time.perf_counter() - self.start:.1f} s", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (arguments,) = parse_arguments(PrepareArguments, argv=argv, description=__doc__, prog="retro prepare")
+    manifest = prepare_datastore(**vars(arguments))
+    if process_state().is_main_process:
+        for name, record in manifest["splits"].items():
+            counts = {**record["chunks"]["dropped"], **record["neighbors"]["counts"]} if "neighbors" in record else {}
+            print(
+                f"{name}: {record['chunks']['num_chunks']} chunks of {record['chunks']['num_documents']} documents; "
+                + ", ".join(f"{number} {key.replace('_', ' ')}" for key, number in counts.items())
+            )
+        index = manifest["index"]
+        print(f"index: {index['factory']}, recall@10 {index['recall']['recall@10']:.3f}, {index['search_parameters']}")
+
+
+if __name__ == "__main__":
+    run_command(main)
