@@ -84,7 +84,15 @@ class RetroGenerationMixin:
         # Saved models carry this file too; only those who retrieve need its requirements.
         from .retrieval_retro import RetroRetriever
 
-        return RetroRetriever.from_pretrained(self.config.datastore_name_or_path, self.config.datastore_revision)
+        opened = RetroRetriever.from_pretrained(self.config.datastore_name_or_path, self.config.datastore_revision)
+        opened.datastore.check_chunk_size(self.config.chunk_size)
+        vocab_size = opened.datastore.manifest["tokenizer"]["vocab_size"]
+        if vocab_size > self.config.vocab_size:
+            raise ValueError(
+                f"The datastore {self.config.datastore_name_or_path} was made with another tokenizer: it has "
+                f"{vocab_size} tokens, the model {self.config.vocab_size}."
+            )
+        return opened
 
     def set_retriever(self, retriever: Any) -> None:
         """Sets the object that looks up neighbors, or `None`: the model then runs without retrieval (OFF)."""

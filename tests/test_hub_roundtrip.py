@@ -183,6 +183,19 @@ def test_model_and_datastore_load_without_this_package(
     assert not torch.allclose(there["on"], there["off"], atol=1e-3)
 
 
+def test_models_refuse_datastores_that_are_not_theirs(model_dir, tiny_datastore_dir):
+    with pytest.raises(ValueError, match="names no datastore"):
+        RetroForCausalLM.from_pretrained(model_dir, retriever="auto")
+    with pytest.raises(ValueError, match="'datastore', expected a retriever or 'auto'"):
+        RetroForCausalLM.from_pretrained(model_dir, retriever="datastore")
+    named = {"datastore_name_or_path": str(tiny_datastore_dir), "retriever": "auto", "ignore_mismatched_sizes": True}
+    assert RetroForCausalLM.from_pretrained(model_dir, **named).is_retrieving
+    with pytest.raises(ValueError, match="chunk_size 16 is not the chunk size"):
+        RetroForCausalLM.from_pretrained(model_dir, chunk_size=16, **named)
+    with pytest.raises(ValueError, match="another tokenizer: it has 300 tokens, the model 299"):
+        RetroForCausalLM.from_pretrained(model_dir, vocab_size=299, **named)
+
+
 def test_names_without_a_datastore_are_named():
     for name in ("no/such", "no such name", "./no/such/folder"):
         with pytest.raises(ValueError, match=f"{name} is neither a folder nor a datastore"):
