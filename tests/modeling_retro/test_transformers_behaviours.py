@@ -1,0 +1,282 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a user of transformers does with a causal language model, done with RETRO."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import load_file, save_file
+from test_generation_retro import HashRetriever, left_padded, make_retro
+from test_modeling_retro import CHUNK, VOCAB, assert_close, make_inputs, make_model
+from transformers import AutoModel, AutoModelForCausalLM, TextStreamer, pipeline
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from modeling_retro import RetroForCausalLM, RetroModel
+
+
+def neighbor_inputs(batch_size=2, length=3 * CHUNK + 2):
+    ids, neighbors, mask = make_inputs(batch_size, length)
+    return {"input_ids": ids, "neighbor_input_ids": neighbors, "neighbor_attention_mask": mask}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_resized_embeddings_serve_text_neighbors_and_head(tied):
+    model = make_model(tie_word_embeddings=tied)
+    inputs = neighbor_inputs()
+    with torch.no_grad():
+        before = model(**inputs).logits
+        model.resize_token_embeddings(VOCAB + 7)
+        after = model(**inputs).logits
+        new = model(**inputs | {"neighbor_input_ids": inputs["neighbor_input_ids"] + 7}).logits
+    assert after.shape[-1] == new.shape[-1] == VOCAB + 7
+    assert_close(after[..., :VOCAB], before)
+    assert model.config.vocab_size == VOCAB + 7 and new.isfinite().all()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+def test_tied_head_and_embeddings_are_one_parameter_after_loading(tmp_path):
+    model = make_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = RetroForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_loading_from_the_meta_device_restores_every_parameter_and_buffer(tmp_path):
+    model = make_model(cross_attention_gate=True)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(loaded, RetroForCausalLM) and isinstance(base, RetroModel)
+    for ours, restored in ((model, loaded), (model.model, base)):
+        tensors = dict(restored.named_parameters()) | dict(restored.named_buffers())
+        expected = dict(ours.named_parameters()) | dict(ours.named_buffers())
+        assert tensors.keys() == expected.keys() and any("inv_freq" in name for name in tensors)
+        for name, tensor in expected.items():
+            assert_close(tensors[name].double(), tensor.double(), 1e-7)
+
+
+def test_no_weights_are_allocated_under_init_empty_weights():
+    config = make_model().config
+    with init_empty_weights():
+        model = RetroForCausalLM(config)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_weights_missing_from_a_checkpoint_are_initialised_as_in_a_new_model(tmp_path):
+    fields = {"hidden_size": 64, "head_dim": 16, "qk_norm": True, "cross_attention_gate": True, "attention_bias": True}
+    model = make_model(**fields, initializer_range=0.02).float()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({"model.norm.weight": weights["model.norm.weight"]}, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = RetroForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.model.norm.weight, model.model.norm.weight)
+    for name, parameter in loaded.named_parameters():
+        if name.endswith((".gate", ".bias")):
+            assert (parameter == 0).all(), name
+        elif parameter.ndim == 1:
+            assert name == "model.norm.weight" or (parameter == 1).all(), name
+        else:
+            assert 0.018 < parameter.std() < 0.022, name
+    assert_close(loaded.model.neighbor_rotary_emb.inv_freq, model.model.neighbor_rotary_emb.inv_freq.float(), 1e-7)
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_half_precision_is_close_to_single_precision(attn_implementation):
+    model = make_model(attn_implementation=attn_implementation, initializer_range=0.1).float()
+    inputs = neighbor_inputs()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        off = model(inputs["input_ids"]).logits
+        logits = model.bfloat16()(**inputs).logits
+    assert logits.dtype == torch.bfloat16
+    # 8 bits of mantissa: errors of a few percent, much less than what the neighbors change.
+    error = (logits.float() - expected).abs().mean()
+    assert error < 0.02 * expected.abs().mean() and error < 0.2 * (expected - off).abs().mean()
+
+
+def test_generation_in_half_precision_scores_its_tokens_nearly_as_single_precision_does():
+    model = make_retro(initializer_range=0.1).float()
+    ids, mask = left_padded([2 * CHUNK + 1, CHUNK])
+    reference = make_retro(initializer_range=0.1).float()
+    output = model.bfloat16().generate(
+        ids, attention_mask=mask, max_new_tokens=CHUNK + 2, do_sample=False, eos_token_id=None
+    )
+    longer = torch.cat([mask, torch.ones(2, CHUNK + 2, dtype=torch.long)], dim=1)
+    with torch.no_grad():
+        logits = reference(output, attention_mask=longer).logits[:, ids.shape[1] - 1 : -1]
+    chosen = logits.gather(-1, output[:, ids.shape[1] :, None])[..., 0]
+    assert (logits.amax(-1) - chosen).max() < 0.1 * logits.std()
+
+
+def test_attentions_and_hidden_states_of_generation_are_the_decoders():
+    model = make_retro(attn_implementation="eager")
+    ids, mask = left_padded([2 * CHUNK, CHUNK])
+    output = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=CHUNK,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_attentions=True,
+        output_hidden_states=True,
+    )
+    assert len(output.attentions) == len(output.hidden_states) == CHUNK
+    for step in range(CHUNK):
+        length, queries = 2 * CHUNK + step, 2 * CHUNK if step == 0 else 1
+        assert [a.shape for a in output.attentions[step]] == [(2, 4, queries, length)] * 3
+        assert [h.shape for h in output.hidden_states[step]] == [(2, queries, 16)] * 4
+
+
+def test_a_compiled_training_step_equals_a_plain_one():
+    """One graph, neighbors included: nothing in the forward pass reads the value of a tensor."""
+    model = make_model().train()
+    inputs = neighbor_inputs()
+    gradients = []
+    for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        function(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert_close(gradients[1][name], gradient)
+
+
+@pytest.mark.slow
+def test_flex_attention_equals_sdpa():
+    """Slow: flex attention is compiled."""
+    fields = {"hidden_size": 64, "head_dim": 16}
+    inputs = neighbor_inputs() | {"attention_mask": (torch.arange(3 * CHUNK + 2) >= torch.tensor([[0], [3]])).long()}
+    with torch.no_grad():
+        expected = make_model(**fields).float()(**inputs).logits
+        logits = make_model(**fields, attn_implementation="flex_attention").float()(**inputs).logits
+    is_token = inputs["attention_mask"].bool()
+    assert_close(logits[is_token], expected[is_token], 1e-4)
+
+
+def test_other_attention_functions_serve_the_decoder_and_sdpa_the_neighbors(monkeypatch):
+    """So that flash attention, which knows no mask of neighbor tokens, can be used by the decoder."""
+    called = []
+
+    def spy(module, *args, **kwargs):
+        called.append(type(module).__name__)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "spy", spy)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS, "spy", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model, inputs = make_model(), neighbor_inputs()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        model.set_attn_implementation("spy")
+        logits = model(**inputs).logits
+    assert called == ["RetroSelfAttention"] * 3 and torch.equal(logits, expected)
+
+
+def test_pipeline_and_streamer_retrieve_like_generate(tiny_tokenizer, capsys):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    model = make_retro(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id).float()
+    arguments = {"do_sample": False, "max_new_tokens": 2 * CHUNK, "eos_token_id": None}
+    prompts = ["retro looks things up", "a δέλτα"]
+    expected = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        expected.append(tokenizer.decode(model.generate(**inputs, **arguments)[0]))
+    chunks = set(model.retriever.chunks)
+    assert len(chunks) > 2
+
+    model.set_retriever(HashRetriever())
+    tokenizer.padding_side = "left"
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu", batch_size=2)
+    texts = [rows[0]["generated_text"] for rows in generator(prompts, **arguments)]
+    assert texts == expected and set(model.retriever.chunks) == chunks
+
+    inputs = tokenizer(prompts[0], return_tensors="pt", return_token_type_ids=False)
+    capsys.readouterr()
+    model.generate(**inputs, **arguments, streamer=TextStreamer(tokenizer))
+    assert capsys.readouterr().out.rstrip("\n") == expected[0].rstrip("\n")
+
+
+def test_generating_on_from_a_cache_takes_the_same_neighbors_of_the_prompt_again():
+    """Neighbors belong to the chunks of the prompt, those that are already in the cache included."""
+    model = make_model()
+    ids, neighbors, neighbor_mask = make_inputs(2, 4 * CHUNK)
+    mask = (torch.arange(4 * CHUNK) >= torch.tensor([[0], [CHUNK + 1]])).long()
+    neighbor_mask[1, 2:] = False  # the second row has only two whole chunks
+    arguments = {
+        "neighbor_input_ids": neighbors,
+        "neighbor_attention_mask": neighbor_mask,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    whole = model.generate(ids, attention_mask=mask, max_new_tokens=3, **arguments)
+    for cached in (1, 2 * CHUNK - 1, 3 * CHUNK, 4 * CHUNK - 1):
+        slots = min(cached // CHUNK, neighbors.shape[1])
+        with torch.no_grad():
+            cache = model(
+                ids[:, :cached],
+                attention_mask=mask[:, :cached],
+                neighbor_input_ids=neighbors[:, :slots],
+                neighbor_attention_mask=neighbor_mask[:, :slots],
+                use_cache=True,
+            ).past_key_values
+        output = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=3, **arguments)
+        assert torch.equal(output.sequences, whole.sequences)
+        assert_close(torch.stack(output.logits), torch.stack(whole.logits), 1e-6)
+
+
+def test_a_question_padded_to_chunks_is_looked_up_with_itself(tiny_datastore_dir):
+    from modeling_retro import RetroRetriever
+
+    retriever = RetroRetriever.from_pretrained(tiny_datastore_dir)
+    tokenizer, chunk_size = retriever.datastore.tokenizer, retriever.datastore.chunk_size
+    model = make_model(chunk_size=chunk_size, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id).float()
+    question = tokenizer("retro looks", add_special_tokens=False)["input_ids"]
+    assert len(question) % chunk_size != 0
+    prompt = retriever.pad_to_chunks(question)[None]
+    asked = []
+
+    class Recorder:
+        def retrieve(self, chunk_input_ids, k):
+            asked.append(chunk_input_ids)
+            return retriever.retrieve(chunk_input_ids, k)
+
+    model.set_retriever(Recorder())
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),  # the pads are real tokens
+        max_new_tokens=1,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    # The question's last chunk is looked up before the first token, whose logits it changes.
+    assert asked[0][-1].tolist() == prompt[0, -chunk_size:].tolist()
+    text = tokenizer.decode(asked[0][-1], skip_special_tokens=True)
+    assert text and "retro looks".endswith(text)
+    found = retriever.retrieve(asked[0], 2)
+    assert output.retrieved_chunk_ids[0].tolist() == found.chunk_ids.tolist()
+    with torch.no_grad(), model.retrieval(False):
+        inputs = {
+            "neighbor_input_ids": found.neighbor_input_ids[None],
+            "neighbor_attention_mask": found.neighbor_attention_mask[None],
+        }
+        assert_close(output.logits[0], model(prompt, **inputs).logits[:, -1], 1e-5)
+        assert (output.logits[0] - model(prompt).logits[:, -1]).abs().max() > 1e-3
