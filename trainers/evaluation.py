@@ -13,15 +13,11 @@
 # limitations under the License.
 """
 What retrieval buys: bits per byte and perplexity over held-out documents without neighbors, with random ones and with
-the retrieved ones.
+the retrieved ones, and how much of it is copying.
 """
 
-import json
 import math
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,154 +29,26 @@ from transformers import PreTrainedModel
 
 from modeling_retro.retrieval_retro import DatastoreSplit, RetroDatastore
 
-
-MODES = ("off", "random", "on")
-
-
-@dataclass
-class Difference:
-    """
-    Bits per byte of one mode less those of another.
-
-    Args:
-        bits_per_byte (`float`):
-            Below zero, the first mode is better.
-        low (`float`), high (`float`):
-            95 % confidence interval, by bootstrap over documents.
-    """
-
-    bits_per_byte: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.bits_per_byte:+.4f} ({self.low:+.4f} … {self.high:+.4f})"
+from .evaluation_report import RetroEvaluation
 
 
-@dataclass
-class RetroEvaluation:
-    """
-    What [`evaluate_retro`] measures.
-
-    Args:
-        document_bits (`dict[str, np.ndarray]`):
-            Bits of the code for each document, for each mode, float64 `[num_documents]`.
-        document_bytes (`np.ndarray`):
-            Bytes of the UTF-8 source of each document, int64 `[num_documents]`.
-        num_tokens (`int`):
-            Number of tokens counted.
-        num_neighbors (`int`):
-            Neighbors of a chunk, where there are any.
-        seed (`int`):
-            Seed of the bootstrap.
-    """
-
-    document_bits: dict[str, np.ndarray]
-    document_bytes: np.ndarray
-    num_tokens: int
-    num_neighbors: int
-    seed: int = 0
-
-    def bits_per_byte(self, mode: str) -> float:
-        """Bits of the code for the text in this mode per byte of its source."""
-        return float(self.document_bits[mode].sum() / self.document_bytes.sum())
-
-    def perplexity(self, mode: str) -> float:
-        """Perplexity in this mode per token of the model's tokenizer."""
-        return float(2.0 ** (self.document_bits[mode].sum() / self.num_tokens))
-
-    def difference(self, mode: str, reference: str) -> Difference:
-        """Bits per byte of `mode` less those of `reference`, over the same documents."""
-        bits = self.document_bits[mode] - self.document_bits[reference]
-        low, high = bootstrap_interval(bits, self.document_bytes, seed=self.seed)
-        return Difference(float(bits.sum() / self.document_bytes.sum()), low, high)
-
-    def to_dict(self) -> dict:
-        """The numbers, ready for JSON."""
-        modes = list(self.document_bits)
-        pairs = [(mode, reference) for i, mode in enumerate(modes) for reference in modes[:i]]
-        return {
-            "num_documents": len(self.document_bytes),
-            "num_bytes": int(self.document_bytes.sum()),
-            "num_tokens": self.num_tokens,
-            "num_neighbors": self.num_neighbors,
-            "bits_per_byte": {mode: self.bits_per_byte(mode) for mode in modes},
-            "perplexity": {mode: self.perplexity(mode) for mode in modes},
-            "differences": {
-                f"{mode} - {reference}": asdict(self.difference(mode, reference)) for mode, reference in pairs
-            },
-        }
-
-    def to_markdown(self) -> str:
-        """The results as a Markdown table."""
-        references = [mode for mode in ("off", "random") if mode in self.document_bits]
-        header = ["retrieval", "bits per byte", "perplexity", *(f"less {reference}" for reference in references)]
-        lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-        for mode in self.document_bits:
-            cells = [mode, f"{self.bits_per_byte(mode):.4f}", f"{self.perplexity(mode):.3f}"]
-            cells += ["" if mode == reference else str(self.difference(mode, reference)) for reference in references]
-            lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
-        lines.append(
-            f"{len(self.document_bytes):,} held-out documents, {self.document_bytes.sum():,} bytes, "
-            f"{self.num_tokens:,} tokens; {self.num_neighbors} neighbors a chunk; in brackets 95 % intervals by "
-            "bootstrap over documents."
-        )
-        return "\n".join(lines) + "\n"
-
-    def save(self, directory: str | os.PathLike) -> None:
-        """
-        Writes `evaluation.json`, `evaluation.md` and `evaluation.png` (with matplotlib).
-
-        Args:
-            directory (`str` or `os.PathLike`):
-                Directory to write to; made if it is not there.
-        """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "evaluation.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        (directory / "evaluation.md").write_text(self.to_markdown(), encoding="utf-8")
-        self.plot(directory / "evaluation.png")
-
-    def plot(self, path: str | os.PathLike) -> None:
-        """
-        Draws the bits per byte of each mode, and how retrieval changes each document.
-
-        Args:
-            path (`str` or `os.PathLike`):
-                PNG file to write.
-        """
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
-        bars, changes = figure.subplots(1, 2)
-        values = [self.bits_per_byte(mode) for mode in self.document_bits]
-        drawn = bars.bar(list(self.document_bits), values, color="tab:blue")
-        bars.bar_label(drawn, fmt="%.4f")
-        spread = max(values) - min(values) or max(values)
-        bars.set_ylim(max(0.0, min(values) - spread), max(values) + spread / 2)
-        bars.set_ylabel("bits per byte (axis cut)")
-        for mode in self.document_bits:
-            if mode != "off" and "off" in self.document_bits:
-                difference = (self.document_bits[mode] - self.document_bits["off"]) / self.document_bytes
-                changes.plot(np.sort(difference), label=f"{mode} − off")
-        changes.axhline(0.0, color="gray", linewidth=0.8)
-        changes.set_xlabel("held-out documents, sorted")
-        changes.set_ylabel("bits per byte")
-        changes.legend()
-        figure.savefig(path, dpi=150)
+MODES = ("off", "random", "on", "neighbor", "continuation", "shuffled")
+# The paper measures overlap with the ten nearest neighbors (arXiv:2112.04426, section 2.6).
+OVERLAP_NEIGHBORS = 10
 
 
 def evaluate_retro(
     model: PreTrainedModel,
     datastore: RetroDatastore,
     split: DatastoreSplit,
-    modes: Sequence[str] = MODES,
-    num_neighbors: int = 2,
+    modes: Sequence[str] = ("off", "random", "on"),
+    num_neighbors: int | Sequence[int] = 2,
     window_chunks: int = 32,
     stride_chunks: int = 16,
     batch_size: int = 8,
     max_documents: int | None = None,
+    measure_overlap: bool = False,
+    domains: Sequence[str] | None = None,
     seed: int = 0,
     show_progress: bool = True,
 ) -> RetroEvaluation:
@@ -198,9 +66,11 @@ def evaluate_retro(
         split ([`DatastoreSplit`]):
             The held-out documents, whose neighbors have been found.
         modes (`Sequence[str]`, *optional*, defaults to `("off", "random", "on")`):
-            `"off"` without neighbors, `"random"` with chunks drawn from the datastore, `"on"` with the neighbors.
-        num_neighbors (`int`, *optional*, defaults to 2):
-            Number of neighbors k of a chunk.
+            `"off"` without neighbors, `"random"` with chunks drawn from the datastore, `"on"` with the neighbors,
+            `"neighbor"` with them but not their continuations, `"continuation"` with their continuations alone, and
+            `"shuffled"` with the tokens of each neighbor in random order.
+        num_neighbors (`int` or `Sequence[int]`, *optional*, defaults to 2):
+            Number of neighbors k of a chunk, or several to measure each of.
         window_chunks (`int`, *optional*, defaults to 32):
             Length of a window in chunks. A window starts at position 0 and sees only the neighbors of its own chunks.
         stride_chunks (`int`, *optional*, defaults to 16):
@@ -209,8 +79,12 @@ def evaluate_retro(
             Number of windows in a forward pass.
         max_documents (`int`, *optional*):
             Evaluate on the first documents of the split only.
+        measure_overlap (`bool`, *optional*, defaults to `False`):
+            Whether to measure how much each chunk overlaps with its ten nearest neighbors, or those that are stored.
+        domains (`Sequence[str]`, *optional*):
+            Domain of each document, to report each by itself.
         seed (`int`, *optional*, defaults to 0):
-            Seed of the random neighbors and of the bootstrap.
+            Seed of the random neighbors, of the shuffling and of the bootstrap.
         show_progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
@@ -228,41 +102,93 @@ def evaluate_retro(
         raise ValueError(
             f"stride_chunks is {stride_chunks}, expected at least 1 and less than window_chunks, {window_chunks}"
         )
-    document_offsets = _document_offsets(split.chunks.document_id, max_documents)
-    num_chunks = int(document_offsets[-1])
-    if num_chunks == 0:
-        raise ValueError("the split has no documents to evaluate on")
-    if num_neighbors > split.neighbor_ids.shape[1]:
+    numbers = [num_neighbors] if isinstance(num_neighbors, int) else list(num_neighbors)
+    stored = split.neighbor_ids.shape[1]
+    if not numbers or not 1 <= min(numbers) <= max(numbers) <= stored:
         raise ValueError(
-            f"num_neighbors is {num_neighbors}, but {split.neighbor_ids.shape[1]} neighbors a chunk are stored; "
-            "run `retro neighbors` with a larger number"
+            f"num_neighbors is {num_neighbors}, expected numbers from 1 to the {stored} neighbors of a chunk that are "
+            "stored; run `retro neighbors` for more"
         )
+    document_offsets = _document_offsets(split.chunks.document_id, max_documents)
+    num_documents, num_chunks = len(document_offsets) - 1, int(document_offsets[-1])
+    if num_documents == 0:
+        raise ValueError("the split has no documents to evaluate on")
+    if domains is not None and len(domains) != num_documents:
+        raise ValueError(f"there are {len(domains)} domains for {num_documents} documents; expected one for each")
 
     windows = [
         (offset + start, offset + end, offset + first_counted)
         for offset, length in zip(document_offsets[:-1], np.diff(document_offsets), strict=True)
         for start, end, first_counted in sliding_windows(length, window_chunks, stride_chunks)
     ]
-    neighbor_ids = {
-        "off": None,
-        "random": np.random.default_rng(seed).integers(len(datastore.chunks), size=(num_chunks, num_neighbors)),
-        "on": split.neighbor_ids[:num_chunks, :num_neighbors],
-    }
-    document_bits = {}
+    retrieved = split.neighbor_ids[:num_chunks]
+    drawn = np.random.default_rng(seed).integers(len(datastore.chunks), size=(num_chunks, max(numbers)))
+    bits = {}
     for mode in modes:
-        bits, num_tokens = chunk_bits(
-            model,
-            datastore,
-            split,
-            windows,
-            neighbor_ids[mode],
-            batch_size,
-            description=f"Evaluating ({mode})" if show_progress else None,
-        )
-        document_bits[mode] = np.add.reduceat(bits, document_offsets[:-1])
+        for number in numbers[:1] if mode == "off" else numbers:
+            name = mode if mode == "off" or len(numbers) == 1 else f"{mode} k={number}"
+            neighbors = None
+            if mode != "off":
+                neighbor_ids = (drawn if mode == "random" else retrieved)[:, :number]
+                neighbors = NeighborSource(datastore, neighbor_ids, mode, seed)
+            description = f"Evaluating ({name})" if show_progress else None
+            bits[name], num_tokens = chunk_bits(model, datastore, split, windows, neighbors, batch_size, description)
+    return RetroEvaluation(
+        chunk_bits=bits,
+        chunk_bytes=np.asarray(split.chunks.num_bytes[:num_chunks]),
+        document_offsets=document_offsets,
+        num_tokens=int(num_tokens.sum()),
+        num_neighbors=numbers,
+        overlap=neighbor_overlap(datastore, split, num_chunks) if measure_overlap else None,
+        domains=None if domains is None else list(domains),
+        seed=seed,
+    )
 
-    document_bytes = np.add.reduceat(np.asarray(split.chunks.num_bytes[:num_chunks]), document_offsets[:-1])
-    return RetroEvaluation(document_bits, document_bytes, int(num_tokens.sum()), num_neighbors, seed)
+
+class NeighborSource:
+    """
+    The neighbors that chunks see in one mode of [`evaluate_retro`].
+
+    Args:
+        datastore ([`RetroDatastore`]):
+            Where they come from.
+        neighbor_ids (`np.ndarray`):
+            Global chunk ids of the neighbors of each chunk, int64 `[chunks, k]`.
+        mode (`str`, *optional*, defaults to `"on"`):
+            What is seen of them.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the shuffling.
+    """
+
+    def __init__(self, datastore: RetroDatastore, neighbor_ids: np.ndarray, mode: str = "on", seed: int = 0):
+        self.datastore = datastore
+        self.neighbor_ids = neighbor_ids
+        self.mode = mode
+        self.seed = seed
+
+    def take(self, chunk_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Neighbors of chunks.
+
+        Args:
+            chunk_ids (`np.ndarray`):
+                Chunk ids int64 `[B, L]`, -1 for absent ones.
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray]`: token ids int64 and mask bool, both `[B, L, k, r]`.
+        """
+        ids = np.where((chunk_ids >= 0)[..., None], self.neighbor_ids[chunk_ids], -1)  # [B, L, k]
+        tokens, mask = self.datastore.take_neighbors(ids)
+        if self.mode == "neighbor":
+            mask = mask & (np.arange(mask.shape[-1]) < self.datastore.chunk_size)
+        elif self.mode == "continuation":
+            mask = mask & (np.arange(mask.shape[-1]) >= self.datastore.chunk_size)
+        elif self.mode == "shuffled":
+            # Real tokens stand before padding and stay there; the order hangs on the chunks, not on the process.
+            generator = np.random.default_rng([self.seed, int(chunk_ids.max())])
+            order = np.argsort(generator.random(mask.shape) + ~mask, axis=-1)
+            tokens = np.take_along_axis(tokens, order, axis=-1)
+        return tokens, mask
 
 
 def sliding_windows(num_chunks: int, window_chunks: int, stride_chunks: int) -> list[tuple[int, int, int]]:
@@ -294,7 +220,7 @@ def chunk_bits(
     datastore: RetroDatastore,
     split: DatastoreSplit,
     windows: Sequence[tuple[int, int, int]],
-    neighbor_ids: np.ndarray | None,
+    neighbors: NeighborSource | None,
     batch_size: int,
     description: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -306,8 +232,8 @@ def chunk_bits(
             See [`evaluate_retro`].
         windows (`Sequence[tuple[int, int, int]]`):
             First chunk, end and first counted chunk of each window, as chunk ids of the split.
-        neighbor_ids (`np.ndarray`, *optional*):
-            Global chunk ids of the neighbors, int64 `[chunks, k]`. None evaluates without retrieval.
+        neighbors ([`NeighborSource`], *optional*):
+            What chunks see. None evaluates without retrieval.
         batch_size (`int`):
             Number of windows in a forward pass.
         description (`str`, *optional*):
@@ -331,7 +257,7 @@ def chunk_bits(
         start, end, first_counted = batches[i % len(batches)].T[..., None]
         chunk_ids = start + np.arange((end - start).max())  # [B, L]
         chunk_ids = np.where(chunk_ids < end, chunk_ids, -1)
-        nats, counted = _token_nats(model, datastore, split, chunk_ids, neighbor_ids)  # [B, L, m]
+        nats, counted = _token_nats(model, datastore, split, chunk_ids, neighbors)  # [B, L, m]
         counted &= (chunk_ids >= first_counted)[..., None]
         if i < len(batches):
             chosen = chunk_ids >= first_counted
@@ -346,21 +272,20 @@ def _token_nats(
     datastore: RetroDatastore,
     split: DatastoreSplit,
     chunk_ids: np.ndarray,
-    neighbor_ids: np.ndarray | None,
+    neighbors: NeighborSource | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Nats (float64) and whether they count, each `[B, L, m]`, of the tokens in windows of chunk ids `[B, L]`."""
     input_ids, counted = split.chunks.take(chunk_ids)  # [B, L, m]
-    neighbors = {}
-    if neighbor_ids is not None:
-        ids = np.where((chunk_ids >= 0)[..., None], neighbor_ids[chunk_ids], -1)  # [B, L, k]
-        neighbor_input_ids, neighbor_mask = datastore.take_neighbors(ids)  # [B, L, k, r]
-        neighbors["neighbor_input_ids"] = torch.from_numpy(neighbor_input_ids).to(model.device)
-        neighbors["neighbor_attention_mask"] = torch.from_numpy(neighbor_mask).to(model.device)
+    inputs = {}
+    if neighbors is not None:
+        neighbor_input_ids, neighbor_mask = neighbors.take(chunk_ids)  # [B, L, k, r]
+        inputs["neighbor_input_ids"] = torch.from_numpy(neighbor_input_ids).to(model.device)
+        inputs["neighbor_attention_mask"] = torch.from_numpy(neighbor_mask).to(model.device)
 
     # Padding is on the right, where causal attention never looks from a real token: no mask is needed.
     tokens = torch.from_numpy(input_ids.reshape(len(chunk_ids), -1)).to(model.device)  # [B, T]
     with model.retrieval(False):
-        logits = model(input_ids=tokens, use_cache=False, **neighbors).logits[:, :-1].float()
+        logits = model(input_ids=tokens, use_cache=False, **inputs).logits[:, :-1].float()
     nats = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").double().cpu().numpy()
     uniform = math.log(model.config.vocab_size)
     nats = np.concatenate([np.full((len(nats), 1), uniform), nats], axis=1).reshape(input_ids.shape)
@@ -386,29 +311,52 @@ def _sum_over_processes(array: np.ndarray) -> np.ndarray:
     return reduce(torch.from_numpy(array).to(state.device), reduction="sum").cpu().numpy()
 
 
-def bootstrap_interval(
-    numerator: np.ndarray, denominator: np.ndarray, num_samples: int = 2000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
+def neighbor_overlap(datastore: RetroDatastore, split: DatastoreSplit, num_chunks: int) -> np.ndarray:
     """
-    Confidence interval of `numerator.sum() / denominator.sum()` when documents are drawn anew, with replacement.
+    Longest token substring that each chunk shares with one of its ten nearest neighbors or their continuations, as a
+    share of the chunk size (arXiv:2112.04426, section 2.6).
 
     Args:
-        numerator (`np.ndarray`), denominator (`np.ndarray`):
-            Values of each document, `[documents]`.
-        num_samples (`int`, *optional*, defaults to 2000):
-            Number of draws.
-        level (`float`, *optional*, defaults to 0.95):
-            Share of the draws inside the interval.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the draws.
+        datastore ([`RetroDatastore`]):
+            Where the neighbors come from.
+        split ([`DatastoreSplit`]):
+            The chunks.
+        num_chunks (`int`):
+            Number of chunks to measure, the first ones.
 
     Returns:
-        `tuple[float, float]`: lower and upper end.
+        `np.ndarray`: float64 `[num_chunks]`, from 0 to 1.
     """
-    generator = np.random.default_rng(seed)
-    ratios = np.empty(num_samples)
-    for i in range(num_samples):
-        drawn = generator.integers(len(numerator), size=len(numerator))
-        ratios[i] = numerator[drawn].sum() / denominator[drawn].sum()
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    overlap = np.zeros(num_chunks)
+    for start in range(0, num_chunks, 1024):
+        chunk_ids = np.arange(start, min(start + 1024, num_chunks))
+        tokens, mask = split.chunks.take(chunk_ids)
+        neighbors, neighbor_mask = datastore.take_neighbors(split.neighbor_ids[chunk_ids, :OVERLAP_NEIGHBORS])
+        # Padding equals nothing.
+        tokens = np.where(mask, tokens, -1)[:, None]
+        neighbors = np.where(neighbor_mask, neighbors, -2)
+        overlap[chunk_ids] = longest_common_substring(tokens, neighbors).max(-1) / datastore.chunk_size
+    return overlap
+
+
+def longest_common_substring(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """
+    Length of the longest run of tokens that stands in both of two sequences.
+
+    Args:
+        first (`np.ndarray`):
+            Token ids `[..., n]`.
+        second (`np.ndarray`):
+            Token ids `[..., p]`, with the same or broadcastable leading dimensions.
+
+    Returns:
+        `np.ndarray`: int64 `[...]`.
+    """
+    shape = np.broadcast_shapes(first.shape[:-1], second.shape[:-1])
+    # run[..., j]: length of the common run that ends at the current token of `first` and at token j - 1 of `second`.
+    run = np.zeros((*shape, second.shape[-1] + 1), dtype=np.int16)
+    longest = np.zeros(shape, dtype=np.int64)
+    for i in range(first.shape[-1]):
+        run[..., 1:] = np.where(first[..., i, None] == second, run[..., :-1] + 1, 0)
+        longest = np.maximum(longest, run.max(-1))
+    return longest

@@ -22,7 +22,15 @@ import torch
 from array_datastore import ArrayDatastore, ArraySource, random_datastore
 
 from modeling_retro import RetroConfig, RetroForCausalLM
-from trainers.evaluation import RetroEvaluation, bootstrap_interval, chunk_bits, evaluate_retro, sliding_windows
+from trainers.evaluation import (
+    NeighborSource,
+    chunk_bits,
+    evaluate_retro,
+    longest_common_substring,
+    neighbor_overlap,
+    sliding_windows,
+)
+from trainers.evaluation_report import RetroEvaluation, bootstrap_interval
 
 
 VOCAB_SIZE = 40
@@ -105,7 +113,7 @@ def test_bits_equal_a_loop_over_documents_windows_and_tokens(model, datastore, h
         reference_document_nats(model, datastore, held_out, document, 4, 3, num_neighbors) for document in range(9)
     ]
     bits = np.array([sum(document) / math.log(2) for document in nats])
-    assert np.allclose(evaluation.document_bits[mode], bits, rtol=1e-5)
+    assert np.allclose(evaluation.document_bits(mode), bits, rtol=1e-5)
     assert evaluation.num_tokens == sum(map(len, nats)) == held_out.chunks.length.sum()
     assert evaluation.document_bytes.sum() == held_out.chunks.num_bytes.sum()
     assert math.isclose(evaluation.bits_per_byte(mode), bits.sum() / held_out.chunks.num_bytes.sum(), rel_tol=1e-5)
@@ -157,13 +165,89 @@ def test_bos_at_the_start_of_a_document_costs_nothing(model, held_out):
 
 def test_off_on_and_random_differ_only_by_the_neighbors(model, datastore, held_out):
     evaluation = evaluate(model, datastore, held_out, num_neighbors=2)
-    assert list(evaluation.document_bits) == ["off", "random", "on"]
-    assert len({round(evaluation.bits_per_byte(mode), 6) for mode in evaluation.document_bits}) == 3
+    assert list(evaluation.chunk_bits) == ["off", "random", "on"]
+    assert len({round(evaluation.bits_per_byte(mode), 6) for mode in evaluation.chunk_bits}) == 3
     # Where no chunk finds a neighbor, retrieval is off.
     held_out_without = ArraySource([], CHUNK_SIZE, np.full_like(held_out.neighbor_ids, -1))
     held_out_without.chunks = held_out.chunks
     alone = evaluate(model, datastore, held_out_without, modes=["on"])
-    assert np.allclose(alone.document_bits["on"], evaluation.document_bits["off"], rtol=1e-6)
+    assert np.allclose(alone.document_bits("on"), evaluation.document_bits("off"), rtol=1e-6)
+
+
+def test_several_numbers_of_neighbors_are_measured_each(model, datastore, held_out):
+    several = evaluate(model, datastore, held_out, modes=["off", "on"], num_neighbors=[1, 3])
+    assert list(several.chunk_bits) == ["off", "on k=1", "on k=3"]
+    for number in (1, 3):
+        alone = evaluate(model, datastore, held_out, modes=["on"], num_neighbors=number)
+        assert np.allclose(several.chunk_bits[f"on k={number}"], alone.chunk_bits["on"], rtol=1e-6)
+
+
+def test_parts_of_neighbors_are_the_chunk_and_its_continuation(datastore):
+    neighbor_ids = np.arange(len(datastore.chunks))[:, None]
+    chunk_ids = neighbor_ids.T
+    tokens, mask = datastore.take_neighbors(neighbor_ids[None])
+    for mode, first, end in (("neighbor", 0, CHUNK_SIZE), ("continuation", CHUNK_SIZE, 2 * CHUNK_SIZE)):
+        found_tokens, found_mask = NeighborSource(datastore, neighbor_ids, mode).take(chunk_ids)
+        assert (found_tokens == tokens).all()
+        assert (found_mask[..., first:end] == mask[..., first:end]).all()
+        assert found_mask.sum() == mask[..., first:end].sum() > 0
+
+
+def test_shuffled_neighbors_have_the_same_tokens_in_another_order(datastore):
+    neighbor_ids = np.arange(len(datastore.chunks))[:, None]
+    chunk_ids = neighbor_ids.T
+    tokens, mask = NeighborSource(datastore, neighbor_ids, "on").take(chunk_ids)
+    shuffled, shuffled_mask = NeighborSource(datastore, neighbor_ids, "shuffled", seed=1).take(chunk_ids)
+    again, _ = NeighborSource(datastore, neighbor_ids, "shuffled", seed=1).take(chunk_ids)
+    assert (shuffled_mask == mask).all()
+    assert (shuffled == again).all()
+    assert (shuffled != tokens).any()
+    for row in np.ndindex(mask.shape[:-1]):
+        assert sorted(shuffled[row][mask[row]]) == sorted(tokens[row][mask[row]])
+
+
+def brute_force_substring(first, second):
+    return max(
+        (
+            length
+            for i in range(len(first))
+            for j in range(len(second))
+            for length in range(1, min(len(first) - i, len(second) - j) + 1)
+            if (first[i : i + length] == second[j : j + length]).all()
+        ),
+        default=0,
+    )
+
+
+@pytest.mark.parametrize("vocab_size", [2, 5, 30])
+def test_longest_common_substring_equals_brute_force(vocab_size):
+    generator = np.random.default_rng(vocab_size)
+    first = generator.integers(vocab_size, size=(20, 1, 6))
+    second = generator.integers(vocab_size, size=(20, 3, 9))
+    found = longest_common_substring(first, second)
+    for row in range(20):
+        for neighbor in range(3):
+            assert found[row, neighbor] == brute_force_substring(first[row, 0], second[row, neighbor])
+
+
+def test_overlap_is_the_longest_substring_shared_with_a_neighbor_and_ignores_padding():
+    datastore = ArrayDatastore([[1, 2, 3, 4, 5, 6, 7], [8, 9]], CHUNK_SIZE, [[2]] * 3)
+    # Two tokens of chunk 0, which go on into its continuation; one token and padding in common; nothing.
+    split = ArraySource([[4, 5, 6, 0], [9], [3, 3, 3, 3]], CHUNK_SIZE, [[2, 0], [2, -1], [2, 1]])
+    assert neighbor_overlap(datastore, split, 3).tolist() == [3 / 4, 1 / 4, 0]
+
+
+def test_overlap_bins_hold_every_chunk_once_and_cumulate_to_the_whole(model, datastore, held_out):
+    domains = [f"domain {i % 2}" for i in range(9)]
+    evaluation = evaluate(model, datastore, held_out, measure_overlap=True, domains=domains)
+    curve = evaluation.overlap_curve()
+    assert sum(row["num_chunks"] for row in curve) == len(held_out.chunks)
+    for name in evaluation.chunk_bits:
+        assert math.isclose(curve[-1]["cumulative_bits_per_byte"][name], evaluation.bits_per_byte(name))
+    for domain, ratios in evaluation.by_domain().items():
+        chosen = np.array(domains) == domain
+        expected = evaluation.document_bits("on")[chosen].sum() / evaluation.document_bytes[chosen].sum()
+        assert math.isclose(ratios["on"], expected)
 
 
 def test_evaluation_leaves_the_model_as_it_was(model, datastore, held_out):
@@ -176,13 +260,15 @@ def test_first_documents_are_evaluated_as_in_the_whole(model, datastore, held_ou
     whole = evaluate(model, datastore, held_out, modes=["on"])
     part = evaluate(model, datastore, held_out, modes=["on"], max_documents=4)
     assert len(part.document_bytes) == 4
-    assert np.allclose(part.document_bits["on"], whole.document_bits["on"][:4], rtol=1e-6)
+    assert np.allclose(part.document_bits("on"), whole.document_bits("on")[:4], rtol=1e-6)
 
 
 def test_difference_is_paired_by_document():
     generator = np.random.default_rng(0)
     off = generator.uniform(1_000, 9_000, size=50)
-    evaluation = RetroEvaluation({"off": off, "on": off - 10.0}, np.full(50, 1_000), num_tokens=1, num_neighbors=1)
+    evaluation = RetroEvaluation(
+        {"off": off, "on": off - 10.0}, np.full(50, 1_000), np.arange(51), num_tokens=1, num_neighbors=[1]
+    )
     difference = evaluation.difference("on", "off")
     for value in (difference.bits_per_byte, difference.low, difference.high):
         assert math.isclose(value, -0.01, rel_tol=1e-9)
@@ -198,16 +284,18 @@ def test_bootstrap_interval_is_that_of_the_normal_distribution_for_many_document
 
 
 def test_saved_files_hold_the_table(model, datastore, held_out, tmp_path):
-    evaluation = evaluate(model, datastore, held_out)
+    evaluation = evaluate(model, datastore, held_out, measure_overlap=True, domains=["all"] * 9)
     evaluation.save(tmp_path / "report")
     saved = json.loads((tmp_path / "report" / "evaluation.json").read_text())
     assert saved["num_documents"] == 9
     assert saved["bits_per_byte"]["on"] == evaluation.bits_per_byte("on")
     assert set(saved["differences"]) == {"random - off", "on - off", "on - random"}
     table = (tmp_path / "report" / "evaluation.md").read_text()
-    for mode in evaluation.document_bits:
+    for mode in evaluation.chunk_bits:
         assert f"| {mode} | {evaluation.bits_per_byte(mode):.4f} | {evaluation.perplexity(mode):.3f} |" in table
-    assert (tmp_path / "report" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    assert "| all |" in table
+    for plot in ("evaluation.png", "overlap.png"):
+        assert (tmp_path / "report" / plot).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -216,6 +304,8 @@ def test_saved_files_hold_the_table(model, datastore, held_out, tmp_path):
         ({"modes": ["on", "best"]}, "unknown evaluation modes best"),
         ({"stride_chunks": 4, "window_chunks": 4}, "stride_chunks is 4"),
         ({"num_neighbors": 4}, "num_neighbors is 4"),
+        ({"num_neighbors": [1, 0]}, r"num_neighbors is \[1, 0\]"),
+        ({"domains": ["a"]}, "1 domains for 9 documents"),
         ({"max_documents": 0}, "no documents"),
     ],
 )

@@ -20,7 +20,7 @@ from conftest import make_texts, write_jsonl
 
 from data_prep.chunk import DocumentChunker
 from modeling_retro import RetroForCausalLM, RetroRetriever
-from trainers.evaluation import Difference
+from trainers.evaluation_report import Difference
 from trainers.scripts import quickstart
 
 

@@ -123,11 +123,18 @@ def test_run_resumed_from_a_checkpoint_ends_with_the_same_weights(
 def test_evaluation_writes_the_report(trained, tiny_datastore_dir, tmp_path, capsys):
     options = {"model": trained, "datastore": tiny_datastore_dir, "output_dir": tmp_path, "window_chunks": 4}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    evaluate_retro.main([*words, "--stride_chunks", "2"])
+    (tmp_path / "domains.txt").write_text("a\nb\na\na\nb\na\n")
+    evaluate_retro.main(
+        [*words, "--stride_chunks=2", "--overlap", f"--domains={tmp_path / 'domains.txt'}", f"--baseline={trained}"]
+        + ["--num_neighbors", "1", "3", "--modes", "off", "on"]
+    )
     report = json.loads((tmp_path / "evaluation.json").read_text())
     assert report["num_documents"] == 6
-    assert set(report["bits_per_byte"]) == {"off", "random", "on"}
-    assert f"| on | {report['bits_per_byte']['on']:.4f} |" in capsys.readouterr().out
+    assert set(report["bits_per_byte"]) == {"off", "on k=1", "on k=3", "baseline"}
+    assert report["bits_per_byte"]["baseline"] == report["bits_per_byte"]["off"]
+    assert set(report["domains"]) == {"a", "b"}
+    assert sum(row["num_chunks"] for row in report["overlap"]) > 0
+    assert f"| on k=3 | {report['bits_per_byte']['on k=3']:.4f} |" in capsys.readouterr().out
 
 
 def test_generation_shows_the_neighbors_of_each_whole_chunk(trained, tiny_datastore_dir, capsys):

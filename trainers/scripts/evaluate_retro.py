@@ -15,11 +15,14 @@
 Measures what retrieval buys a RETRO language model on held-out documents: bits per byte and perplexity.
 
     retro evaluate --model model --datastore datastore --output_dir evaluation
+    retro evaluate --model model --datastore datastore --output_dir evaluation --num_neighbors 1 2 4 10 \\
+        --modes off random on neighbor continuation shuffled --baseline decoder --overlap
     accelerate launch -m trainers.scripts.evaluate_retro --model model --datastore datastore --output_dir evaluation
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -41,8 +44,24 @@ class EvaluateRetroArguments:
     datastore: str = field(metadata={"help": "Folder or Hub id of the datastore to search."})
     output_dir: str = field(metadata={"help": "Folder for evaluation.json, evaluation.md and evaluation.png."})
     split: str = field(default="validation", metadata={"help": "Split of the datastore to evaluate on."})
-    modes: list[str] = field(default_factory=lambda: list(MODES), metadata={"help": f"Some of {', '.join(MODES)}."})
-    num_neighbors: int = field(default=2, metadata={"help": "Number of neighbors of a chunk."})
+    modes: list[str] = field(
+        default_factory=lambda: ["off", "random", "on"], metadata={"help": f"Some of {', '.join(MODES)}."}
+    )
+    num_neighbors: list[int] = field(
+        default_factory=lambda: [2],
+        metadata={"help": "Number of neighbors of a chunk, or several to measure each of."},
+    )
+    baseline: str | None = field(
+        default=None,
+        metadata={
+            "help": "Another RETRO model to measure without retrieval, such as one trained with neighbor_dropout 1."
+        },
+    )
+    overlap: bool = field(default=False, metadata={"help": "Report by the overlap of chunks with their neighbors."})
+    domains: str | None = field(
+        default=None,
+        metadata={"help": "Text file with the domain of each document on a line, to report each by itself."},
+    )
     window_chunks: int = field(default=32, metadata={"help": "Length in chunks of the sliding windows."})
     stride_chunks: int = field(default=16, metadata={"help": "Step in chunks between two windows."})
     batch_size: int = field(default=8, metadata={"help": "Number of windows in a forward pass."})
@@ -55,19 +74,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(EvaluateRetroArguments, argv=argv, description=__doc__, prog="retro evaluate")
     state = PartialState()
     datastore = RetroDatastore.from_pretrained(arguments.datastore)
-    model = RetroForCausalLM.from_pretrained(arguments.model, dtype=_torch_dtype(arguments.dtype)).to(state.device)
+    split = datastore.split(arguments.split)
+    dtype = _torch_dtype(arguments.dtype)
+    options = {
+        "window_chunks": arguments.window_chunks,
+        "stride_chunks": arguments.stride_chunks,
+        "batch_size": arguments.batch_size,
+        "max_documents": arguments.max_documents,
+        "seed": arguments.seed,
+    }
+    domains = None
+    if arguments.domains is not None:
+        domains = Path(arguments.domains).read_text(encoding="utf-8").splitlines()
+    model = RetroForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(state.device)
     evaluation = evaluate_retro(
         model,
         datastore,
-        datastore.split(arguments.split),
+        split,
         modes=arguments.modes,
         num_neighbors=arguments.num_neighbors,
-        window_chunks=arguments.window_chunks,
-        stride_chunks=arguments.stride_chunks,
-        batch_size=arguments.batch_size,
-        max_documents=arguments.max_documents,
-        seed=arguments.seed,
+        measure_overlap=arguments.overlap,
+        domains=domains,
+        **options,
     )
+    if arguments.baseline is not None:
+        baseline = RetroForCausalLM.from_pretrained(arguments.baseline, dtype=dtype).to(state.device)
+        measured = evaluate_retro(baseline, datastore, split, modes=["off"], **options)
+        evaluation.chunk_bits["baseline"] = measured.chunk_bits["off"]
     if state.is_main_process:
         evaluation.save(arguments.output_dir)
         print(evaluation.to_markdown())

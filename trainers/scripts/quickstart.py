@@ -47,7 +47,8 @@ from data_prep.neighbors import find_neighbors
 from modeling_retro import RetroForCausalLM
 from modeling_retro.retrieval_retro import RetroDatastore, RetroRetriever
 
-from ..evaluation import RetroEvaluation, evaluate_retro
+from ..evaluation import evaluate_retro
+from ..evaluation_report import RetroEvaluation
 from ..retro_config import RetroTrainingArguments
 from ..retro_trainer import RetroTrainer, config_for_datastore, last_complete_checkpoint
 from .generate import format_chunks, generate_with_neighbors
@@ -59,7 +60,7 @@ ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 # Sizes at which two CPU cores embed, train and evaluate in ten minutes.
 NUM_HELD_OUT = 64
 MAX_CHUNKS = {"train": 12_000, "validation": 1_500}
-SHARD_BYTES = 200_000  # small shards: progress is shown by the shard
+SHARD_BYTES = 32_000_000  # small shards: progress is shown by the shard
 VOCAB_SIZE = 4096
 MODEL = {
     "hidden_size": 128,
@@ -75,7 +76,7 @@ TRAINING = {
     "row_chunks": 8,
     "per_device_train_batch_size": 4,
     "neighbor_dropout": 0.15,
-    "learning_rate": 5e-3,
+    "learning_rate": 1e-2,
     "warmup_steps": 0.05,
     "use_muon": True,
 }

@@ -1,0 +1,304 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What an evaluation of RETRO found: numbers, tables and plots."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+
+OVERLAP_EDGES = np.arange(9) / 8
+
+
+@dataclass
+class Difference:
+    """
+    Bits per byte of one way to retrieve less those of another.
+
+    Args:
+        bits_per_byte (`float`):
+            Below zero, the first is better.
+        low (`float`), high (`float`):
+            95 % confidence interval, by bootstrap over documents.
+    """
+
+    bits_per_byte: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.bits_per_byte:+.4f} ({self.low:+.4f} … {self.high:+.4f})"
+
+
+@dataclass
+class RetroEvaluation:
+    """
+    What [`~trainers.evaluation.evaluate_retro`] measures. Ways to retrieve have the names of their modes, such as
+    `"on"`, or with several numbers of neighbors, mode and number, such as `"on k=2"`.
+
+    Args:
+        chunk_bits (`dict[str, np.ndarray]`):
+            Bits of the code for each chunk, for each way to retrieve, float64 `[chunks]`.
+        chunk_bytes (`np.ndarray`):
+            Bytes of the UTF-8 source of each chunk, int64 `[chunks]`.
+        document_offsets (`np.ndarray`):
+            First chunk of each document, and the end of the last, int64 `[documents + 1]`.
+        num_tokens (`int`):
+            Number of tokens counted.
+        num_neighbors (`list[int]`):
+            Neighbors of a chunk, where there are any.
+        overlap (`np.ndarray`, *optional*):
+            Longest token substring shared with a neighbor, as a share of the chunk size, float64 `[chunks]`.
+        domains (`list[str]`, *optional*):
+            Domain of each document.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the bootstrap.
+    """
+
+    chunk_bits: dict[str, np.ndarray]
+    chunk_bytes: np.ndarray
+    document_offsets: np.ndarray
+    num_tokens: int
+    num_neighbors: list[int]
+    overlap: np.ndarray | None = None
+    domains: list[str] | None = None
+    seed: int = 0
+    document_bytes: np.ndarray = field(init=False)
+
+    def __post_init__(self):
+        self.document_bytes = np.add.reduceat(self.chunk_bytes, self.document_offsets[:-1])
+
+    def document_bits(self, name: str) -> np.ndarray:
+        """Bits of each document, float64 `[documents]`."""
+        return np.add.reduceat(self.chunk_bits[name], self.document_offsets[:-1])
+
+    def bits_per_byte(self, name: str) -> float:
+        """Bits of the code for the text per byte of its source."""
+        return float(self.chunk_bits[name].sum() / self.chunk_bytes.sum())
+
+    def perplexity(self, name: str) -> float:
+        """Perplexity per token of the model's tokenizer."""
+        return float(2.0 ** (self.chunk_bits[name].sum() / self.num_tokens))
+
+    def difference(self, name: str, reference: str) -> Difference:
+        """Bits per byte of `name` less those of `reference`, over the same documents."""
+        bits = self.document_bits(name) - self.document_bits(reference)
+        low, high = bootstrap_interval(bits, self.document_bytes, seed=self.seed)
+        return Difference(float(bits.sum() / self.document_bytes.sum()), low, high)
+
+    def references(self, name: str) -> list[str]:
+        """What `name` is compared with: no retrieval, and as many random neighbors."""
+        mode, *number = name.split(" ", 1)
+        candidates = ["off", " ".join(["random", *number])]
+        return [candidate for candidate in candidates if candidate in self.chunk_bits and candidate != name]
+
+    def overlap_curve(self) -> list[dict]:
+        """
+        Bits per byte by overlap with the neighbors (arXiv:2112.04426, section 2.6): of the chunks in each bin, and of
+        those up to its upper end.
+        """
+        rows = []
+        for low, high in zip(OVERLAP_EDGES[:-1], OVERLAP_EDGES[1:], strict=True):
+            upto = (self.overlap <= high) & (self.chunk_bytes > 0)
+            within = upto & ((self.overlap > low) | (low == 0))
+            rows.append(
+                {
+                    "overlap": [float(low), float(high)],
+                    "num_chunks": int(within.sum()),
+                    "bits_per_byte": self._ratios(within),
+                    "cumulative_bits_per_byte": self._ratios(upto),
+                }
+            )
+        return rows
+
+    def by_domain(self) -> dict[str, dict[str, float]]:
+        """Bits per byte of each domain."""
+        domain_of_chunk = np.repeat(self.domains, np.diff(self.document_offsets))
+        return {domain: self._ratios(domain_of_chunk == domain) for domain in sorted(set(self.domains))}
+
+    def _ratios(self, chosen: np.ndarray) -> dict[str, float | None]:
+        num_bytes = self.chunk_bytes[chosen].sum()
+        return {
+            name: float(bits[chosen].sum() / num_bytes) if num_bytes else None
+            for name, bits in self.chunk_bits.items()
+        }
+
+    def to_dict(self) -> dict:
+        """The numbers, ready for JSON."""
+        names = list(self.chunk_bits)
+        numbers = {
+            "num_documents": len(self.document_bytes),
+            "num_bytes": int(self.chunk_bytes.sum()),
+            "num_tokens": self.num_tokens,
+            "num_neighbors": self.num_neighbors,
+            "bits_per_byte": {name: self.bits_per_byte(name) for name in names},
+            "perplexity": {name: self.perplexity(name) for name in names},
+            "differences": {
+                f"{name} - {reference}": asdict(self.difference(name, reference))
+                for i, name in enumerate(names)
+                for reference in names[:i]
+            },
+        }
+        if self.overlap is not None:
+            numbers["overlap"] = self.overlap_curve()
+        if self.domains is not None:
+            numbers["domains"] = self.by_domain()
+        return numbers
+
+    def to_markdown(self) -> str:
+        """The numbers as Markdown tables."""
+        tables = [self._main_table()]
+        if self.overlap is not None:
+            tables.append(self._overlap_table())
+        if self.domains is not None:
+            rows = [[domain, *map(_number, ratios.values())] for domain, ratios in self.by_domain().items()]
+            tables.append(_table(["domain", *self.chunk_bits], rows))
+        return "\n".join(tables)
+
+    def _main_table(self) -> str:
+        rows = []
+        for name in self.chunk_bits:
+            row = [name, _number(self.bits_per_byte(name)), f"{self.perplexity(name):.3f}", "", ""]
+            for reference in self.references(name):
+                row[3 + (reference != "off")] = str(self.difference(name, reference))
+            rows.append(row)
+        note = (
+            f"{len(self.document_bytes):,} held-out documents, {self.chunk_bytes.sum():,} bytes, {self.num_tokens:,} "
+            f"tokens; {', '.join(map(str, self.num_neighbors))} neighbors a chunk; in brackets 95 % intervals by "
+            "bootstrap over documents."
+        )
+        return f"{_table(['retrieval', 'bits per byte', 'perplexity', 'less off', 'less random'], rows)}\n{note}\n"
+
+    def _overlap_table(self) -> str:
+        rows = [
+            [
+                f"{row['overlap'][0]:.3f} … {row['overlap'][1]:.3f}",
+                str(row["num_chunks"]),
+                *map(_number, row["bits_per_byte"].values()),
+            ]
+            for row in self.overlap_curve()
+        ]
+        return _table(["overlap with the neighbors", "chunks", *self.chunk_bits], rows)
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """
+        Writes `evaluation.json`, `evaluation.md` and, with matplotlib, `evaluation.png` and `overlap.png`.
+
+        Args:
+            directory (`str` or `os.PathLike`):
+                Directory to write to; made if it is not there.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "evaluation.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        (directory / "evaluation.md").write_text(self.to_markdown(), encoding="utf-8")
+        self.plot(directory / "evaluation.png")
+        if self.overlap is not None:
+            self.plot_overlap(directory / "overlap.png")
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """
+        Draws the bits per byte of each way to retrieve, and how it changes each document.
+
+        Args:
+            path (`str` or `os.PathLike`):
+                PNG file to write.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        bars, changes = figure.subplots(1, 2)
+        names = list(self.chunk_bits)
+        values = [self.bits_per_byte(name) for name in names]
+        bars.bar_label(bars.barh(names, values, color="tab:blue"), fmt="%.4f")
+        spread = max(values) - min(values) or max(values)
+        bars.set_xlim(max(0.0, min(values) - spread), max(values) + spread)
+        bars.invert_yaxis()
+        bars.set_xlabel("bits per byte (axis cut)")
+        for name in names:
+            if name != "off" and "off" in self.chunk_bits:
+                difference = (self.document_bits(name) - self.document_bits("off")) / self.document_bytes
+                changes.plot(np.sort(difference), label=f"{name} − off")
+        changes.axhline(0.0, color="gray", linewidth=0.8)
+        changes.set_xlabel("held-out documents, sorted")
+        changes.set_ylabel("bits per byte")
+        changes.legend()
+        figure.savefig(path, dpi=150)
+
+    def plot_overlap(self, path: str | os.PathLike) -> None:
+        """
+        Draws the bits per byte of the chunks that overlap with their neighbors up to a share.
+
+        Args:
+            path (`str` or `os.PathLike`):
+                PNG file to write.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        curve = self.overlap_curve()
+        for name in self.chunk_bits:
+            points = [(row["overlap"][1], row["cumulative_bits_per_byte"][name]) for row in curve]
+            axes.plot(*zip(*((x, y) for x, y in points if y is not None), strict=True), marker="o", label=name)
+        axes.set_xlabel("overlap with the neighbors, at most")
+        axes.set_ylabel("bits per byte")
+        axes.legend()
+        figure.savefig(path, dpi=150)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    def lines() -> Iterator[str]:
+        yield "| " + " | ".join(header) + " |"
+        yield "|---" * len(header) + "|"
+        for row in rows:
+            yield "| " + " | ".join(row) + " |"
+
+    return "\n".join(lines()) + "\n"
+
+
+def bootstrap_interval(
+    numerator: np.ndarray, denominator: np.ndarray, num_samples: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """
+    Confidence interval of `numerator.sum() / denominator.sum()` when documents are drawn anew, with replacement.
+
+    Args:
+        numerator (`np.ndarray`), denominator (`np.ndarray`):
+            Values of each document, `[documents]`.
+        num_samples (`int`, *optional*, defaults to 2000):
+            Number of draws.
+        level (`float`, *optional*, defaults to 0.95):
+            Share of the draws inside the interval.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the draws.
+
+    Returns:
+        `tuple[float, float]`: lower and upper end.
+    """
+    generator = np.random.default_rng(seed)
+    ratios = np.empty(num_samples)
+    for i in range(num_samples):
+        drawn = generator.integers(len(numerator), size=len(numerator))
+        ratios[i] = numerator[drawn].sum() / denominator[drawn].sum()
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
