@@ -37,7 +37,7 @@ sys.meta_path.insert(0, Absent())
 
 PUSH = """
 import json, sys
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from modeling_retro import RetroDatastore, RetroForCausalLM
 from transformers import AutoTokenizer
 
@@ -51,6 +51,16 @@ for repo in ("alice/datastore", "alice/datastore", "alice/other"):
         report.setdefault(repo, []).append(datastore.push_to_hub(repo, private=True).oid)
     except Exception as error:
         report.setdefault(repo, []).append(f"{type(error).__name__}: {error}")
+HfApi().create_commit(
+    "alice/datastore",
+    [
+        CommitOperationAdd("README.md", b"---\\nlicense: cc0-1.0\\n---\\n\\nMy own words.\\n"),
+        CommitOperationAdd("chunks/shard-00099.parquet", b"of an older datastore"),
+    ],
+    commit_message="A card, and something old",
+    repo_type="dataset",
+)
+report["update"] = datastore.push_to_hub("alice/datastore").oid
 model = RetroForCausalLM.from_pretrained(sys.argv[2])
 model.config.datastore_name_or_path = "alice/datastore"
 model.config.datastore_revision = report["alice/datastore"][1]
@@ -145,12 +155,24 @@ def test_a_push_that_broke_off_goes_on_without_repeating_itself(hub, pushed):
     broken, whole = pushed["alice/datastore"]
     assert broken.startswith("ConnectionError: the push to alice/datastore broke off at chunks/")
     repo = hub.repos["datasets", "alice/datastore"]
-    assert repo.refs["main"] == whole
-    # The commit that made the repository, and one that shows everything at once.
-    assert len(repo.commits) == 2
+    # The commit that made the repository, and one that shows everything at once; two more are of later.
+    assert list(repo.commits).index(whole) == 1
+    assert len(repo.commits) == 4
     uploads = [request for request in hub.requests if request.startswith("PUT /lfs/")]
     assert len(uploads) == len(set(uploads)) + 1
     assert repo.private
+
+
+def test_an_update_keeps_the_card_and_removes_what_is_old(hub, pushed):
+    repo = hub.repos["datasets", "alice/datastore"]
+    assert repo.refs["main"] == pushed["update"]
+    before, after = (dict(repo.files(revision)) for revision in (pushed["alice/datastore"][1], "main"))
+    card = after.pop("README.md").data.decode()
+    before.pop("README.md")
+    assert before == after
+    assert "My own words." in card
+    assert "license: cc0-1.0" in card
+    assert "config_name: neighbors" in card
 
 
 def test_a_repository_of_something_else_is_left_alone(hub, pushed):
