@@ -15,7 +15,7 @@
 Writes the texts of a data set, one JSON object `{"text": ...}` a line and one file a split:
 
     retro wikitext --output_dir data/
-    retro chunk --inputs data/wikitext_train.jsonl ...
+    retro chunk --input data/wikitext_train.jsonl ...
 
 Any text set of the Hub or of the disk will do in place of WikiText:
 
