@@ -74,7 +74,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 loss = closure()
         muon, adamw = self._optimizers
         # Loading a checkpoint puts new groups and states in place of those that the two were made with.
-        muon.param_groups, adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        muon.param_groups = [group for group in self.param_groups if "ns_steps" in group]
+        adamw.param_groups = [group for group in self.param_groups if "ns_steps" not in group]
         for optimizer in self._optimizers:
             optimizer.state = self.state
             optimizer.step()

@@ -35,8 +35,8 @@ class RetroTrainingArguments(TrainingArguments):
 
         > Parameters that control the neighbors
 
-        num_neighbors (`int`, *optional*, defaults to `2`):
-            Number of neighbors k that a chunk sees in training.
+        num_neighbors (`list[int]`, *optional*, defaults to `[2]`):
+            Number of neighbors k that a chunk sees in training. Of several numbers, each row draws one.
         neighbor_dropout (`float`, *optional*, defaults to `0.1`):
             Share of chunks that see no neighbors in a training step, so that the model without retrieval stays good.
 
@@ -44,6 +44,10 @@ class RetroTrainingArguments(TrainingArguments):
 
         use_muon (`bool`, *optional*, defaults to `False`):
             Whether to optimize the weights of the linear layers with Muon and the rest with AdamW, instead of `optim`.
+        freeze_decoder (`bool`, *optional*, defaults to `False`):
+            Whether to train only chunked cross attention and the neighbor encoder, as in retrofitting.
+        decoder_learning_rate (`float`, *optional*):
+            Learning rate of the decoder; `learning_rate` is then that of cross attention and neighbor encoder alone.
 
         > Parameters that control the evaluation
 
@@ -80,7 +84,10 @@ class RetroTrainingArguments(TrainingArguments):
     row_chunks: int = field(default=32, metadata={"help": "Number of consecutive chunks in a row."})
 
     # Parameters that control the neighbors
-    num_neighbors: int = field(default=2, metadata={"help": "Number of neighbors that a chunk sees in training."})
+    num_neighbors: list[int] = field(
+        default_factory=lambda: [2],
+        metadata={"help": "Number of neighbors that a chunk sees in training; of several, each row draws one."},
+    )
     neighbor_dropout: float = field(
         default=0.1, metadata={"help": "Share of chunks that see no neighbors in a training step."}
     )
@@ -88,6 +95,12 @@ class RetroTrainingArguments(TrainingArguments):
     # Parameters that control the optimizer
     use_muon: bool = field(
         default=False, metadata={"help": "Optimize the linear layers with Muon and the rest with AdamW."}
+    )
+    freeze_decoder: bool = field(
+        default=False, metadata={"help": "Train only chunked cross attention and the neighbor encoder."}
+    )
+    decoder_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the decoder. `learning_rate` when unset."}
     )
 
     # Parameters that control the evaluation
@@ -103,10 +116,13 @@ class RetroTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.row_chunks < 1:
             raise ValueError(f"row_chunks is {self.row_chunks}, expected at least 1")
-        if self.num_neighbors < 1:
+        if not self.num_neighbors or min(self.num_neighbors) < 1:
             raise ValueError(
-                f"num_neighbors is {self.num_neighbors}, expected at least 1; neighbor_dropout=1.0 trains without any"
+                f"num_neighbors is {self.num_neighbors}, expected numbers from 1; neighbor_dropout=1.0 trains without "
+                "neighbors"
             )
+        if self.freeze_decoder and self.decoder_learning_rate is not None:
+            raise ValueError("decoder_learning_rate is set, but freeze_decoder leaves nothing that it would train")
         if not 0.0 <= self.neighbor_dropout <= 1.0:
             raise ValueError(f"neighbor_dropout is {self.neighbor_dropout}, expected a share between 0 and 1")
         if self.remove_unused_columns:

@@ -15,7 +15,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_retro import RetroConfig
 from modeling_retro.retrieval_retro import DatastoreSplit, RetroDatastore
+from modeling_retro.retrofit_retro import is_retrofit_weight
 
 from .evaluation import evaluate_retro
 from .muon import MuonWithAdamW
@@ -154,12 +155,12 @@ class DataCollatorForRetro:
             What the rows are made of.
         row_chunks (`int`, *optional*, defaults to `32`):
             Number of chunk slots L of a row. Shorter ranges are padded.
-        num_neighbors (`int`, *optional*, defaults to `2`):
-            Number of neighbors k of a chunk.
+        num_neighbors (`int` or `Sequence[int]`, *optional*, defaults to `2`):
+            Number of neighbors k of a chunk. Of several numbers, each row draws one, and k is the largest.
         neighbor_dropout (`float`, *optional*, defaults to `0.0`):
             Probability that a chunk sees no neighbors.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the dropout; with it, the epoch and the row, the dropped chunks are always the same.
+            Seed of what is drawn; with it, the epoch and the row, that is always the same.
 
     Returns (with m the chunk size and r the neighbor length of the datastore):
         `dict[str, torch.Tensor]`: `input_ids`, `position_ids` and `labels` `int64 [B, L * m]`, `neighbor_input_ids`
@@ -182,17 +183,19 @@ class DataCollatorForRetro:
     datastore: RetroDatastore
     source: RetroDatastore | DatastoreSplit | None = None
     row_chunks: int = 32
-    num_neighbors: int = 2
+    num_neighbors: int | Sequence[int] = 2
     neighbor_dropout: float = 0.0
     seed: int = 0
 
     def __post_init__(self):
         if self.source is None:
             self.source = self.datastore
+        if isinstance(self.num_neighbors, int):
+            self.num_neighbors = [self.num_neighbors]
         available = self.source.neighbor_ids.shape[1]
-        if self.num_neighbors > available:
+        if max(self.num_neighbors) > available:
             raise ValueError(
-                f"num_neighbors is {self.num_neighbors}, but only {available} neighbors a chunk are stored; run "
+                f"num_neighbors is {max(self.num_neighbors)}, but only {available} neighbors a chunk are stored; run "
                 "`retro neighbors` with a larger number"
             )
 
@@ -207,9 +210,9 @@ class DataCollatorForRetro:
         labels = np.where(mask, input_ids, -100)
         labels[..., 0][begins_document] = -100
 
-        dropped = np.stack([self._dropped_chunks(row) for row in rows])
-        neighbor_ids = self.source.neighbor_ids[np.where(present, chunk_ids, 0), : self.num_neighbors]  # [B, L, k]
-        neighbor_ids = np.where((present & ~dropped)[..., None], neighbor_ids, -1)
+        neighbor_ids = self.source.neighbor_ids[np.where(present, chunk_ids, 0), : max(self.num_neighbors)]
+        seen = np.stack([self._seen_neighbors(row) for row in rows])  # [B, L, k]
+        neighbor_ids = np.where(present[..., None] & seen, neighbor_ids, -1)
         neighbor_input_ids, neighbor_mask = self.datastore.take_neighbors(neighbor_ids)  # [B, L, k, r]
 
         batch = {
@@ -233,9 +236,11 @@ class DataCollatorForRetro:
         chunk_size = self.source.chunks.chunk_size
         return (slots - first_slot)[..., None] * chunk_size + np.arange(chunk_size)  # [B, L, m]
 
-    def _dropped_chunks(self, row: dict[str, int]) -> np.ndarray:
+    def _seen_neighbors(self, row: dict[str, int]) -> np.ndarray:
         generator = np.random.default_rng([self.seed, row["epoch"], row["start"]])
-        return generator.random(self.row_chunks) < self.neighbor_dropout
+        dropped = generator.random(self.row_chunks) < self.neighbor_dropout
+        number = generator.choice(self.num_neighbors)
+        return ~dropped[:, None] & (np.arange(max(self.num_neighbors)) < number)
 
 
 class RetroTrainer(Trainer):
@@ -264,6 +269,8 @@ class RetroTrainer(Trainer):
         eval_dataset: DatastoreSplit | None = None,
         **kwargs: Any,
     ):
+        if args.freeze_decoder:
+            model.freeze_decoder()
         self.datastore = datastore
         self._seconds_waited = 0.0
         self._tokens_seen = 0
@@ -290,8 +297,10 @@ class RetroTrainer(Trainer):
         return EpochRowSampler(len(self.train_dataset), data_seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.args.use_muon and self.optimizer is None:
-            model = self.model if model is None else model
+        model = self.model if model is None else model
+        if self.optimizer is not None:
+            return self.optimizer
+        if self.args.use_muon:
             self.optimizer = MuonWithAdamW(
                 model,
                 lr=self.args.learning_rate,
@@ -300,7 +309,23 @@ class RetroTrainer(Trainer):
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
             )
-        return super().create_optimizer(model)
+        else:
+            super().create_optimizer(model)
+        if self.args.decoder_learning_rate is not None:
+            self._split_decoder_groups(model)
+        return self.optimizer
+
+    def _split_decoder_groups(self, model: nn.Module) -> None:
+        decoder = {id(parameter) for name, parameter in model.named_parameters() if not is_retrofit_weight(name)}
+        groups = []
+        for group in self.optimizer.param_groups:
+            for learning_rate, in_decoder in (
+                (self.args.learning_rate, False),
+                (self.args.decoder_learning_rate, True),
+            ):
+                parameters = [parameter for parameter in group["params"] if (id(parameter) in decoder) == in_decoder]
+                groups.append({**group, "params": parameters, "lr": learning_rate})
+        self.optimizer.param_groups = groups
 
     def evaluate(
         self,
@@ -319,7 +344,7 @@ class RetroTrainer(Trainer):
                 self.datastore,
                 self.eval_dataset if eval_dataset is None else eval_dataset,
                 modes=("off", "on"),
-                num_neighbors=self.args.num_neighbors,
+                num_neighbors=max(self.args.num_neighbors),
                 window_chunks=self.args.eval_window_chunks,
                 stride_chunks=self.args.eval_stride_chunks,
                 batch_size=self.args.per_device_eval_batch_size,

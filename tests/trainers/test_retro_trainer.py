@@ -21,8 +21,15 @@ import torch
 from array_datastore import ArrayDatastore, random_datastore
 from torch.utils.data import DataLoader
 
+from modeling_retro import RetroConfig, RetroForCausalLM
 from trainers.retro_config import RetroTrainingArguments
-from trainers.retro_trainer import ChunkRows, DataCollatorForRetro, EpochRowSampler, last_complete_checkpoint
+from trainers.retro_trainer import (
+    ChunkRows,
+    DataCollatorForRetro,
+    EpochRowSampler,
+    RetroTrainer,
+    last_complete_checkpoint,
+)
 
 
 # Chunks of two tokens: chunks 0 and 1 are the first document (three tokens), 2 the second (one), 3 and 4 the third.
@@ -129,6 +136,62 @@ def test_neighbor_dropout_drops_the_given_share_of_chunks(datastore_with_all_nei
     assert abs(share - dropout) <= 4 * (dropout * (1 - dropout) / len(dropped)) ** 0.5
 
 
+def test_rows_draw_one_of_several_numbers_of_neighbors():
+    datastore = random_datastore(seed=3, vocab_size=50, chunk_size=4, num_documents=200, num_neighbors=4)
+    datastore.neighbor_ids = np.abs(datastore.neighbor_ids)
+    whole_rows = range(len(datastore.chunks) // 4)
+    batch = collate(datastore, row_chunks=4, rows=whole_rows, num_neighbors=[1, 3])
+    present = batch["neighbor_attention_mask"].any(-1)  # [B, L, k]
+    assert present.shape[-1] == 3
+    numbers = present.sum(-1)
+    assert (numbers == numbers[:, :1]).all()
+    assert set(numbers.unique().tolist()) == {1, 3}
+    assert torch.equal(present, torch.arange(3) < numbers[..., None])
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    def make(**options):
+        config = RetroConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            chunk_size=4,
+            cross_attention_layers=[1],
+        )
+        datastore = random_datastore(seed=3, vocab_size=50, chunk_size=4, num_documents=20, num_neighbors=2)
+        datastore.tokenizer = None
+        arguments = RetroTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **options)
+        return RetroTrainer(RetroForCausalLM(config), arguments, datastore)
+
+    return make
+
+
+@pytest.mark.parametrize("use_muon", [False, True])
+def test_norms_do_not_decay_and_the_decoder_has_its_own_learning_rate(make_trainer, use_muon):
+    trainer = make_trainer(learning_rate=1e-3, decoder_learning_rate=1e-5, weight_decay=0.3, use_muon=use_muon)
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    seen = []
+    for group in trainer.create_optimizer().param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            seen.append(name)
+            added = "cross_attn" in name or "neighbor_encoder" in name
+            assert group["lr"] == (1e-3 if added else 1e-5), name
+            assert group["weight_decay"] == (0.0 if "norm" in name else 0.3), name
+    assert sorted(seen) == sorted(names.values())
+
+
+def test_frozen_decoder_has_nothing_in_the_optimizer(make_trainer):
+    trainer = make_trainer(freeze_decoder=True)
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    optimized = [names[id(p)] for group in trainer.create_optimizer().param_groups for p in group["params"]]
+    assert optimized
+    assert all("cross_attn" in name or "neighbor_encoder" in name for name in optimized)
+
+
 def test_more_neighbors_than_stored_is_an_error(small_datastore):
     with pytest.raises(ValueError, match="num_neighbors is 3, but only 2"):
         DataCollatorForRetro(small_datastore, num_neighbors=3)
@@ -167,7 +230,8 @@ def test_workers_make_the_same_batches_as_the_process_itself(datastore_with_all_
     ("options", "message"),
     [
         ({"row_chunks": 0}, "row_chunks is 0"),
-        ({"num_neighbors": 0}, "num_neighbors is 0"),
+        ({"num_neighbors": [2, 0]}, r"num_neighbors is \[2, 0\]"),
+        ({"freeze_decoder": True, "decoder_learning_rate": 1e-4}, "decoder_learning_rate is set"),
         ({"neighbor_dropout": 1.5}, "neighbor_dropout is 1.5"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
     ],

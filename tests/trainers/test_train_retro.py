@@ -21,6 +21,7 @@ import sys
 import pytest
 import torch
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_retro import RetroForCausalLM
 from trainers.scripts import evaluate_retro, generate, train_retro
@@ -120,6 +121,29 @@ def test_run_resumed_from_a_checkpoint_ends_with_the_same_weights(
     assert_same_weights(resumed, whole)
 
 
+def test_frozen_decoder_stays_and_only_what_retro_adds_is_saved(tiny_datastore_dir, tiny_tokenizer, tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    model = RetroForCausalLM.from_decoder_pretrained(tmp_path / "base", chunk_size=8, cross_attention_layers=[1])
+    model.save_pretrained(tmp_path / "start")
+    words = train_options(tiny_datastore_dir, None, tmp_path / "out", model=tmp_path / "start", max_steps=3)
+    del words[words.index("--model_config") : words.index("--model_config") + 2]
+    train_retro.main([*words, "--freeze_decoder=true", "--retrofit_only=true", "--save_strategy=no"])
+    found, before = weights(tmp_path / "out"), weights(tmp_path / "start")
+    changed = {name for name in before if not torch.equal(found[name], before[name])}
+    assert changed
+    assert all("cross_attn" in name or "neighbor_encoder" in name for name in changed)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_evaluation_writes_the_report(trained, tiny_datastore_dir, tmp_path, capsys):
     options = {"model": trained, "datastore": tiny_datastore_dir, "output_dir": tmp_path, "window_chunks": 4}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
@@ -156,7 +180,7 @@ def test_generation_shows_the_neighbors_of_each_whole_chunk(trained, tiny_datast
     ("options", "message"),
     [
         ({"model_config": "no-such.yaml"}, "no-such.yaml"),
-        ({"model_name_or_path": "model"}, "either --model_name_or_path"),
+        ({"model": "model"}, "either --model"),
         ({"num_neighbors": 9}, "num_neighbors is 9, but only 4"),
     ],
 )

@@ -15,6 +15,8 @@
 Trains a RETRO language model on a datastore whose neighbors have been found.
 
     retro train --datastore datastore --model_config small.yaml --output_dir model --num_train_epochs 3
+    retro train --datastore datastore --model smollm2-retro --freeze_decoder true --output_dir model
+    retro train --accelerate-config ddp --datastore datastore --model_config small.yaml --output_dir model
     accelerate launch -m trainers.scripts.train_retro --datastore datastore --model_config small.yaml --output_dir out
 
 The model config is a YAML or JSON file with fields of `RetroConfig`; vocabulary, special tokens and chunk sizes come
@@ -26,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import set_seed
 
@@ -44,15 +47,17 @@ class TrainRetroArguments:
     """
 
     datastore: str = field(metadata={"help": "Folder or Hub id of the datastore to train on and to search."})
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "RETRO checkpoint to start from. From scratch when unset."}
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a RETRO model to start from, such as a retrofitted one."}
     )
     model_config: str | None = field(
         default=None, metadata={"help": "YAML or JSON file with fields of RetroConfig, for training from scratch."}
     )
     eval_split: str = field(
-        default="validation",
-        metadata={"help": "Split of the datastore to evaluate on, if `eval_strategy` asks for it."},
+        default="validation", metadata={"help": "Split of the datastore that `eval_strategy` evaluates on."}
+    )
+    retrofit_only: bool = field(
+        default=False, metadata={"help": "Save only what RETRO adds to a frozen decoder, with the decoder's checksum."}
     )
 
 
@@ -70,15 +75,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     checkpoint = training_arguments.resume_from_checkpoint or last_complete_checkpoint(training_arguments.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    if not arguments.retrofit_only:
+        trainer.save_model()
+    elif trainer.is_world_process_zero():
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(
+            training_arguments.output_dir, retrofit_only=True
+        )
     trainer.save_state()
 
 
 def _load_model(arguments: TrainRetroArguments, datastore: RetroDatastore, seed: int) -> RetroForCausalLM:
-    if (arguments.model_name_or_path is None) == (arguments.model_config is None):
-        raise ValueError("give either --model_name_or_path (to go on training) or --model_config (from scratch)")
-    if arguments.model_name_or_path is not None:
-        return RetroForCausalLM.from_pretrained(arguments.model_name_or_path)
+    if (arguments.model is None) == (arguments.model_config is None):
+        raise ValueError("give either --model (to go on training) or --model_config (from scratch)")
+    if arguments.model is not None:
+        return RetroForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     path = Path(arguments.model_config)
     text = path.read_text(encoding="utf-8")
     try:
