@@ -28,6 +28,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,8 @@ def _jaccard(first: np.ndarray, second: np.ndarray) -> float:
 def documents_of(columns: dict[str, np.ndarray]) -> Iterator[tuple[int, slice, np.ndarray]]:
     """Yields (document id, rows, token ids) of the documents of a shard of chunks, in order."""
     document_id, length, input_ids = columns["document_id"], columns["length"], columns["input_ids"]
-    starts = np.flatnonzero(np.diff(document_id, prepend=-1))
-    for start, stop in zip(starts, [*starts[1:], len(document_id)], strict=True):
+    bounds = [*np.flatnonzero(np.diff(document_id, prepend=-1)), len(document_id)]
+    for start, stop in pairwise(bounds):
         tokens = input_ids[start:stop].reshape(-1)[: (stop - start - 1) * input_ids.shape[1] + length[stop - 1]]
         yield int(document_id[start]), slice(int(start), int(stop)), tokens
 

@@ -23,6 +23,8 @@ from conftest import write_jsonl
 from data_prep.chunk import chunk_documents
 from data_prep.deduplicate import NearDuplicates, deduplicate
 from data_prep.embed import embed_chunks
+from data_prep.index import build_index
+from data_prep.neighbors import find_neighbors
 from modeling_retro.retrieval_retro import RetroDatastore
 
 
@@ -106,6 +108,22 @@ def test_chunks_that_are_embedded_are_not_changed_behind_their_back(tmp_path, ti
     deduplicate(datastore, force=True)
     with pytest.raises(ValueError, match="run `retro index`"):
         RetroDatastore.from_pretrained(datastore).index
+
+
+def test_a_shard_without_chunks_goes_through_all_stages(tmp_path, tiny_tokenizer, tiny_encoder_dir):
+    """`max_chunks` ends at a document that does not fit, which may be the first of its shard."""
+    file = write_jsonl(tmp_path / "a.jsonl", ["one", "two", "three " * 99])
+    stage = chunk_documents(file, tmp_path / "out", tiny_tokenizer, chunk_size=8, max_chunks=9, shard_bytes=1)
+    assert [shard["rows"] for shard in stage["shards"]] == [1, 1, 0]
+    chunk_documents(file, tmp_path / "out", tiny_tokenizer, chunk_size=8, split="validation", max_documents=1)
+    assert deduplicate(tmp_path / "out")["documents"] == 1
+    for split in ("train", "validation"):
+        embed_chunks(tmp_path / "out", tiny_encoder_dir, split=split)
+    assert build_index(tmp_path / "out")["ntotal"] == 1
+    for split in ("train", "validation"):
+        find_neighbors(tmp_path / "out", num_neighbors=1, split=split)
+    datastore = RetroDatastore.from_pretrained(tmp_path / "out")
+    assert datastore.neighbor_ids.tolist() == [[-1]] and datastore.split("validation").neighbor_ids.tolist() == [[0]]
 
 
 def test_nothing_to_compare_with_is_an_error(tmp_path, tiny_tokenizer):
