@@ -15,8 +15,10 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_retro import RetroForCausalLM
+from trainers.retro_trainer import last_complete_checkpoint
 from trainers.scripts import evaluate_retro, generate, train_retro
 
 
@@ -119,6 +122,19 @@ def test_run_resumed_from_a_checkpoint_ends_with_the_same_weights(
     state = json.loads((resumed / "trainer_state.json").read_text())
     assert state["global_step"] == 12
     assert_same_weights(resumed, whole)
+
+
+def test_killed_run_started_again_ends_with_the_weights_of_a_whole_one(tiny_datastore_dir, model_config, tmp_path):
+    options = {"max_steps": 120, "save_steps": 10, "save_total_limit": 2}
+    killed = train_options(tiny_datastore_dir, model_config, tmp_path / "killed", **options)
+    process = subprocess.Popen([sys.executable, "-m", "trainers.scripts.train_retro", *killed])
+    while process.poll() is None and last_complete_checkpoint(tmp_path / "killed") is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+    train_retro.main(killed)
+    train_retro.main(train_options(tiny_datastore_dir, model_config, tmp_path / "whole", **options))
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_frozen_decoder_stays_and_only_what_retro_adds_is_saved(tiny_datastore_dir, tiny_tokenizer, tmp_path):

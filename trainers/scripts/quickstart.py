@@ -29,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -266,7 +267,9 @@ def find_encoder() -> Path:
     return folder
 
 
-def train_model(output_dir: Path, datastore: RetroDatastore, max_steps: int, seed: int) -> RetroForCausalLM:
+def train_model(
+    output_dir: Path, datastore: RetroDatastore, max_steps: int, seed: int, **options: Any
+) -> RetroForCausalLM:
     """Trains a small model from scratch; a run of as many steps that was interrupted goes on."""
     set_seed(seed)
     model = RetroForCausalLM(config_for_datastore(datastore, **MODEL))
@@ -281,7 +284,7 @@ def train_model(output_dir: Path, datastore: RetroDatastore, max_steps: int, see
         seed=seed,
         bf16=_computes_in_bf16(),
         use_cpu=not torch.cuda.is_available(),
-        **TRAINING,
+        **{**TRAINING, **options},
     )
     trainer = RetroTrainer(model, arguments, datastore)
     print(f"{model.num_parameters() / 1e6:.1f} million parameters, {len(datastore.chunks):,} chunks")
