@@ -32,7 +32,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_retro import RetroCache, prepend_slot
@@ -189,6 +189,24 @@ def create_neighbor_mask(mask: torch.BoolTensor, dtype: torch.dtype) -> torch.Te
     """What to add to the scores of keys `(N, Lk)`, the same for all queries: `(N, 1, 1, Lk)`."""
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
     return bias[:, None, None, :]
+
+
+def flash_sequence_lengths(position_ids: torch.LongTensor, batch_size: int) -> dict[str, torch.Tensor | int]:
+    """
+    Packed documents for flash attention, which knows no masks and of which transformers finds those of one row only. A
+    sequence ends where positions do not count on; each padding token is a sequence that nobody else sees.
+    """
+    position_ids = position_ids.expand(batch_size, -1)
+    is_start = nn.functional.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=True)  # [B, T]
+    starts = is_start.flatten().nonzero()[:, 0]
+    cu_seq_lens = nn.functional.pad(starts, (0, 1), value=is_start.numel()).to(torch.int32)
+    max_length = position_ids.shape[1]
+    return {
+        "cu_seq_lens_q": cu_seq_lens,
+        "cu_seq_lens_k": cu_seq_lens,
+        "max_length_q": max_length,
+        "max_length_k": max_length,
+    }
 
 
 class RetroAttention(nn.Module):
@@ -540,7 +558,9 @@ class RetroPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["RetroDecoderLayer", "RetroNeighborEncoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flash_attn = True
     _supports_flex_attn = True
+    _can_compile_fullgraph = True
     _supports_attention_backend = True
     _can_record_outputs = {
         "hidden_states": RetroDecoderLayer,
@@ -616,6 +636,9 @@ class RetroModel(RetroPreTrainedModel):
         causal_mask = self._create_causal_mask(
             inputs_embeds, attention_mask, position_ids if has_explicit_positions else None, past_key_values
         )
+        is_empty = past_key_values is None or (cache is not None and past_length == 0)
+        if has_explicit_positions and is_empty and is_flash_attention_requested(self.config):
+            causal_mask, kwargs = None, flash_sequence_lengths(position_ids, inputs_embeds.shape[0]) | kwargs
         cross_attention_inputs, encode_neighbors = self._prepare_retrieval(
             inputs_embeds, attention_mask, position_ids, neighbor_input_ids, neighbor_attention_mask, cache
         )

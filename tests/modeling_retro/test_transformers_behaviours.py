@@ -21,7 +21,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from test_generation_retro import HashRetriever, left_padded, make_retro
 from test_modeling_retro import CHUNK, VOCAB, assert_close, make_inputs, make_model
-from transformers import AutoModel, AutoModelForCausalLM, TextStreamer, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, CompileConfig, TextStreamer, pipeline
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -185,6 +185,63 @@ def test_other_attention_functions_serve_the_decoder_and_sdpa_the_neighbors(monk
         model.set_attn_implementation("spy")
         logits = model(**inputs).logits
     assert called == ["RetroSelfAttention"] * 3 and torch.equal(logits, expected)
+
+
+def slow_flash_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q=None, **kwargs):
+    """What the flash kernels compute for the arguments that transformers passes them."""
+    (batch_size, heads, queries, _), keys = query.shape, key.shape[2]
+    key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+    is_seen = torch.arange(keys) <= torch.arange(queries)[:, None] + keys - queries
+    if cu_seq_lens_q is not None:
+        assert attention_mask is None and queries == keys
+        document = torch.bucketize(torch.arange(batch_size * queries), cu_seq_lens_q, right=True).view(batch_size, -1)
+        is_seen = is_seen & (document[:, :, None] == document[:, None])[:, None]
+    elif attention_mask is not None:
+        is_seen = is_seen & attention_mask.bool()[:, None, None]
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~is_seen, torch.finfo(query.dtype).min)
+    return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+
+def test_flash_attention_is_told_of_padding_and_of_documents_in_every_row(monkeypatch):
+    """The kernels want a GPU; what they are asked to compute does not."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", slow_flash_attention)
+    model, flash = make_retro(), make_retro()
+    flash.config._attn_implementation_internal = "flash_attention_2"
+    inputs = neighbor_inputs(length=4 * CHUNK)
+    left, right = (torch.arange(4 * CHUNK) >= 3).long(), (torch.arange(4 * CHUNK) < 4 * CHUNK - 3).long()
+    one, two = torch.arange(4 * CHUNK), torch.arange(2 * CHUNK).repeat(2)
+    padded_two = torch.cat([torch.zeros(3, dtype=torch.long), two[:-3]])
+    for mask, positions in (
+        (torch.stack([left, right]), None),
+        (None, torch.stack([one, two])),
+        (None, two[None]),
+        (torch.stack([left, torch.ones_like(left)]), torch.stack([padded_two, two])),
+    ):
+        given = inputs | {"attention_mask": mask, "position_ids": positions}
+        with torch.no_grad():
+            expected, logits = model(**given).logits, flash(**given).logits
+        is_token = torch.ones(2, 4 * CHUNK, dtype=torch.bool) if mask is None else mask.bool()
+        assert_close(logits[is_token], expected[is_token], 1e-7)
+    ids, mask = left_padded([2 * CHUNK + 1, 2])
+    arguments = {"max_new_tokens": CHUNK + 2, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, attention_mask=mask, **arguments)
+    assert torch.equal(flash.generate(ids, attention_mask=mask, **arguments), expected)
+
+
+def test_static_cache_generates_as_the_dynamic_one_without_retrieval():
+    """Compiled too, in one graph; with a retriever a static cache is refused by name."""
+    model = make_retro()
+    ids, mask = left_padded([2 * CHUNK + 1, CHUNK])
+    arguments = {"max_new_tokens": CHUNK, "do_sample": False, "eos_token_id": None, "attention_mask": mask}
+    with model.retrieval(False):
+        expected = model.generate(ids, **arguments)
+        static = model.generate(ids, **arguments, cache_implementation="static", disable_compile=True)
+        compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+        compile_config._compile_all_devices = True
+        compiled = model.generate(ids, **arguments, cache_implementation="static", compile_config=compile_config)
+    assert torch.equal(static, expected) and torch.equal(compiled, expected)
+    with pytest.raises(ValueError, match="StaticCache.*RetroCache"):
+        model.generate(ids, **arguments, cache_implementation="static", disable_compile=True)
 
 
 def test_pipeline_and_streamer_retrieve_like_generate(tiny_tokenizer, capsys):
