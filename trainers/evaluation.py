@@ -92,9 +92,10 @@ def evaluate_retro(
         [`RetroEvaluation`]
 
     Raises:
-        `ValueError`: for unknown modes, a stride that is not smaller than the window, more neighbors than were found,
-            or a split without documents.
+        `ValueError`: for a model with another chunk size than the datastore, unknown modes, a stride that is not
+            smaller than the window, more neighbors than were found, or a split without documents.
     """
+    datastore.check_chunk_size(model.config.chunk_size)
     unknown = sorted(set(modes) - set(MODES))
     if unknown:
         raise ValueError(f"unknown evaluation modes {', '.join(unknown)}; expected some of {', '.join(MODES)}")

@@ -269,12 +269,13 @@ class RetroTrainer(Trainer):
         eval_dataset: DatastoreSplit | None = None,
         **kwargs: Any,
     ):
+        datastore.check_chunk_size(model.config.chunk_size)
         if args.freeze_decoder:
             model.freeze_decoder()
         self.datastore = datastore
         self._seconds_waited = 0.0
         self._tokens_seen = 0
-        self._last_log_time = time.perf_counter()
+        self._last_log_time = None
         data_collator = DataCollatorForRetro(
             datastore,
             row_chunks=args.row_chunks,
@@ -358,11 +359,12 @@ class RetroTrainer(Trainer):
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start_time
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._last_log_time = time.perf_counter()
         return metrics
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, torch.Tensor | int | None]:
         start_time = time.perf_counter()
+        if self._last_log_time is None:
+            self._last_log_time = start_time
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         self._seconds_waited += time.perf_counter() - start_time
         self._tokens_seen += sum(batch["input_ids"].numel() for batch in batches) * self.args.world_size
@@ -373,5 +375,5 @@ class RetroTrainer(Trainer):
             elapsed = time.perf_counter() - self._last_log_time
             logs["tokens_per_second"] = self._tokens_seen / elapsed
             logs["data_wait_share"] = self._seconds_waited / elapsed
-            self._seconds_waited, self._tokens_seen, self._last_log_time = 0.0, 0, time.perf_counter()
+            self._seconds_waited, self._tokens_seen, self._last_log_time = 0.0, 0, None
         super().log(logs, start_time)

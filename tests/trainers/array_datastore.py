@@ -65,6 +65,10 @@ class ArrayDatastore(ArraySource):
         self.continuation_chunks = 1
         self.tokenizer = ArrayTokenizer(bos_token_id)
 
+    def check_chunk_size(self, chunk_size):
+        if chunk_size != self.chunk_size:
+            raise ValueError(f"chunk_size {chunk_size} is not the chunk size {self.chunk_size}")
+
     def take_neighbors(self, chunk_ids):
         chunk_ids = np.asarray(chunk_ids)
         last = np.append(np.diff(self.chunks.document_id) != 0, True)

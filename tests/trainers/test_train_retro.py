@@ -197,10 +197,13 @@ def test_generation_shows_the_neighbors_of_each_whole_chunk(trained, tiny_datast
     [
         ({"model_config": "no-such.yaml"}, "no-such.yaml"),
         ({"model": "model"}, "either --model"),
+        ({"model_config": "chunks.yaml"}, "chunk_size 4 is not"),
         ({"num_neighbors": 9}, "num_neighbors is 9, but only 4"),
     ],
 )
-def test_wrong_options_are_refused_by_name(tiny_datastore_dir, model_config, tmp_path, options, message):
+def test_wrong_options_are_refused_by_name(tiny_datastore_dir, model_config, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chunks.yaml").write_text(yaml.safe_dump({**MODEL_CONFIG, "chunk_size": 4}))
     with pytest.raises((ValueError, OSError), match=message):
         train_retro.main(train_options(tiny_datastore_dir, model_config, tmp_path, **options))
 

@@ -61,7 +61,7 @@ ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 # Sizes at which two CPU cores embed, train and evaluate in ten minutes.
 NUM_HELD_OUT = 64
 MAX_CHUNKS = {"train": 12_000, "validation": 1_500}
-SHARD_BYTES = 32_000_000  # small shards: progress is shown by the shard
+SHARD_BYTES = 200_000  # small shards: progress is shown by the shard
 VOCAB_SIZE = 4096
 MODEL = {
     "hidden_size": 128,
