@@ -38,7 +38,14 @@ import numpy as np
 import torch
 from huggingface_hub import CommitInfo
 from tokenizers import Tokenizer
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file, logging
 
 
@@ -541,6 +548,56 @@ def read_index(path: Path) -> faiss.Index:
     raise ValueError(f"cannot read the index {path}: {reason}")
 
 
+def load_text_encoder(name_or_path: str, revision: str | None = None, **kwargs) -> Any:
+    """
+    Loads a text encoder: what `AutoModel` loads, or the encoder half of a T5.
+
+    Args:
+        name_or_path (`str`): Folder or Hub id.
+        revision (`str`, *optional*): Revision on the Hub.
+        kwargs (`dict`, *optional*): Those of `from_pretrained`.
+
+    Returns:
+        `PreTrainedModel`: the encoder (with the loading info, if `kwargs` ask for it).
+    """
+    config = AutoConfig.from_pretrained(name_or_path, revision=revision)
+    auto_class = AutoModelForTextEncoding if config.model_type in ("t5", "mt5", "umt5") else AutoModel
+    return auto_class.from_pretrained(name_or_path, revision=revision, **kwargs)
+
+
+def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """
+    Number of tokens that encoder and tokenizer take.
+
+    Args:
+        model (`PreTrainedModel`): The encoder. One with relative positions, like T5, gets 512.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+
+    Returns:
+        `int`: the smaller of both limits.
+    """
+    return min(tokenizer.model_max_length, model.config.to_dict().get("max_position_embeddings") or 512)
+
+
+def pool_hidden_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """
+    One embedding for each text.
+
+    Args:
+        hidden_states (`torch.FloatTensor` of shape `(n, t, dim)`): States of the tokens.
+        attention_mask (`torch.Tensor` of shape `(n, t)`): bool or 0/1, 0 at padding.
+        pooling (`str`): `"mean"` over the tokens, or `"cls"`, the first token.
+
+    Returns:
+        `torch.FloatTensor`: `(n, dim)`, float32 or wider, not normalized.
+    """
+    hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+    if pooling == "cls":
+        return hidden_states[:, 0]
+    mask = attention_mask[..., None].to(hidden_states.dtype)
+    return (hidden_states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
 class ChunkEncoder:
     """
     The one encoder of chunks, for keys and queries alike.
@@ -573,7 +630,7 @@ class ChunkEncoder:
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.normalize = normalize
-        self.max_length = max_length or min(tokenizer.model_max_length, model.config.max_position_embeddings)
+        self.max_length = max_length or longest_input(model, tokenizer)
         self.name = name or model.name_or_path
         self.revision = revision
         self.dim: int = model.config.hidden_size
@@ -605,7 +662,7 @@ class ChunkEncoder:
         """
         name = str(name_or_path)
         files = sentence_transformers_config(name, revision)
-        model, loading = AutoModel.from_pretrained(
+        model, loading = load_text_encoder(
             name, revision=revision, dtype="auto", use_safetensors=True, output_loading_info=True
         )
         sha256 = weights_fingerprint(model, loading["missing_keys"])
@@ -686,11 +743,8 @@ class ChunkEncoder:
         input_ids[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
         input_ids = torch.from_numpy(input_ids).to(self.model.device)
         mask = torch.from_numpy(mask).to(self.model.device)
-        hidden = self.model(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state.float()  # [b, t, dim]
-        if self.pooling == "cls":
-            pooled = hidden[:, 0]
-        else:
-            pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        hidden = self.model(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state  # [b, t, dim]
+        pooled = pool_hidden_states(hidden, mask, self.pooling)
         if self.normalize:
             pooled = torch.nn.functional.normalize(pooled, dim=-1)
         return pooled.cpu().numpy()

@@ -48,12 +48,6 @@ class RetrieverTrainingArguments(TrainingArguments):
         mini_batch_size (`int`, *optional*):
             Number of texts in memory at a time (GradCache). Unset, a whole batch is.
 
-        > Parameters that control the speed
-
-        length_groups (`int`, *optional*):
-            Number of forward passes for the stacked texts of a batch, which are sorted by length for it. Defaults to 1
-            on accelerators, where starting kernels is what short texts cost, and to 4 on the CPU, where padding is.
-
     These parameters have default values different from [`~transformers.TrainingArguments`]:
 
     - `per_device_train_batch_size`: Defaults to `64` instead of `8`. More pairs are more negatives for each.
@@ -95,21 +89,11 @@ class RetrieverTrainingArguments(TrainingArguments):
         metadata={"help": "Number of texts in memory at a time (GradCache). Unset, a whole batch is."},
     )
 
-    # Parameters that control the speed
-    length_groups: int | None = field(
-        default=None,
-        metadata={
-            "help": "Forward passes for the texts of a batch, sorted by length. Defaults to 4 on the CPU, else to 1."
-        },
-    )
-
     def __post_init__(self):
         super().__post_init__()
         if self.pooling not in ("mean", "cls"):
             raise ValueError(f"pooling is {self.pooling!r}, expected 'mean' or 'cls'")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: the columns hold texts, not inputs of the model")
-        for name in ("max_length", "length_groups"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length is {self.max_length}, expected at least 1")

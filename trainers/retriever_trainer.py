@@ -28,9 +28,6 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForTextEncoding,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -41,6 +38,7 @@ from transformers.data.data_collator import DataCollatorMixin
 from transformers.utils import logging
 
 from data_prep.pairs import PairMixture, hash_pairs, hash_texts, pair_columns
+from modeling_retro.retrieval_retro import longest_input, pool_hidden_states
 
 from .losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss, split_by_length
 from .retriever_config import RetrieverTrainingArguments
@@ -361,12 +359,14 @@ class RetrieverTrainer(Trainer):
         return pool_hidden_states(hidden_states, inputs["attention_mask"], self.args.pooling)
 
     def _embed_columns(self, model: nn.Module, inputs: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
-        """Embeddings [C, B, d] of the stacked texts, in `length_groups` forward passes."""
-        groups = self.args.length_groups or (4 if self.args.device.type == "cpu" else 1)
-        if groups == 1:
+        """Embeddings [C, B, d] of the stacked texts: in one forward pass, or on a CPU in as many as save padding."""
+        passes = 1
+        # Processes that average gradients must run in step, whatever their texts.
+        if self.args.device.type == "cpu" and self.args.world_size == 1:
+            passes = _cheapest_number_of_passes(inputs["attention_mask"])
+        if passes == 1:
             return self._embed(model, inputs).unflatten(0, shape)
-        # The number of passes must not depend on the texts: processes that average gradients run in step.
-        parts = split_by_length(inputs, -(-shape.numel() // groups))
+        parts = split_by_length(inputs, -(-shape.numel() // passes))
         order = torch.cat([positions for positions, _ in parts])
         embeddings = torch.cat([self._embed(model, part) for _, part in parts])
         return embeddings[order.argsort()].unflatten(0, shape)
@@ -437,27 +437,16 @@ class RetrieverTrainer(Trainer):
         ModelCard(f"---\n{data.to_yaml()}\n---\n\n{content}").save(os.path.join(self.args.output_dir, "README.md"))
 
 
-def load_text_encoder(name_or_path: str, revision: str | None = None, **kwargs) -> PreTrainedModel:
-    """The encoder of a checkpoint: what `AutoModel` loads, or the encoder half of a T5."""
-    config = AutoConfig.from_pretrained(name_or_path, revision=revision)
-    auto_class = AutoModelForTextEncoding if config.model_type in ("t5", "mt5", "umt5") else AutoModel
-    return auto_class.from_pretrained(name_or_path, revision=revision, **kwargs)
+def _cheapest_number_of_passes(attention_mask: Tensor) -> int:
+    """1, 2 or 4 passes for texts sorted by length, whichever computes least."""
+    lengths = attention_mask.sum(dim=1).sort().values
 
+    def cost(passes: int) -> int:
+        padded = sum(len(part) * int(part[-1]) for part in lengths.split(-(-len(lengths) // passes)))
+        # A pass costs a gradient of the whole embedding table, about as much as 500 tokens of a small encoder.
+        return padded + 500 * passes
 
-def pool_hidden_states(hidden_states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
-    """Embeddings [n, d] of token states [n, t, d]: the mean over the mask [n, t], or the first token."""
-    hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-    if pooling == "cls":
-        return hidden_states[:, 0]
-    mask = attention_mask[..., None].to(hidden_states.dtype)
-    return (hidden_states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-
-
-def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Number of tokens that both take; at most 512 where neither has a limit."""
-    # T5 has relative positions, and no field for a limit.
-    limits = [tokenizer.model_max_length, model.config.to_dict().get("max_position_embeddings") or 512]
-    return min(limits)
+    return min((1, 2, 4), key=cost)
 
 
 def _loss_of(args: RetrieverTrainingArguments) -> MultipleNegativesRankingLoss:

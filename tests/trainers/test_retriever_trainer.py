@@ -17,12 +17,13 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from tiny_retriever import make_encoder, make_pairs, make_tokenizer
-from transformers import AutoModel, TrainerCallback
+from transformers import AutoModel, T5Config, T5EncoderModel, TrainerCallback
 
 from data_prep.pairs import PairMixture
 from modeling_retro.retrieval_retro import ChunkEncoder
@@ -94,6 +95,27 @@ def test_accumulated_gradient_is_the_mean_of_the_batches(tmp_path, mini_batch_si
     assert trainer.state.log_history[0]["loss"] == pytest.approx(sum(losses).item() / 4, abs=1e-4)
 
 
+def test_texts_of_very_different_length_have_the_loss_of_one_pass(tmp_path):
+    generator = np.random.default_rng(0)
+    texts = [" ".join(f"w{word}" for word in generator.integers(60, size=size)) for size in [1, 2, 3, 31] * 64]
+    trainer = make_trainer(tmp_path)
+    batch = trainer.data_collator(
+        [{"anchor": a, "positive": b} for a, b in zip(texts[:128], texts[128:], strict=True)]
+    )
+    sizes = []
+    hook = trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    trainer.model.eval()
+    loss = trainer.compute_loss(trainer.model, batch)
+    hook.remove()
+    assert sizes == [(64, 1), (64, 2), (64, 3), (64, 31)]
+    states = trainer.model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    embeddings = ((states * mask).sum(1) / mask.sum(1)).unflatten(0, (2, 128))
+    torch.testing.assert_close(loss, trainer.loss(embeddings, batch["text_ids"]), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("mini_batch_size", [None, 5])
 def test_resumed_training_equals_uninterrupted_training_to_the_bit(tmp_path, mini_batch_size):
     sets = {"pairs": make_pairs(40), "triplets": make_pairs(32, seed=1, negatives=1)}  # 9 steps an epoch
@@ -162,6 +184,16 @@ def test_saved_encoder_loads_everywhere_with_the_same_embeddings(tmp_path, pooli
     with torch.no_grad():
         loaded = AutoModel.from_pretrained(tmp_path)(**batch).last_hidden_state
     torch.testing.assert_close(loaded, states, rtol=0, atol=1e-6)
+
+
+def test_t5_encoder_trains_and_loads(tmp_path):
+    config = T5Config(vocab_size=len(make_tokenizer()), d_model=16, d_ff=32, d_kv=8, num_layers=2, num_heads=2)
+    trainer = make_trainer(tmp_path, T5EncoderModel(config), max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    from_sentence_transformers = SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS)
+    from_chunk_encoder = ChunkEncoder.from_pretrained(tmp_path, device="cpu").encode(TEXTS)
+    np.testing.assert_allclose(from_sentence_transformers, from_chunk_encoder, rtol=0, atol=1e-6)
 
 
 def test_model_card_says_how_to_load_and_how_it_retrieves(tmp_path):

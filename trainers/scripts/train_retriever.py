@@ -33,9 +33,10 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.pairs import PairMixture, load_pairs, read_recipe
+from modeling_retro.retrieval_retro import load_text_encoder
 
 from ..retriever_config import RetrieverTrainingArguments
-from ..retriever_trainer import RetrieverTrainer, load_text_encoder
+from ..retriever_trainer import RetrieverTrainer
 from ..retro_trainer import last_complete_checkpoint
 
 
