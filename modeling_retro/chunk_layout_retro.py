@@ -130,6 +130,10 @@ class ChunkLayout:
     sees: torch.BoolTensor  # [B, T] whether the token sees a slot at all
     query_positions: torch.LongTensor  # [B, T] position of each token counted from the start of the chunk it sees
 
+    def to(self, *args, **kwargs) -> "ChunkLayout":
+        """Moves the tensors; accelerate calls it when the layers of a model are on several devices."""
+        return ChunkLayout(**{name: tensor.to(*args, **kwargs) for name, tensor in vars(self).items()})
+
 
 def compute_chunk_layout(
     locations: TokenLocations, chunk_size: int, num_slots: int, has_previous_slot: bool

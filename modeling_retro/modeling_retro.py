@@ -823,13 +823,13 @@ class RetroModel(RetroPreTrainedModel):
         if neighbor_input_ids is None:
             return None
         batch_size, num_slots = neighbor_input_ids.shape[:2]
-        chunk_states = take_columns(hidden_states, chunk_columns.flatten(1))
+        chunk_states = take_columns(hidden_states, chunk_columns.flatten(1).to(hidden_states.device))
         chunk_states = chunk_states.unflatten(1, (num_slots, -1)).flatten(0, 1)  # [B L, m, d]
         neighbor_embeds = self.embed_tokens(neighbor_input_ids.flatten(0, 1))  # [B L, k, r, d]
         neighbor_states = self.neighbor_encoder(
             neighbor_embeds, neighbor_attention_mask.flatten(0, 1), chunk_states, position_embeddings
         )
-        return neighbor_states.unflatten(0, (batch_size, num_slots))  # [B, L, k, r, E]
+        return neighbor_states.unflatten(0, (batch_size, num_slots)).to(hidden_states.device)  # [B, L, k, r, E]
 
 
 @auto_docstring

@@ -18,6 +18,7 @@ import copy
 import pytest
 import torch
 from accelerate import init_empty_weights
+from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from test_generation_retro import HashRetriever, left_padded, make_retro
 from test_modeling_retro import CHUNK, VOCAB, assert_close, make_inputs, make_model
@@ -185,6 +186,28 @@ def test_other_attention_functions_serve_the_decoder_and_sdpa_the_neighbors(monk
         model.set_attn_implementation("spy")
         logits = model(**inputs).logits
     assert called == ["RetroSelfAttention"] * 3 and torch.equal(logits, expected)
+
+
+def test_layers_may_be_on_several_devices():
+    """As with `device_map`, whose hooks move the arguments of each block. The second device computes shapes only."""
+    model, inputs = make_retro(), neighbor_inputs()
+    blocks = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.neighbor_rotary_emb"), "cpu")
+    blocks |= {"model.layers.0": "cpu", "model.layers.1": "meta", "model.layers.2": "meta"}
+    blocks |= dict.fromkeys(("model.neighbor_encoder", "model.norm", "lm_head"), "meta")
+    for name, device in blocks.items():
+
+        def move(module, args, kwargs, device=device):
+            skip_keys = model._skip_keys_device_placement
+            return send_to_device(args, device), send_to_device(kwargs, device, skip_keys=skip_keys)
+
+        model.get_submodule(name).to(device).register_forward_pre_hook(move, with_kwargs=True)
+    with torch.no_grad():
+        outputs = model(**inputs)
+        for length in (CHUNK + 1, 1):
+            ids = inputs["input_ids"][:, :length]
+            outputs = model(ids, past_key_values=outputs.past_key_values)
+            assert outputs.logits.device.type == "meta" and outputs.logits.shape == (2, length, VOCAB)
+    assert model.retriever.calls > 0
 
 
 def slow_flash_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q=None, **kwargs):
