@@ -14,7 +14,9 @@
 """What one person shares by `push_to_hub`, another loads over HTTP, in another process with another cache."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,8 +40,7 @@ sys.meta_path.insert(0, Absent())
 PUSH = """
 import json, sys
 from huggingface_hub import CommitOperationAdd, HfApi
-from modeling_retro import RetroDatastore, RetroForCausalLM
-from transformers import AutoTokenizer
+from modeling_retro import RetroDatastore
 
 datastore = RetroDatastore.from_pretrained(sys.argv[1])
 report = {}
@@ -60,23 +61,17 @@ HfApi().create_commit(
     commit_message="A card, and something old",
     repo_type="dataset",
 )
-report["update"] = datastore.push_to_hub("alice/datastore").oid
-model = RetroForCausalLM.from_pretrained(sys.argv[2])
-model.config.datastore_name_or_path = "alice/datastore"
-model.config.datastore_revision = report["alice/datastore"][1]
-model.push_to_hub("alice/model")
-AutoTokenizer.from_pretrained(sys.argv[2]).push_to_hub("alice/model")
+exec(sys.argv[2])
+report["update"] = commit.oid
 print(json.dumps(report))
 """
 
 USE_MODEL = """
-import json, torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+import json, sys, torch
+from transformers import AutoModel
 
-model = AutoModelForCausalLM.from_pretrained("alice/model", trust_remote_code=True, retriever="auto")
+exec(sys.argv[1])
 base = AutoModel.from_pretrained("alice/model", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("alice/model", trust_remote_code=True)
-inputs = tokenizer(sys.argv[1], return_tensors="pt")
 result = {"on": model(**inputs).logits, "base": base(**inputs).last_hidden_state}
 result["tokens"] = model.generate(**inputs, max_new_tokens=20, do_sample=False)
 with model.retrieval(False):
@@ -87,11 +82,10 @@ print(json.dumps({"code": type(model).__module__, "datastore": str(model.retriev
 
 USE_DATASTORE = """
 import json, sys
-from datasets import load_dataset
 from modeling_retro import RetroDatastore
 
 report = {}
-for revision in sys.argv[1:]:
+for revision in sys.argv[2:]:
     try:
         datastore = RetroDatastore.from_pretrained("alice/datastore", revision=revision)
         datastore.verify()
@@ -103,8 +97,10 @@ for revision in sys.argv[1:]:
         }
     except Exception as error:
         report[revision] = f"{type(error).__name__}: {error}"
-report["datasets"] = load_dataset("alice/datastore", "chunks", split="train")["input_ids"][:]
+exec(sys.argv[1])
+report["datasets"] = chunks["input_ids"][:]
 report["splits"] = sorted(load_dataset("alice/datastore", "neighbors"))
+report["encoders"] = [encoder.sha256, retriever.encoder.sha256]
 try:
     RetroDatastore.from_pretrained("alice/datastore", token=False, cache_dir="elsewhere")
 except Exception as error:
@@ -112,7 +108,9 @@ except Exception as error:
 print(json.dumps(report))
 """
 
-PROMPT = "retro looks things up in a datastore and in a datastore things look up"
+# The page's own examples: share (model and datastore, encoder), use (anywhere, with this package, as data sets).
+EXAMPLES = re.findall(r"```python\n(.*?)```", Path("docs/hub.md").read_text(encoding="utf-8"), re.DOTALL)
+PROMPT = "retro looks things up in a datastore"
 
 
 @pytest.fixture(scope="module")
@@ -144,11 +142,13 @@ def model_dir(tmp_path_factory, tiny_tokenizer):
 
 
 @pytest.fixture(scope="module")
-def pushed(hub, tiny_datastore_dir, model_dir, tmp_path_factory):
-    """Alice pushes the datastore, whose first upload breaks off, then tries another repository, then the model."""
+def pushed(hub, tiny_datastore_dir, tiny_encoder_dir, model_dir, tmp_path_factory):
+    """Alice pushes a datastore, at first in vain, tries another repository, then does what the page says."""
     hub.fail_after(3, "^PUT /lfs/", times=1)
     home = tmp_path_factory.mktemp("alice")
-    return json.loads(hub.run(PUSH, tiny_datastore_dir, model_dir, home=home).stdout)
+    for name, folder in {"datastore": tiny_datastore_dir, "encoder": tiny_encoder_dir, "model": model_dir}.items():
+        (home / name).symlink_to(folder)
+    return json.loads(hub.run(PUSH, "datastore", "".join(EXAMPLES[:2]), home=home).stdout)
 
 
 def test_a_push_that_broke_off_goes_on_without_repeating_itself(hub, pushed):
@@ -189,7 +189,10 @@ def test_the_pushed_manifest_tells_nothing_of_the_machine(hub, pushed, tiny_data
 def test_model_and_datastore_load_without_this_package(
     hub, pushed, model_dir, tiny_datastore_dir, tmp_path, tiny_tokenizer
 ):
-    report = json.loads(hub.run(WITHOUT_PACKAGE + USE_MODEL, PROMPT, home=tmp_path / "bob").stdout)
+    assert PROMPT in EXAMPLES[2]
+    printed = hub.run(WITHOUT_PACKAGE + USE_MODEL, EXAMPLES[2], home=tmp_path / "bob").stdout
+    assert PROMPT in printed
+    report = json.loads(printed.splitlines()[-1])
     assert report["code"].startswith("transformers_modules.")
     assert report["datastore"].startswith(str(tmp_path / "bob"))
     there = torch.load(tmp_path / "bob" / "result.pt", weights_only=True)
@@ -251,12 +254,14 @@ def test_datastores_are_verified_pinned_and_read_by_datasets(hub, pushed, tiny_d
     branch("no-manifest", {"datastore.json": None})
     names = ["altered-index", "altered-chunks", "missing-file", "unlisted-shard", "escaping", "newer", "no-manifest"]
 
-    report = json.loads(hub.run(USE_DATASTORE, "main", pushed["alice/datastore"][1], *names, home=tmp_path).stdout)
+    revisions = ["main", pushed["alice/datastore"][1], *names]
+    report = json.loads(hub.run(USE_DATASTORE, "".join(EXAMPLES[3:]), *revisions, home=tmp_path).stdout)
     chunks = datastore.chunks.take(range(len(datastore.chunks)))[0]
     expected = {"chunks": chunks.tolist(), "neighbors": datastore.split("validation").neighbor_ids.tolist()}
     assert report["main"] == report[pushed["alice/datastore"][1]] == expected
     assert report["datasets"] == expected["chunks"]
     assert report["splits"] == ["train", "validation"]
+    assert report["encoders"] == [datastore.manifest["encoder"]["sha256"]] * 2
     assert report["anonymous"] == "RepositoryNotFoundError"
     assert "index.faiss was altered" in report["altered-index"]
     assert f"{parquet} was altered" in report["altered-chunks"]
