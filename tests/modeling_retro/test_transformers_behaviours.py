@@ -201,6 +201,13 @@ def test_layers_may_be_on_several_devices():
             return send_to_device(args, device), send_to_device(kwargs, device, skip_keys=skip_keys)
 
         model.get_submodule(name).to(device).register_forward_pre_hook(move, with_kwargs=True)
+
+    def check(module, args, kwargs):
+        arguments = [*args, *vars(kwargs["layout"]).values(), kwargs["has_neighbors"], kwargs["attention_mask"]]
+        assert {argument.device.type for argument in arguments if argument is not None} == {"meta"}
+
+    for layer in model.model.layers[1:]:
+        layer.cross_attn.register_forward_pre_hook(check, with_kwargs=True)
     with torch.no_grad():
         outputs = model(**inputs)
         for length in (CHUNK + 1, 1):
