@@ -185,12 +185,12 @@ def _open_encoder(
     manifest["encoder"] = encoder.describe()
     if state.is_main_process and Path(encoder.name).is_dir():
         with whole(path / "encoder") as temporary:
-            _copy_encoder(Path(encoder.name), temporary)
+            copy_encoder(Path(encoder.name), temporary)
     state.wait_for_everyone()
     return encoder
 
 
-def _copy_encoder(source: Path, target: Path) -> None:
+def copy_encoder(source: Path, target: Path) -> None:
     """Copies what loads the encoder: weights, configs and tokenizer, not the checkpoints of a training run."""
     for pattern in ("*.safetensors", "*.json", "*.txt", "*.model", "*_*/config.json"):
         for file in sorted(source.glob(pattern)):

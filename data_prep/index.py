@@ -494,6 +494,15 @@ def suggest_factory(rows: int, dim: int, max_bytes: float | None = None) -> str:
     raise ValueError(f"no index of {rows} vectors fits into {max_bytes / 1e9:g} GB; allow more memory")
 
 
+def index_bytes(factory: str, rows: int, dim: int) -> int:
+    """Bytes of an index: its codes and ids, and the centroids of an inverted file."""
+    index = make_index(factory.replace("_HNSW32", ""), dim, "inner_product")
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is not None:
+        return rows * (ivf.code_size + 8) + 4 * ivf.nlist * ivf.d
+    return rows * index.sa_code_size()
+
+
 def write_index(index: faiss.Index, path: Path) -> None:
     """Writes an index; a `ValueError` names the file if that fails, as on a full disk."""
     try:

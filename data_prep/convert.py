@@ -1,0 +1,423 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+r"""
+Datasets of other RETRO implementations to a datastore, so that nobody tokenizes and embeds twice.
+
+```bash
+retro import --format norlund --source index.spec.json --output-dir datastore --tokenizer google-t5/t5-base \
+    --encoder sentence-transformers/all-MiniLM-L6-v2
+retro import --format retro_pytorch --source train.chunks.dat --output-dir datastore \
+    --tokenizer google-bert/bert-base-cased
+```
+
+`norlund` takes an `index.spec.json`, or a `data.spec.json` that also has neighbors. `retro_pytorch` takes the memory
+map of the chunks; `*.doc_ids.dat`, `*.chunks.knn.dat` and the sizes in `*.stats.json` are found beside it or given.
+What the files lack (embeddings, index, neighbors) the other stages make as usual.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from data_prep.arguments import parse_arguments, run_command
+from data_prep.chunk import chunk_features, set_shards
+from data_prep.embed import copy_encoder
+from data_prep.manifest import (
+    clear_records,
+    directory_lock,
+    open_manifest,
+    process_state,
+    run_shards,
+    save_shard,
+    whole,
+    write_manifest,
+)
+from data_prep.neighbors import neighbor_features
+from modeling_retro.retrieval_retro import (
+    TRAIN_SPLIT,
+    ChunkEncoder,
+    RetroDatastore,
+    decode_chunks,
+    read_manifest,
+    split_path,
+    tokenizer_fingerprint,
+)
+
+
+# Cosine that embeddings of another program must reach with those of the encoder that is said to have made them.
+_AGREEMENT = 0.98
+_SAMPLE = 32
+
+
+@dataclass
+class ImportArguments:
+    """Options of `retro import`."""
+
+    format: str = field(metadata={"help": "Where the files come from.", "choices": ["norlund", "retro_pytorch"]})
+    source: str = field(metadata={"help": "index.spec.json or data.spec.json; or the memory map of the chunks."})
+    output_dir: str = field(metadata={"help": "The datastore; made if it does not exist."})
+    tokenizer: str = field(metadata={"help": "Folder or Hub id of the tokenizer that made the token ids."})
+    encoder: str | None = field(default=None, metadata={"help": "The encoder that made the embeddings."})
+    split: str = field(default=TRAIN_SPLIT, metadata={"help": "Split to import to; train is what is searched."})
+    doc_ids: str | None = field(default=None, metadata={"help": "retro_pytorch: memory map of the document ids."})
+    knn: str | None = field(default=None, metadata={"help": "retro_pytorch: memory map of the neighbors."})
+    stats: str | None = field(default=None, metadata={"help": "retro_pytorch: json with the number of chunks."})
+    chunk_size: int = field(default=64, metadata={"help": "retro_pytorch: tokens in a chunk."})
+
+
+@dataclass
+class ForeignShard:
+    """A shard of another program: tokens [n, m] padded with 0, documents [n], vectors [n, dim], neighbors [n, k]."""
+
+    name: str
+    chunks: np.ndarray
+    document_id: np.ndarray
+    embeddings: np.ndarray | None = None
+    neighbors: np.ndarray | None = None
+
+
+def import_datastore(
+    format: str,
+    source: str | Path,
+    output_dir: str | Path,
+    tokenizer: str | Path | PreTrainedTokenizerBase,
+    encoder: str | Path | ChunkEncoder | None = None,
+    split: str = TRAIN_SPLIT,
+    doc_ids: str | Path | None = None,
+    knn: str | Path | None = None,
+    stats: str | Path | None = None,
+    chunk_size: int = 64,
+) -> dict[str, Any]:
+    """
+    Imports chunks, and embeddings and neighbors where there are any, into a datastore.
+
+    The source text is gone, so `num_bytes` of a chunk are the bytes of its decoded text.
+
+    Args:
+        format (`str`): `"norlund"` or `"retro_pytorch"`.
+        source (`str` or `Path`): `index.spec.json` or `data.spec.json`; or the memory map of the chunks.
+        output_dir (`str` or `Path`): The datastore.
+        tokenizer (`str`, `Path` or `PreTrainedTokenizerBase`): The tokenizer that made the token ids.
+        encoder (`str`, `Path` or [`ChunkEncoder`], *optional*):
+            The encoder that made the embeddings; without it they are not imported. A sample is compared.
+        split (`str`, *optional*, defaults to `"train"`): The split to import to.
+        doc_ids (`str` or `Path`, *optional*): Memory map of the document ids (`retro_pytorch`).
+        knn (`str` or `Path`, *optional*): Memory map of the neighbors (`retro_pytorch`).
+        stats (`str` or `Path`, *optional*): Json with the number of chunks (`retro_pytorch`).
+        chunk_size (`int`, *optional*, defaults to 64): Tokens in a chunk (`retro_pytorch`).
+
+    Returns:
+        `dict`: the manifest.
+
+    Raises:
+        ValueError: If files are missing, disagree with one another, or with the tokenizer or encoder; names which.
+    """
+    if format == "norlund":
+        shards = read_norlund(Path(source))
+    elif format == "retro_pytorch":
+        shards = read_retro_pytorch(Path(source), doc_ids, knn, stats, chunk_size)
+    else:
+        raise ValueError(f"format must be 'norlund' or 'retro_pytorch', got {format!r}")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    _check_shards(shards, len(tokenizer))
+    path = Path(output_dir)
+    with directory_lock(path):
+        manifest = open_manifest(path, create=True)
+        if split in manifest["splits"]:
+            raise ValueError(f"{path} has a split {split!r} already; choose another directory")
+        _write_chunks(path, manifest, split, shards, tokenizer)
+        if encoder is not None and all(shard.embeddings is not None for shard in shards):
+            _write_embeddings(path, manifest, split, shards, encoder)
+        if all(shard.neighbors is not None for shard in shards):
+            _write_neighbors(path, manifest, split, shards)
+    return read_manifest(path)
+
+
+def _load(path: Path, dimensions: int, rows: int | None = None) -> np.ndarray:
+    """A npy file, memory-mapped, of the expected dimensions and rows."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if array.ndim != dimensions or rows is not None and len(array) != rows:
+        expected = f"{dimensions} dimensions" + ("" if rows is None else f" and {rows} rows")
+        raise ValueError(f"{path} has shape {list(array.shape)}, expected {expected}")
+    return array
+
+
+def read_norlund(spec: Path) -> list[ForeignShard]:
+    """
+    Reads `index.spec.json` (a list of shards) or `data.spec.json` (`shards` with neighbors).
+
+    Args:
+        spec (`Path`): The file; paths in it are relative to its folder.
+
+    Raises:
+        ValueError: If a file is missing or two files disagree.
+    """
+    try:
+        content = json.loads(spec.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{spec} is not valid JSON: {error}") from error
+    entries = content["shards"] if isinstance(content, dict) and "shards" in content else content
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "chunks" in entry for entry in entries):
+        raise ValueError(f"{spec} is neither a list of shards nor a mapping with `shards`; each shard has `chunks`")
+    shards, first_document = [], 0
+    for entry in entries:
+        files = {key: spec.parent / value for key, value in entry.items()}
+        for key in ("seq2chunk", "chunk2seq"):
+            if key not in files:
+                raise ValueError(f"{spec}: the shard {entry['chunks']} has no {key}")
+        chunks = _load(files["chunks"], 2)
+        document_id = np.asarray(_load(files["chunk2seq"], 1, len(chunks)), dtype=np.int64)
+        starts = np.flatnonzero(np.diff(document_id, prepend=-1))
+        if not np.array_equal(starts, _load(files["seq2chunk"], 1)):
+            raise ValueError(f"{files['seq2chunk']} and {files['chunk2seq']} disagree about where documents begin")
+        shards.append(
+            ForeignShard(
+                name=str(files["chunks"]),
+                chunks=chunks,
+                document_id=document_id + first_document,
+                embeddings=_load(files["embeddings"], 2, len(chunks)) if "embeddings" in files else None,
+                neighbors=_load(files["neighbours"], 2, len(chunks)) if "neighbours" in files else None,
+            )
+        )
+        first_document += len(starts)
+    return shards
+
+
+def read_retro_pytorch(
+    chunks: Path,
+    doc_ids: str | Path | None = None,
+    knn: str | Path | None = None,
+    stats: str | Path | None = None,
+    chunk_size: int = 64,
+) -> list[ForeignShard]:
+    """
+    Reads the headerless memory maps of RETRO-pytorch: chunks int32 [N, m + 1], whose last column is the first token of
+    the next chunk, document ids int32 [N], neighbors int32 [N, k].
+
+    Args:
+        chunks (`Path`): Such as `train.chunks.dat`.
+        doc_ids (`str` or `Path`, *optional*): Defaults to `train.doc_ids.dat`.
+        knn (`str` or `Path`, *optional*): Defaults to `train.chunks.knn.dat`, if there is one.
+        stats (`str` or `Path`, *optional*): Defaults to `train.stats.json`.
+        chunk_size (`int`, *optional*, defaults to 64): Tokens in a chunk, m.
+
+    Raises:
+        ValueError: If a file is missing or its size is not that of the number of chunks.
+    """
+    stem = chunks.name.removesuffix(".dat").removesuffix(".chunks")
+    doc_ids = Path(doc_ids or chunks.with_name(f"{stem}.doc_ids.dat"))
+    stats = Path(stats or chunks.with_name(f"{stem}.stats.json"))
+    default_knn = chunks.with_name(f"{stem}.chunks.knn.dat")
+    knn = Path(knn) if knn is not None else default_knn if default_knn.exists() else None
+    for file in (chunks, doc_ids, stats, knn):
+        if file is not None and not file.is_file():
+            raise ValueError(f"{file} is missing")
+    number = json.loads(stats.read_text(encoding="utf-8"))["chunks"]
+
+    def memory_map(file: Path, width: int | None) -> np.ndarray:
+        # The maps are allocated for a largest number of chunks; the rest of them is empty.
+        values = np.memmap(file, dtype=np.int32, mode="r")
+        width = width or len(values) // max(1, number)
+        if width == 0 or len(values) < number * width:
+            raise ValueError(f"{file} holds {len(values)} numbers, fewer than {number} chunks of {width} ({stats})")
+        return values[: number * width].reshape(number, width)
+
+    return [
+        ForeignShard(
+            name=str(chunks),
+            chunks=memory_map(chunks, chunk_size + 1)[:, :chunk_size],
+            document_id=memory_map(doc_ids, 1)[:, 0].astype(np.int64),
+            neighbors=None if knn is None else memory_map(knn, None),
+        )
+    ]
+
+
+def _check_shards(shards: Sequence[ForeignShard], vocab_size: int) -> None:
+    if not shards or not sum(len(shard.chunks) for shard in shards):
+        raise ValueError("there are no chunks to import")
+    m = shards[0].chunks.shape[1]
+    for shard in shards:
+        if shard.chunks.shape[1] != m:
+            raise ValueError(f"{shard.name} has chunks of {shard.chunks.shape[1]} tokens, {shards[0].name} of {m}")
+        if len(shard.chunks) and not 0 <= int(shard.chunks.min()) <= int(shard.chunks.max()) < vocab_size:
+            raise ValueError(
+                f"{shard.name} has token ids from {shard.chunks.min()} to {shard.chunks.max()}; the tokenizer has "
+                f"{vocab_size} tokens: it is not the one that made them"
+            )
+        if (np.diff(shard.document_id) < 0).any():
+            raise ValueError(f"the documents of {shard.name} are not in order")
+
+
+def _lengths(shard: ForeignShard) -> np.ndarray:
+    """Real tokens of each chunk: only the last chunk of a document is padded, with zeros at its end."""
+    chunks = np.asarray(shard.chunks)
+    trailing = np.argmax(chunks[:, ::-1] != 0, axis=1)
+    is_last = np.diff(shard.document_id, append=-1) != 0
+    return np.where(is_last, np.maximum(chunks.shape[1] - trailing, 1), chunks.shape[1]).astype(np.int32)
+
+
+def _write_chunks(
+    path: Path,
+    manifest: dict[str, Any],
+    split: str,
+    shards: Sequence[ForeignShard],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    m = shards[0].chunks.shape[1]
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    if manifest["splits"]:
+        RetroDatastore(path, manifest).check_tokenizer(tokenizer)
+        RetroDatastore(path, manifest).check_chunk_size(m)
+    manifest |= {
+        "chunk_size": m,
+        "continuation_chunks": 1,
+        "tokenizer": {"name": tokenizer.name_or_path, **fingerprint},
+    }
+    write_manifest(path, manifest)
+    if process_state().is_main_process:
+        with whole(path / "tokenizer") as temporary:
+            tokenizer.save_pretrained(temporary)
+    features = chunk_features(m, fingerprint["vocab_size"])
+
+    def make(index: int, temporary: Path) -> dict[str, Any]:
+        shard, length = shards[index], _lengths(shards[index])
+        mask = np.arange(m) < length[:, None]
+        num_bytes = np.zeros(len(length), dtype=np.int64)
+        for start in range(0, len(length), 8192):
+            rows = slice(start, start + 8192)
+            texts = decode_chunks(shard.chunks[rows], mask[rows], tokenizer)
+            num_bytes[rows] = [len(text.encode()) for text in texts]
+        columns = {
+            "input_ids": np.asarray(shard.chunks) * mask,
+            "length": length,
+            "document_id": shard.document_id,
+            "num_bytes": num_bytes,
+        }
+        save_shard(temporary, columns, features)
+        return {
+            "rows": len(length),
+            "documents": len(np.unique(shard.document_id)),
+            "tokens": int(length.sum()),
+            "bytes": int(num_bytes.sum()),
+            "dropped": {},
+        }
+
+    names = [f"shard-{index:05d}" for index in range(len(shards))]
+    root = split_path(path, split)
+    stage = {"sources": [{"kind": "import", "path": shard.name} for shard in shards], "parts": [], "options": {}}
+    set_shards(stage, run_shards(root / "chunks", [], names, make, description="Importing chunks"))
+    manifest["splits"][split] = {"chunks": stage}
+    write_manifest(path, manifest)
+    clear_records(root / "chunks")
+
+
+def _write_embeddings(
+    path: Path,
+    manifest: dict[str, Any],
+    split: str,
+    shards: Sequence[ForeignShard],
+    encoder: str | Path | ChunkEncoder,
+) -> None:
+    if not isinstance(encoder, ChunkEncoder):
+        encoder = ChunkEncoder.from_pretrained(encoder)
+    datastore = RetroDatastore(path, manifest)
+    if "encoder" in manifest:
+        datastore.check_encoder(encoder)
+    chunks = datastore.split(split).chunks
+    for index, shard in enumerate(shards):
+        rows = np.linspace(0, len(shard.chunks) - 1, min(_SAMPLE, len(shard.chunks))).astype(np.int64)
+        expected = encoder.encode_chunks(*chunks.take(rows + chunks.offsets[index]), datastore.tokenizer)
+        found = np.asarray(shard.embeddings[rows], dtype=np.float32)
+        if found.shape != expected.shape:
+            raise ValueError(
+                f"the embeddings of {shard.name} have {found.shape[1]} dimensions, {encoder.name} has {encoder.dim}"
+            )
+        norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+        cosine = float(np.median((found * expected).sum(axis=1) / np.maximum(norms, 1e-9)))
+        if not cosine >= _AGREEMENT:
+            raise ValueError(
+                f"the embeddings of {shard.name} are not those of {encoder.name}: the median cosine of a sample is "
+                f"{cosine:.3f}, expected at least {_AGREEMENT}"
+            )
+    root = split_path(path, split)
+    chunk_shards = manifest["splits"][split]["chunks"]["shards"]
+
+    def make(index: int, temporary: Path) -> dict[str, Any]:
+        vectors = np.asarray(shards[index].embeddings, dtype=np.float16)
+        if not np.isfinite(vectors).all():
+            raise ValueError(f"the embeddings of {shards[index].name} are not all finite")
+        with temporary.open("wb") as file:
+            np.save(file, vectors, allow_pickle=False)
+        return {"rows": len(vectors), "chunks_sha256": chunk_shards[index]["sha256"]}
+
+    names = [record["name"] for record in chunk_shards]
+    records = run_shards(root / "embeddings", [], names, make, suffix=".npy", description="Importing embeddings")
+    manifest["encoder"] = encoder.describe()
+    manifest["splits"][split]["embeddings"] = {"options": {"dtype": "float32"}, "shards": records}
+    if process_state().is_main_process and Path(encoder.name).is_dir():
+        with whole(path / "encoder") as temporary:
+            copy_encoder(Path(encoder.name), temporary)
+    write_manifest(path, manifest)
+    clear_records(root / "embeddings")
+
+
+def _write_neighbors(path: Path, manifest: dict[str, Any], split: str, shards: Sequence[ForeignShard]) -> None:
+    total = manifest["splits"].get(TRAIN_SPLIT, {}).get("chunks", {}).get("num_chunks", 0)
+    k = shards[0].neighbors.shape[1]
+    for shard in shards:
+        low, high = int(shard.neighbors.min()), int(shard.neighbors.max())
+        if shard.neighbors.shape[1] != k or low < -1 or high >= total:
+            raise ValueError(
+                f"the neighbors of {shard.name} ([n, {shard.neighbors.shape[1]}], ids {low} to {high}) do not fit: "
+                f"expected [n, {k}] and ids from -1 to {total - 1}, the searched chunks"
+            )
+    chunk_shards = manifest["splits"][split]["chunks"]["shards"]
+
+    def make(index: int, temporary: Path) -> dict[str, Any]:
+        ids = np.asarray(shards[index].neighbors, dtype=np.int64)
+        # Their scores were not kept; their order was.
+        columns = {"neighbor_ids": ids, "neighbor_scores": np.zeros(ids.shape, dtype=np.float32)}
+        save_shard(temporary, columns, neighbor_features(k))
+        return {"rows": len(ids), "counts": {}, "chunks_sha256": chunk_shards[index]["sha256"], "index": None}
+
+    names = [record["name"] for record in chunk_shards]
+    root = split_path(path, split)
+    records = run_shards(root / "neighbors", [], names, make, description="Importing neighbors")
+    options = {"num_neighbors": k, "drop_near_duplicates": None}
+    manifest["splits"][split]["neighbors"] = {"options": options, "shards": records, "counts": {}}
+    write_manifest(path, manifest)
+    clear_records(root / "neighbors")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (arguments,) = parse_arguments(ImportArguments, argv=argv, description=__doc__, prog="retro import")
+    manifest = import_datastore(**vars(arguments))
+    if process_state().is_main_process:
+        record = manifest["splits"][arguments.split]
+        stage = record["chunks"]
+        parts = ", ".join(name for name in ("chunks", "embeddings", "neighbors") if name in record)
+        print(f"imported {stage['num_chunks']} chunks of {stage['num_documents']} documents: {parts}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,148 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+What a datastore will need: chunks, bytes of every artifact, memory of the index, hours of the encoder.
+
+```bash
+retro plan --tokens 1.75T
+retro plan --tokens 40M --max-index-memory 2 --chunks-per-second 100
+```
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from data_prep.arguments import parse_arguments, run_command
+from data_prep.index import index_bytes, suggest_factory
+
+
+_UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
+
+
+@dataclass
+class PlanArguments:
+    """Options of `retro plan`."""
+
+    tokens: str = field(metadata={"help": "Tokens of the corpus, such as 1.75T, 40B, 10M."})
+    chunk_size: int = field(default=64, metadata={"help": "Tokens in a chunk."})
+    dim: int = field(default=384, metadata={"help": "Dimensions of the encoder."})
+    vocab_size: int = field(
+        default=49152, metadata={"help": "Vocabulary of the tokenizer; above 65536, 4 bytes an id."}
+    )
+    tokens_per_document: int = field(default=800, metadata={"help": "Mean length of a document."})
+    num_neighbors: int = field(default=4, metadata={"help": "Neighbors kept of a chunk."})
+    factory: str = field(default="auto", metadata={"help": "A faiss factory string, or auto."})
+    max_index_memory: float | None = field(default=None, metadata={"help": "GB the index may take."})
+    chunks_per_second: float = field(
+        default=4000.0, metadata={"help": "Rate of the encoder on one GPU; measure yours with `retro embed`."}
+    )
+    num_gpus: int = field(default=1, metadata={"help": "GPUs that embed."})
+
+
+def parse_number(text: str) -> int:
+    """A number with an optional unit (k, M, B or G, T); a `ValueError` if it is none or not positive."""
+    scale = _UNITS.get(text[-1:], 1)
+    try:
+        number = int(float(text[:-1] if text[-1:] in _UNITS else text) * scale)
+    except (ValueError, OverflowError):
+        number = 0
+    if number < 1:
+        raise ValueError(f"expected a positive number such as 1.75T, 40B or 10M, got {text!r}")
+    return number
+
+
+def plan_datastore(
+    tokens: int,
+    chunk_size: int = 64,
+    dim: int = 384,
+    vocab_size: int = 49152,
+    tokens_per_document: int = 800,
+    num_neighbors: int = 4,
+    factory: str = "auto",
+    max_index_memory: float | None = None,
+    chunks_per_second: float = 4000.0,
+    num_gpus: int = 1,
+) -> dict[str, int | float | str]:
+    """
+    Sizes of a datastore before it is built.
+
+    Args:
+        tokens (`int`): Tokens of the corpus.
+        chunk_size (`int`, *optional*, defaults to 64): Tokens in a chunk, m.
+        dim (`int`, *optional*, defaults to 384): Dimensions of the encoder.
+        vocab_size (`int`, *optional*, defaults to 49152): Vocabulary of the tokenizer.
+        tokens_per_document (`int`, *optional*, defaults to 800): Mean length; each wastes half a chunk on average.
+        num_neighbors (`int`, *optional*, defaults to 4): Neighbors kept of a chunk, K.
+        factory (`str`, *optional*, defaults to `"auto"`): A faiss factory string.
+        max_index_memory (`float`, *optional*): GB the index may take, for `"auto"`.
+        chunks_per_second (`float`, *optional*, defaults to 4000): Chunks that one GPU embeds in a second.
+        num_gpus (`int`, *optional*, defaults to 1): GPUs that embed.
+
+    Returns:
+        `dict`: `chunks`, `factory`, bytes of `chunks_bytes`, `embeddings_bytes`, `index_bytes`, `neighbors_bytes`,
+        and `encoder_gpu_hours`, `encoder_hours`.
+    """
+    numbers = {
+        "chunk_size": chunk_size,
+        "dim": dim,
+        "tokens_per_document": tokens_per_document,
+        "num_neighbors": num_neighbors,
+        "chunks_per_second": chunks_per_second,
+        "num_gpus": num_gpus,
+    }
+    for name, number in numbers.items():
+        if number <= 0:
+            raise ValueError(f"{name} must be positive, got {number}")
+    documents = -(-tokens // tokens_per_document)
+    chunks = tokens // chunk_size + documents // 2 + 1
+    if factory == "auto":
+        factory = suggest_factory(chunks, dim, None if max_index_memory is None else max_index_memory * 1e9)
+    token_bytes = 2 if vocab_size <= 1 << 16 else 4
+    hours = chunks / chunks_per_second / 3600
+    return {
+        "chunks": chunks,
+        "factory": factory,
+        "chunks_bytes": chunks * (chunk_size * token_bytes + 4 + 8 + 8),
+        "embeddings_bytes": chunks * 2 * dim,
+        "index_bytes": index_bytes(factory, chunks, dim),
+        "neighbors_bytes": chunks * num_neighbors * 12,
+        "encoder_gpu_hours": hours,
+        "encoder_hours": hours / num_gpus,
+    }
+
+
+def _human(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if number < 1000 or unit == "TB":
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return ""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (arguments,) = parse_arguments(PlanArguments, argv=argv, description=__doc__, prog="retro plan")
+    options = vars(arguments)
+    plan = plan_datastore(parse_number(options.pop("tokens")), **options)
+    print(f"{'chunks':<24}{plan['chunks']:,}")
+    for name in ("chunks", "embeddings", "neighbors"):
+        print(f"{name + '/':<24}{_human(plan[f'{name}_bytes'])}")
+    print(f"{'index.faiss':<24}{_human(plan['index_bytes'])}   {plan['factory']}")
+    print(
+        f"{'encoder':<24}{plan['encoder_gpu_hours']:,.1f} GPU-hours at {arguments.chunks_per_second:g} chunks/s, "
+        f"{plan['encoder_hours']:,.1f} hours on {arguments.num_gpus}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
