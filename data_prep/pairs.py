@@ -27,7 +27,6 @@ A pair set is a `datasets.Dataset` with the columns `anchor`, `positive` and, th
 """
 
 import bisect
-import csv
 import gzip
 import itertools
 import json
@@ -43,7 +42,6 @@ import numpy as np
 import torch
 import xxhash
 from datasets import Dataset, Features, IterableDataset, Value
-from huggingface_hub import hf_hub_download
 from transformers.utils import logging
 
 from modeling_retro.retrieval_retro import RetroDatastore
@@ -51,11 +49,10 @@ from modeling_retro.retrieval_retro import RetroDatastore
 from .arguments import parse_arguments, run_command
 from .corpus_pairs import KINDS, pairs_from_datastore
 from .manifest import whole
+from .pair_collections import RECIPE_PATH, download_pairs
 
 
 logger = logging.get_logger(__name__)
-
-RECIPE_PATH = Path(__file__).parent / "recipes" / "sentence_pairs.tsv"
 
 # Part of the fingerprints of cached tables: raise it when the functions below give other rows for the same files.
 _SCHEMA_VERSION = 1
@@ -391,64 +388,6 @@ class PairMixture(torch.utils.data.Dataset):
         offset = self.offsets[number]
         pairs = list(self.sets.values())[number]
         return pairs.__getitems__([index - offset for index in indices])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Public collections
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def read_recipe(path: str | Path = RECIPE_PATH) -> dict[str, dict[str, str]]:
-    """
-    Reads a list of pair sets: a table with the tab-separated columns `name`, `pairs`, `weight` and `path` (Hub dataset
-    and file).
-
-    Args:
-        path (`str`, *optional*):
-            The list. Defaults to the one that comes with the package.
-
-    Returns:
-        `dict[str, dict[str, str]]`: the rows by name.
-    """
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = {row["name"]: row for row in csv.DictReader(file, delimiter="\t")}
-    for name, row in rows.items():
-        if None in row.values() or not row["path"].count("/") >= 2:
-            raise ValueError(f"{path}: {name}: expected name, pairs, weight and path, separated by tabs, got {row}")
-    return rows
-
-
-def download_pairs(
-    names: Sequence[str], output_dir: str | Path, recipe: str | Path = RECIPE_PATH, revision: str | None = None
-) -> list[Path]:
-    """
-    Downloads pair sets. What is there already is not fetched again; a file that broke off goes on where it stopped.
-
-    Args:
-        names (`Sequence[str]`):
-            Names from the recipe.
-        output_dir (`str`):
-            Folder for the files.
-        recipe (`str`, *optional*):
-            See [`read_recipe`].
-        revision (`str`, *optional*):
-            Of the Hub dataset.
-
-    Returns:
-        `list[Path]`: the files.
-    """
-    rows = read_recipe(recipe)
-    unknown = sorted(set(names) - rows.keys())
-    if unknown:
-        raise ValueError(f"{recipe} has no set {', '.join(unknown)}; it has {', '.join(rows)}")
-    files = []
-    for name in names:
-        owner, repository, filename = rows[name]["path"].split("/", 2)
-        path = hf_hub_download(
-            f"{owner}/{repository}", filename, repo_type="dataset", revision=revision, local_dir=output_dir
-        )
-        files.append(Path(path))
-    return files
 
 
 @dataclass

@@ -14,7 +14,6 @@
 """Training of the retriever encoder on pairs of texts."""
 
 import functools
-import json
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +42,7 @@ from modeling_retro.retrieval_retro import longest_input, pool_hidden_states
 from .losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss, split_by_length
 from .retriever_config import RetrieverTrainingArguments
 from .retriever_evaluation import retrieval_metrics
+from .retriever_export import model_card_text, save_sentence_transformers_files
 
 
 logger = logging.get_logger(__name__)
@@ -433,7 +433,7 @@ class RetrieverTrainer(Trainer):
         )
         name = model_name or os.path.basename(os.path.abspath(self.args.output_dir))
         repository = self.hub_model_id or name
-        content = _model_card_text(name, repository, self.args, self.max_length, self.state.log_history)
+        content = model_card_text(name, repository, self.args, self.max_length, self.state.log_history)
         ModelCard(f"---\n{data.to_yaml()}\n---\n\n{content}").save(os.path.join(self.args.output_dir, "README.md"))
 
 
@@ -474,90 +474,3 @@ def _compute_metrics(prediction: EvalPrediction, cosine: bool) -> dict[str, floa
         embeddings[:, 1:].reshape(-1, embeddings.shape[-1])[first_document],
         relevance,
     )
-
-
-def save_sentence_transformers_files(
-    folder: str | os.PathLike, dimension: int, pooling: str, normalized: bool, max_length: int
-) -> None:
-    """
-    Adds to a saved encoder what sentence-transformers reads (all its versions) beside weights, config and tokenizer.
-
-    Args:
-        folder (`str`):
-            Folder of the encoder.
-        dimension (`int`):
-            Size of the embeddings.
-        pooling (`str`):
-            `"mean"` or `"cls"`.
-        normalized (`bool`):
-            Whether the embeddings have length 1.
-        max_length (`int`):
-            Longer texts are cut to this number of tokens.
-    """
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if normalized else [])]
-    files = {
-        "modules.json": [
-            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"}
-            for index, (path, name) in enumerate(modules)
-        ],
-        "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
-        "config_sentence_transformers.json": {"similarity_fn_name": "cosine" if normalized else "dot"},
-        "1_Pooling/config.json": {
-            "word_embedding_dimension": dimension,
-            "pooling_mode_cls_token": pooling == "cls",
-            "pooling_mode_mean_tokens": pooling == "mean",
-            "pooling_mode_max_tokens": False,
-            "pooling_mode_mean_sqrt_len_tokens": False,
-        },
-    }
-    for path, _ in modules[1:]:
-        os.makedirs(os.path.join(folder, path), exist_ok=True)
-    for name, content in files.items():
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-
-
-def _model_card_text(
-    name: str,
-    repository: str,
-    args: RetrieverTrainingArguments,
-    max_length: int,
-    log_history: Sequence[Mapping[str, Any]],
-) -> str:
-    evaluations = [entry for entry in log_history if any("recall@" in key for key in entry)]
-    metrics = [key for key in evaluations[-1] if "@" in key] if evaluations else []
-    lines = [
-        f"# {name}",
-        "",
-        f"A text encoder for retrieval: {args.pooling} pooling, {args.similarity} similarity, texts of up to "
-        f"{max_length} tokens. It was trained on pairs with RETRO for Hugging Face, to find the chunks that a RETRO "
-        "language model reads.",
-        "",
-        "```python",
-        "from sentence_transformers import SentenceTransformer",
-        "",
-        f'embeddings = SentenceTransformer("{repository}").encode(["a text", "another"])',
-        "```",
-        "",
-        "As the encoder of a datastore:",
-        "",
-        "```bash",
-        f"retro embed --encoder {repository} …",
-        "```",
-        "",
-        "## Training",
-        "",
-        f"Multiple negatives ranking loss (scale {args.scale}{', symmetric' if args.symmetric else ''}), "
-        f"{args.train_batch_size * args.world_size} pairs a step, learning rate {args.learning_rate}.",
-    ]
-    if metrics:
-        first, last = evaluations[0], evaluations[-1]
-        lines += [
-            "",
-            "## Retrieval on held-out pairs",
-            "",
-            f"| metric | step {first['step']} | step {last['step']} |",
-            "|---|---|---|",
-            *(f"| {key.removeprefix('eval_')} | {first[key]:.3f} | {last[key]:.3f} |" for key in metrics),
-        ]
-    return "\n".join(lines) + "\n"

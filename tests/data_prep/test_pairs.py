@@ -19,7 +19,8 @@ import datasets
 import pytest
 from loopback_hub import Repository, StoredFile, loopback_hub
 
-from data_prep.pairs import RECIPE_PATH, load_pairs, main, pair_columns, read_recipe
+from data_prep.pair_collections import RECIPE_PATH, read_recipe
+from data_prep.pairs import load_pairs, main, pair_columns
 
 
 def write_lines(path, records):

@@ -32,7 +32,8 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, set_seed
 
 from data_prep.arguments import parse_arguments, run_command
-from data_prep.pairs import PairMixture, load_pairs, read_recipe
+from data_prep.pair_collections import read_recipe
+from data_prep.pairs import PairMixture, load_pairs
 from modeling_retro.retrieval_retro import load_text_encoder
 
 from ..retriever_config import RetrieverTrainingArguments
