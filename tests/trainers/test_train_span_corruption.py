@@ -20,9 +20,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, EvalPrediction, T5EncoderModel
 
+from modeling_retro.retrieval_retro import ChunkEncoder, load_text_encoder
+from trainers.retriever_config import RetrieverTrainingArguments
+from trainers.retriever_trainer import RetrieverTrainer
 from trainers.scripts.train_span_corruption import main, span_metrics
 from trainers.span_corruption import DataCollatorForSpanCorruption
 
@@ -84,6 +88,23 @@ def test_a_run_learns_reports_and_leaves_an_encoder(tasks, tmp_path):
     whole = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model")
     inputs = tokenizer("numbers", return_tensors="pt")
     torch.testing.assert_close(encoder(**inputs).last_hidden_state, whole.encoder(**inputs).last_hidden_state)
+
+    # MNR training starts from it, and its result is one more encoder of chunks.
+    trainer = RetrieverTrainer(
+        model=load_text_encoder(str(tmp_path / "model" / "encoder")),
+        args=RetrieverTrainingArguments(
+            output_dir=str(tmp_path / "retriever"), max_steps=2, per_device_train_batch_size=4, use_cpu=True
+        ),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_dict({"anchor": list("abcdefgh"), "positive": [f"{c} {c}" for c in "abcdefgh"]}),
+    )
+    trainer.train()
+    trainer.save_model()
+    embeddings = ChunkEncoder.from_pretrained(tmp_path / "retriever", device="cpu").encode(["numbers", "one too"])
+    assert embeddings.shape == (2, 16)
+    hidden = trainer.model.eval()(**inputs).last_hidden_state[0].mean(dim=0)
+    torch.testing.assert_close(torch.from_numpy(embeddings[0]), torch.nn.functional.normalize(hidden, dim=0))
+    assert not torch.allclose(trainer.model.shared.weight, encoder.shared.weight)
 
     # A second run goes on from the checkpoint's weights.
     main(
