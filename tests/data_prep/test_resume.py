@@ -1,0 +1,133 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A run of two processes that is killed again and again ends with the bytes of one that is not."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from accelerate import PartialState
+from conftest import TINY_CHUNK_SIZE, make_texts, write_jsonl
+
+from data_prep.prepare import prepare_datastore
+
+
+def work(rank: int, port: int, recipe: dict, output_dir: Path, log: Path) -> None:
+    """One process of a run, as `accelerate launch` would start it."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    PartialState._reset_state()
+    prepare_datastore(recipe, output_dir)
+    assert PartialState().num_processes == 2
+
+
+def run(recipe: dict, output_dir: Path, seconds: float | None = None) -> bool:
+    """Runs two processes; kills both after `seconds`. Returns whether they ended by themselves."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")  # libraries are imported already
+    log = output_dir.with_suffix(".log")
+    processes = [context.Process(target=work, args=(rank, port, recipe, output_dir, log)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + (600 if seconds is None else seconds)
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ended = all(process.exitcode == 0 for process in processes)
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        if seconds is None:
+            assert process.exitcode == 0, log.read_text()
+        else:
+            assert process.exitcode in (0, -signal.SIGKILL), log.read_text()
+    return ended
+
+
+def stage_of(output_dir: Path) -> str:
+    """The first stage that the manifest does not hold whole."""
+    if not (output_dir / "datastore.json").exists():
+        return "begin"
+    manifest = json.loads((output_dir / "datastore.json").read_text())
+    splits = manifest["splits"]
+    if any("fingerprint" not in splits.get(name, {}).get("chunks", {}) for name in ("train", "validation")):
+        return "chunk"
+    chunks = splits["train"]["chunks"]
+    if "deduplicated" not in chunks:
+        return "deduplicate"
+    if any(len(s.get("embeddings", {}).get("shards", [])) < len(s["chunks"]["shards"]) for s in splits.values()):
+        return "embed"
+    return "index" if "index" not in manifest else "neighbors"
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def kill_until_done(recipe: dict, folder: Path, kills: int, seed: int) -> dict[str, int]:
+    """Compares runs that are killed at random moments with one that is not; returns the kills of each stage."""
+    generator = random.Random(seed)
+    start = time.monotonic()
+    run(recipe, folder / "reference")
+    duration = time.monotonic() - start
+    expected = tree(folder / "reference")
+    killed: dict[str, int] = {}
+    trial = 0
+    while sum(killed.values()) < kills:
+        output_dir = folder / f"trial-{trial}"
+        while not run(recipe, output_dir, seconds=generator.uniform(0.05, 0.7) * duration):
+            stage = stage_of(output_dir)
+            killed[stage] = killed.get(stage, 0) + 1
+        run(recipe, output_dir)
+        assert tree(output_dir) == expected
+        trial += 1
+    return killed
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_tokenizer, tiny_encoder_dir):
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    texts = make_texts(60, seed=21, max_words=120)
+    train = write_jsonl(tmp_path / "train.jsonl", texts)
+    return {
+        "tokenizer": str(tmp_path / "tokenizer"),
+        "encoder": str(tiny_encoder_dir),
+        "splits": {"train": str(train), "validation": str(write_jsonl(tmp_path / "validation.jsonl", texts[40:45]))},
+        "chunk": {"chunk_size": TINY_CHUNK_SIZE, "shard_bytes": 4000},
+        "deduplicate": {"threshold": 0.8},
+        "index": {"factory": "IVF8,SQ8"},
+        "neighbors": {"num_neighbors": 2},
+    }
+
+
+def test_a_run_that_is_killed_ends_with_the_same_bytes(recipe, tmp_path):
+    kill_until_done(recipe, tmp_path, kills=3, seed=0)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_bytes(recipe, tmp_path):
+    recipe["splits"]["train"] = str(write_jsonl(tmp_path / "train.jsonl", make_texts(300, seed=21, max_words=120)))
+    killed = kill_until_done(recipe, tmp_path, kills=40, seed=1)
+    assert {"chunk", "deduplicate", "embed", "index", "neighbors"} <= set(killed), killed
