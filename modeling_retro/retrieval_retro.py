@@ -702,9 +702,9 @@ class ChunkEncoder:
             window (`int`, *optional*, defaults to 8192): Number of texts that are tokenised and sorted together.
 
         Returns:
-            `np.ndarray`: float32 [n, dim], in the order of `texts`.
+            `np.ndarray`: float32 [n, dim], in the order of `texts`; zeros for a text without tokens.
         """
-        embeddings = np.empty((len(texts), self.dim), dtype=np.float32)
+        embeddings = np.zeros((len(texts), self.dim), dtype=np.float32)
         for start in range(0, len(texts), window):
             encoded = self.tokenizer(
                 list(texts[start : start + window]),
@@ -715,6 +715,7 @@ class ChunkEncoder:
             )["input_ids"]
             lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
             order = np.argsort(lengths, kind="stable")
+            order = order[np.count_nonzero(lengths == 0) :]  # a text without tokens keeps the zero vector
             for batch in _batches(order, lengths, tokens_per_batch):
                 embeddings[start + batch] = self._embed([encoded[row] for row in batch], lengths[batch])
         return embeddings

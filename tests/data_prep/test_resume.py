@@ -58,6 +58,7 @@ def run(recipe: dict, output_dir: Path, seconds: float | None = None) -> bool:
     for process in processes:
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
+    for process in processes:
         process.join()
         if seconds is None:
             assert process.exitcode == 0, log.read_text()
@@ -115,7 +116,7 @@ def recipe(tmp_path, tiny_tokenizer, tiny_encoder_dir):
         "tokenizer": str(tmp_path / "tokenizer"),
         "encoder": str(tiny_encoder_dir),
         "splits": {"train": str(train), "validation": str(write_jsonl(tmp_path / "validation.jsonl", texts[40:45]))},
-        "chunk": {"chunk_size": TINY_CHUNK_SIZE, "shard_bytes": 4000},
+        "chunk": {"chunk_size": TINY_CHUNK_SIZE, "shard_bytes": 4000, "on_bad_record": "skip"},
         "deduplicate": {"threshold": 0.8},
         "index": {"factory": "IVF8,SQ8"},
         "neighbors": {"num_neighbors": 2},
