@@ -42,6 +42,8 @@ setup(
         "datasketch>=1.6",
         "huggingface-hub>=2.4",
         "numpy>=2.0",
+        "pyarrow>=21",
+        "pyyaml>=6",
         "safetensors>=0.8",
         "scipy>=1.13",
         "tokenizers>=0.23",
