@@ -79,12 +79,12 @@ def _set_defaults_from_file(parser: HfArgumentParser, path: Path) -> None:
             parser.error(
                 f"--config {path}: {name} is {value!r}, expected one of {', '.join(map(str, action.choices))}"
             )
-        # argparse converts string defaults only; numbers of YAML such as 1e-4 (a string there) or 3 for a float are too.
+        # argparse converts defaults that are strings only: 3 for a float, and 1e-4, which YAML reads as a string.
         action.default = str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 def run_command(main: Callable[[], Any]) -> None:
-    """Runs a script: mistakes of the user (`ValueError`, `OSError`, `ImportError`) end it with one line and exit code 1."""
+    """Runs a script: the user's mistakes (`ValueError`, `OSError`, `ImportError`) are one line and exit code 1."""
     try:
         main()
     except (ValueError, OSError, ImportError) as error:
