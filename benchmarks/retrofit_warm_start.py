@@ -24,6 +24,7 @@ import argparse
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from modeling_retro import RetroDatastore, RetroForCausalLM
 from trainers.evaluation import evaluate_retro
@@ -42,7 +43,7 @@ def train(model: RetroForCausalLM, batches: list[dict[str, torch.Tensor]], learn
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
     losses = []
-    for batch in batches:
+    for batch in tqdm(batches):
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**batch, use_cache=False).loss
         loss.backward()

@@ -49,11 +49,10 @@ from data_prep.manifest import (
     write_manifest,
 )
 from data_prep.neighbors import neighbor_features
+from modeling_retro.encoder_retro import ChunkEncoder, decode_chunks
 from modeling_retro.retrieval_retro import (
     TRAIN_SPLIT,
-    ChunkEncoder,
     RetroDatastore,
-    decode_chunks,
     read_manifest,
     split_path,
     tokenizer_fingerprint,

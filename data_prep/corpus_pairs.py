@@ -22,7 +22,8 @@ import xxhash
 from datasets import Dataset, Features, Value
 from tqdm.auto import tqdm
 
-from modeling_retro.retrieval_retro import TRAIN_SPLIT, RetroDatastore, decode_chunks
+from modeling_retro.encoder_retro import decode_chunks
+from modeling_retro.retrieval_retro import TRAIN_SPLIT, RetroDatastore
 
 
 KINDS = ("continuation", "entity", "title")

@@ -45,7 +45,8 @@ from data_prep.manifest import (
     whole,
     write_manifest,
 )
-from modeling_retro.retrieval_retro import TRAIN_SPLIT, ChunkEncoder, RetroDatastore, split_path, verify_file
+from modeling_retro.encoder_retro import ChunkEncoder
+from modeling_retro.retrieval_retro import TRAIN_SPLIT, RetroDatastore, split_path, verify_file
 
 
 logger = logging.get_logger(__name__)

@@ -29,14 +29,8 @@ from data_prep.chunk import chunk_documents
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
-from modeling_retro.retrieval_retro import (
-    ChunkEncoder,
-    RetroDatastore,
-    RetroRetriever,
-    decode_chunks,
-    other_document_filter,
-    search,
-)
+from modeling_retro.encoder_retro import ChunkEncoder, decode_chunks
+from modeling_retro.retrieval_retro import RetroDatastore, RetroRetriever, other_document_filter, search
 
 
 @pytest.fixture(scope="module")

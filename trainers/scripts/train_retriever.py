@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.pair_collections import read_recipe
 from data_prep.pairs import PairMixture, load_pairs
-from modeling_retro.retrieval_retro import load_text_encoder
+from modeling_retro.encoder_retro import load_text_encoder
 
 from ..retriever_config import RetrieverTrainingArguments
 from ..retriever_trainer import RetrieverTrainer
