@@ -46,6 +46,11 @@ class TableRetriever:
         return self
 
 
+def check_length(sequences: torch.Tensor) -> None:
+    if sequences.shape[1] != SEQ_LEN:
+        raise RuntimeError(f"generated up to {sequences.shape[1]} tokens, not {SEQ_LEN}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
@@ -64,17 +69,15 @@ def main() -> None:
     # The peer keeps the likeliest tenth of the vocabulary.
     sampling = {"do_sample": True, "top_k": VOCAB_SIZE // 10, "max_new_tokens": SEQ_LEN - CHUNK_SIZE}
 
+    def on():
+        check_length(ours.generate(prompt, **sampling))
+
     def off():
         with ours.retrieval(False):
-            ours.generate(prompt, **sampling)
+            check_length(ours.generate(prompt, **sampling))
 
-    lengths = {wrapper.generate(prompt).shape[1], ours.generate(prompt, **sampling).shape[1]}
-    if lengths != {SEQ_LEN}:
-        raise RuntimeError(f"the two sides generated up to {lengths} tokens, not {SEQ_LEN}")
-    seconds = median_seconds(
-        {"peer": lambda: wrapper.generate(prompt), "on": lambda: ours.generate(prompt, **sampling), "off": off},
-        arguments.repeats,
-    )
+    functions = {"peer": lambda: check_length(wrapper.generate(prompt)), "on": on, "off": off}
+    seconds = median_seconds(functions, arguments.repeats, warm_up=False)
     on, off = (forward_flops(ours, 1, SEQ_LEN, neighbors=neighbors) for neighbors in (True, False))
     new = SEQ_LEN - CHUNK_SIZE
     print(f"{torch.get_num_threads()} threads, {new} tokens after {CHUNK_SIZE}")

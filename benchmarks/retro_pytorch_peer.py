@@ -82,14 +82,14 @@ def count_parameters(model: torch.nn.Module) -> float:
     return sum(parameter.numel() for parameter in model.parameters()) / 1e6
 
 
-def median_seconds(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def median_seconds(functions: dict[str, Callable[[], object]], repeats: int, warm_up: bool = True) -> dict[str, float]:
     """Median seconds of each function, called in turns, so that all of them meet the same disturbances."""
     seconds = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
+    for repeat in range(repeats + warm_up):
         for name, function in functions.items():
             start = time.perf_counter()
             function()
-            if repeat > 0:  # the first round warms up
+            if repeat >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
