@@ -72,6 +72,9 @@ class RetroConfig(PreTrainedConfig):
         Its revision.
     base_model_sha256 (`str`, *optional*):
         Checksum of its weights.
+    tokenizer_sha256 (`str`, *optional*):
+        Checksum of the tokenizer that the model was trained with, as the manifest of a datastore has it. A datastore
+        of another tokenizer is then refused.
     datastore_name_or_path (`str`, *optional*):
         Datastore that `from_pretrained(..., retriever="auto")` opens.
     datastore_revision (`str`, *optional*):
@@ -169,6 +172,7 @@ class RetroConfig(PreTrainedConfig):
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     base_model_sha256: str | None = None
+    tokenizer_sha256: str | None = None
     datastore_name_or_path: str | None = None
     datastore_revision: str | None = None
 

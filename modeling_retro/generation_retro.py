@@ -49,7 +49,8 @@ class RetroGenerationMixin:
     Makes a RETRO model look up neighbors by itself. Its retriever is any object with a method
     `retrieve(chunk_input_ids, k)` that takes a `torch.LongTensor` of shape `(n, chunk_size)` and returns an object
     with `neighbor_input_ids` (`torch.LongTensor` of shape `(n, k, neighbor_length)`), `neighbor_attention_mask` of the
-    same shape and, where they are known, `scores`, `chunk_ids` and `document_ids` of shape `(n, k)`.
+    same shape and, where they are known, `scores`, `chunk_ids` and `document_ids` of shape `(n, k)`. It may have a
+    method `check_model(config)` that raises a `ValueError` for a model that it does not fit.
     """
 
     @classmethod
@@ -84,18 +85,19 @@ class RetroGenerationMixin:
         # Saved models carry this file too; only those who retrieve need its requirements.
         from .retrieval_retro import RetroRetriever
 
-        opened = RetroRetriever.from_pretrained(self.config.datastore_name_or_path, self.config.datastore_revision)
-        opened.datastore.check_chunk_size(self.config.chunk_size)
-        vocab_size = opened.datastore.manifest["tokenizer"]["vocab_size"]
-        if vocab_size > self.config.vocab_size:
-            raise ValueError(
-                f"The datastore {self.config.datastore_name_or_path} was made with another tokenizer: it has "
-                f"{vocab_size} tokens, the model {self.config.vocab_size}."
-            )
-        return opened
+        return RetroRetriever.from_pretrained(self.config.datastore_name_or_path, self.config.datastore_revision)
 
     def set_retriever(self, retriever: Any) -> None:
-        """Sets the object that looks up neighbors, or `None`: the model then runs without retrieval (OFF)."""
+        """
+        Sets the object that looks up neighbors, or `None`: the model then runs without retrieval (OFF).
+
+        Raises:
+            ValueError: If the retriever knows that it does not fit the model, such as a [`RetroRetriever`] over a
+                datastore of another tokenizer or chunk size.
+        """
+        check = getattr(retriever, "check_model", None)  # a function over a dict has none
+        if check is not None:
+            check(self.config)
         self.retriever = retriever
         self.retrieval_enabled = True
 

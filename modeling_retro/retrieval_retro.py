@@ -26,7 +26,6 @@ neighbors.neighbor_input_ids.shape  # [2, 2, 128]
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +40,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .configuration_retro import RetroConfig
 from .encoder_retro import ChunkEncoder
+from .manifest_retro import MANIFEST_NAME, TRAIN_SPLIT, check_model, read_manifest
 
 
 try:
@@ -57,9 +58,6 @@ except ImportError as error:
 
 logger = logging.get_logger(__name__)
 
-MANIFEST_NAME = "datastore.json"
-FORMAT_VERSION = 1
-TRAIN_SPLIT = "train"
 # The most results of a query that a GPU index can return.
 _MOST_ON_GPU = 2048
 
@@ -419,6 +417,10 @@ class RetroDatastore:
         if chunk_size != self.chunk_size:
             raise ValueError(f"chunk_size {chunk_size} is not the chunk size of {self.path}: {self.chunk_size}")
 
+    def check_model(self, config: RetroConfig) -> None:
+        """Raises a `ValueError` unless a model of this configuration can read the tokens of the datastore."""
+        check_model(self.manifest, self.path, config)
+
     def check_encoder(self, encoder: "ChunkEncoder") -> None:
         """Raises a `ValueError` unless `encoder` gives the embeddings that the index holds."""
         expected, found = self.manifest.get("encoder"), encoder.describe()
@@ -462,27 +464,6 @@ class RetroDatastore:
 def split_path(path: Path, split: str) -> Path:
     """Folder of a split: the datastore itself holds the training side, `splits/NAME` the others."""
     return path if split == TRAIN_SPLIT else path / "splits" / split
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """
-    Reads `datastore.json` of a folder.
-
-    Raises:
-        ValueError: If the file is missing, is not JSON, or has a format version this code does not know.
-    """
-    file = path / MANIFEST_NAME
-    if not file.is_file():
-        raise ValueError(f"{path} is not a datastore: it has no {MANIFEST_NAME}")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{file} has format version {manifest.get('format_version')}, this code reads version {FORMAT_VERSION}"
-        )
-    return manifest
 
 
 def checksum(path: Path) -> str:
@@ -670,6 +651,10 @@ class RetroRetriever:
     def __deepcopy__(self, memo: dict[int, Any]) -> "RetroRetriever":
         # transformers deep-copies keyword arguments; an index is shared, never copied.
         return self
+
+    def check_model(self, config: RetroConfig) -> None:
+        """Raises a `ValueError` unless a model of this configuration can read what is retrieved."""
+        self.datastore.check_model(config)
 
     def retrieve(
         self, chunk_input_ids: torch.Tensor, k: int, exclude_document_ids: Any | None = None

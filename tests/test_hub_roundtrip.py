@@ -217,8 +217,17 @@ def test_models_refuse_datastores_that_are_not_theirs(model_dir, tiny_datastore_
     assert RetroForCausalLM.from_pretrained(model_dir, **named).is_retrieving
     with pytest.raises(ValueError, match="chunk_size 16 is not the chunk size"):
         RetroForCausalLM.from_pretrained(model_dir, chunk_size=16, **named)
-    with pytest.raises(ValueError, match="another tokenizer: it has 300 tokens, the model 299"):
+    with pytest.raises(ValueError, match="another tokenizer than the model: .* has 300 tokens, the model 299"):
         RetroForCausalLM.from_pretrained(model_dir, vocab_size=299, **named)
+    # As many tokens, but others: told by the checksum that training recorded.
+    own = RetroRetriever.from_pretrained(tiny_datastore_dir)
+    tokenizer_sha256 = own.datastore.manifest["tokenizer"]["sha256"]
+    RetroForCausalLM.from_pretrained(model_dir, tokenizer_sha256=tokenizer_sha256, retriever=own)
+    for retriever in (own, "auto"):
+        with pytest.raises(ValueError, match="another tokenizer than the model: .* trained with 0123456789ab"):
+            RetroForCausalLM.from_pretrained(
+                model_dir, **named | {"retriever": retriever, "tokenizer_sha256": "0123456789abcdef"}
+            )
 
 
 def test_names_without_a_datastore_are_named():
