@@ -47,6 +47,7 @@ from .chunk_layout_retro import (
 from .configuration_retro import RetroConfig
 from .generation_retro import RetroGenerationMixin
 from .retrofit_retro import RetroRetrofitMixin
+from .sharing_retro import RetroSharingMixin
 
 
 class RetroRMSNorm(nn.Module):
@@ -97,6 +98,8 @@ class RetroRotaryEmbedding(nn.Module):
         emb = torch.cat((freqs, freqs), dim=-1)  # [B, T, D]
         cos = emb.cos() * self.attention_scaling
         sin = emb.sin() * self.attention_scaling
+        # The sign of a rotation's other half is in the table, so that `apply_rotary` need not negate states.
+        sin = torch.cat((-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]), dim=-1)
         return cos.to(dtype=x.dtype), sin.to(dtype=x.dtype)
 
 
@@ -118,16 +121,12 @@ class RetroNeighborRotaryEmbedding(RetroRotaryEmbedding):
         return 1.0 / (config.neighbor_rope_theta**exponents), 1.0
 
 
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """Rotates half the dimensions of a head."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((-x2, x1), dim=-1)
-
-
 def apply_rotary(states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotates queries or keys `(..., length, head_dim)` by cos and sin that broadcast to that shape."""
+    """Rotates queries or keys `(..., length, head_dim)` by cos and signed sin that broadcast to that shape."""
     cos, sin = position_embeddings
-    return (states * cos) + (rotate_half(states) * sin)
+    # Under autocast the tables are float32, the states are not.
+    cos, sin = cos.to(states.dtype), sin.to(states.dtype)
+    return states * cos + states.roll(states.shape[-1] // 2, dims=-1) * sin
 
 
 class RetroMLP(nn.Module):
@@ -833,7 +832,9 @@ class RetroModel(RetroPreTrainedModel):
 
 
 @auto_docstring
-class RetroForCausalLM(RetroGenerationMixin, RetroRetrofitMixin, RetroPreTrainedModel, GenerationMixin):
+class RetroForCausalLM(
+    RetroGenerationMixin, RetroRetrofitMixin, RetroSharingMixin, RetroPreTrainedModel, GenerationMixin
+):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
