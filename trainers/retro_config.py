@@ -39,6 +39,9 @@ class RetroTrainingArguments(TrainingArguments):
             Number of neighbors k that a chunk sees in training. Of several numbers, each row draws one.
         neighbor_dropout (`float`, *optional*, defaults to `0.1`):
             Share of chunks that see no neighbors in a training step, so that the model without retrieval stays good.
+        copy_share (`float`, *optional*, defaults to `0.0`):
+            Share of chunks whose first neighbor is replaced by a noisy piece of their own document that holds most of
+            the tokens to come: a lesson in copying that natural neighbors teach only slowly.
 
         > Parameters that control the optimizer
 
@@ -48,6 +51,10 @@ class RetroTrainingArguments(TrainingArguments):
             Whether to train only chunked cross attention and the neighbor encoder, as in retrofitting.
         decoder_learning_rate (`float`, *optional*):
             Learning rate of the decoder; `learning_rate` is then that of cross attention and neighbor encoder alone.
+        gate_learning_rate (`float`, *optional*):
+            Learning rate of the gates of a retrofitted model's cross attention, which never decay. They start at zero
+            and Adam moves them by about one learning rate a step: at `3e-4` they take hundreds of steps to open, at
+            `1e-2` ten. `learning_rate` when unset.
 
         > Parameters that control the evaluation
 
@@ -91,6 +98,10 @@ class RetroTrainingArguments(TrainingArguments):
     neighbor_dropout: float = field(
         default=0.1, metadata={"help": "Share of chunks that see no neighbors in a training step."}
     )
+    copy_share: float = field(
+        default=0.0,
+        metadata={"help": "Share of chunks whose first neighbor becomes a noisy piece of their own document."},
+    )
 
     # Parameters that control the optimizer
     use_muon: bool = field(
@@ -101,6 +112,10 @@ class RetroTrainingArguments(TrainingArguments):
     )
     decoder_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the decoder. `learning_rate` when unset."}
+    )
+    gate_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the gates of cross attention, such as 1e-2. `learning_rate` when unset."},
     )
 
     # Parameters that control the evaluation
@@ -125,5 +140,7 @@ class RetroTrainingArguments(TrainingArguments):
             raise ValueError("decoder_learning_rate is set, but freeze_decoder leaves nothing that it would train")
         if not 0.0 <= self.neighbor_dropout <= 1.0:
             raise ValueError(f"neighbor_dropout is {self.neighbor_dropout}, expected a share between 0 and 1")
+        if not 0.0 <= self.copy_share <= 1.0:
+            raise ValueError(f"copy_share is {self.copy_share}, expected a share between 0 and 1")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: rows are ranges of chunks, not inputs of the model")

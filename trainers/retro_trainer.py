@@ -159,6 +159,9 @@ class DataCollatorForRetro:
             Number of neighbors k of a chunk. Of several numbers, each row draws one, and k is the largest.
         neighbor_dropout (`float`, *optional*, defaults to `0.0`):
             Probability that a chunk sees no neighbors.
+        copy_share (`float`, *optional*, defaults to `0.0`):
+            Probability that the first neighbor of a chunk is replaced by a noisy piece of the chunk's own document
+            that holds most of the tokens to come (see [`DataCollatorForRetro.copy_pieces`]). For training only.
         seed (`int`, *optional*, defaults to `0`):
             Seed of what is drawn; with it, the epoch and the row, that is always the same.
 
@@ -185,6 +188,7 @@ class DataCollatorForRetro:
     row_chunks: int = 32
     num_neighbors: int | Sequence[int] = 2
     neighbor_dropout: float = 0.0
+    copy_share: float = 0.0
     seed: int = 0
 
     def __post_init__(self):
@@ -214,6 +218,13 @@ class DataCollatorForRetro:
         seen = np.stack([self._seen_neighbors(row) for row in rows])  # [B, L, k]
         neighbor_ids = np.where(present[..., None] & seen, neighbor_ids, -1)
         neighbor_input_ids, neighbor_mask = self.datastore.take_neighbors(neighbor_ids)  # [B, L, k, r]
+        if self.copy_share > 0:
+            for row, ids, is_seen, tokens, token_mask in zip(
+                rows, chunk_ids, present & seen[..., 0], neighbor_input_ids, neighbor_mask, strict=True
+            ):
+                generator = np.random.default_rng([self.seed, row["epoch"], row["start"], 1])
+                copied = is_seen & (generator.random(self.row_chunks) < self.copy_share)  # [L]
+                tokens[copied, 0], token_mask[copied, 0] = self.copy_pieces(ids[copied], generator)
 
         batch = {
             "input_ids": input_ids.reshape(len(rows), -1),
@@ -223,6 +234,37 @@ class DataCollatorForRetro:
             "neighbor_attention_mask": neighbor_mask,
         }
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+
+    def copy_pieces(self, chunk_ids: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Pieces of the chunks' own documents that stand in for neighbors: as long as a neighbor, starting up to half a
+        chunk before or after the chunk, with up to 30 % of their tokens replaced by other tokens of the pieces. A
+        model learns from them to find its place in a neighbor and to copy what follows, which natural neighbors teach
+        only slowly; the noise keeps it from trusting them blindly.
+
+        Args:
+            chunk_ids (`np.ndarray` of shape `(n,)`):
+                The chunks, as rows of the source.
+            generator (`np.random.Generator`):
+                Where starts and noise come from.
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray]`: tokens `int64 (n, r)` and which of them are real `bool (n, r)`.
+        """
+        chunks, length = self.source.chunks, self.datastore.neighbor_length
+        size = chunks.chunk_size
+        around = chunk_ids[:, None] + np.arange(-1, 1 - (-length // size))  # [n, 2 + r / m]
+        inside = np.clip(around, 0, len(chunks) - 1)
+        same_document = (around == inside) & (chunks.document_id[inside] == chunks.document_id[chunk_ids][:, None])
+        tokens, mask = chunks.take(np.where(same_document, around, -1))
+        tokens, mask = (array.reshape(len(around), around.shape[1] * size) for array in (tokens, mask))
+        start = size + generator.integers(-(size // 2), size // 2, len(chunk_ids), endpoint=True)
+        columns = start[:, None] + np.arange(length)  # [n, r]
+        tokens, mask = np.take_along_axis(tokens, columns, 1), np.take_along_axis(mask, columns, 1)
+        if mask.any():
+            noisy = mask & (generator.random(mask.shape) < generator.uniform(0, 0.3, len(mask))[:, None])
+            tokens[noisy] = generator.choice(tokens[mask], np.count_nonzero(noisy))
+        return tokens, mask
 
     def _begins_document(self, chunk_ids: np.ndarray, present: np.ndarray) -> np.ndarray:
         document_ids = np.where(present, self.source.chunks.document_id[np.where(present, chunk_ids, 0)], -1)
@@ -241,6 +283,10 @@ class DataCollatorForRetro:
         dropped = generator.random(self.row_chunks) < self.neighbor_dropout
         number = generator.choice(self.num_neighbors)
         return ~dropped[:, None] & (np.arange(max(self.num_neighbors)) < number)
+
+
+def _is_gate(name: str) -> bool:
+    return name.endswith("cross_attn.gate")
 
 
 class RetroTrainer(Trainer):
@@ -281,6 +327,7 @@ class RetroTrainer(Trainer):
             row_chunks=args.row_chunks,
             num_neighbors=args.num_neighbors,
             neighbor_dropout=args.neighbor_dropout,
+            copy_share=args.copy_share,
             seed=args.seed,
         )
         super().__init__(
@@ -312,21 +359,26 @@ class RetroTrainer(Trainer):
             )
         else:
             super().create_optimizer(model)
-        if self.args.decoder_learning_rate is not None:
-            self._split_decoder_groups(model)
+        self._give_learning_rates(model)
         return self.optimizer
 
-    def _split_decoder_groups(self, model: nn.Module) -> None:
-        decoder = {id(parameter) for name, parameter in model.named_parameters() if not is_retrofit_weight(name)}
+    def _give_learning_rates(self, model: nn.Module) -> None:
+        """Splits the groups of the optimizer where decoder or gates have learning rates of their own."""
+        decoder_rate, gate_rate = self.args.decoder_learning_rate, self.args.gate_learning_rate
+        rates = {}
+        for name, parameter in model.named_parameters():
+            rate = gate_rate if _is_gate(name) else None if is_retrofit_weight(name) else decoder_rate
+            rates[id(parameter)] = self.args.learning_rate if rate is None else rate
         groups = []
         for group in self.optimizer.param_groups:
-            for learning_rate, in_decoder in (
-                (self.args.learning_rate, False),
-                (self.args.decoder_learning_rate, True),
-            ):
-                parameters = [parameter for parameter in group["params"] if (id(parameter) in decoder) == in_decoder]
-                groups.append({**group, "params": parameters, "lr": learning_rate})
+            for rate in sorted({rates[id(parameter)] for parameter in group["params"]}):
+                parameters = [parameter for parameter in group["params"] if rates[id(parameter)] == rate]
+                groups.append({**group, "params": parameters, "lr": rate})
         self.optimizer.param_groups = groups
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that decay: neither norms nor biases nor gates."""
+        return [name for name in super().get_decay_parameter_names(model) if not _is_gate(name)]
 
     def evaluate(
         self,
@@ -367,7 +419,8 @@ class RetroTrainer(Trainer):
             self._last_log_time = start_time
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         self._seconds_waited += time.perf_counter() - start_time
-        self._tokens_seen += sum(batch["input_ids"].numel() for batch in batches) * self.args.world_size
+        num_workers = self.args.world_size // self.get_tp_size()
+        self._tokens_seen += sum(batch["input_ids"].numel() for batch in batches) * num_workers
         return batches, num_items_in_batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

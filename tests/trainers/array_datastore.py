@@ -63,6 +63,7 @@ class ArrayDatastore(ArraySource):
         super().__init__(documents, chunk_size, neighbor_ids)
         self.chunk_size = chunk_size
         self.continuation_chunks = 1
+        self.neighbor_length = 2 * chunk_size
         self.tokenizer = ArrayTokenizer(bos_token_id)
 
     def check_chunk_size(self, chunk_size):

@@ -136,6 +136,34 @@ def test_neighbor_dropout_drops_the_given_share_of_chunks(datastore_with_all_nei
     assert abs(share - dropout) <= 4 * (dropout * (1 - dropout) / len(dropped)) ** 0.5
 
 
+def test_copied_pieces_hold_the_tokens_to_come_of_the_own_document_and_noise():
+    # Every token tells document and place, so that a piece shows where it was cut out.
+    documents = [[1000 * document + place for place in range(37)] for document in range(1, 60)]
+    num_chunks, chunk_size = 5, 8
+    datastore = ArrayDatastore(documents, chunk_size, neighbor_ids=[[-1, -1]] * num_chunks * len(documents))
+    batch = collate(datastore, row_chunks=num_chunks, num_neighbors=2, copy_share=0.5)
+    again = collate(datastore, row_chunks=num_chunks, num_neighbors=2, copy_share=0.5, rows=[7, 3])
+    assert torch.equal(batch["neighbor_input_ids"][[7, 3]], again["neighbor_input_ids"])
+
+    pieces, masks = batch["neighbor_input_ids"], batch["neighbor_attention_mask"]
+    assert not masks[:, :, 1].any(), "only the first neighbor is replaced"
+    copied = masks[:, :, 0].any(-1)
+    assert 0.4 < copied.float().mean() < 0.6
+    starts, kept = [], []
+    for row, slot in copied.nonzero().tolist():
+        piece, mask = pieces[row, slot, 0], masks[row, slot, 0]
+        if mask.sum() < chunk_size:  # too little behind the end of a document to tell its start from noise
+            continue
+        places = piece - 1000 * (row + 1) - torch.arange(len(piece)) - slot * chunk_size
+        start = places[mask].mode().values
+        kept.append((places[mask] == start).float().mean())
+        starts.append(int(start))
+        inside = torch.arange(len(piece)) + slot * chunk_size + start
+        assert torch.equal(mask, (inside >= 0) & (inside < 37)), "a piece ends where its document does"
+    assert set(starts) == set(range(-chunk_size // 2, chunk_size // 2 + 1))
+    assert 0.75 < torch.stack(kept).mean() < 0.95
+
+
 def test_rows_draw_one_of_several_numbers_of_neighbors():
     datastore = random_datastore(seed=3, vocab_size=50, chunk_size=4, num_documents=200, num_neighbors=4)
     datastore.neighbor_ids = np.abs(datastore.neighbor_ids)
@@ -151,7 +179,7 @@ def test_rows_draw_one_of_several_numbers_of_neighbors():
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    def make(**options):
+    def make(cross_attention_gate=False, **options):
         config = RetroConfig(
             vocab_size=50,
             hidden_size=16,
@@ -160,6 +188,7 @@ def make_trainer(tmp_path):
             num_attention_heads=2,
             chunk_size=4,
             cross_attention_layers=[1],
+            cross_attention_gate=cross_attention_gate,
         )
         datastore = random_datastore(seed=3, vocab_size=50, chunk_size=4, num_documents=20, num_neighbors=2)
         datastore.tokenizer = None
@@ -182,6 +211,20 @@ def test_norms_do_not_decay_and_the_decoder_has_its_own_learning_rate(make_train
             assert group["lr"] == (1e-3 if added else 1e-5), name
             assert group["weight_decay"] == (0.0 if "norm" in name else 0.3), name
     assert sorted(seen) == sorted(names.values())
+
+
+@pytest.mark.parametrize("use_muon", [False, True])
+def test_gates_have_their_own_learning_rate_and_do_not_decay(make_trainer, use_muon):
+    rates = {"learning_rate": 1e-3, "decoder_learning_rate": 1e-5, "gate_learning_rate": 1e-2}
+    trainer = make_trainer(cross_attention_gate=True, weight_decay=0.3, use_muon=use_muon, **rates)
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    groups = {}
+    for group in trainer.create_optimizer().param_groups:
+        groups |= {names[id(parameter)]: (group["lr"], group["weight_decay"]) for parameter in group["params"]}
+    assert groups["model.layers.1.cross_attn.gate"] == (1e-2, 0.0)
+    assert groups["model.layers.1.cross_attn.q_proj.weight"] == (1e-3, 0.3)
+    assert groups["model.layers.1.self_attn.q_proj.weight"] == (1e-5, 0.3)
+    assert set(groups) == set(names.values())
 
 
 def test_frozen_decoder_has_nothing_in_the_optimizer(make_trainer):
