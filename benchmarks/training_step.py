@@ -82,7 +82,10 @@ def main() -> None:
         for name, neighbors_on in (("on", True), ("off", False))
     }
     peak = matmul_peak(dtype)
-    print(f"{torch.get_num_threads()} threads, {arguments.dtype}, {arguments.attn_implementation}, batch {BATCH_SIZE} x {SEQ_LEN} tokens")
+    print(
+        f"{torch.get_num_threads()} threads, {arguments.dtype}, {arguments.attn_implementation}, "
+        f"batch {BATCH_SIZE} x {SEQ_LEN} tokens"
+    )
     print(f"RETRO-pytorch  {seconds['peer']:7.3f} s a step   {count_parameters(peer):.1f} M parameters")
     print(f"this package   {seconds['on']:7.3f} s a step   {count_parameters(ours):.1f} M parameters")
     print(f"ratio          {seconds['peer'] / seconds['on']:7.2f} x")
