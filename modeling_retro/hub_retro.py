@@ -38,11 +38,11 @@ from huggingface_hub import (
     cached_assets_path,
     snapshot_download,
 )
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 from tqdm.auto import tqdm
 from transformers.utils import is_datasets_available
 
-from .retrieval_retro import MANIFEST_NAME, TRAIN_SPLIT, read_manifest
+from .manifest_retro import MANIFEST_NAME, TRAIN_SPLIT, public_name, read_manifest
 
 
 if is_datasets_available():  # if not, retrieval_retro has said what to install
@@ -51,6 +51,9 @@ if is_datasets_available():  # if not, retrieval_retro has said what to install
 
 
 ARROW_NAME = "data-00000-of-00001.arrow"
+PARTS = ("chunks/", "neighbors/", "splits/", "index.", "tokenizer/", "encoder/")  # beside manifest and card
+FILES_PER_UPLOAD = 16
+FILES_PER_COMMIT = 500
 
 CARD = """---
 tags: [retro, retrieval]
@@ -78,8 +81,10 @@ def push_datastore(
     commit_message: str = "Upload datastore",
 ) -> CommitInfo:
     """
-    Uploads a datastore. Files go up one by one, and those that are there are skipped, so a push that broke off goes on
-    when it is run again; one commit at the end shows them all, so until then the repository stays what it was.
+    Uploads a datastore. Files that are there already are skipped, so a push that broke off goes on when it is run
+    again. What was uploaded is shown by one commit at the end; until then the repository stays what it was. (The Hub
+    takes no commits of thousands of files. So large a datastore comes in several, of which the last one brings the
+    manifest, without which the repository is no datastore.)
 
     Args:
         path (`Path`): Folder of the datastore.
@@ -94,7 +99,7 @@ def push_datastore(
 
     Raises:
         `ValueError`: if the datastore is not finished, or the repository holds something else.
-        `ConnectionError`: if an upload fails.
+        `ConnectionError`: if the push breaks off.
     """
     manifest = read_manifest(path)
     if "index" not in manifest:
@@ -106,42 +111,72 @@ def push_datastore(
         api.create_branch(repo_id, repo_type="dataset", branch=revision, exist_ok=True)
     head = api.repo_info(**repo)
     present = {file.rfilename for file in head.siblings} - {"README.md", ".gitattributes"}
-    if present and MANIFEST_NAME not in present:
-        raise ValueError(f"{repo_id} holds something else than a datastore ({min(present)}); choose another name")
+    foreign = {name for name in present if not name.startswith(PARTS)}
+    if foreign and MANIFEST_NAME not in present:
+        raise ValueError(f"{repo_id} holds something else than a datastore ({min(foreign)}); choose another name")
+    card = _card(repo_id, manifest, api, repo if any(f.rfilename == "README.md" for f in head.siblings) else None)
+    try:
+        operations = _upload_files(path, manifest, api, repo)
+        files = {operation.path_in_repo: operation.upload_info.sha256.hex() for operation in operations}
+        text = json.dumps(_public_manifest(manifest) | {"files": files}, indent=2, sort_keys=True)
+        operations += [CommitOperationDelete(name) for name in sorted(present - set(files) - {MANIFEST_NAME})]
+        operations.append(CommitOperationAdd(MANIFEST_NAME, text.encode()))
+        operations.append(CommitOperationAdd("README.md", str(card).encode()))
+        return _commit(operations, commit_message, head.sha, present, api, repo)
+    except (HTTPError, RuntimeError) as error:  # what the Hub's client raises
+        raise ConnectionError(f"the push to {repo_id} broke off; push again to go on ({error})") from error
 
-    operations = []
+
+def _upload_files(path: Path, manifest: dict[str, Any], api: HfApi, repo: dict[str, str]) -> list[CommitOperationAdd]:
+    """Uploads what the Hub keeps as LFS, a few files at a time; the rest comes with the commit."""
     shards = list(_shards(manifest))
     others = [file for shard in shards for file in sorted((path / shard).glob("*.json"))]
     others += [file for name in ("index.*", "tokenizer/*", "encoder/**/*") for file in sorted(path.glob(name))]
     others = [file for file in others if file.is_file()]
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=len(shards) + len(others), desc=repo_id) as progress:
+    operations = []
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=len(shards) + len(others), desc=repo["repo_id"]) as bar:
 
-        def upload(name: str, file: Path) -> None:
-            operations.append(CommitOperationAdd(name, file))
-            try:
-                api.preupload_lfs_files(additions=operations[-1:], **repo)
-            except (OSError, RuntimeError) as error:
-                raise ConnectionError(f"the push to {repo_id} broke off at {name}; push again to go on") from error
-            progress.update()
+        def upload(files: list[tuple[str, Path]]) -> None:
+            additions = [CommitOperationAdd(name, file) for name, file in files]
+            api.preupload_lfs_files(additions=additions, **repo)
+            operations.extend(additions)
+            bar.update(len(additions))
 
-        for shard in shards:
-            file = Path(folder, "shard.parquet")
-            with pa.memory_map(str(path / shard / ARROW_NAME)) as source, pa.ipc.open_stream(source) as reader:
-                # List elements keep their Arrow name, so that the same Arrow file comes back.
-                pq.write_table(
-                    reader.read_all(), file, use_content_defined_chunking=True, use_compliant_nested_type=False
-                )
+        for start in range(0, len(shards), FILES_PER_UPLOAD):
             # Parquet is always kept as LFS: once it is up, its checksum is all that the commit needs.
-            upload(f"{shard}.parquet", file)
-        for file in others:
-            upload(file.relative_to(path).as_posix(), file)
-    files = {operation.path_in_repo: operation.upload_info.sha256.hex() for operation in operations}
-    operations += [CommitOperationDelete(name) for name in sorted(present - set(files) - {MANIFEST_NAME})]
-    text = json.dumps(_public_manifest(manifest) | {"files": files}, indent=2, sort_keys=True)
-    operations.append(CommitOperationAdd(MANIFEST_NAME, text.encode()))
-    card = _card(repo_id, manifest, api, repo if any(f.rfilename == "README.md" for f in head.siblings) else None)
-    operations.append(CommitOperationAdd("README.md", str(card).encode()))
-    return api.create_commit(operations=operations, commit_message=commit_message, parent_commit=head.sha, **repo)
+            group = enumerate(shards[start : start + FILES_PER_UPLOAD])
+            upload([(f"{shard}.parquet", _write_parquet(path / shard, Path(folder, str(n)))) for n, shard in group])
+        upload([(file.relative_to(path).as_posix(), file) for file in others])
+    return operations
+
+
+def _write_parquet(shard: Path, file: Path) -> Path:
+    with pa.memory_map(str(shard / ARROW_NAME)) as source, pa.ipc.open_stream(source) as reader:
+        # List elements keep their Arrow name, so that the same Arrow file comes back.
+        pq.write_table(reader.read_all(), file, use_content_defined_chunking=True, use_compliant_nested_type=False)
+    return file
+
+
+def _commit(
+    operations: list[CommitOperationAdd | CommitOperationDelete],
+    message: str,
+    parent: str,
+    present: set[str],
+    api: HfApi,
+    repo: dict[str, str],
+) -> CommitInfo:
+    """
+    Commits all operations at once, or, if they are too many, a part at a time. The manifest, which makes a repository
+    a datastore, is then taken away by the first part and comes back with the last.
+    """
+    parts = [operations[start : start + FILES_PER_COMMIT] for start in range(0, len(operations), FILES_PER_COMMIT)]
+    if len(parts) > 1 and MANIFEST_NAME in present:
+        parts[0].append(CommitOperationDelete(MANIFEST_NAME))
+    for number, part in enumerate(parts):
+        title = message if len(parts) == 1 else f"{message} (part {number + 1} of {len(parts)})"
+        commit = api.create_commit(operations=part, commit_message=title, parent_commit=parent, **repo)
+        parent = commit.oid
+    return commit
 
 
 def download_datastore(repo_id: str, revision: str | None = None, **hub_kwargs) -> Path:
@@ -227,8 +262,7 @@ def _public_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
         for source in record["chunks"].get("sources", []):
             source["path"] = Path(source["path"]).name
     for part in ("tokenizer", "encoder"):
-        if Path(manifest[part]["name"]).is_absolute():
-            manifest[part]["name"] = Path(manifest[part]["name"]).name
+        manifest[part]["name"] = public_name(manifest[part]["name"])
     return manifest
 
 

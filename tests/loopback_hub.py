@@ -102,27 +102,31 @@ class LoopbackHub:
         self.lfs_objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.lock = threading.RLock()
-        self._failing: tuple[re.Pattern, int, int | None] | None = None
+        self._failing: list[list] = []
 
-    def fail_after(self, count: int, pattern: str = "", times: int | None = None) -> None:
+    def fail_after(self, count: int, pattern: str = "", times: int | None = None, hang_up: bool = False) -> None:
         """
         Answers 507, which the client does not retry, once `count` more requests `"METHOD /path"` match `pattern`; so
-        many `times`, or until [`recover`].
+        many `times`, or until [`recover`]. With `hang_up` it closes the connection instead, as a network that is gone.
         """
-        self._failing = (re.compile(pattern), count, None if times is None else count + times)
+        self._failing.append([re.compile(pattern), count, None if times is None else count + times, hang_up])
 
     def recover(self) -> None:
         """Ends what `fail_after` began."""
-        self._failing = None
+        self._failing.clear()
 
-    def should_fail(self, request: str) -> bool:
+    def failure(self, request: str) -> str | None:
+        """How this request fails, if it does."""
         with self.lock:
             self.requests.append(request)
-            if self._failing is None or not self._failing[0].search(request):
-                return False
-            pattern, first, end = self._failing
-            self._failing = (pattern, first - 1, None if end is None else end - 1)
-            return first <= 0 and (end is None or end > 0)
+            for rule in self._failing:
+                pattern, first, end, hang_up = rule
+                if not pattern.search(request):
+                    continue
+                rule[1:3] = first - 1, None if end is None else end - 1
+                if first <= 0 and (end is None or end > 0):
+                    return "hang up" if hang_up else "answer 507"
+            return None
 
     def env(self, home: str | os.PathLike, token: str | None = token) -> dict[str, str]:
         """Environment of a process that uses this Hub, with a cache of its own in the folder `home`."""
@@ -185,7 +189,11 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         body = self.read_body()
         request = f"{self.command} {urlsplit(self.path).path}"
         try:
-            if self.hub.should_fail(request):
+            failure = self.hub.failure(request)
+            if failure == "hang up":
+                self.close_connection = True
+                return
+            if failure is not None:
                 raise HubError(507, message="the test made this request fail")
             response = self.answer(request, body)
         except HubError as error:

@@ -23,6 +23,7 @@ import torch
 from loopback_hub import loopback_hub
 
 from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroRetriever
+from modeling_retro.sharing_retro import save_model_card
 
 
 # Stands for a machine without this package: its modules cannot be imported.
@@ -40,18 +41,25 @@ sys.meta_path.insert(0, Absent())
 PUSH = """
 import json, sys
 from huggingface_hub import CommitOperationAdd, HfApi
-from modeling_retro import RetroDatastore
+from modeling_retro import RetroDatastore, RetroForCausalLM, hub_retro
 
-datastore = RetroDatastore.from_pretrained(sys.argv[1])
 report = {}
-for repo in ("alice/datastore", "alice/datastore", "alice/other"):
-    if repo == "alice/other":
-        HfApi().create_repo(repo, repo_type="dataset")
-        HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="x.txt", repo_id=repo, repo_type="dataset")
+
+def attempt(name, function, *args, **kwargs):
     try:
-        report.setdefault(repo, []).append(datastore.push_to_hub(repo, private=True).oid)
+        report.setdefault(name, []).append(function(*args, **kwargs).oid)
     except Exception as error:
-        report.setdefault(repo, []).append(f"{type(error).__name__}: {error}")
+        report.setdefault(name, []).append(f"{type(error).__name__}: {error}")
+
+def make(repo, file, content, repo_type=None):
+    HfApi().create_repo(repo, repo_type=repo_type)
+    HfApi().upload_file(path_or_fileobj=content, path_in_repo=file, repo_id=repo, repo_type=repo_type)
+
+make("alice/other", "x.txt", b"x", "dataset")
+make("alice/gpt2", "config.json", b'{"model_type": "gpt2"}')
+datastore = RetroDatastore.from_pretrained("datastore")
+for repo in ("alice/datastore", "alice/datastore", "alice/other"):
+    attempt(repo, datastore.push_to_hub, repo, private=True)
 HfApi().create_commit(
     "alice/datastore",
     [
@@ -61,8 +69,23 @@ HfApi().create_commit(
     commit_message="A card, and something old",
     repo_type="dataset",
 )
-exec(sys.argv[2])
-report["update"] = commit.oid
+
+hub_retro.FILES_PER_COMMIT = 8
+for _ in range(2):
+    attempt("alice/large", datastore.push_to_hub, "alice/large")
+    try:
+        report.setdefault("loaded", []).append(len(RetroDatastore.from_pretrained("alice/large").chunks))
+    except ValueError as error:
+        report.setdefault("loaded", []).append(str(error))
+hub_retro.FILES_PER_COMMIT = 500
+
+model = RetroForCausalLM.from_pretrained("model")
+attempt("gpt2", model.push_to_hub, "alice/gpt2")
+attempt("no datastore", model.push_to_hub, "alice/none", datastore="alice/other")
+attempt("breaks off", model.push_to_hub, "alice/model")
+report["siblings"] = [file.rfilename for file in HfApi().model_info("alice/model").siblings]
+exec(sys.argv[1])
+report["update"] = HfApi().dataset_info("alice/datastore").sha
 print(json.dumps(report))
 """
 
@@ -110,6 +133,15 @@ print(json.dumps(report))
 
 # The page's own examples: share (model and datastore, encoder), use (anywhere, with this package, as data sets).
 EXAMPLES = re.findall(r"```python\n(.*?)```", Path("docs/hub.md").read_text(encoding="utf-8"), re.DOTALL)
+EVALUATION = {
+    "num_documents": 2,
+    "num_bytes": 100,
+    "num_tokens": 50,
+    "num_neighbors": [2],
+    "bits_per_byte": {"off": 1.5, "on": 1.25},
+    "perplexity": {"off": 8.0, "on": 4.0},
+    "differences": {"on - off": {"bits_per_byte": -0.25, "low": -0.5, "high": 0.125}},
+}
 PROMPT = "retro looks things up in a datastore"
 
 
@@ -138,22 +170,25 @@ def model_dir(tmp_path_factory, tiny_tokenizer):
     folder = tmp_path_factory.mktemp("model")
     RetroForCausalLM(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
+    save_model_card(folder, EVALUATION)
     return folder
 
 
 @pytest.fixture(scope="module")
 def pushed(hub, tiny_datastore_dir, tiny_encoder_dir, model_dir, tmp_path_factory):
-    """Alice pushes a datastore, at first in vain, tries another repository, then does what the page says."""
+    """Alice pushes a datastore, at first in vain, tries other repositories, then does what the page says."""
     hub.fail_after(3, "^PUT /lfs/", times=1)
+    hub.fail_after(1, "/alice/large/commit/", times=1, hang_up=True)
+    hub.fail_after(0, "/alice/model/commit/", times=1, hang_up=True)
     home = tmp_path_factory.mktemp("alice")
     for name, folder in {"datastore": tiny_datastore_dir, "encoder": tiny_encoder_dir, "model": model_dir}.items():
         (home / name).symlink_to(folder)
-    return json.loads(hub.run(PUSH, "datastore", "".join(EXAMPLES[:2]), home=home).stdout)
+    return json.loads(hub.run(PUSH, "".join(EXAMPLES[:2]), home=home).stdout)
 
 
 def test_a_push_that_broke_off_goes_on_without_repeating_itself(hub, pushed):
     broken, whole = pushed["alice/datastore"]
-    assert broken.startswith("ConnectionError: the push to alice/datastore broke off at chunks/")
+    assert broken.startswith("ConnectionError: the push to alice/datastore broke off; push again to go on (")
     repo = hub.repos["datasets", "alice/datastore"]
     # The commit that made the repository, and one that shows everything at once; two more are of later.
     assert list(repo.commits).index(whole) == 1
@@ -161,6 +196,42 @@ def test_a_push_that_broke_off_goes_on_without_repeating_itself(hub, pushed):
     uploads = [request for request in hub.requests if request.startswith("PUT /lfs/")]
     assert len(uploads) == len(set(uploads)) + 1
     assert repo.private
+
+
+def test_a_datastore_of_many_files_has_no_manifest_before_it_is_whole(hub, pushed):
+    broken, whole = pushed["alice/large"]
+    assert broken.startswith("ConnectionError: the push to alice/large broke off; push again to go on (")
+    repo = hub.repos["datasets", "alice/large"]
+    *parts, last = repo.commits
+    assert last == whole
+    assert len(parts) > 3
+    assert not any("datastore.json" in repo.files(part) for part in parts)
+    unfinished, chunks = pushed["loaded"]
+    assert "has no datastore.json" in unfinished
+    assert repo.files().keys() == hub.repos["datasets", "alice/datastore"].files(pushed["alice/datastore"][1]).keys()
+    assert chunks > 0
+
+
+def test_a_model_is_pushed_whole_or_not_at_all_and_only_where_it_fits(hub, pushed):
+    assert "Server disconnected" in pushed["breaks off"][0]
+    assert pushed["siblings"] == []
+    repo = hub.repos["models", "alice/model"]
+    assert len(repo.commits) == 2
+    files = repo.files()
+    assert {"model.safetensors", "modeling_retro.py", "tokenizer.json", "README.md", "evaluation.json"} <= set(files)
+    card = files["README.md"].data.decode()
+    assert 'from_pretrained("alice/model", trust_remote_code=True, retriever="auto")' in card
+    assert "[alice/datastore](https://huggingface.co/datasets/alice/datastore)" in card
+    assert {"license: apache-2.0", "- alice/datastore"} <= set(card.splitlines())
+    assert "| on | 1.2500 |" in card
+    config = json.loads(files["config.json"].data)
+    assert config["datastore_name_or_path"] == "alice/datastore"
+    assert config["datastore_revision"] == pushed["update"]
+
+    assert "alice/gpt2 holds another model than a RETRO model (config.json)" in pushed["gpt2"][0]
+    assert set(hub.repos["models", "alice/gpt2"].files()) == {"config.json"}
+    assert "alice/other is not a datastore: it has no datastore.json" in pushed["no datastore"][0]
+    assert ("models", "alice/none") not in hub.repos
 
 
 def test_an_update_keeps_the_card_and_removes_what_is_old(hub, pushed):
