@@ -49,7 +49,7 @@ def test_tables_compare_with_off_and_with_as_many_random_neighbors():
         random = "random" + mode.removeprefix("on") if mode.startswith("on") else None
         assert less_random == ("" if random is None else str(evaluation.difference(mode, random)))
     curve = evaluation.overlap_curve()
-    assert [line.split("|")[1].strip() for line in overlap.splitlines()[2:10]] == [str(r["num_chunks"]) for r in curve]
+    assert [line.split("|")[2].strip() for line in overlap.splitlines()[2:10]] == [str(r["num_chunks"]) for r in curve]
     assert f"{evaluation.by_domain()['b']['on k=2']:.4f}" in domains
 
 
