@@ -24,6 +24,7 @@ interruption. A chunk never crosses documents; the last one of a document is pad
 """
 
 import json
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, chain
@@ -310,7 +311,8 @@ def _plan(
     stage = manifest["splits"].get(split, {}).get("chunks")
     if stage is not None:
         check_options("chunk", options, stage["options"])
-        new = [i for i, source in enumerate(described) if source not in stage["sources"]]
+        same = _match_sources(stage["sources"], described)
+        new = [i for i in range(len(described)) if i not in same]
         if stage["options"]["max_chunks"] is not None and new and append:
             raise ValueError(f"{path} was cut by max_chunks; nothing can be added to it")
         if new and not append:
@@ -320,7 +322,7 @@ def _plan(
             )
     else:
         stage = {"options": options, "sources": [], "parts": [], "shards": []}
-        new = list(range(len(sources)))
+        same, new = [], list(range(len(sources)))
     if new:
         parts = stage["parts"]
         last = parts[-1] if parts else None
@@ -339,10 +341,25 @@ def _plan(
         stage["sources"] = stage["sources"] + [described[i] for i in new]
         manifest["splits"].setdefault(split, {})["chunks"] = stage
         write_manifest(path, manifest)
-    return [
-        next((source for own, source in zip(described, sources, strict=True) if own == recorded), None)
-        for recorded in stage["sources"]
-    ]
+    return [None if i is None else sources[i] for i in [*same, *new]]
+
+
+def _match_sources(recorded: list[dict[str, Any]], given: list[dict[str, Any]]) -> list[int | None]:
+    """
+    Index among the `given` sources of each `recorded` one, None where it is not given. A file may have moved to
+    another folder since: then its name, size and filter tell it.
+    """
+    found: list[int | None] = [None] * len(recorded)
+    for name in (str, lambda path: Path(path).name):
+        free = defaultdict(deque)
+        for i, source in enumerate(given):
+            if i not in found:
+                free[json.dumps({**source, "path": name(source["path"])}, sort_keys=True)].append(i)
+        for position, source in enumerate(recorded):
+            same = free[json.dumps({**source, "path": name(source["path"])}, sort_keys=True)]
+            if found[position] is None and same:
+                found[position] = same.popleft()
+    return found
 
 
 def _chunk_shards(

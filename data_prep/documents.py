@@ -18,8 +18,8 @@ Inputs are files, folders and globs: `.jsonl`, `.json` (one object a line) and `
 column, every other file is one document; `.gz` and `.zst` are unpacked on the way. Any `datasets` dataset is an input
 too. What can be read only once (standard input, a streamed dataset) is first copied to a file.
 
-A corpus is first *scanned* for the number and size of its records (nothing is parsed), then read in parts that several
-processes share. A document's id is the position of its record in the inputs.
+A corpus is first *scanned* for the number and size of its records (nothing is parsed; several processes share the
+files), then read in parts that they share as well. A document's id is the position of its record in the inputs.
 """
 
 import glob
@@ -35,6 +35,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 
 from data_prep.manifest import process_state, whole
@@ -457,34 +458,58 @@ def plan_parts(
     Returns:
         `list[Part]`: the parts, in order.
     """
+    state = process_state()
+    cut: dict[int, list[Part]] = {}
+    if max_documents is None:
+        # Every process scans its share of the sources.
+        for index in range(state.process_index, len(sources), state.num_processes):
+            cut[index] = _cut_source(sources[index], index, record_format, part_bytes, on_bad_record)[0]
+        cut = {index: parts for mine in gather_object([cut]) for index, parts in mine.items()}
+    else:
+        for index, source in enumerate(sources):
+            cut[index], documents = _cut_source(source, index, record_format, part_bytes, on_bad_record, max_documents)
+            max_documents -= documents
+            if max_documents == 0:
+                break
     parts: list[Part] = []
-    documents = 0
-    for index, source in enumerate(sources):
-        start, number, size, part_offset = 0, 0, 0, 0
-        broken = None
-        # Only a cap has to know which records are documents while scanning.
-        items = _read_items(source, 0, 0, record_format) if max_documents is not None else None
-        for item in scan_source(source, record_format.max_document_bytes):
-            if isinstance(item, BadRecord):
-                Dropped(on_bad_record).add(item)
-                broken = item.reason
-                break
-            if documents == max_documents:
-                break
-            if size >= part_bytes:
-                parts.append(Part(index, start, number, part_offset, first_document_id))
-                first_document_id += number - start
-                start, size, part_offset = number, 0, item[0]
-            if items is not None:
-                documents += _is_document(source, number, next(items), record_format)
-            number += 1
-            size += item[1]
-        if number > start or broken is not None:
-            parts.append(Part(index, start, number, part_offset, first_document_id, broken))
-            first_document_id += number - start
+    for index in sorted(cut):
+        for part in cut[index]:
+            parts.append(replace(part, first_document_id=first_document_id))
+            first_document_id += part.stop - part.start
+    return parts
+
+
+def _cut_source(
+    source: Source,
+    index: int,
+    record_format: RecordFormat,
+    part_bytes: int,
+    on_bad_record: str,
+    max_documents: int | None = None,
+) -> tuple[list[Part], int]:
+    """The parts of one source, with document ids still to be set, and the documents that were counted for a cap."""
+    parts: list[Part] = []
+    documents, start, number, size, part_offset = 0, 0, 0, 0, 0
+    broken = None
+    # Only a cap has to know which records are documents while scanning.
+    items = _read_items(source, 0, 0, record_format) if max_documents is not None else None
+    for item in scan_source(source, record_format.max_document_bytes):
+        if isinstance(item, BadRecord):
+            Dropped(on_bad_record).add(item)
+            broken = item.reason
+            break
         if documents == max_documents:
             break
-    return parts
+        if size >= part_bytes:
+            parts.append(Part(index, start, number, part_offset, 0))
+            start, size, part_offset = number, 0, item[0]
+        if items is not None:
+            documents += _is_document(source, number, next(items), record_format)
+        number += 1
+        size += item[1]
+    if number > start or broken is not None:
+        parts.append(Part(index, start, number, part_offset, 0, broken))
+    return parts, documents
 
 
 def _is_document(source: Source, number: int, item: Any, record_format: RecordFormat) -> bool:

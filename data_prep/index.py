@@ -33,7 +33,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
@@ -52,10 +51,11 @@ from data_prep.manifest import (
     write_json,
     write_manifest,
 )
-from modeling_retro.retrieval_retro import (
+from modeling_retro.retrieval_retro import (  # faiss from here: the error without it names the extras
     TRAIN_SPLIT,
     checksum,
     chunks_fingerprint,
+    faiss,
     read_index,
     split_path,
     verify_file,

@@ -392,6 +392,29 @@ class RetroDatastore:
             faiss.ParameterSpace().set_index_parameter(index, name, value)
         return index
 
+    def as_dataset(self) -> datasets.Dataset:
+        """
+        The searched chunks as a `Dataset` with the index attached as its faiss index `"embeddings"`.
+
+        The index stays memory-mapped and keeps its nprobe, which `Dataset.load_faiss_index` would lose. A dataset with
+        an index cannot be selected from, shuffled or saved: do that before, or after `drop_index("embeddings")`.
+
+        Returns:
+            `datasets.Dataset`: `input_ids`, `length`, `document_id`, `num_bytes`; row i is chunk i.
+
+        Example:
+
+        ```python
+        dataset = datastore.as_dataset()
+        query = encoder.encode(["how does a search engine rank pages?"])[0]
+        scores, examples = dataset.get_nearest_examples("embeddings", query, k=4)
+        ```
+        """
+        chunks = datasets.concatenate_datasets([datasets.load_from_disk(str(path)) for path in self.chunks.folders])
+        no_vectors = np.zeros((0, self.index.d), dtype=np.float32)  # the index holds them already
+        chunks.add_faiss_index_from_external_arrays(no_vectors, "embeddings", custom_index=self.index)
+        return chunks
+
     def verify(self) -> None:
         """Reads every file; a `ValueError` names the first whose checksum is not the one in the manifest."""
         for name, record in self.manifest["splits"].items():

@@ -262,6 +262,43 @@ def test_append_adds_only_the_new_documents(tmp_path, tiny_tokenizer):
     assert after["shards"] == together["shards"]
 
 
+def test_a_datastore_and_inputs_that_were_moved_together_can_be_extended(tmp_path, tiny_tokenizer):
+    texts = {"a": make_texts(9), "b": make_texts(7, seed=4), "c": make_texts(5, seed=5)}
+    whole = chunk_documents(
+        [write_jsonl(tmp_path / f"{name}.jsonl", part) for name, part in texts.items()],
+        tmp_path / "whole",
+        tiny_tokenizer,
+        chunk_size=8,
+    )
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    files = [write_jsonl(old / f"{name}.jsonl", texts[name]) for name in ("a", "b")]
+    before = chunk_documents(files, old / "out", tiny_tokenizer, chunk_size=8)
+    old.rename(new)
+    files = [new / "b.jsonl", new / "a.jsonl"]  # in any order
+    assert chunk_documents(files, new / "out", tiny_tokenizer, chunk_size=8) == before
+    files.insert(0, write_jsonl(new / "c.jsonl", texts["c"]))
+    after = chunk_documents(files, new / "out", tiny_tokenizer, chunk_size=8, append=True)
+    assert after["shards"] == whole["shards"]
+
+
+def test_an_unfinished_datastore_goes_on_where_it_was_moved(tmp_path, tiny_tokenizer):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    texts = make_texts(20)
+    write_jsonl(old / "a.jsonl", texts[:10])
+    write_jsonl(old / "b.jsonl", [*texts[10:], " "])
+    with pytest.raises(ValueError, match=r"b\.jsonl:11: no text"):
+        chunk_documents(sorted(old.glob("*.jsonl")), old / "out", tiny_tokenizer, chunk_size=8, shard_bytes=500)
+    old.rename(new)
+    (new / "b.jsonl").write_text((new / "b.jsonl").read_text().replace('" "', '"x"'))  # of the same size
+    stage = chunk_documents(sorted(new.glob("*.jsonl")), new / "out", tiny_tokenizer, chunk_size=8, shard_bytes=500)
+    whole = chunk_documents(
+        sorted(new.glob("*.jsonl")), tmp_path / "whole", tiny_tokenizer, chunk_size=8, shard_bytes=500
+    )
+    assert stage["shards"] == whole["shards"]
+
+
 def test_command_prints_one_line_of_counts(tmp_path, tiny_tokenizer, capsys):
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     file = write_jsonl(tmp_path / "a.jsonl", ["abc", "", "def"])

@@ -16,6 +16,7 @@
 import gzip
 import io
 import json
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -182,6 +183,22 @@ def test_a_bad_line_is_an_error_with_file_and_line_or_a_counted_skip(tmp_path, r
     assert [document.text for document in documents] == ["one", "two"]
     (bad,) = dropped.bad
     assert (bad.file, bad.line) == (str(path), 3) and reason in bad.reason
+
+
+def test_a_line_of_200_mb_is_passed_over_in_little_memory(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"text": "one"}\n{"text": "')
+        file.writelines([b"x" * 1_000_000] * 200)
+        file.write(b'"}\n{"text": "two"}\n')
+    tracemalloc.start()
+    documents, dropped, _ = read_all(path, on_bad_record="skip", max_document_bytes=1_000_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [document.text for document in documents] == ["one", "two"]
+    (bad,) = dropped.bad
+    assert bad.line == 2 and "a line of 200000013 bytes" in bad.reason
+    assert peak < 10_000_000
 
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])

@@ -13,8 +13,10 @@
 # limitations under the License.
 """Every kind of index finds what exact search finds, as often as it says."""
 
+import importlib
 import json
 import shutil
+import sys
 
 import faiss
 import numpy as np
@@ -186,6 +188,14 @@ def test_bad_options_are_named(embedded, options, message):
     with pytest.raises(ValueError, match=message):
         build_index(embedded, **options)
     assert not (embedded / "index.faiss").exists()
+
+
+def test_without_faiss_the_error_names_the_extras(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    for name in ("data_prep.index", "modeling_retro.retrieval_retro"):
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"\[cpu\].*\[gpu\]"):
+        importlib.import_module("data_prep.index")
 
 
 def test_damaged_embeddings_are_named(embedded):

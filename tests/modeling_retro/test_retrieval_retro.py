@@ -203,6 +203,30 @@ def test_special_tokens_are_no_part_of_a_query(datastore, retriever):
     assert batch.shape == (3, 2 * TINY_CHUNK_SIZE)
 
 
+def test_the_index_serves_as_the_faiss_index_of_a_dataset(datastore, retriever):
+    dataset = datastore.as_dataset()
+    texts = make_texts(5, seed=11)
+    queries = retriever.encoder.encode(texts)
+    found_scores, examples = dataset.get_nearest_examples_batch("embeddings", queries, k=3)
+    files = sorted((datastore.path / "embeddings").glob("*.npy"))
+    assert len(files) > 1
+    scores = queries @ np.concatenate([np.load(file) for file in files]).astype(np.float32).T
+    for row, found in enumerate(examples):
+        nearest = np.argsort(-scores[row], kind="stable")[:3]
+        np.testing.assert_array_equal(found["input_ids"], datastore.chunks.gather("input_ids", nearest))
+        np.testing.assert_allclose(found_scores[row], scores[row, nearest], rtol=1e-5)
+
+
+def test_the_file_of_the_index_is_what_datasets_loads(datastore, retriever):
+    dataset = datastore.as_dataset()
+    attached = dataset.search_batch("embeddings", queries := retriever.encoder.encode(make_texts(5, seed=11)), k=3)
+    dataset.drop_index("embeddings")
+    dataset.load_faiss_index("embeddings", str(datastore.path / "index.faiss"))
+    np.testing.assert_array_equal(
+        dataset.search_batch("embeddings", queries, k=3).total_indices, attached.total_indices
+    )
+
+
 def test_retrieve_refuses_other_shapes(retriever):
     with pytest.raises(ValueError, match=rf"\[n, {TINY_CHUNK_SIZE}\], got \[2, 3\]"):
         retriever.retrieve(torch.zeros(2, 3, dtype=torch.long), 1)
