@@ -244,6 +244,9 @@ def chunk_bits(
         `tuple[np.ndarray, np.ndarray]`: bits float64 and number of counted tokens int64, both `[chunks]`.
     """
     state = PartialState()
+    # Processes that share matrices compute the same windows together.
+    tp_size = model.tp_size or 1
+    num_workers, worker = state.num_processes // tp_size, state.process_index // tp_size
     windows = np.array(sorted(windows, key=lambda window: window[1] - window[0]))
     batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
     bits = np.zeros(max(end for _, end, _ in windows))
@@ -251,16 +254,16 @@ def chunk_bits(
 
     was_training = model.training
     model.eval()
-    rounds = range(-(-len(batches) // state.num_processes))
+    rounds = range(-(-len(batches) // num_workers))
     for i in tqdm(rounds, desc=description, disable=description is None or not state.is_main_process):
         # Sharded models need every process in every forward pass, so one without a batch left repeats another's.
-        i = i * state.num_processes + state.process_index
+        i = i * num_workers + worker
         start, end, first_counted = batches[i % len(batches)].T[..., None]
         chunk_ids = start + np.arange((end - start).max())  # [B, L]
         chunk_ids = np.where(chunk_ids < end, chunk_ids, -1)
         nats, counted = _token_nats(model, datastore, split, chunk_ids, neighbors)  # [B, L, m]
         counted &= (chunk_ids >= first_counted)[..., None]
-        if i < len(batches):
+        if i < len(batches) and state.process_index % tp_size == 0:
             chosen = chunk_ids >= first_counted
             bits[chunk_ids[chosen]] = (nats * counted).sum(-1)[chosen] / math.log(2)
             num_tokens[chunk_ids[chosen]] = counted.sum(-1)[chosen]

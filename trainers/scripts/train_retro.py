@@ -30,7 +30,9 @@ from pathlib import Path
 
 import torch
 import yaml
+from accelerate import PartialState
 from transformers import set_seed
+from transformers.distributed import DistributedConfig
 
 from data_prep.arguments import parse_arguments, run_command
 from modeling_retro import RetroForCausalLM
@@ -56,6 +58,12 @@ class TrainRetroArguments:
     eval_split: str = field(
         default="validation", metadata={"help": "Split of the datastore that `eval_strategy` evaluates on."}
     )
+    fsdp_size: int = field(
+        default=1, metadata={"help": "Processes that share the weights among them (FSDP2), each with its own rows."}
+    )
+    tp_size: int = field(
+        default=1, metadata={"help": "Processes that share each matrix (tensor parallel), all with the same rows."}
+    )
     retrofit_only: bool = field(
         default=False, metadata={"help": "Save only what RETRO adds to a frozen decoder, with the decoder's checksum."}
     )
@@ -68,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     datastore = RetroDatastore.from_pretrained(arguments.datastore)
     evaluates = training_arguments.eval_strategy != "no" or training_arguments.eval_on_start
     trainer = RetroTrainer(
-        model=_load_model(arguments, datastore, training_arguments.seed),
+        model=load_model(arguments, datastore, training_arguments),
         args=training_arguments,
         datastore=datastore,
         eval_dataset=datastore.split(arguments.eval_split) if evaluates else None,
@@ -84,11 +92,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.save_state()
 
 
-def _load_model(arguments: TrainRetroArguments, datastore: RetroDatastore, seed: int) -> RetroForCausalLM:
+def load_model(
+    arguments: TrainRetroArguments, datastore: RetroDatastore, training_arguments: RetroTrainingArguments
+) -> RetroForCausalLM:
+    """The model to start from; with `fsdp_size` or `tp_size` each process loads its share of the weights."""
     if (arguments.model is None) == (arguments.model_config is None):
         raise ValueError("give either --model (to go on training) or --model_config (from scratch)")
-    if arguments.model is not None:
+    num_shares = arguments.fsdp_size * arguments.tp_size
+    if num_shares == 1:
+        if arguments.model_config is not None:
+            return _model_from_scratch(arguments, datastore, training_arguments.seed)
         return RetroForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    state = PartialState(cpu=training_arguments.use_cpu)
+    if state.num_processes != num_shares:
+        raise ValueError(
+            f"--fsdp_size {arguments.fsdp_size} and --tp_size {arguments.tp_size} are for {num_shares} processes, but "
+            f"there are {state.num_processes}; launch as many, such as with --accelerate-config ddp --num-processes"
+        )
+    start = arguments.model
+    if start is None:
+        # Shares are read from a file.
+        start = Path(training_arguments.output_dir) / "initial"
+        if state.is_main_process:
+            _model_from_scratch(arguments, datastore, training_arguments.seed).save_pretrained(start)
+        state.wait_for_everyone()
+    distributed_config = DistributedConfig(fsdp_size=arguments.fsdp_size, tp_size=arguments.tp_size)
+    return RetroForCausalLM.from_pretrained(start, dtype=torch.float32, distributed_config=distributed_config)
+
+
+def _model_from_scratch(arguments: TrainRetroArguments, datastore: RetroDatastore, seed: int) -> RetroForCausalLM:
     path = Path(arguments.model_config)
     text = path.read_text(encoding="utf-8")
     try:
