@@ -33,7 +33,7 @@ from trainers.scripts.quickstart import train_model
 class BenchmarkArguments:
     quickstart_dir: str = field(metadata={"help": "Output folder of a finished `retro quickstart`."})
     output_dir: str = field(metadata={"help": "Folder for the tables and plots."})
-    max_steps: int = field(default=1000, metadata={"help": "Training steps of both models: those of the quickstart."})
+    max_steps: int = field(default=900, metadata={"help": "Training steps of both models: those of the quickstart."})
     seed: int = field(default=0, metadata={"help": "Seed of both models: that of the quickstart."})
 
 
@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         retro, datastore, split, modes=MODES, num_neighbors=[1, 2, 4], measure_overlap=True, **options
     )
     # Chunks that never see a neighbor: the same decoder, data, order and number of steps.
-    decoder = train_model(output_dir / "decoder", datastore, arguments.max_steps, arguments.seed, neighbor_dropout=1.0)
+    options_off = {"neighbor_dropout": 1.0, "num_neighbors": [1]}
+    decoder = train_model(output_dir / "decoder", datastore, arguments.max_steps, arguments.seed, **options_off)
     without = evaluate_retro(decoder, datastore, split, modes=["off"], **options)
     evaluation.chunk_bits["decoder"] = without.chunk_bits["off"]
     evaluation.save(output_dir)

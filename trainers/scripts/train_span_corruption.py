@@ -16,9 +16,13 @@ Trains an encoder-decoder on corrupted spans (https://huggingface.co/papers/1910
 subwords, from scratch or from a checkpoint:
 
     retro train-span-corruption --tasks data_prep/recipes/span_corruption.yaml --output_dir byt5 \\
-        --model_config d_model=512,d_ff=1024,num_layers=8 --optim adafactor --learning_rate 1e-3 --max_steps 10000
+        --model_config d_model=512,d_ff=1024,num_layers=8 --optim adafactor --learning_rate 1e-2 --max_steps 10000
     accelerate launch -m trainers.scripts.train_span_corruption --tasks tasks.yaml --output_dir t5 \\
         --model_name_or_path google/t5-v1_1-small --max_steps 10000
+
+`--optim adafactor` is Adafactor as T5 was pretrained with: its learning rate is relative to the scale of each
+parameter. From scratch, start with short inputs (`input_length` 32 in the tasks file, so that a row has one span or
+two) and go on from that model with longer ones: where a span's surroundings stand is learned much sooner.
 
 The same command goes on from the last checkpoint. `output_dir` then holds the model, and `output_dir/encoder` its
 encoder half, which `retro train-retriever` can start from.
@@ -30,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 from transformers import (
+    Adafactor,
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoModelForTextEncoding,
@@ -162,6 +167,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if args.shuffle_buffer:
         train_dataset = train_dataset.shuffle(seed=training_args.seed, buffer_size=args.shuffle_buffer)
+    optimizer = None
+    if training_args.optim == "adafactor":
+        # As T5 was pretrained: the learning rate is relative to the scale of each parameter. Trainer's own is absolute,
+        # which suits neither T5's large embeddings nor its small queries.
+        optimizer = (
+            Adafactor,
+            {"lr": training_args.learning_rate, "scale_parameter": True, "relative_step": False},
+        )
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -172,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         data_collator=collator,
         processing_class=tokenizer,
         compute_metrics=span_metrics(collator),
+        optimizer_cls_and_kwargs=optimizer,
         preprocess_logits_for_metrics=lambda logits, labels: logits[0].argmax(dim=-1),
     )
     checkpoint = training_args.resume_from_checkpoint
