@@ -12,66 +12,124 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Chunking against the tokenizer alone, in processor seconds of one process, so that a busy machine does not matter.
+`retro chunk` on several processes against the tokenizer alone on as many, and against a loop on one.
 
 ```bash
-python benchmarks/chunk_speed.py documents.jsonl tokenizer_folder
+python benchmarks/chunk_speed.py --input documents.jsonl --tokenizer tokenizer --processes 2
 ```
 
-Prints the rate of `tokenizers.encode_batch` on the same batches, of `retro chunk` (reading, tokenizing, chunking,
-writing), and of a loop that encodes, pads and appends document by document.
+Wall-clock, so run it on a machine that does nothing else. The tokenizer gets its documents in memory and throws its
+results away; `retro chunk` and the loop read jsonl and write chunks. `retro chunk` is timed as a whole command and
+without the seconds that Python and its libraries take to start.
 """
 
+import argparse
+import itertools
 import json
+import multiprocessing
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+from datastore_memory import repeat
 from transformers import AutoTokenizer
-
-from data_prep.chunk import DocumentChunker, chunk_documents
-from data_prep.documents import Document
 
 
 CHUNK_SIZE = 64
 BATCH = 64
 
 
-def seconds_of(function) -> float:
-    """Processor seconds of a call."""
-    start = time.process_time()
-    function()
-    return time.process_time() - start
+def encode_batches(file: Path, tokenizer: str, rank: int, processes: int, ready, seconds) -> None:
+    """The tokenizer alone, on the share of one process."""
+    backend = AutoTokenizer.from_pretrained(tokenizer).backend_tokenizer
+    with file.open(encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in itertools.islice(lines, rank, None, processes)]
+    ready.wait()
+    begin = time.perf_counter()
+    for start in range(0, len(texts), BATCH):
+        backend.encode_batch(texts[start : start + BATCH], add_special_tokens=False)
+    seconds[rank] = time.perf_counter() - begin
 
 
-def naive_loop(tokenizer, texts: list[str]) -> None:
-    """What the earlier programs do: encode, pad and append one document at a time."""
+def tokenizer_alone(file: Path, tokenizer: str, processes: int) -> float:
+    """Seconds of the slowest of some processes that tokenize the documents, all starting at once."""
+    context = multiprocessing.get_context("spawn")
+    ready, seconds = context.Barrier(processes), context.Array("d", processes)
+    workers = [
+        context.Process(target=encode_batches, args=(file, tokenizer, rank, processes, ready, seconds))
+        for rank in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return max(seconds)
+
+
+def retro_chunk(file: Path, tokenizer: str, processes: int) -> float:
+    """Seconds of the command."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+        command += ["--multi_gpu"] if processes > 1 else []  # several processes, on CPUs too
+        command += ["-m", "data_prep.chunk", "--input", str(file), "--tokenizer", tokenizer]
+        command += ["--output-dir", f"{folder}/datastore", "--shard-bytes", "4000000", "--on-bad-record", "skip"]
+        begin = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        return time.perf_counter() - begin
+
+
+def loop_over_documents(file: Path, tokenizer: str) -> float:
+    """What earlier programs do: encode, pad and append one document at a time."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    begin = time.perf_counter()
     chunks = []
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        ids += [0] * (-len(ids) % CHUNK_SIZE)
-        chunks += [ids[start : start + CHUNK_SIZE] for start in range(0, len(ids), CHUNK_SIZE)]
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            ids = tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]
+            ids.append(tokenizer.eos_token_id)
+            ids += [0] * (-len(ids) % CHUNK_SIZE)
+            chunks += [ids[start : start + CHUNK_SIZE] for start in range(0, len(ids), CHUNK_SIZE)]
+    with tempfile.TemporaryFile() as output:
+        np.save(output, np.array(chunks, dtype=np.uint16))
+    return time.perf_counter() - begin
 
 
 def main() -> None:
-    file, tokenizer = Path(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2])
-    texts = [json.loads(line)["text"] for line in file.open(encoding="utf-8")]
-    batches = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    backend, chunker = tokenizer.backend_tokenizer, DocumentChunker(tokenizer, CHUNK_SIZE)
-    with tempfile.TemporaryDirectory() as folder:
-        rates = {
-            "tokenizers.encode_batch": lambda: [backend.encode_batch(b, add_special_tokens=False) for b in batches],
-            "DocumentChunker.chunk": lambda: [chunker.chunk([Document(t, 0) for t in b]) for b in batches],
-            "retro chunk": lambda: chunk_documents(file, folder, tokenizer, on_bad_record="skip"),
-            "loop over documents": lambda: naive_loop(tokenizer, texts),
-        }
-        raw = None
-        for name, function in rates.items():
-            rate = megabytes / seconds_of(function)
-            raw = raw or rate
-            print(f"{name:<26}{rate:8.2f} MB/s of processor time{rate / raw:8.2f} of the tokenizer", flush=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, required=True, help="A jsonl file with the text in `text`.")
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--megabytes", type=int, default=50, help="Of the input, repeated if it is smaller.")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.input.parent) as folder:
+        file, line = Path(folder) / "documents.jsonl", Path(folder) / "line.jsonl"
+        repeat(arguments.input, file, arguments.megabytes * 1_000_000)
+        repeat(arguments.input, line, 1)
+        shared = (arguments.tokenizer, arguments.processes)
+        taken = {"tokenizer": [], "command": [], "start": [], "loop": []}
+        for _ in range(arguments.repeats):
+            taken["tokenizer"].append(tokenizer_alone(file, *shared))
+            taken["command"].append(retro_chunk(file, *shared))
+            taken["start"].append(retro_chunk(line, *shared))
+            taken["loop"].append(loop_over_documents(file, arguments.tokenizer))
+    seconds = {name: statistics.median(times) for name, times in taken.items()}
+    rows = {
+        f"tokenizers.encode_batch, {arguments.processes} processes": seconds["tokenizer"],
+        f"retro chunk, {arguments.processes} processes": seconds["command"] - seconds["start"],
+        "… with the start of Python": seconds["command"],
+        "loop over documents, 1 process": seconds["loop"],
+    }
+    print(f"{arguments.megabytes} MB of jsonl, median of {arguments.repeats}")
+    for name, time_taken in rows.items():
+        print(
+            f"{name:<40}{time_taken:7.1f} s{arguments.megabytes / time_taken:8.2f} MB/s"
+            f"{seconds['tokenizer'] / time_taken:7.2f} of the tokenizer{seconds['loop'] / time_taken:7.2f} x the loop"
+        )
 
 
 if __name__ == "__main__":

@@ -592,7 +592,7 @@ def tune(
     index: faiss.Index, recall_now: Callable[[], dict[str, float]], target: float
 ) -> tuple[dict[str, int], dict[str, float]]:
     """
-    The smallest nprobe (efSearch for HNSW), by doubling, whose recall@10 reaches the target, or the best there is.
+    The smallest nprobe (efSearch for HNSW) whose recall@10 reaches the target, to about 1/16, or the best there is.
 
     Args:
         index (`faiss.Index`): The index.
@@ -612,15 +612,22 @@ def tune(
         name, value, limit = "efSearch", 16, 4096
     else:
         return {}, recall_now()
-    best: tuple[dict[str, int], dict[str, float]] = ({}, {"recall@10": -1.0})
-    while True:
+    found: dict[int, dict[str, float]] = {}
+
+    def reaches(value: int) -> bool:
         faiss.ParameterSpace().set_index_parameter(index, name, value)
-        recall = recall_now()
-        if recall["recall@10"] > best[1]["recall@10"]:
-            best = ({name: value}, recall)
-        if recall["recall@10"] >= target or value >= limit:
-            return best
-        value = min(2 * value, limit)
+        found[value] = recall_now()
+        return found[value][f"recall@{_RECALL_AT[-1]}"] >= target
+
+    below = 0
+    while not reaches(value) and value < limit:
+        below, value = value, min(2 * value, limit)
+    while below and value - below > max(1, value // 16):
+        middle = (below + value) // 2
+        below, value = (below, middle) if reaches(middle) else (middle, value)
+    best = max(found, key=lambda value: (min(found[value][f"recall@{_RECALL_AT[-1]}"], target), -value))
+    faiss.ParameterSpace().set_index_parameter(index, name, best)
+    return {name: best}, found[best]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,7 +22,7 @@ import faiss
 import numpy as np
 import pytest
 
-from data_prep.index import build_index, recall_at, suggest_factory
+from data_prep.index import build_index, recall_at, suggest_factory, tune
 from data_prep.manifest import run_shards
 from data_prep.neighbors import find_neighbors
 from modeling_retro.retrieval_retro import RetroDatastore
@@ -112,6 +112,16 @@ def test_nprobe_grows_with_the_target(embedded):
     assert recalls[0] < recalls[1] < recalls[2]
     index = RetroDatastore.from_pretrained(embedded).index
     assert faiss.extract_index_ivf(index).nprobe == recalls[-1]
+
+
+@pytest.mark.parametrize("needed", [1, 2, 3, 37, 640, 1000, 2000])
+def test_tuning_finds_the_smallest_nprobe_to_a_sixteenth(needed):
+    index = faiss.index_factory(4, "IVF1000,Flat")
+    parameters, recall = tune(index, lambda: {"recall@10": min(1.0, index.nprobe / needed)}, target=1.0)
+    nprobe = parameters["nprobe"]
+    assert recall["recall@10"] == min(1.0, nprobe / needed) and index.nprobe == nprobe
+    assert min(needed, 1000) <= nprobe <= 1000
+    assert nprobe - max(1, nprobe // 16) < needed
 
 
 def test_an_index_over_its_memory_limit_is_merged_on_disk_and_can_be_moved(embedded, tmp_path):
