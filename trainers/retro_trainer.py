@@ -15,7 +15,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -285,6 +285,12 @@ class DataCollatorForRetro:
         return ~dropped[:, None] & (np.arange(max(self.num_neighbors)) < number)
 
 
+def collator_options(args: RetroTrainingArguments) -> dict[str, Any]:
+    """What the training arguments say of [`DataCollatorForRetro`]."""
+    names = ("row_chunks", "num_neighbors", "neighbor_dropout", "copy_share", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
 def _is_gate(name: str) -> bool:
     return name.endswith("cross_attn.gate")
 
@@ -303,6 +309,10 @@ class RetroTrainer(Trainer):
             What is trained on and searched. Its neighbors must be there (`retro neighbors`).
         eval_dataset ([`DatastoreSplit`], *optional*):
             Held-out documents with their neighbors, such as `datastore.split("validation")`.
+        train_dataset (`torch.utils.data.Dataset`, *optional*):
+            Rows to train on. Those of the datastore's own chunks when unset.
+        data_collator (`Callable`, *optional*):
+            What makes batches of these rows. [`DataCollatorForRetro`] when unset.
         kwargs:
             Passed to [`~transformers.Trainer`].
     """
@@ -313,6 +323,8 @@ class RetroTrainer(Trainer):
         args: RetroTrainingArguments,
         datastore: RetroDatastore,
         eval_dataset: DatastoreSplit | None = None,
+        train_dataset: Dataset | None = None,
+        data_collator: Callable[[list], dict[str, torch.Tensor]] | None = None,
         **kwargs: Any,
     ):
         datastore.check_chunk_size(model.config.chunk_size)
@@ -322,19 +334,15 @@ class RetroTrainer(Trainer):
         self._seconds_waited = 0.0
         self._tokens_seen = 0
         self._last_log_time = None
-        data_collator = DataCollatorForRetro(
-            datastore,
-            row_chunks=args.row_chunks,
-            num_neighbors=args.num_neighbors,
-            neighbor_dropout=args.neighbor_dropout,
-            copy_share=args.copy_share,
-            seed=args.seed,
-        )
+        if train_dataset is None:
+            train_dataset = ChunkRows(len(datastore.chunks), args.row_chunks)
+        if data_collator is None:
+            data_collator = DataCollatorForRetro(datastore, **collator_options(args))
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=ChunkRows(len(datastore.chunks), args.row_chunks),
+            train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=datastore.tokenizer,
             **kwargs,

@@ -16,6 +16,7 @@ Trains a RETRO language model on a datastore whose neighbors have been found.
 
     retro train --datastore datastore --model_config small.yaml --output_dir model --num_train_epochs 3
     retro train --datastore datastore --model smollm2-retro --freeze_decoder true --output_dir model
+    retro train --datastore datastore --train_documents new.jsonl --model model --output_dir out --max_steps 10000
     retro train --accelerate-config ddp --datastore datastore --model_config small.yaml --output_dir model
     accelerate launch -m trainers.scripts.train_retro --datastore datastore --model_config small.yaml --output_dir out
 
@@ -36,10 +37,11 @@ from transformers.distributed import DistributedConfig
 
 from data_prep.arguments import parse_arguments, run_command
 from modeling_retro import RetroForCausalLM
-from modeling_retro.retrieval_retro import RetroDatastore
+from modeling_retro.retrieval_retro import RetroDatastore, RetroRetriever
 
 from ..retro_config import RetroTrainingArguments
 from ..retro_trainer import RetroTrainer, config_for_datastore, last_complete_checkpoint
+from ..streaming import RetroStreamTrainer, load_document_stream
 
 
 @dataclass
@@ -54,6 +56,13 @@ class TrainRetroArguments:
     )
     model_config: str | None = field(
         default=None, metadata={"help": "YAML or JSON file with fields of RetroConfig, for training from scratch."}
+    )
+    train_documents: str | None = field(
+        default=None,
+        metadata={
+            "help": "Documents to train on as they stream by, in place of the datastore's own: file or glob of .jsonl "
+            '(key "text"), .parquet or .txt, or Hub id of a dataset. Needs --max_steps.'
+        },
     )
     eval_split: str = field(
         default="validation", metadata={"help": "Split of the datastore that `eval_strategy` evaluates on."}
@@ -75,12 +84,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     datastore = RetroDatastore.from_pretrained(arguments.datastore)
     evaluates = training_arguments.eval_strategy != "no" or training_arguments.eval_on_start
-    trainer = RetroTrainer(
-        model=load_model(arguments, datastore, training_arguments),
-        args=training_arguments,
-        datastore=datastore,
-        eval_dataset=datastore.split(arguments.eval_split) if evaluates else None,
-    )
+    eval_dataset = datastore.split(arguments.eval_split) if evaluates else None
+    if arguments.train_documents is None:
+        model = load_model(arguments, datastore, training_arguments)
+        trainer = RetroTrainer(model, training_arguments, datastore, eval_dataset)
+    else:
+        documents, retriever = load_document_stream(arguments.train_documents), RetroRetriever(datastore)
+        model = load_model(arguments, datastore, training_arguments)
+        trainer = RetroStreamTrainer(model, training_arguments, retriever, documents, eval_dataset)
     checkpoint = training_arguments.resume_from_checkpoint or last_complete_checkpoint(training_arguments.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
     if not arguments.retrofit_only:
