@@ -17,7 +17,7 @@ the retrieved ones, and how much of it is copying.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ from accelerate.utils import reduce
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from modeling_retro.retrieval_retro import DatastoreSplit, RetroDatastore
+from data_prep.index import read_embeddings
+from modeling_retro.retrieval_retro import TRAIN_SPLIT, DatastoreSplit, RetroDatastore, other_document_filter, search
 
 from .evaluation_report import RetroEvaluation
 
@@ -43,6 +44,7 @@ def evaluate_retro(
     split: DatastoreSplit,
     modes: Sequence[str] = ("off", "random", "on"),
     num_neighbors: int | Sequence[int] = 2,
+    datastore_shares: Sequence[float] = (1.0,),
     window_chunks: int = 32,
     stride_chunks: int = 16,
     batch_size: int = 8,
@@ -71,6 +73,9 @@ def evaluate_retro(
             `"shuffled"` with the tokens of each neighbor in random order.
         num_neighbors (`int` or `Sequence[int]`, *optional*, defaults to 2):
             Number of neighbors k of a chunk, or several to measure each of.
+        datastore_shares (`Sequence[float]`, *optional*, defaults to `(1.0,)`):
+            Shares of the datastore's documents to retrieve from, to measure what its size is worth. Less than all is
+            searched anew, which needs the embeddings of the split.
         window_chunks (`int`, *optional*, defaults to 32):
             Length of a window in chunks. A window starts at position 0 and sees only the neighbors of its own chunks.
         stride_chunks (`int`, *optional*, defaults to 16):
@@ -110,6 +115,8 @@ def evaluate_retro(
             f"num_neighbors is {num_neighbors}, expected numbers from 1 to the {stored} neighbors of a chunk that are "
             "stored; run `retro neighbors` for more"
         )
+    if not datastore_shares or not 0 < min(datastore_shares) <= max(datastore_shares) <= 1:
+        raise ValueError(f"datastore_shares is {list(datastore_shares)}, expected shares above 0 and up to 1")
     document_offsets = _document_offsets(split.chunks.document_id, max_documents)
     num_documents, num_chunks = len(document_offsets) - 1, int(document_offsets[-1])
     if num_documents == 0:
@@ -122,18 +129,21 @@ def evaluate_retro(
         for offset, length in zip(document_offsets[:-1], np.diff(document_offsets), strict=True)
         for start, end, first_counted in sliding_windows(length, window_chunks, stride_chunks)
     ]
-    retrieved = split.neighbor_ids[:num_chunks]
+    retrieved = {
+        share: split.neighbor_ids[:num_chunks]
+        if share == 1
+        else neighbors_in_share(datastore, split, num_chunks, max(numbers), share, seed)
+        for share in datastore_shares
+    }
     drawn = np.random.default_rng(seed).integers(len(datastore.chunks), size=(num_chunks, max(numbers)))
     bits = {}
-    for mode in modes:
-        for number in numbers[:1] if mode == "off" else numbers:
-            name = mode if mode == "off" or len(numbers) == 1 else f"{mode} k={number}"
-            neighbors = None
-            if mode != "off":
-                neighbor_ids = (drawn if mode == "random" else retrieved)[:, :number]
-                neighbors = NeighborSource(datastore, neighbor_ids, mode, seed)
-            description = f"Evaluating ({name})" if show_progress else None
-            bits[name], num_tokens = chunk_bits(model, datastore, split, windows, neighbors, batch_size, description)
+    for name, mode, number, share in _settings(modes, numbers, datastore_shares):
+        neighbors = None
+        if mode != "off":
+            neighbor_ids = (drawn if mode == "random" else retrieved[share])[:, :number]
+            neighbors = NeighborSource(datastore, neighbor_ids, mode, seed)
+        description = f"Evaluating ({name})" if show_progress else None
+        bits[name], num_tokens = chunk_bits(model, datastore, split, windows, neighbors, batch_size, description)
     return RetroEvaluation(
         chunk_bits=bits,
         chunk_bytes=np.asarray(split.chunks.num_bytes[:num_chunks]),
@@ -144,6 +154,59 @@ def evaluate_retro(
         domains=None if domains is None else list(domains),
         seed=seed,
     )
+
+
+def _settings(
+    modes: Sequence[str], numbers: Sequence[int], shares: Sequence[float]
+) -> Iterator[tuple[str, str, int, float]]:
+    """Name, mode, number of neighbors and share of the datastore of each measurement."""
+    for mode in modes:
+        for number in numbers[:1] if mode == "off" else numbers:
+            for share in shares[:1] if mode in ("off", "random") else shares:
+                name = mode
+                if mode != "off" and len(numbers) > 1:
+                    name += f" k={number}"
+                if mode not in ("off", "random") and tuple(shares) != (1.0,):
+                    name += f" share={share:g}"
+                yield name, mode, number, share
+
+
+def neighbors_in_share(
+    datastore: RetroDatastore, split: DatastoreSplit, num_chunks: int, num_neighbors: int, share: float, seed: int = 0
+) -> np.ndarray:
+    """
+    Nearest neighbors among some of the datastore's documents, drawn so that a larger share holds the smaller ones.
+
+    Args:
+        datastore ([`RetroDatastore`]):
+            What is searched.
+        split ([`DatastoreSplit`]):
+            The chunks that query, with their embeddings (`retro embed`).
+        num_chunks (`int`):
+            Number of chunks that query, the first ones.
+        num_neighbors (`int`):
+            Number of neighbors of a chunk.
+        share (`float`):
+            Share of the documents.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the draw.
+
+    Returns:
+        `np.ndarray`: global chunk ids int64 `[num_chunks, num_neighbors]`, -1 for absent ones.
+    """
+    document_id = datastore.chunks.document_id
+    left_out = np.random.default_rng(seed).random(int(document_id[-1]) + 1) >= share
+
+    def is_left_out(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        return left_out[datastore.chunks.gather("document_id", ids)] & (ids >= 0)
+
+    unwanted = {"left_out": is_left_out}
+    if split.searched:
+        unwanted["own_document"] = other_document_filter(datastore.chunks, split.chunks.document_id[:num_chunks])
+    name = TRAIN_SPLIT if split.searched else split.path.name
+    embeddings = np.concatenate(read_embeddings(split.path, name, datastore.manifest))[:num_chunks]
+    fetch = math.ceil((2 * num_neighbors + 8) / share)
+    return search(datastore.index, embeddings.astype(np.float32), num_neighbors, unwanted, fetch=fetch)[0]
 
 
 class NeighborSource:

@@ -15,11 +15,14 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from modeling_retro.sharing_retro import evaluation_tables
 
 
 OVERLAP_EDGES = np.arange(9) / 8
@@ -49,7 +52,8 @@ class Difference:
 class RetroEvaluation:
     """
     What [`~trainers.evaluation.evaluate_retro`] measures. Ways to retrieve have the names of their modes, such as
-    `"on"`, or with several numbers of neighbors, mode and number, such as `"on k=2"`.
+    `"on"`, or with several numbers of neighbors, mode and number, such as `"on k=2"`, and with other shares of the
+    datastore than all of it, the share, such as `"on k=2 share=0.5"`.
 
     Args:
         chunk_bits (`dict[str, np.ndarray]`):
@@ -103,7 +107,7 @@ class RetroEvaluation:
 
     def references(self, name: str) -> list[str]:
         """What `name` is compared with: no retrieval, and as many random neighbors."""
-        mode, *number = name.split(" ", 1)
+        number = [word for word in name.split()[1:] if word.startswith("k=")]
         candidates = ["off", " ".join(["random", *number])]
         return [candidate for candidate in candidates if candidate in self.chunk_bits and candidate != name]
 
@@ -162,51 +166,23 @@ class RetroEvaluation:
 
     def to_markdown(self) -> str:
         """The numbers as Markdown tables."""
-        tables = [self._main_table()]
-        if self.overlap is not None:
-            tables.append(self._overlap_table())
-        if self.domains is not None:
-            rows = [[domain, *map(_number, ratios.values())] for domain, ratios in self.by_domain().items()]
-            tables.append(_table(["domain", *self.chunk_bits], rows))
-        return "\n".join(tables)
+        return evaluation_tables(self.to_dict())
 
-    def _main_table(self) -> str:
-        rows = []
-        for name in self.chunk_bits:
-            row = [name, _number(self.bits_per_byte(name)), f"{self.perplexity(name):.3f}", "", ""]
-            for reference in self.references(name):
-                row[3 + (reference != "off")] = str(self.difference(name, reference))
-            rows.append(row)
-        note = (
-            f"{len(self.document_bytes):,} held-out documents, {self.chunk_bytes.sum():,} bytes, {self.num_tokens:,} "
-            f"tokens; {', '.join(map(str, self.num_neighbors))} neighbors a chunk; in brackets 95 % intervals by "
-            "bootstrap over documents."
-        )
-        return f"{_table(['retrieval', 'bits per byte', 'perplexity', 'less off', 'less random'], rows)}\n{note}\n"
-
-    def _overlap_table(self) -> str:
-        rows = [
-            [
-                f"{row['overlap'][0]:.3f} … {row['overlap'][1]:.3f}",
-                str(row["num_chunks"]),
-                *map(_number, row["bits_per_byte"].values()),
-            ]
-            for row in self.overlap_curve()
-        ]
-        return _table(["overlap with the neighbors", "chunks", *self.chunk_bits], rows)
-
-    def save(self, directory: str | os.PathLike) -> None:
+    def save(self, directory: str | os.PathLike, facts: Mapping[str, Any] | None = None) -> None:
         """
         Writes `evaluation.json`, `evaluation.md` and, with matplotlib, `evaluation.png` and `overlap.png`.
 
         Args:
             directory (`str` or `os.PathLike`):
                 Directory to write to; made if it is not there.
+            facts (`Mapping`, *optional*):
+                What else to write into `evaluation.json`, such as the datastore.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "evaluation.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        (directory / "evaluation.md").write_text(self.to_markdown(), encoding="utf-8")
+        numbers = {**self.to_dict(), **(facts or {})}
+        (directory / "evaluation.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        (directory / "evaluation.md").write_text(evaluation_tables(numbers), encoding="utf-8")
         self.plot(directory / "evaluation.png")
         if self.overlap is not None:
             self.plot_overlap(directory / "overlap.png")
@@ -260,20 +236,6 @@ class RetroEvaluation:
         axes.set_ylabel("bits per byte")
         axes.legend()
         figure.savefig(path, dpi=150)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    def lines() -> Iterator[str]:
-        yield "| " + " | ".join(header) + " |"
-        yield "|---" * len(header) + "|"
-        for row in rows:
-            yield "| " + " | ".join(row) + " |"
-
-    return "\n".join(lines()) + "\n"
 
 
 def bootstrap_interval(

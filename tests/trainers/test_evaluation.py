@@ -21,13 +21,14 @@ import pytest
 import torch
 from array_datastore import ArrayDatastore, ArraySource, random_datastore
 
-from modeling_retro import RetroConfig, RetroForCausalLM
+from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM
 from trainers.evaluation import (
     NeighborSource,
     chunk_bits,
     evaluate_retro,
     longest_common_substring,
     neighbor_overlap,
+    neighbors_in_share,
     sliding_windows,
 )
 from trainers.evaluation_report import RetroEvaluation, bootstrap_interval
@@ -312,3 +313,44 @@ def test_saved_files_hold_the_table(model, datastore, held_out, tmp_path):
 def test_wrong_options_name_the_value(model, datastore, held_out, options, message):
     with pytest.raises(ValueError, match=message):
         evaluate_retro(model, datastore, held_out, show_progress=False, **options)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_neighbors_in_a_share_are_the_nearest_of_its_documents(tiny_datastore_dir, share):
+    real = RetroDatastore.from_pretrained(tiny_datastore_dir)
+    split, document_id = real.split("validation"), np.asarray(real.chunks.document_id)
+    found = neighbors_in_share(real, split, num_chunks=30, num_neighbors=3, share=share)
+    folders = {
+        name: sorted((path / "embeddings").glob("*.npy"))
+        for name, path in (("train", real.path), ("query", split.path))
+    }
+    keys, queries = (
+        np.concatenate([np.load(file) for file in files]).astype(np.float32) for files in folders.values()
+    )
+    documents = np.flatnonzero(np.random.default_rng(0).random(document_id[-1] + 1) < share)
+    assert 0 < len(documents) < 40
+    allowed = np.isin(document_id, documents)
+    assert allowed[found].all()
+    scores = queries[:30] @ keys.T
+    best = np.sort(np.where(allowed, scores, -np.inf), axis=1)[:, ::-1][:, :3]
+    np.testing.assert_allclose(np.take_along_axis(scores, found, axis=1), best, rtol=1e-5)
+
+
+def test_larger_shares_hold_the_smaller_ones_and_each_is_measured(model, tiny_datastore_dir):
+    torch.manual_seed(0)
+    real = RetroDatastore.from_pretrained(tiny_datastore_dir)
+    model = RetroForCausalLM(RetroConfig(**{**model.config.to_dict(), "vocab_size": 302, "chunk_size": 8}))
+    options = {"modes": ["off", "random", "on"], "num_neighbors": [1, 2], "max_documents": 2}
+    evaluation = evaluate(model, real, real.split("validation"), datastore_shares=[0.3, 1], **options)
+    shares = {f"on k={k} share={share}" for k in (1, 2) for share in ("0.3", "1")}
+    assert set(evaluation.chunk_bits) == {"off", "random k=1", "random k=2"} | shares
+    whole = evaluate(model, real, real.split("validation"), **options)
+    assert np.array_equal(evaluation.chunk_bits["on k=2 share=1"], whole.chunk_bits["on k=2"])
+    assert not np.array_equal(evaluation.chunk_bits["on k=2 share=0.3"], whole.chunk_bits["on k=2"])
+    assert evaluation.references("on k=2 share=0.3") == ["off", "random k=2"]
+
+
+@pytest.mark.parametrize("shares", [[], [0.0], [0.5, 1.5]])
+def test_shares_that_are_none_are_refused(model, datastore, held_out, shares):
+    with pytest.raises(ValueError, match="datastore_shares is"):
+        evaluate(model, datastore, held_out, datastore_shares=shares)

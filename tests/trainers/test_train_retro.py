@@ -125,8 +125,13 @@ def test_run_resumed_from_a_checkpoint_ends_with_the_same_weights(
     assert_same_weights(resumed, whole)
 
 
-def test_killed_run_started_again_ends_with_the_weights_of_a_whole_one(tiny_datastore_dir, model_config, tmp_path):
+@pytest.mark.parametrize("streams", [False, True], ids=["datastore", "stream"])
+def test_killed_run_started_again_ends_with_the_weights_of_a_whole_one(
+    tiny_datastore_dir, model_config, tmp_path, streams
+):
     options = {"max_steps": 120, "save_steps": 10, "save_total_limit": 2}
+    if streams:
+        options["train_documents"] = tiny_datastore_dir.parent / "train.jsonl"
     killed = train_options(tiny_datastore_dir, model_config, tmp_path / "killed", **options)
     process = subprocess.Popen([sys.executable, "-m", "trainers.scripts.train_retro", *killed])
     while process.poll() is None and last_complete_checkpoint(tmp_path / "killed") is None:
@@ -175,7 +180,10 @@ def test_evaluation_writes_the_report(trained, tiny_datastore_dir, tmp_path, cap
     assert report["bits_per_byte"]["baseline"] == report["bits_per_byte"]["off"]
     assert set(report["domains"]) == {"a", "b"}
     assert sum(row["num_chunks"] for row in report["overlap"]) > 0
-    assert f"| on k=3 | {report['bits_per_byte']['on k=3']:.4f} |" in capsys.readouterr().out
+    assert (report["split"], report["datastore"]["chunk_size"]) == ("validation", 8)
+    row = f"| on k=3 | {report['bits_per_byte']['on k=3']:.4f} |"
+    assert row in capsys.readouterr().out
+    assert row in (trained / "README.md").read_text()
 
 
 def test_generation_shows_the_neighbors_of_each_whole_chunk(trained, tiny_datastore_dir, capsys):

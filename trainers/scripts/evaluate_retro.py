@@ -17,6 +17,7 @@ Measures what retrieval buys a RETRO language model on held-out documents: bits 
     retro evaluate --model model --datastore datastore --output_dir evaluation
     retro evaluate --model model --datastore datastore --output_dir evaluation --num_neighbors 1 2 4 10 \\
         --modes off random on neighbor continuation shuffled --baseline decoder --overlap
+    retro evaluate --model model --datastore datastore --output_dir sizes --datastore_share 0.125 0.25 0.5 1
     accelerate launch -m trainers.scripts.evaluate_retro --model model --datastore datastore --output_dir evaluation
 """
 
@@ -29,7 +30,9 @@ from accelerate import PartialState
 
 from data_prep.arguments import parse_arguments, run_command
 from modeling_retro import RetroForCausalLM
+from modeling_retro.manifest_retro import describe_datastore
 from modeling_retro.retrieval_retro import RetroDatastore
+from modeling_retro.sharing_retro import save_model_card
 
 from ..evaluation import MODES, evaluate_retro
 
@@ -51,6 +54,10 @@ class EvaluateRetroArguments:
         default_factory=lambda: [2],
         metadata={"help": "Number of neighbors of a chunk, or several to measure each of."},
     )
+    datastore_share: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={"help": "Shares of the datastore's documents to retrieve from, measuring each."},
+    )
     baseline: str | None = field(
         default=None,
         metadata={
@@ -66,6 +73,9 @@ class EvaluateRetroArguments:
     stride_chunks: int = field(default=16, metadata={"help": "Step in chunks between two windows."})
     batch_size: int = field(default=8, metadata={"help": "Number of windows in a forward pass."})
     max_documents: int | None = field(default=None, metadata={"help": "Evaluate on the first documents only."})
+    model_card: bool = field(
+        default=True, metadata={"help": "Write the numbers into the card of a model in a folder, too."}
+    )
     dtype: str = field(default="float32", metadata={"help": "Torch dtype of the model, such as bfloat16."})
     seed: int = field(default=0, metadata={"help": "Seed of the random neighbors and of the bootstrap."})
 
@@ -93,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         split,
         modes=arguments.modes,
         num_neighbors=arguments.num_neighbors,
+        datastore_shares=arguments.datastore_share,
         measure_overlap=arguments.overlap,
         domains=domains,
         **options,
@@ -102,7 +113,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         measured = evaluate_retro(baseline, datastore, split, modes=["off"], **options)
         evaluation.chunk_bits["baseline"] = measured.chunk_bits["off"]
     if state.is_main_process:
-        evaluation.save(arguments.output_dir)
+        facts = {"split": arguments.split, "datastore": describe_datastore(datastore.manifest)}
+        evaluation.save(arguments.output_dir, facts)
+        if arguments.model_card and Path(arguments.model).is_dir():
+            save_model_card(arguments.model, {**evaluation.to_dict(), **facts})
         print(evaluation.to_markdown())
 
 
