@@ -1,4 +1,4 @@
-.PHONY: help quality style test test-slow
+.PHONY: help quality style test test-slow docs
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -17,3 +17,6 @@ test:  ## Run the tests
 
 test-slow:  ## Run the tests that download models or take minutes
 	python -m pytest tests -m slow
+
+docs:  ## Write the API page from the docstrings
+	python docs/api_page.py > docs/api.md

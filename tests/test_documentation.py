@@ -15,6 +15,7 @@
 
 import importlib
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -27,26 +28,35 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+def fenced_blocks(page):
+    """Language and text of the fenced blocks of a page, in order."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
 def blocks(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [block for found, block in fenced_blocks(page) if found == language]
 
 
-def commands():
+def commands_of(block):
+    """The `retro` commands of a block of shell."""
+    for line in block.replace("\\\n", " ").splitlines():
+        command = re.sub(r"\s+", " ", line.split(" && ")[-1]).strip()
+        if command.startswith("retro "):
+            yield command
+
+
+def commands(language="bash"):
     for page in PAGES:
-        for block in blocks(page, "bash"):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                while "&&" in words:
-                    words = words[words.index("&&") + 1 :]
-                if words[:1] == ["retro"]:
-                    yield pytest.param(words[1:], id=f"{page.name}: {' '.join(words)}")
+        for block in blocks(page, language):
+            for command in commands_of(block):
+                yield pytest.param(shlex.split(command)[1:], id=f"{page.name}: {command}")
 
 
 class Parsed(Exception):
     pass
 
 
-@pytest.mark.parametrize("words", list(commands()))
+@pytest.mark.parametrize("words", [*commands("bash"), *commands("text")])
 def test_command_of_the_documentation_has_valid_options(words, monkeypatch):
     command, *options = words
     if command == "--help":
@@ -65,15 +75,25 @@ def test_command_of_the_documentation_has_valid_options(words, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_of_the_documentation_compiles(page):
-    for number, block in enumerate(blocks(page, "python")):
+    for number, block in enumerate(blocks(page, "python") + blocks(page, "py")):
         compile(block, f"{page.name}, Python block {number}", "exec")
 
 
-def test_the_first_call_of_the_readme_runs():
-    namespace = {}
-    exec(blocks(ROOT / "README.md", "python")[0], namespace)
-    assert namespace["outputs"].logits.shape == (1, 512, 32000)
-    assert all(parameter.grad is not None for parameter in namespace["model"].parameters())
+def test_the_api_page_says_what_the_docstrings_say():
+    written = runpy.run_path(str(ROOT / "docs" / "api_page.py"))["api_page"]()
+    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == written, (
+        "run python docs/api_page.py > docs/api.md"
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_the_documentation_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor[1:] in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_command_of_the_readme_table_exists_and_none_is_missing():

@@ -1,0 +1,135 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Writes docs/api.md from the first sentences of docstrings; a test compares.
+
+    python docs/api_page.py > docs/api.md
+"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+
+
+# Modules by what they are for; of each the classes, with the methods that are theirs, and the functions.
+SECTIONS = {
+    "The model": {
+        "modeling_retro": ["RetroConfig", "RetroForCausalLM", "RetroModel", "RetroNeighborEncoder", "RetroCache"],
+    },
+    "Retrieval": {
+        "modeling_retro": ["RetroRetriever", "RetrievedNeighbors", "RetroDatastore", "ChunkEncoder"],
+        "modeling_retro.retrieval_retro": [
+            "DatastoreSplit",
+            "ChunkTable",
+            "search",
+            "read_index",
+            "tokenizer_fingerprint",
+        ],
+    },
+    "Sharing": {
+        "modeling_retro.hub_retro": ["push_datastore", "download_datastore"],
+        "modeling_retro.sharing_retro": ["create_model_card", "save_model_card"],
+    },
+    "Documents to a datastore": {
+        "data_prep.prepare": ["prepare_datastore", "extend_datastore"],
+        "data_prep.chunk": ["chunk_documents"],
+        "data_prep.deduplicate": ["deduplicate"],
+        "data_prep.embed": ["embed_chunks"],
+        "data_prep.index": ["build_index", "suggest_factory"],
+        "data_prep.neighbors": ["find_neighbors"],
+        "data_prep.convert": ["import_datastore"],
+    },
+    "Training and measuring the language model": {
+        "trainers.retro_config": ["RetroTrainingArguments"],
+        "trainers.retro_trainer": ["RetroTrainer", "DataCollatorForRetro", "ChunkRows", "config_for_datastore"],
+        "trainers.muon": ["MuonWithAdamW"],
+        "trainers.evaluation": ["evaluate_retro"],
+        "trainers.evaluation_report": ["RetroEvaluation", "bootstrap_interval"],
+        "trainers.scripts.generate": ["generate_with_neighbors"],
+    },
+    "Training and measuring the retriever": {
+        "trainers.retriever_config": ["RetrieverTrainingArguments"],
+        "trainers.retriever_trainer": ["RetrieverTrainer", "SiameseDataCollator", "NoDuplicatesBatchSampler"],
+        "trainers.losses": ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"],
+        "data_prep.pairs": ["load_pairs"],
+        "data_prep.corpus_pairs": ["pairs_from_datastore"],
+    },
+    "Span corruption": {
+        "trainers.span_corruption": ["DataCollatorForSpanCorruption"],
+        "data_prep.tasks": ["read_tasks", "load_mixture"],
+    },
+}
+
+PACKAGES = ("modeling_retro", "data_prep", "trainers")
+WITHOUT_METHODS = ("RetroCache", "RetroConfig")
+# `auto_docstring` opens these with a sentence of its own.
+SUMMARIES = {
+    "RetroConfig": "Configuration of a RETRO model: a decoder of the Llama family, its chunks and its neighbors.",
+    "RetroForCausalLM": "The RETRO language model: decoder, retrieval, and a head that predicts the next token.",
+    "RetroModel": "The RETRO model without a head.",
+}
+
+HEAD = """# API
+
+Classes and functions by module, with the first sentence of their docstrings, which have arguments, shapes and types.
+This page is made by `python docs/api_page.py > docs/api.md`.
+"""
+
+
+def api_page() -> str:
+    """The text of docs/api.md."""
+    parts = [HEAD]
+    for title, modules in SECTIONS.items():
+        parts.append(f"## {title}\n\n| | |\n|---|---|\n" + "\n".join(_rows(modules)) + "\n")
+    return "\n".join(parts)
+
+
+def _rows(modules: dict[str, list[str]]) -> Iterator[str]:
+    for module, names in modules.items():
+        for name in names:
+            member = getattr(importlib.import_module(module), name)
+            yield f"| `{module}.{name}` | {_summary(member)} |"
+            if inspect.isclass(member):
+                for method in _methods(member):
+                    yield f"| `.{method}` | {_summary(getattr(member, method))} |"
+
+
+def _methods(member: type) -> list[str]:
+    """Public methods with a docstring, of the class and of those of this project that it is made of."""
+    names = []
+    if member.__name__ not in WITHOUT_METHODS:
+        for base in member.__mro__:
+            names += [name for name, value in vars(base).items() if not name.startswith("_") and _is_ours(value)]
+    return list(dict.fromkeys(names))
+
+
+def _is_ours(value: object) -> bool:
+    function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+    is_ours = inspect.isfunction(function) and function.__module__.split(".")[0] in PACKAGES
+    return is_ours and function.__doc__ is not None and function.__name__ != "forward"
+
+
+def _summary(member: object) -> str:
+    if getattr(member, "__name__", None) in SUMMARIES:
+        return SUMMARIES[member.__name__]
+    text = " ".join(inspect.getdoc(member).split("\n\n")[0].split())
+    text = re.sub(r"^`[^`]*`[^:.]*: ", "", text)  # the type of a property
+    sentence = re.split(r"(?<=[.!?])\s", text)[0]
+    sentence = re.sub(r"\[`~?([^`]*)`\]", r"`\1`", sentence).replace("|", "\\|")
+    return sentence[0].upper() + sentence[1:]
+
+
+if __name__ == "__main__":
+    print(api_page(), end="")

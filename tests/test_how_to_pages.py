@@ -1,0 +1,158 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The how-to pages are walked through: what they tell to type is run as it stands, page after page in one folder, in
+which the folders of a tiny tokenizer, decoder and encoder have the names of those on the Hub. Blocks of `text` and
+`py` are shown only.
+"""
+
+import gzip
+import json
+import os
+import random
+import shlex
+
+import pytest
+import torch
+from conftest import make_texts, write_jsonl
+from test_documentation import ROOT, commands_of, fenced_blocks
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trainers.cli import main as retro
+
+
+# In this order: later pages use what earlier ones made.
+PAGES = [
+    "own_documents",
+    "data_flow",
+    "training",
+    "evaluation",
+    "generation",
+    "retrofit",
+    "retriever",
+    "cluster",
+    "recipes",
+    "../README",
+]
+
+# What needs the network, an archive or minutes, and the test that runs it otherwise, on data of its own.
+NOT_RUN = {
+    "retro quickstart": "test_quickstart.py",
+    "retro pairs --download": "test_pairs.py",
+    "retro stackexchange": "test_stackexchange.py",
+    "retro evaluate-retriever --encoder encoder --beir": "test_retriever_evaluation.py",
+}
+
+
+def is_run(command):
+    return not any(command.startswith(prefix) for prefix in NOT_RUN)
+
+
+def write_pairs(path, number, scored=False):
+    generator = random.Random(number)
+    lines = []
+    for text in make_texts(number, seed=number, max_words=12):
+        words = text.split()
+        anchor, positive = " ".join(words), " ".join(generator.sample(words, len(words)))
+        score = generator.random()
+        record = {"sentence1": anchor, "sentence2": positive, "score": score} if scored else [anchor, positive + "."]
+        lines.append(json.dumps(record))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, tiny_tokenizer, tiny_encoder_dir):
+    """A folder with what the pages suppose: documents, pairs, and models under their names on the Hub."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "sentence-transformers").mkdir()
+    (folder / "sentence-transformers" / "all-MiniLM-L6-v2").symlink_to(tiny_encoder_dir)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+    )
+    for target in (LlamaForCausalLM(config), tiny_tokenizer):
+        target.save_pretrained(folder / "HuggingFaceTB" / "SmolLM2-135M")
+    write_jsonl(folder / "documents.jsonl", make_texts(16, seed=2))
+    write_jsonl(folder / "held_out.jsonl", make_texts(3, seed=3))
+    write_jsonl(folder / "more.jsonl", make_texts(3, seed=4))
+    (folder / "documents").mkdir()
+    (folder / "my_texts").mkdir()
+    for number, text in enumerate(make_texts(16, seed=5)):
+        (folder / "documents" / f"{number}.txt").write_text(text, encoding="utf-8")
+    write_jsonl(folder / "my_texts" / "train.jsonl", [text + " retro looks things up" * 5 for text in make_texts(4)])
+    write_pairs(folder / "pairs.jsonl", 40)
+    write_pairs(folder / "held-out.jsonl", 10)
+    write_pairs(folder / "sts.jsonl", 10, scored=True)
+    (folder / "train.jsonl.gz").write_bytes(gzip.compress((folder / "pairs.jsonl").read_bytes()))
+    return folder
+
+
+def walk(page):
+    """Runs the blocks of a page in order, in the current folder, and returns the names that its Python made."""
+    namespace = {}
+    for language, block in fenced_blocks(page):
+        if language == "yaml":
+            name = block.splitlines()[0].removeprefix("# ")
+            with open(name, "w", encoding="utf-8") as file:
+                file.write(block)
+        elif language == "bash":
+            for command in commands_of(block):
+                if is_run(command):
+                    retro(shlex.split(command)[1:])
+        elif language == "python":
+            exec(compile(block, page.name, "exec"), namespace)
+    return namespace
+
+
+@pytest.fixture(scope="module")
+def walked(workplace):
+    """What became of each page: the names that its Python made, or the exception that ended it."""
+    results = {}
+    before = os.getcwd()
+    os.chdir(workplace)
+    try:
+        for name in PAGES:
+            try:
+                results[name] = walk(ROOT / "docs" / f"{name}.md")
+            except (Exception, SystemExit) as error:
+                results[name] = error
+    finally:
+        os.chdir(before)
+    return results
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_runs_from_top_to_bottom(walked, name):
+    if isinstance(walked[name], BaseException):
+        raise walked[name]
+
+
+def test_the_pages_made_what_they_promise(walked, workplace):
+    readme = walked["../README"]
+    assert readme["outputs"].logits.shape == (1, 512, 32000)  # of the model in one call
+    assert readme["batch"]["neighbor_input_ids"].shape[1:] == (16, 2, 128)  # of the ten lines
+    numbers = json.loads((workplace / "evaluation" / "evaluation.json").read_text())
+    assert set(numbers["bits_per_byte"]) == {"off", "random", "on"}
+    assert (workplace / "adapter" / "retrofit.safetensors").is_file()
+    chunks = [
+        json.loads((workplace / name / "datastore.json").read_text())["splits"]["train"]["chunks"]["num_chunks"]
+        for name in ("from_python", "from_recipe")
+    ]
+    assert chunks[0] < chunks[1]
