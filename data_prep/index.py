@@ -66,6 +66,8 @@ logger = logging.get_logger(__name__)
 
 _WORK = ".index-"
 _RECALL_AT = (1, 10)
+# Results that an index with refined codes (…,RFlat) scores exactly, for each one wanted.
+_REFINED = 8
 # Below this, exact search takes milliseconds a query and needs no tuning.
 _EXACT_UP_TO = 50_000
 # Vectors that are converted to float32 at once.
@@ -604,6 +606,10 @@ def tune(
     """
     ivf = faiss.try_extract_index_ivf(index)
     inner = faiss.downcast_index(index)
+    fixed = {}
+    if isinstance(inner, faiss.IndexRefine):
+        fixed["k_factor_rf"] = _REFINED
+        faiss.ParameterSpace().set_index_parameter(index, "k_factor_rf", _REFINED)
     if isinstance(inner, faiss.IndexPreTransform):
         inner = faiss.downcast_index(inner.index)
     if ivf is not None:
@@ -611,7 +617,7 @@ def tune(
     elif isinstance(inner, faiss.IndexHNSW):
         name, value, limit = "efSearch", 16, 4096
     else:
-        return {}, recall_now()
+        return fixed, recall_now()
     found: dict[int, dict[str, float]] = {}
 
     def reaches(value: int) -> bool:
@@ -627,7 +633,7 @@ def tune(
         below, value = (below, middle) if reaches(middle) else (middle, value)
     best = max(found, key=lambda value: (min(found[value][f"recall@{_RECALL_AT[-1]}"], target), -value))
     faiss.ParameterSpace().set_index_parameter(index, name, best)
-    return {name: best}, found[best]
+    return fixed | {name: best}, found[best]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -83,7 +83,7 @@ def test_massive_open_text_runs_on_a_miniature(tmp_path, tiny_recipe):
     base.verify()
 
 
-@pytest.mark.parametrize("name", ["wikitext", "own_documents"])
+@pytest.mark.parametrize("name", ["wikitext", "own_documents", "retro_tiny"])
 def test_recipes_of_the_package_run(tmp_path, tiny_recipe, name):
     recipe = tiny_recipe(read_recipe(name))
     for split, inputs in recipe["splits"].items():
