@@ -255,8 +255,10 @@ class RetroAttention(nn.Module):
         """Queries `(B, H, Lq, D)`, keys and values `(B, Hkv, Lk, D)` to `(B, Lq, H * D)` and the weights, if any."""
         implementation = self.config._attn_implementation
         if not self.is_causal and implementation != "eager":
-            # Attentions to neighbors are many, short and masked by token: flash and flex are for the decoder's own.
-            implementation = "sdpa"
+            # Attentions to neighbors are many, short and masked by token: flash and flex are for the decoder's own. So
+            # short, SDPA on CPUs takes twice as long in bf16 as its matrix products.
+            is_slow = queries.device.type == "cpu" and queries.dtype == torch.bfloat16
+            implementation = "eager" if is_slow else "sdpa"
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         attn_output, attn_weights = attention_interface(
             self,

@@ -21,8 +21,8 @@ subwords, from scratch or from a checkpoint:
         --model_name_or_path google/t5-v1_1-small --max_steps 10000
 
 `--optim adafactor` is Adafactor as T5 was pretrained with: its learning rate is relative to the scale of each
-parameter. From scratch, start with short inputs (`input_length` 32 in the tasks file, so that a row has one span or
-two) and go on from that model with longer ones: where a span's surroundings stand is learned much sooner.
+parameter. From scratch, a small model learns soonest on short inputs (`input_length` 32 in the tasks file, so that a row
+has one span or two): to find the surroundings of a span among many is what takes longest.
 
 The same command goes on from the last checkpoint. `output_dir` then holds the model, and `output_dir/encoder` its
 encoder half, which `retro train-retriever` can start from.
