@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from trainers.cli import COMMANDS
+from trainers.cli import COMMANDS, accelerate_config_names
 
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +61,9 @@ def test_command_of_the_documentation_has_valid_options(words, monkeypatch):
     command, *options = words
     if command == "--help":
         return
+    while options and options[0] in ("--accelerate-config", "--num-processes"):
+        option, value, *options = options
+        assert option == "--num-processes" or value in accelerate_config_names()
     module = importlib.import_module(COMMANDS[command][0])
     parse_arguments = module.parse_arguments
 

@@ -40,10 +40,10 @@ PAGES = [
     "evaluation",
     "generation",
     "retrofit",
+    "../README",
     "retriever",
     "cluster",
     "recipes",
-    "../README",
 ]
 
 # What needs the network, an archive or minutes, and the test that runs it otherwise, on data of its own.
@@ -61,14 +61,13 @@ def is_run(command):
 
 def write_pairs(path, number, scored=False):
     generator = random.Random(number)
-    lines = []
-    for text in make_texts(number, seed=number, max_words=12):
-        words = text.split()
-        anchor, positive = " ".join(words), " ".join(generator.sample(words, len(words)))
-        score = generator.random()
-        record = {"sentence1": anchor, "sentence2": positive, "score": score} if scored else [anchor, positive + "."]
-        lines.append(json.dumps(record))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    texts = make_texts(2 * number, seed=number, max_words=12)
+    texts = [f"{index} {text.strip()}" for index, text in enumerate(texts)]  # none twice
+    records = list(zip(texts[::2], texts[1::2], strict=True))
+    if scored:
+        records = [{"sentence1": a, "sentence2": b, "score": generator.random()} for a, b in records]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +96,9 @@ def workplace(tmp_path_factory, tiny_tokenizer, tiny_encoder_dir):
     for number, text in enumerate(make_texts(16, seed=5)):
         (folder / "documents" / f"{number}.txt").write_text(text, encoding="utf-8")
     write_jsonl(folder / "my_texts" / "train.jsonl", [text + " retro looks things up" * 5 for text in make_texts(4)])
-    write_pairs(folder / "pairs.jsonl", 40)
+    write_pairs(folder / "pairs.jsonl.gz", 100)
     write_pairs(folder / "held-out.jsonl", 10)
     write_pairs(folder / "sts.jsonl", 10, scored=True)
-    (folder / "train.jsonl.gz").write_bytes(gzip.compress((folder / "pairs.jsonl").read_bytes()))
     return folder
 
 
