@@ -35,7 +35,7 @@ setup(
     keywords="retrieval language-model RETRO transformers faiss datasets",
     python_requires=">=3.11",
     packages=find_packages(include=["modeling_retro*", "data_prep*", "trainers*"]),
-    package_data={"data_prep": ["recipes/*"], "trainers": ["accelerate_configs/*.yaml"]},
+    package_data={"data_prep": ["recipes/*"], "trainers": ["accelerate_configs/*.yaml", "retro_tiny/*"]},
     install_requires=[
         "accelerate>=1.15",
         "datasets>=5.2",

@@ -15,7 +15,7 @@
 What retrieval is worth to the model of the quickstart: against the same decoder without retrieval trained on as many
 tokens, against what is left when parts of the neighbors are taken away, and by overlap with the neighbors.
 
-    retro quickstart --output_dir retro-quickstart
+    retro quickstart --from-scratch --output_dir retro-quickstart
     python benchmarks/retro_against_decoder.py --quickstart_dir retro-quickstart --output_dir results
 """
 
@@ -31,7 +31,7 @@ from trainers.scripts.quickstart import train_model
 
 @dataclass
 class BenchmarkArguments:
-    quickstart_dir: str = field(metadata={"help": "Output folder of a finished `retro quickstart`."})
+    quickstart_dir: str = field(metadata={"help": "Output folder of a finished `retro quickstart --from-scratch`."})
     output_dir: str = field(metadata={"help": "Folder for the tables and plots."})
     max_steps: int = field(default=900, metadata={"help": "Training steps of both models: those of the quickstart."})
     seed: int = field(default=0, metadata={"help": "Seed of both models: that of the quickstart."})

@@ -25,7 +25,7 @@ from data_prep.arguments import run_command
 ACCELERATE_CONFIGS = Path(__file__).parent / "accelerate_configs"
 
 COMMANDS = {
-    "quickstart": ("trainers.scripts.quickstart", "documents to datastore to trained model to table, in ten minutes"),
+    "quickstart": ("trainers.scripts.quickstart", "documents to datastore to what retrieval buys, in minutes"),
     "chunk": ("data_prep.chunk", "cut documents into chunks of tokens"),
     "deduplicate": ("data_prep.deduplicate", "drop training documents that nearly equal held-out ones"),
     "embed": ("data_prep.embed", "embed the chunks"),

@@ -16,10 +16,13 @@
 import json
 
 import pytest
+import torch
 from conftest import make_texts, write_jsonl
 
 from data_prep.chunk import DocumentChunker
-from modeling_retro import RetroForCausalLM, RetroRetriever
+from data_prep.docstrings import is_held_out
+from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroRetriever
+from trainers.evaluation import evaluate_retro
 from trainers.evaluation_report import Difference
 from trainers.scripts import quickstart
 
@@ -29,9 +32,24 @@ def documents(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("documents") / "documents.jsonl", make_texts(60, seed=7, max_words=200))
 
 
-def run(output_dir, data, **options):
-    words = [f"--output_dir={output_dir}", f"--data={data}", "--max_steps=4"]
+def run(output_dir, data, *words, **options):
+    options = {"output_dir": output_dir, "data": data, **options}
     quickstart.main([*words, *(f"--{name}={value}" for name, value in options.items())])
+
+
+def run_from_scratch(output_dir, data, **options):
+    run(output_dir, data, "--from-scratch", max_steps=4, **options)
+
+
+@pytest.fixture(scope="module")
+def retro_tiny(tiny_tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("package") / "retro_tiny"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = RetroConfig(vocab_size=len(tiny_tokenizer), chunk_size=8, **sizes)
+    RetroForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +57,16 @@ def finished(documents, tiny_encoder_dir, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("quickstart") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quickstart, "find_encoder", lambda: tiny_encoder_dir)
+        run_from_scratch(output_dir, documents)
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def measured(documents, tiny_encoder_dir, retro_tiny, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("quickstart") / "measured"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart, "find_encoder", lambda: tiny_encoder_dir)
+        patch.setattr(quickstart, "RETRO_TINY", retro_tiny)
         run(output_dir, documents)
     return output_dir
 
@@ -77,7 +105,7 @@ def test_same_command_again_reuses_every_stage(finished, documents, tiny_encoder
     monkeypatch.setattr(quickstart.RetroTrainer, "training_step", None)
     monkeypatch.setattr(DocumentChunker, "chunk", None)
     before = json.loads((finished / "report.json").read_text())["bits_per_byte"]
-    run(finished, documents)
+    run_from_scratch(finished, documents)
     assert json.loads((finished / "report.json").read_text())["bits_per_byte"] == before
 
 
@@ -90,7 +118,45 @@ def test_folder_of_something_else_is_refused(documents, tmp_path):
 
 def test_folder_of_a_run_with_other_options_is_refused(finished, documents):
     with pytest.raises(ValueError, match="'seed': 0"):
-        run(finished, documents, seed=1)
+        run_from_scratch(finished, documents, seed=1)
+
+
+def test_shipped_model_is_measured_as_it_is_on_a_datastore_of_its_tokenizer_and_chunk_size(measured, retro_tiny):
+    report = json.loads((measured / "report.json").read_text())
+    assert set(report["seconds"]) == {"documents", "datastore", "evaluation", "generation"}
+    assert report["num_documents"] == 6
+    datastore = RetroDatastore.from_pretrained(measured / "datastore")
+    assert datastore.chunk_size == 8
+    model = RetroForCausalLM.from_pretrained(measured / "model", dtype=torch.float32)
+    split = datastore.split("validation")
+    again = evaluate_retro(model, datastore, split, window_chunks=16, stride_chunks=8, show_progress=False)
+    assert report["bits_per_byte"]["on"] == pytest.approx(again.bits_per_byte("on"))
+    shipped = RetroForCausalLM.from_pretrained(retro_tiny).state_dict()
+    assert all(torch.equal(weight.float(), shipped[name].float()) for name, weight in model.state_dict().items())
+
+
+def test_measuring_again_embeds_and_chunks_nothing(measured, documents, retro_tiny, tiny_encoder_dir, monkeypatch):
+    monkeypatch.setattr(quickstart, "find_encoder", lambda: tiny_encoder_dir)
+    monkeypatch.setattr(quickstart, "RETRO_TINY", retro_tiny)
+    monkeypatch.setattr(DocumentChunker, "chunk", None)
+    run(measured, documents)
+
+
+def test_docstrings_are_held_out_by_name_so_that_the_shipped_model_never_saw_them(tmp_path, monkeypatch):
+    modules = [{"id": f"package.module_{i}", "text": f"text {i}"} for i in range(200)]
+    modules.append({"id": "package.modular_0", "text": "a copy"})
+    monkeypatch.setattr(quickstart, "read_docstrings", lambda packages: modules)
+    quickstart.split_documents(tmp_path, None, seed=0, on_bad_record="error", by_name=True)
+    held_out = read_texts(tmp_path / "documents" / "validation.jsonl")
+    assert sorted(held_out) == sorted(f"text {i}" for i in range(200) if is_held_out(f"package.module_{i}"))
+    train = read_texts(tmp_path / "documents" / "train.jsonl")
+    assert len(train) == 200 - len(held_out)
+    assert not set(train) & {"a copy", *held_out}
+
+
+def test_steps_without_training_are_refused(tmp_path, documents):
+    with pytest.raises(ValueError, match="add --from-scratch"):
+        run(tmp_path / "run", documents, max_steps=10)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +171,7 @@ def test_data_that_cannot_be_used_is_refused(tmp_path, lines, message):
     data = tmp_path / "data.jsonl"
     data.write_text(lines)
     with pytest.raises(ValueError, match=message):
-        run(tmp_path / "run", data)
+        run_from_scratch(tmp_path / "run", data)
 
 
 def test_verdict_claims_a_gain_only_beyond_noise(finished):
@@ -116,9 +182,10 @@ def test_verdict_claims_a_gain_only_beyond_noise(finished):
         def difference(self, mode, reference):
             return Difference(-0.01, -0.02, self.high[reference])
 
-    assert "helps beyond noise" in quickstart.verdict(Fixed({"off": -0.001, "random": -0.002}))
-    assert "no gain" in quickstart.verdict(Fixed({"off": -0.001, "random": 0.001}))
-    assert "no gain" in quickstart.verdict(Fixed({"off": 0.001, "random": -0.001}))
+    for from_scratch in (False, True):
+        assert "helps beyond noise" in quickstart.verdict(Fixed({"off": -0.001, "random": -0.002}), from_scratch)
+        assert "no gain" in quickstart.verdict(Fixed({"off": -0.001, "random": 0.001}), from_scratch)
+        assert "no gain" in quickstart.verdict(Fixed({"off": 0.001, "random": -0.001}), from_scratch)
 
 
 def test_changed_weights_of_the_encoder_are_refused(tmp_path, monkeypatch):

@@ -12,18 +12,23 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-From documents to a trained RETRO model and a table of what retrieval bought, on two CPU cores in about ten minutes.
+From documents to a datastore, a RETRO model that looks things up in it and a table of what that is worth, on two CPU
+cores in a few minutes.
 
     retro quickstart
-    retro quickstart --data my_documents.jsonl --output_dir my_retro --max_steps 4000
+    retro quickstart --data my_documents.jsonl --output_dir my_retro
+    retro quickstart --from-scratch --output_dir my_retro_from_scratch --max_steps 4000
 
 The text is the docstrings of the installed `transformers`, or your own: a jsonl file with a key "text" on each line,
-or a folder of text files. The same command run again goes on where it stopped.
+or a folder of text files. The model is retro-tiny, which comes with this package and has seen none of the documents
+that it is measured on; with `--from-scratch` a smaller one is trained first, in about ten minutes. The same command
+run again goes on where it stopped.
 """
 
 import importlib.util
 import json
 import resource
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,18 +39,18 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.chunk import chunk_documents
 from data_prep.deduplicate import deduplicate
-from data_prep.docstrings import read_docstrings
+from data_prep.docstrings import is_held_out, read_docstrings
 from data_prep.documents import Dropped, RecordFormat, RecordReader, find_sources, plan_parts
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.manifest import checksum
 from data_prep.neighbors import find_neighbors
-from modeling_retro import RetroForCausalLM
+from modeling_retro import RetroConfig, RetroForCausalLM
 from modeling_retro.retrieval_retro import RetroDatastore, RetroRetriever
 
 from ..evaluation import evaluate_retro
@@ -60,10 +65,13 @@ ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 
 # Sizes at which two CPU cores with bf16 instructions embed, train and evaluate in ten minutes. Training passes about
 # once over the chunks: a model that has learned them by heart has no use for neighbors.
+RETRO_TINY = Path(__file__).parents[1] / "retro_tiny"
+
 NUM_HELD_OUT = 64
 MAX_CHUNKS = {"train": 30_000, "validation": 1_500}
 SHARD_BYTES = 200_000  # small shards: progress is shown by the shard
 VOCAB_SIZE = 4096
+MAX_STEPS = 900
 MODEL = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -97,7 +105,13 @@ class QuickstartArguments:
             "help": 'Jsonl file with a key "text", or folder of text files. Docstrings of transformers when unset.'
         },
     )
-    max_steps: int = field(default=900, metadata={"help": "Training steps of 2,048 tokens."})
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Train tokenizer and model on the documents instead of loading retro-tiny."}
+    )
+    max_steps: int | None = field(
+        default=None,
+        metadata={"help": f"Training steps of 2,048 tokens, with --from-scratch; {MAX_STEPS} when unset."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the split, the weights and the order of the rows."})
     on_bad_record: str = field(
         default="error",
@@ -108,20 +122,23 @@ class QuickstartArguments:
 def quickstart(
     output_dir: str | Path = "retro-quickstart",
     data: str | Path | None = None,
-    max_steps: int = 900,
+    from_scratch: bool = False,
+    max_steps: int | None = None,
     seed: int = 0,
     on_bad_record: str = "error",
 ) -> RetroEvaluation:
     """
-    Makes a datastore, trains a small RETRO model on it and measures what retrieval buys on held-out documents.
+    Makes a datastore, loads or trains a small RETRO model and measures what retrieval buys on held-out documents.
 
     Args:
         output_dir (`str` or `Path`, *optional*, defaults to `"retro-quickstart"`):
             Folder for the datastore, the model and the report; new, empty or that of an earlier run with this data.
         data (`str` or `Path`, *optional*):
             Jsonl file or folder of text files. The docstrings of the installed transformers when unset.
-        max_steps (`int`, *optional*, defaults to 900):
-            Number of training steps.
+        from_scratch (`bool`, *optional*, defaults to `False`):
+            Whether to train a model instead of loading retro-tiny.
+        max_steps (`int`, *optional*):
+            Number of training steps from scratch. 900 when unset.
         seed (`int`, *optional*, defaults to 0):
             Seed of the split, the weights and the order of the rows.
         on_bad_record (`str`, *optional*, defaults to `"error"`):
@@ -130,22 +147,35 @@ def quickstart(
     Returns:
         [`RetroEvaluation`]
     """
+    if max_steps is not None and not from_scratch:
+        raise ValueError("--max_steps is for training: add --from-scratch, or leave it out to measure retro-tiny")
     output_dir = Path(output_dir)
-    _claim_directory(output_dir, {"data": data and str(data), "seed": seed})
+    _claim_directory(output_dir, {"data": data and str(data), "from_scratch": from_scratch, "seed": seed})
+    config = RetroConfig() if from_scratch else RetroConfig.from_pretrained(RETRO_TINY)
     seconds = {}
     with _stage("documents", seconds):
-        split_documents(output_dir, data, seed, on_bad_record)
-        tokenizer = train_tokenizer(output_dir)
+        split_documents(output_dir, data, seed, on_bad_record, by_name=data is None and not from_scratch)
+        tokenizer = train_tokenizer(output_dir) if from_scratch else AutoTokenizer.from_pretrained(RETRO_TINY)
     with _stage("datastore", seconds):
-        datastore = make_datastore(output_dir, tokenizer)
-    with _stage("training", seconds):
-        model = train_model(output_dir, datastore, max_steps, seed)
+        datastore = make_datastore(output_dir, tokenizer, config)
+    if from_scratch:
+        with _stage("training", seconds):
+            model = train_model(output_dir, datastore, max_steps or MAX_STEPS, seed)
+    else:
+        model = load_retro_tiny(output_dir)
     with _stage("evaluation", seconds):
-        evaluation = evaluate_retro(model, datastore, datastore.split("validation"), window_chunks=16, stride_chunks=8)
+        evaluation = evaluate_retro(
+            model,
+            datastore,
+            datastore.split("validation"),
+            num_neighbors=config.num_neighbors,
+            window_chunks=16,
+            stride_chunks=8,
+        )
         evaluation.save(output_dir / "evaluation")
     with _stage("generation", seconds):
         generated = generate_example(output_dir, model)
-    report(output_dir, evaluation, generated, seconds, max_steps)
+    report(output_dir, evaluation, verdict(evaluation, from_scratch), generated, seconds, model.num_parameters())
     return evaluation
 
 
@@ -173,27 +203,32 @@ def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[name] = time.perf_counter() - start_time
 
 
-def split_documents(output_dir: Path, data: str | Path | None, seed: int, on_bad_record: str) -> None:
+def split_documents(output_dir: Path, data: str | Path | None, seed: int, on_bad_record: str, by_name: bool) -> None:
     """
     Writes `documents/validation.jsonl` and `documents/train.jsonl`: documents in random order, the first of them held
-    out before anything else sees them.
+    out before anything else sees them; `by_name`, only those that are held out of every training by their name.
     """
     folder = output_dir / "documents"
     if folder.exists():
         return
     if data is None:
         # Modular files are what modeling files are generated from: the same text once more.
-        documents = [
-            document["text"]
+        text_of = {
+            document["id"]: document["text"]
             for document in read_docstrings(["transformers"])
             if not document["id"].split(".")[-1].startswith("modular_")
-        ]
+        }
+        names, documents = list(text_of), list(text_of.values())
     else:
         documents = list(dict.fromkeys(_read_documents(data, on_bad_record)))
     if len(documents) < 2:
         raise ValueError(f"{data} holds {len(documents)} documents with text; at least 2 are needed, one to hold out")
     order = np.random.default_rng(seed).permutation(len(documents))
     num_held_out = min(NUM_HELD_OUT, -(-len(documents) // 10))
+    if by_name:
+        held_out = np.array([is_held_out(name) for name in names])
+        order = np.concatenate([order[held_out[order]], order[~held_out[order]]])
+        num_held_out = np.count_nonzero(held_out)
     partial = output_dir / "documents.partial"
     partial.mkdir(exist_ok=True)
     for split, chosen in (("validation", order[:num_held_out]), ("train", order[num_held_out:])):
@@ -233,20 +268,40 @@ def train_tokenizer(output_dir: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def make_datastore(output_dir: Path, tokenizer: PreTrainedTokenizerFast) -> RetroDatastore:
+def load_retro_tiny(output_dir: Path) -> RetroForCausalLM:
+    """The model that comes with this package, copied to `output_dir/model` so that it can be loaded from there."""
+    folder = output_dir / "model"
+    if not folder.exists():
+        partial = output_dir / "model.partial"
+        shutil.copytree(RETRO_TINY, partial, dirs_exist_ok=True)
+        partial.rename(folder)
+    model = RetroForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_datastore(output_dir: Path, tokenizer: PreTrainedTokenizerBase, config: RetroConfig) -> RetroDatastore:
     """Runs the stages of the datastore: near-duplicates of held-out documents leave the training side."""
     path = output_dir / "datastore"
     encoder = find_encoder()
     for split, max_chunks in MAX_CHUNKS.items():
         documents = output_dir / "documents" / f"{split}.jsonl"
-        chunk_documents(documents, path, tokenizer, split=split, max_chunks=max_chunks, shard_bytes=SHARD_BYTES)
+        chunk_documents(
+            documents,
+            path,
+            tokenizer,
+            split=split,
+            chunk_size=config.chunk_size,
+            continuation_chunks=config.continuation_chunks,
+            max_chunks=max_chunks,
+            shard_bytes=SHARD_BYTES,
+        )
     removed = deduplicate(path)
     print(f"{removed['documents']} near-duplicates of held-out documents ({removed['chunks']} chunks) removed")
     for split in MAX_CHUNKS:
         embed_chunks(path, encoder, split=split, dtype="bfloat16" if _computes_in_bf16() else "float32")
     build_index(path)
     for split in MAX_CHUNKS:
-        find_neighbors(path, num_neighbors=4, split=split)
+        find_neighbors(path, num_neighbors=max(4, config.num_neighbors), split=split)
     return RetroDatastore.from_pretrained(path)
 
 
@@ -316,20 +371,25 @@ def generate_example(output_dir: Path, model: RetroForCausalLM) -> str:
 
 
 def report(
-    output_dir: Path, evaluation: RetroEvaluation, generated: str, seconds: dict[str, float], max_steps: int
+    output_dir: Path,
+    evaluation: RetroEvaluation,
+    finding: str,
+    generated: str,
+    seconds: dict[str, float],
+    num_parameters: int,
 ) -> None:
     """Prints and saves what was found, and how to load it."""
     peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
     summary = {
         **evaluation.to_dict(),
-        "max_steps": max_steps,
+        "num_parameters": num_parameters,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "peak_memory_gib": round(peak_memory, 2),
     }
     (output_dir / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     (output_dir / "generated.txt").write_text(generated + "\n", encoding="utf-8")
     times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    print(f"\n{generated}\n\n{evaluation.to_markdown()}\n{verdict(evaluation)}\n")
+    print(f"\n{generated}\n\n{evaluation.to_markdown()}\n{finding}\n")
     print(f"{times}; in all {sum(seconds.values()) / 60:.1f} minutes, peak memory {peak_memory:.1f} GiB")
     print(
         f"model: {output_dir / 'model'}   datastore: {output_dir / 'datastore'}   report: {output_dir / 'report.json'}"
@@ -343,16 +403,19 @@ def report(
     )
 
 
-def verdict(evaluation: RetroEvaluation) -> str:
+def verdict(evaluation: RetroEvaluation, from_scratch: bool) -> str:
     """What the intervals say, in a sentence."""
     against = {reference: evaluation.difference("on", reference) for reference in ("off", "random")}
     if all(difference.high < 0 for difference in against.values()):
         return (
             "Retrieval helps beyond noise: both intervals of ON, less OFF and less random neighbors, are below zero."
         )
+    remedy = "More training is what it takes: raise --max_steps."
+    if not from_scratch:
+        remedy = "Text that retro-tiny knows too little of wants a model trained on it: --from-scratch."
     return (
         "This run shows no gain of retrieval beyond noise: an interval of ON, less OFF or less random neighbors, "
-        "reaches zero. More training is what it takes: raise --max_steps."
+        f"reaches zero. {remedy}"
     )
 
 
