@@ -69,12 +69,15 @@ class RetroGenerationMixin:
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if isinstance(retriever, str):
-            retriever = model.open_retriever(retriever)
+            hub_arguments = {
+                name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs
+            }
+            retriever = model.open_retriever(retriever, **hub_arguments)
         model.set_retriever(retriever)
         return loaded
 
-    def open_retriever(self, retriever: str = "auto") -> Any:
-        """The retriever over the datastore that the configuration names."""
+    def open_retriever(self, retriever: str = "auto", **hub_kwargs) -> Any:
+        """The retriever over the datastore that the configuration names; `hub_kwargs` such as `token` find it."""
         if retriever != "auto":
             raise ValueError(f"`retriever` is {retriever!r}, expected a retriever or 'auto'.")
         if self.config.datastore_name_or_path is None:
@@ -83,9 +86,10 @@ class RetroGenerationMixin:
                 "`config.datastore_name_or_path`."
             )
         # Saved models carry this file too; only those who retrieve need its requirements.
-        from .retrieval_retro import RetroRetriever
+        from .retrieval_retro import RetroDatastore, RetroRetriever
 
-        return RetroRetriever.from_pretrained(self.config.datastore_name_or_path, self.config.datastore_revision)
+        name, revision = self.config.datastore_name_or_path, self.config.datastore_revision
+        return RetroRetriever(RetroDatastore.from_pretrained(name, revision=revision, **hub_kwargs))
 
     def set_retriever(self, retriever: Any) -> None:
         """

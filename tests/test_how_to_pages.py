@@ -149,6 +149,10 @@ def test_the_pages_made_what_they_promise(walked, workplace):
     numbers = json.loads((workplace / "evaluation" / "evaluation.json").read_text())
     assert set(numbers["bits_per_byte"]) == {"off", "random", "on"}
     assert (workplace / "adapter" / "retrofit.safetensors").is_file()
+    tokenizer = json.loads((workplace / "datastore" / "datastore.json").read_text())["tokenizer"]["sha256"]
+    for model in ("model", "smollm2-retro", "retrofitted"):
+        assert json.loads((workplace / model / "config.json").read_text())["tokenizer_sha256"] == tokenizer
+    assert "| on |" in (workplace / "model" / "README.md").read_text()
     chunks = [
         json.loads((workplace / name / "datastore.json").read_text())["splits"]["train"]["chunks"]["num_chunks"]
         for name in ("from_python", "from_recipe")

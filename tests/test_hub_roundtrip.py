@@ -90,7 +90,7 @@ print(json.dumps(report))
 """
 
 USE_MODEL = """
-import json, sys, torch
+import json, os, sys, torch
 from transformers import AutoModel
 
 exec(sys.argv[1])
@@ -100,6 +100,10 @@ result["tokens"] = model.generate(**inputs, max_new_tokens=20, do_sample=False)
 with model.retrieval(False):
     result["off"] = model(**inputs).logits
 torch.save(result, "result.pt")
+# The datastore is private: a token that is given for the model opens it too.
+AutoModelForCausalLM.from_pretrained(
+    "alice/model", trust_remote_code=True, retriever="auto", token=os.environ.pop("HF_TOKEN"), cache_dir="elsewhere"
+)
 print(json.dumps({"code": type(model).__module__, "datastore": str(model.retriever.datastore.path)}))
 """
 

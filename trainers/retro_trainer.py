@@ -30,6 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from modeling_retro import RetroConfig
 from modeling_retro.retrieval_retro import DatastoreSplit, RetroDatastore
 from modeling_retro.retrofit_retro import is_retrofit_weight
+from modeling_retro.sharing_retro import save_model_card
 
 from .evaluation import evaluate_retro
 from .muon import MuonWithAdamW
@@ -57,6 +58,7 @@ def config_for_datastore(datastore: RetroDatastore, **fields: Any) -> RetroConfi
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
+        "tokenizer_sha256": datastore.manifest["tokenizer"]["sha256"],
     }
     return RetroConfig(**{**from_datastore, **fields})
 
@@ -327,7 +329,9 @@ class RetroTrainer(Trainer):
         data_collator: Callable[[list], dict[str, torch.Tensor]] | None = None,
         **kwargs: Any,
     ):
-        datastore.check_chunk_size(model.config.chunk_size)
+        datastore.check_model(model.config)
+        # What reads the trained model tells a datastore of other tokens by it.
+        model.config.tokenizer_sha256 = datastore.manifest["tokenizer"]["sha256"]
         if args.freeze_decoder:
             model.freeze_decoder()
         self.datastore = datastore
@@ -420,6 +424,31 @@ class RetroTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def create_model_card(
+        self,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Writes `README.md` into the output folder, as [`~modeling_retro.sharing_retro.save_model_card`] does; it has
+        the numbers of `retro evaluate` if they are of these weights.
+
+        Args:
+            license (`str`, *optional*):
+                Licence of the model.
+            tags (`str` or `list[str]`, *optional*):
+                Further tags.
+            model_name (`str`, *optional*):
+                Name of the model, if it has none on the Hub.
+            kwargs:
+                Not used; what [`~transformers.Trainer.push_to_hub`] passes on.
+        """
+        if self.is_world_process_zero():
+            tags = [tags] if isinstance(tags, str) else tags
+            save_model_card(self.args.output_dir, name=self.hub_model_id or model_name, license=license, tags=tags)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, torch.Tensor | int | None]:
         start_time = time.perf_counter()

@@ -63,8 +63,12 @@ class ArrayDatastore(ArraySource):
         super().__init__(documents, chunk_size, neighbor_ids)
         self.chunk_size = chunk_size
         self.continuation_chunks = 1
+        self.manifest = {"tokenizer": {"sha256": "of an array"}}
         self.neighbor_length = 2 * chunk_size
         self.tokenizer = ArrayTokenizer(bos_token_id)
+
+    def check_model(self, config):
+        self.check_chunk_size(config.chunk_size)
 
     def check_chunk_size(self, chunk_size):
         if chunk_size != self.chunk_size:

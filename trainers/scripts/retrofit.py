@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 
 from data_prep.arguments import parse_arguments, run_command
 from modeling_retro import RetroForCausalLM
+from modeling_retro.retrieval_retro import tokenizer_fingerprint
 
 
 @dataclass
@@ -84,6 +85,8 @@ def retrofit(arguments: RetrofitArguments) -> RetroForCausalLM:
         neighbor_encoder_num_hidden_layers=arguments.neighbor_encoder_num_hidden_layers,
     )
     tokenizer = AutoTokenizer.from_pretrained(arguments.base, revision=arguments.revision)
+    if tokenizer.is_fast:
+        model.config.tokenizer_sha256 = tokenizer_fingerprint(tokenizer)["sha256"]
     model.freeze_decoder()
     tokenizer.save_pretrained(output_dir)
     model.save_pretrained(output_dir, retrofit_only=arguments.retrofit_only)
