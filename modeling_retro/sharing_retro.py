@@ -21,7 +21,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -155,14 +163,17 @@ class RetroSharingMixin:
             if read_evaluation(folder) is None:
                 (folder / EVALUATION_NAME).unlink(missing_ok=True)
             save_model_card(folder, name=repo_id, license=license, tags=tags)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
+            # Not `upload_folder`: it may take several commits, and a model must not be seen half.
+            files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+            stale = {name for name in present if ".safetensors" in name or name == EVALUATION_NAME} - set(files)
+            return api.create_commit(
+                repo_id,
+                [CommitOperationAdd(name, file) for name, file in sorted(files.items())]
+                + [CommitOperationDelete(name) for name in sorted(stale)],
                 commit_message=commit_message,
                 commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
-                delete_patterns=[name for name in present if ".safetensors" in name or name == EVALUATION_NAME],
             )
 
     def _name_datastore(self, api: HfApi, datastore: str) -> None:

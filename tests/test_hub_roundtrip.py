@@ -85,6 +85,9 @@ attempt("no datastore", model.push_to_hub, "alice/none", datastore="alice/other"
 attempt("breaks off", model.push_to_hub, "alice/model")
 report["siblings"] = [file.rfilename for file in HfApi().model_info("alice/model").siblings]
 exec(sys.argv[1])
+model.save_pretrained("sharded", max_shard_size="20KB")
+RetroForCausalLM.from_pretrained("sharded").push_to_hub("alice/shards", max_shard_size="20KB")
+RetroForCausalLM.from_pretrained("sharded").push_to_hub("alice/shards")
 report["update"] = HfApi().dataset_info("alice/datastore").sha
 print(json.dumps(report))
 """
@@ -231,6 +234,10 @@ def test_a_model_is_pushed_whole_or_not_at_all_and_only_where_it_fits(hub, pushe
     config = json.loads(files["config.json"].data)
     assert config["datastore_name_or_path"] == "alice/datastore"
     assert config["datastore_revision"] == pushed["update"]
+
+    before, after = list(hub.repos["models", "alice/shards"].commits.values())[-2:]
+    assert len([name for name in before if ".safetensors" in name]) > 2
+    assert [name for name in after if ".safetensors" in name] == ["model.safetensors"]
 
     assert "alice/gpt2 holds another model than a RETRO model (config.json)" in pushed["gpt2"][0]
     assert set(hub.repos["models", "alice/gpt2"].files()) == {"config.json"}
