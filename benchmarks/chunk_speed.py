@@ -18,16 +18,16 @@
 python benchmarks/chunk_speed.py --input documents.jsonl --tokenizer tokenizer --processes 2
 ```
 
-Wall-clock, so run it on a machine that does nothing else. The tokenizer gets its documents in memory and throws its
-results away; `retro chunk` and the loop read jsonl and write chunks. `retro chunk` is timed as a whole command and
-without the seconds that Python and its libraries take to start.
+The tokenizer gets its documents in memory and throws its results away; `retro chunk` and the loop read jsonl and write
+chunks. `retro chunk` is timed as a whole command and without the seconds that Python and its libraries take to start.
+Beside the seconds on the clock, which want a machine that does nothing else, stand those of the processors.
 """
 
 import argparse
 import itertools
 import json
 import multiprocessing
-import statistics
+import resource
 import subprocess
 import sys
 import tempfile
@@ -43,22 +43,28 @@ CHUNK_SIZE = 64
 BATCH = 64
 
 
+def now(who: int = resource.RUSAGE_SELF) -> np.ndarray:
+    """Seconds on the clock, and those that processors have spent."""
+    usage = resource.getrusage(who)
+    return np.array([time.perf_counter(), usage.ru_utime + usage.ru_stime])
+
+
 def encode_batches(file: Path, tokenizer: str, rank: int, processes: int, ready, seconds) -> None:
     """The tokenizer alone, on the share of one process."""
     backend = AutoTokenizer.from_pretrained(tokenizer).backend_tokenizer
     with file.open(encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in itertools.islice(lines, rank, None, processes)]
     ready.wait()
-    begin = time.perf_counter()
+    begin = now()
     for start in range(0, len(texts), BATCH):
         backend.encode_batch(texts[start : start + BATCH], add_special_tokens=False)
-    seconds[rank] = time.perf_counter() - begin
+    seconds[2 * rank : 2 * rank + 2] = now() - begin
 
 
-def tokenizer_alone(file: Path, tokenizer: str, processes: int) -> float:
-    """Seconds of the slowest of some processes that tokenize the documents, all starting at once."""
+def tokenizer_alone(file: Path, tokenizer: str, processes: int) -> np.ndarray:
+    """Some processes tokenize the documents, all starting at once; the clock is that of the slowest."""
     context = multiprocessing.get_context("spawn")
-    ready, seconds = context.Barrier(processes), context.Array("d", processes)
+    ready, seconds = context.Barrier(processes), context.Array("d", 2 * processes)
     workers = [
         context.Process(target=encode_batches, args=(file, tokenizer, rank, processes, ready, seconds))
         for rank in range(processes)
@@ -67,25 +73,25 @@ def tokenizer_alone(file: Path, tokenizer: str, processes: int) -> float:
         worker.start()
     for worker in workers:
         worker.join()
-    return max(seconds)
+    return np.array([max(seconds[::2]), sum(seconds[1::2])])
 
 
-def retro_chunk(file: Path, tokenizer: str, processes: int) -> float:
-    """Seconds of the command."""
+def retro_chunk(file: Path, tokenizer: str, processes: int) -> np.ndarray:
+    """The command, from its start to its end."""
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
         command += ["--multi_gpu"] if processes > 1 else []  # several processes, on CPUs too
         command += ["-m", "data_prep.chunk", "--input", str(file), "--tokenizer", tokenizer]
         command += ["--output-dir", f"{folder}/datastore", "--shard-bytes", "4000000", "--on-bad-record", "skip"]
-        begin = time.perf_counter()
+        begin = now(resource.RUSAGE_CHILDREN)
         subprocess.run(command, check=True, capture_output=True)
-        return time.perf_counter() - begin
+        return now(resource.RUSAGE_CHILDREN) - begin
 
 
-def loop_over_documents(file: Path, tokenizer: str) -> float:
+def loop_over_documents(file: Path, tokenizer: str) -> np.ndarray:
     """What earlier programs do: encode, pad and append one document at a time."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    begin = time.perf_counter()
+    begin = now()
     chunks = []
     with file.open(encoding="utf-8") as lines:
         for line in lines:
@@ -95,7 +101,7 @@ def loop_over_documents(file: Path, tokenizer: str) -> float:
             chunks += [ids[start : start + CHUNK_SIZE] for start in range(0, len(ids), CHUNK_SIZE)]
     with tempfile.TemporaryFile() as output:
         np.save(output, np.array(chunks, dtype=np.uint16))
-    return time.perf_counter() - begin
+    return now() - begin
 
 
 def main() -> None:
@@ -117,19 +123,21 @@ def main() -> None:
             taken["command"].append(retro_chunk(file, *shared))
             taken["start"].append(retro_chunk(line, *shared))
             taken["loop"].append(loop_over_documents(file, arguments.tokenizer))
-    seconds = {name: statistics.median(times) for name, times in taken.items()}
+    seconds = {name: np.median(times, axis=0) for name, times in taken.items()}
     rows = {
         f"tokenizers.encode_batch, {arguments.processes} processes": seconds["tokenizer"],
         f"retro chunk, {arguments.processes} processes": seconds["command"] - seconds["start"],
         "… with the start of Python": seconds["command"],
         "loop over documents, 1 process": seconds["loop"],
     }
-    print(f"{arguments.megabytes} MB of jsonl, median of {arguments.repeats}")
-    for name, time_taken in rows.items():
-        print(
-            f"{name:<40}{time_taken:7.1f} s{arguments.megabytes / time_taken:8.2f} MB/s"
-            f"{seconds['tokenizer'] / time_taken:7.2f} of the tokenizer{seconds['loop'] / time_taken:7.2f} x the loop"
-        )
+    print(
+        f"{arguments.megabytes} MB of jsonl, median of {arguments.repeats}; speed by the clock, by processor seconds"
+    )
+    for name, own in rows.items():
+        rates = arguments.megabytes / own, seconds["tokenizer"] / own, seconds["loop"] / own
+        units = ("MB/s", "x the tokenizer", "x the loop")
+        columns = (f"{clock:7.2f}, {cpu:.2f} {unit}" for (clock, cpu), unit in zip(rates, units, strict=True))
+        print(f"{name:<40}" + "".join(columns))
 
 
 if __name__ == "__main__":

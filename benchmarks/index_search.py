@@ -113,14 +113,14 @@ def main() -> None:
 
     rates = {name: len(queries) / statistics.median(taken) for name, taken in seconds.items()}
     print(f"{len(vectors)} vectors of {vectors.shape[1]}, {faiss.omp_get_max_threads()} threads, batches of {BATCH}")
-    print(f"{'index':<24}{'MB':>8}{'parameters':>18}{'recall@10':>11}{'queries/s':>11}{'x exact':>9}")
-    print(f"{'exact':<24}{vectors.nbytes / 1e6:>8.0f}{'':>18}{1:>11.3f}{rates['exact']:>11.0f}{1:>9.1f}")
+    print(f"{'index':<24}{'MB':>8}{'parameters':>28}{'recall@10':>11}{'queries/s':>11}{'x exact':>9}")
+    print(f"{'exact':<24}{vectors.nbytes / 1e6:>8.0f}{'':>28}{1:>11.3f}{rates['exact']:>11.0f}{1:>9.1f}")
     for name, index in indexes.items():
         recall = recall_at(true_scores(vectors, queries, search(index, queries)[1]), nearest)["recall@10"]
         setting = ", ".join(f"{key} {value}" for key, value in parameters[name].items())
         size = files[name].stat().st_size / 1e6
         ratio = rates[name] / rates["exact"]
-        print(f"{name:<24}{size:>8.0f}{setting:>18}{recall:>11.3f}{rates[name]:>11.0f}{ratio:>9.1f}")
+        print(f"{name:<24}{size:>8.0f}{setting:>28}{recall:>11.3f}{rates[name]:>11.0f}{ratio:>9.1f}")
 
 
 if __name__ == "__main__":
