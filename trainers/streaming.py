@@ -272,6 +272,11 @@ class RetroStreamTrainer(RetroTrainer):
             self._stream_position = batch.pop("stream_position")
         return batches, num_items_in_batch
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # A stream has no epochs to count: what is logged is the share of the training that is done.
+        self.state.epoch = self.state.global_step / self.state.max_steps
+        super().log(logs, start_time)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # The rows of the last process are the last of a step.
         position = broadcast_object_list([self._stream_position], from_process=self.args.world_size - 1)[0]

@@ -99,6 +99,13 @@ def test_training_lowers_the_loss_and_logs_both_bits_per_byte(trained):
     assert evaluated[1]["eval_off_bits_per_byte"] < evaluated[0]["eval_off_bits_per_byte"]
 
 
+def test_checkpointing_activations_changes_nothing(tiny_datastore_dir, model_config, tmp_path):
+    for name, checkpoints in (("without", False), ("with", True)):
+        options = {"max_steps": 3, "save_strategy": "no", "activation_checkpointing": checkpoints}
+        train_retro.main(train_options(tiny_datastore_dir, model_config, tmp_path / name, **options))
+    assert_same_weights(tmp_path / "with", tmp_path / "without")
+
+
 def test_model_fits_the_datastore(trained, tiny_tokenizer):
     config = RetroForCausalLM.from_pretrained(trained).config
     assert (config.vocab_size, config.chunk_size, config.eos_token_id) == (len(tiny_tokenizer), 8, 0)
@@ -141,6 +148,8 @@ def test_killed_run_started_again_ends_with_the_weights_of_a_whole_one(
     train_retro.main(killed)
     train_retro.main(train_options(tiny_datastore_dir, model_config, tmp_path / "whole", **options))
     assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+    history = {name: read_history(tmp_path / name)[-2] for name in ("killed", "whole")}
+    assert [history["killed"][name] == history["whole"][name] for name in ("step", "epoch", "loss")] == [True] * 3
 
 
 def test_frozen_decoder_stays_and_only_what_retro_adds_is_saved(tiny_datastore_dir, tiny_tokenizer, tmp_path):
