@@ -38,25 +38,35 @@ def blocks(page, language):
 
 
 def commands_of(block):
-    """The `retro` commands of a block of shell."""
+    """The `retro` commands of a block of shell; launched modules as the commands that they are."""
     for line in block.replace("\\\n", " ").splitlines():
         command = re.sub(r"\s+", " ", line.split(" && ")[-1]).strip()
+        launched = re.match(r"accelerate launch .*?-m (\S+) (.*)", command)
+        if launched:
+            [name] = [name for name, (module, _) in COMMANDS.items() if module == launched[1]]
+            command = f"retro {name} {launched[2]}"
         if command.startswith("retro "):
             yield command
 
 
-def commands(language="bash"):
+def all_commands(language="bash"):
+    """Each command in blocks of a language, and the page it stands on."""
     for page in PAGES:
         for block in blocks(page, language):
             for command in commands_of(block):
-                yield pytest.param(shlex.split(command)[1:], id=f"{page.name}: {command}")
+                yield command, page
+
+
+def parameters(language):
+    for command, page in all_commands(language):
+        yield pytest.param(shlex.split(command)[1:], id=f"{page.name}: {command}")
 
 
 class Parsed(Exception):
     pass
 
 
-@pytest.mark.parametrize("words", [*commands("bash"), *commands("text")])
+@pytest.mark.parametrize("words", [*parameters("bash"), *parameters("text")])
 def test_command_of_the_documentation_has_valid_options(words, monkeypatch):
     command, *options = words
     if command == "--help":

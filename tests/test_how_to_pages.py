@@ -26,7 +26,7 @@ import shlex
 import pytest
 import torch
 from conftest import make_texts, write_jsonl
-from test_documentation import ROOT, commands_of, fenced_blocks
+from test_documentation import ROOT, all_commands, commands_of, fenced_blocks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainers.cli import main as retro
@@ -153,8 +153,18 @@ def test_the_pages_made_what_they_promise(walked, workplace):
     for model in ("model", "smollm2-retro", "retrofitted"):
         assert json.loads((workplace / model / "config.json").read_text())["tokenizer_sha256"] == tokenizer
     assert "| on |" in (workplace / "model" / "README.md").read_text()
+    assert 'from_pretrained("trained"' in (workplace / "trained" / "README.md").read_text()
     chunks = [
         json.loads((workplace / name / "datastore.json").read_text())["splits"]["train"]["chunks"]["num_chunks"]
         for name in ("from_python", "from_recipe")
     ]
     assert chunks[0] < chunks[1]
+
+
+def test_what_is_not_run_here_is_run_elsewhere():
+    written = [command for command, _ in all_commands()]
+    for prefix, test in NOT_RUN.items():
+        assert any(command.startswith(prefix) for command in written)
+        assert list((ROOT / "tests").rglob(test))
+    pages = {ROOT / "docs" / f"{name}.md" for name in PAGES}
+    assert {page for command, page in all_commands() if is_run(command)} <= {page.resolve() for page in pages}
