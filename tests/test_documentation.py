@@ -114,3 +114,10 @@ def test_every_command_of_the_readme_table_exists_and_none_is_missing():
     table = text[text.index("## Commands") : text.index("## Layout")]
     named = set(re.findall(r"`([a-z-]+)`", table))
     assert named == set(COMMANDS)
+
+
+def test_every_recipe_of_the_package_is_on_its_page():
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `([\w.]+)`", text, re.MULTILINE))
+    recipes = {path.name.removesuffix(".yaml") for path in (ROOT / "data_prep" / "recipes").iterdir()}
+    assert recipes <= named
