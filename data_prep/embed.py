@@ -45,6 +45,7 @@ from data_prep.manifest import (
     whole,
     write_manifest,
 )
+from data_prep.memory import keep_freed_memory
 from modeling_retro.encoder_retro import ChunkEncoder
 from modeling_retro.retrieval_retro import TRAIN_SPLIT, RetroDatastore, split_path, verify_file
 
@@ -202,6 +203,7 @@ def copy_encoder(source: Path, target: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(EmbedArguments, argv=argv, description=__doc__, prog="retro embed")
+    keep_freed_memory()
     stage = embed_chunks(**vars(arguments))
     if process_state().is_main_process:
         print(f"{sum(record['rows'] for record in stage['shards'])} embeddings in {len(stage['shards'])} shards")

@@ -29,6 +29,7 @@ import torch
 from accelerate import PartialState
 
 from data_prep.arguments import parse_arguments, run_command
+from data_prep.memory import keep_freed_memory
 from modeling_retro import RetroForCausalLM
 from modeling_retro.manifest_retro import describe_datastore
 from modeling_retro.retrieval_retro import RetroDatastore
@@ -82,6 +83,7 @@ class EvaluateRetroArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(EvaluateRetroArguments, argv=argv, description=__doc__, prog="retro evaluate")
+    keep_freed_memory()
     state = PartialState()
     datastore = RetroDatastore.from_pretrained(arguments.datastore)
     split = datastore.split(arguments.split)

@@ -49,6 +49,7 @@ from data_prep.documents import Dropped, RecordFormat, RecordReader, find_source
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.manifest import checksum
+from data_prep.memory import keep_freed_memory
 from data_prep.neighbors import find_neighbors
 from modeling_retro import RetroConfig, RetroForCausalLM
 from modeling_retro.retrieval_retro import RetroDatastore, RetroRetriever
@@ -421,6 +422,7 @@ def verdict(evaluation: RetroEvaluation, from_scratch: bool) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(QuickstartArguments, argv=argv, description=__doc__, prog="retro quickstart")
+    keep_freed_memory()
     quickstart(**asdict(arguments))
 
 

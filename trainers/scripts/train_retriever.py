@@ -32,6 +32,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, set_seed
 
 from data_prep.arguments import parse_arguments, run_command
+from data_prep.memory import keep_freed_memory
 from data_prep.pair_collections import read_recipe
 from data_prep.pairs import PairMixture, load_pairs
 from modeling_retro.encoder_retro import load_text_encoder
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         prog="retro train-retriever",
     )
+    keep_freed_memory()
     if arguments.tokenizer_name_or_path is None and arguments.model_name_or_path is None:
         raise ValueError("--model_config needs --tokenizer_name_or_path")
     eval_dataset = None

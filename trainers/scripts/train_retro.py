@@ -36,6 +36,7 @@ from transformers import set_seed
 from transformers.distributed import DistributedConfig
 
 from data_prep.arguments import parse_arguments, run_command
+from data_prep.memory import keep_freed_memory
 from modeling_retro import RetroForCausalLM
 from modeling_retro.retrieval_retro import RetroDatastore, RetroRetriever
 
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, training_arguments = parse_arguments(
         TrainRetroArguments, RetroTrainingArguments, argv=argv, description=__doc__, prog="retro train"
     )
+    keep_freed_memory()
     datastore = RetroDatastore.from_pretrained(arguments.datastore)
     evaluates = training_arguments.eval_strategy != "no" or training_arguments.eval_on_start
     eval_dataset = datastore.split(arguments.eval_split) if evaluates else None

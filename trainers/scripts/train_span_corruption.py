@@ -21,8 +21,8 @@ subwords, from scratch or from a checkpoint:
         --model_name_or_path google/t5-v1_1-small --max_steps 10000
 
 `--optim adafactor` is Adafactor as T5 was pretrained with: its learning rate is relative to the scale of each
-parameter. From scratch, a small model learns soonest on short inputs (`input_length` 32 in the tasks file, so that a row
-has one span or two): to find the surroundings of a span among many is what takes longest.
+parameter. From scratch, a small model learns soonest on short inputs (`input_length` 32 in the tasks file, so that a
+row has one span or two): to find the surroundings of a span among many is what takes longest.
 
 The same command goes on from the last checkpoint. `output_dir` then holds the model, and `output_dir/encoder` its
 encoder half, which `retro train-retriever` can start from.
@@ -51,6 +51,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from data_prep.arguments import parse_arguments, run_command
+from data_prep.memory import keep_freed_memory
 from data_prep.tasks import load_mixture, read_tasks
 from trainers.span_corruption import DataCollatorForSpanCorruption
 
@@ -145,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, training_args = parse_arguments(
         SpanCorruptionArguments, TrainingArguments, argv=argv, description=__doc__, prog="retro train-span-corruption"
     )
+    keep_freed_memory()
     if training_args.max_steps <= 0:
         raise ValueError(
             f"--max_steps is {training_args.max_steps}, expected the number of steps: the rows are a stream"
@@ -169,8 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_dataset = train_dataset.shuffle(seed=training_args.seed, buffer_size=args.shuffle_buffer)
     optimizer = None
     if training_args.optim == "adafactor":
-        # As T5 was pretrained: the learning rate is relative to the scale of each parameter. Trainer's own is absolute,
-        # which suits neither T5's large embeddings nor its small queries.
+        # As T5 was pretrained: the learning rate is relative to the scale of each parameter. Trainer's own is
+        # absolute, which suits neither T5's large embeddings nor its small queries.
         optimizer = (
             Adafactor,
             {"lr": training_args.learning_rate, "scale_parameter": True, "relative_step": False},
