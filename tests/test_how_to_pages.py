@@ -145,7 +145,7 @@ def test_page_runs_from_top_to_bottom(walked, name):
 def test_the_pages_made_what_they_promise(walked, workplace):
     readme = walked["../README"]
     assert readme["outputs"].logits.shape == (1, 512, 32000)  # of the model in one call
-    assert readme["batch"]["neighbor_input_ids"].shape[1:] == (16, 2, 128)  # of the ten lines
+    assert readme["batch"]["neighbor_input_ids"].shape[1:] == (16, 2, 128)  # of the ten statements
     numbers = json.loads((workplace / "evaluation" / "evaluation.json").read_text())
     assert set(numbers["bits_per_byte"]) == {"off", "random", "on"}
     assert (workplace / "adapter" / "retrofit.safetensors").is_file()
