@@ -12,15 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-`retro chunk` on several processes against the tokenizer alone on as many, and against a loop on one.
+`retro chunk` on several processes against the tokenizer alone on as many, and against loops over documents on one:
+that of RETRO-pytorch (`pip install --no-deps retro-pytorch einops`), and the plainest there is.
 
 ```bash
 python benchmarks/chunk_speed.py --input documents.jsonl --tokenizer tokenizer --processes 2
 ```
 
-The tokenizer gets its documents in memory and throws its results away; `retro chunk` and the loop read jsonl and write
-chunks. `retro chunk` is timed as a whole command and without the seconds that Python and its libraries take to start.
-Beside the seconds on the clock, which want a machine that does nothing else, stand those of the processors.
+The tokenizer gets its documents in memory and throws its results away; `retro chunk` and the loops read jsonl and
+write chunks, all with the same tokenizer. `retro chunk` is timed as a whole command and without the seconds that Python
+and its libraries take to start. Beside the seconds on the clock, which want a machine that does nothing else, stand
+those of the processors.
 """
 
 import argparse
@@ -32,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -88,8 +91,26 @@ def retro_chunk(file: Path, tokenizer: str, processes: int) -> np.ndarray:
         return now(resource.RUSAGE_CHILDREN) - begin
 
 
-def loop_over_documents(file: Path, tokenizer: str) -> np.ndarray:
-    """What earlier programs do: encode, pad and append one document at a time."""
+def retro_pytorch(file: Path, tokenizer: str) -> np.ndarray:
+    """The loop of RETRO-pytorch's `text_folder_to_chunks_`: encodes, pads and appends one document at a time."""
+    sys.modules.setdefault("autofaiss", types.SimpleNamespace(build_index=None))  # chunking does not need it
+    from retro_pytorch import retrieval
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    retrieval.tokenize = lambda text: tokenizer([text], padding=True, return_tensors="pt").input_ids
+    with tempfile.NamedTemporaryFile(dir=file.parent) as output, file.open(encoding="utf-8") as lines:
+        chunks = np.memmap(output.name, np.int32, "w+", shape=(file.stat().st_size // 32, CHUNK_SIZE + 1))
+        begin, total = now(), 0
+        for line in lines:
+            text = json.loads(line)["text"]
+            own, _ = retrieval.doc_text_to_chunks_and_seq_indices(doc_text=text, chunk_size=CHUNK_SIZE)
+            chunks[total : total + len(own)] = own.numpy()
+            total += len(own)
+        return now() - begin
+
+
+def plain_loop(file: Path, tokenizer: str) -> np.ndarray:
+    """Encodes, pads and appends one document at a time to a list."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     begin = now()
     chunks = []
@@ -117,25 +138,27 @@ def main() -> None:
         repeat(arguments.input, file, arguments.megabytes * 1_000_000)
         repeat(arguments.input, line, 1)
         shared = (arguments.tokenizer, arguments.processes)
-        taken = {"tokenizer": [], "command": [], "start": [], "loop": []}
+        taken = {"tokenizer": [], "command": [], "start": [], "peer": [], "loop": []}
         for _ in range(arguments.repeats):
             taken["tokenizer"].append(tokenizer_alone(file, *shared))
             taken["command"].append(retro_chunk(file, *shared))
             taken["start"].append(retro_chunk(line, *shared))
-            taken["loop"].append(loop_over_documents(file, arguments.tokenizer))
+            taken["peer"].append(retro_pytorch(file, arguments.tokenizer))
+            taken["loop"].append(plain_loop(file, arguments.tokenizer))
     seconds = {name: np.median(times, axis=0) for name, times in taken.items()}
     rows = {
         f"tokenizers.encode_batch, {arguments.processes} processes": seconds["tokenizer"],
         f"retro chunk, {arguments.processes} processes": seconds["command"] - seconds["start"],
         "… with the start of Python": seconds["command"],
-        "loop over documents, 1 process": seconds["loop"],
+        "RETRO-pytorch, 1 process": seconds["peer"],
+        "plain loop, 1 process": seconds["loop"],
     }
     print(
         f"{arguments.megabytes} MB of jsonl, median of {arguments.repeats}; speed by the clock, by processor seconds"
     )
     for name, own in rows.items():
-        rates = arguments.megabytes / own, seconds["tokenizer"] / own, seconds["loop"] / own
-        units = ("MB/s", "x the tokenizer", "x the loop")
+        rates = arguments.megabytes / own, seconds["tokenizer"] / own, seconds["peer"] / own
+        units = ("MB/s", "x the tokenizer", "x RETRO-pytorch")
         columns = (f"{clock:7.2f}, {cpu:.2f} {unit}" for (clock, cpu), unit in zip(rates, units, strict=True))
         print(f"{name:<40}" + "".join(columns))
 
