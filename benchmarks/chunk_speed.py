@@ -20,9 +20,9 @@ python benchmarks/chunk_speed.py --input documents.jsonl --tokenizer tokenizer -
 ```
 
 The tokenizer gets its documents in memory and throws its results away; `retro chunk` and the loops read jsonl and
-write chunks, all with the same tokenizer. `retro chunk` is timed as a whole command and without the seconds that Python
-and its libraries take to start. Beside the seconds on the clock, which want a machine that does nothing else, stand
-those of the processors.
+write chunks, all with the same tokenizer. `retro chunk` is timed as a whole command and without the seconds that
+Python and its libraries take to start. Beside the seconds on the clock, which want a machine that does nothing else,
+stand those of the processors.
 """
 
 import argparse
