@@ -454,7 +454,7 @@ class RetroNeighborEncoderLayer(GradientCheckpointingLayer):
 class RetroNeighborEncoder(nn.Module):
     """
     Bidirectional encoder of the neighbors, conditioned on the decoder's activations of the chunk that retrieved them
-    (section 2.3 and algorithm 1 of arXiv 2112.04426).
+    (section 2.4 and algorithm 1 of arXiv 2112.04426).
     """
 
     def __init__(self, config: RetroConfig):

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Retrofit: a pretrained decoder of the Llama family becomes a RETRO model (section 4.3 of arXiv 2112.04426)"""
+"""Retrofit: a pretrained decoder of the Llama family becomes a RETRO model (section 4.2 of arXiv 2112.04426)"""
 
 import hashlib
 import os

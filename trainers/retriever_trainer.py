@@ -195,6 +195,11 @@ class NoDuplicatesBatchSampler(BatchSampler):
         self.num_steps = int(rows.sum()) // (batch_size * num_processes)
         if batch_size * num_processes < 2:
             raise ValueError("the batch has a single pair, so there are no negatives; use a batch size of at least 2")
+        if self.num_steps == 0:
+            raise ValueError(
+                f"{rows.sum()} pairs do not fill one step of {batch_size} pairs on {num_processes} process(es); use a "
+                "smaller batch size"
+            )
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

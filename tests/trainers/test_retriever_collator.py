@@ -159,6 +159,11 @@ def test_batch_of_a_single_pair_is_refused():
         NoDuplicatesBatchSampler([random_text_ids(10, 10)], batch_size=1)
 
 
+def test_fewer_pairs_than_a_step_are_refused():
+    with pytest.raises(ValueError, match="10 pairs do not fill one step of 8 pairs on 2 process"):
+        NoDuplicatesBatchSampler([random_text_ids(10, 10)], batch_size=8, num_processes=2)
+
+
 def test_mixture_hands_out_rows_of_its_sets_by_their_running_number():
     sets = {
         "a": Dataset.from_dict({"anchor": ["w2", "w3"], "positive": ["w4", "w5"]}),
