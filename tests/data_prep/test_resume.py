@@ -104,9 +104,12 @@ def kill_until_done(recipe: dict, folder: Path, kills: int, seed: int, compare: 
     trial = 0
     while sum(killed.values()) < kills:
         output_dir = folder / f"trial-{trial}"
-        while not run(recipe, output_dir, seconds=generator.uniform(0.05, 0.7) * duration):
+        # Two processes have to find each other first: each kill comes later, so that a run gets somewhere.
+        limit = duration
+        while not run(recipe, output_dir, seconds=generator.uniform(0.05, 0.7) * limit):
             stage = stage_of(output_dir)
             killed[stage] = killed.get(stage, 0) + 1
+            limit *= 1.15
         run(recipe, output_dir)
         assert compare(output_dir) == expected
         trial += 1
