@@ -13,6 +13,7 @@
 # limitations under the License.
 """Memory of tensors on the CPU."""
 
+import os
 import platform
 import subprocess
 import sys
