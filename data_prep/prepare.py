@@ -50,6 +50,7 @@ from data_prep.manifest import (
     whole,
     write_manifest,
 )
+from data_prep.memory import keep_freed_memory
 from data_prep.neighbors import find_neighbors
 from modeling_retro.retrieval_retro import TRAIN_SPLIT, RetroDatastore, read_manifest, split_path
 
@@ -289,6 +290,7 @@ class _timed:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(PrepareArguments, argv=argv, description=__doc__, prog="retro prepare")
+    keep_freed_memory()
     manifest = prepare_datastore(**vars(arguments))
     if process_state().is_main_process:
         for name, record in manifest["splits"].items():

@@ -46,6 +46,7 @@ from .chunk_layout_retro import (
 )
 from .configuration_retro import RetroConfig
 from .generation_retro import RetroGenerationMixin
+from .loss_retro import causal_lm_loss
 from .retrofit_retro import RetroRetrofitMixin
 from .sharing_retro import RetroSharingMixin
 
@@ -846,6 +847,7 @@ class RetroForCausalLM(
         self.model = RetroModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_function = causal_lm_loss
         self.set_retriever(None)
 
         # Initialize weights and apply final processing

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import make_texts, write_jsonl
 from datasets import Dataset, load_from_disk
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from data_prep.chunk import DocumentChunker, chunk_documents, main
@@ -54,6 +54,24 @@ def byte_level_bpe() -> Tokenizer:
     return tokenizer
 
 
+def lossless_bpe() -> Tokenizer:
+    """The kind of Llama 3, Qwen and SmolLM2, of which no offsets are needed."""
+    tokenizer = byte_level_bpe()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return tokenizer
+
+
+def normalizing_bpe() -> Tokenizer:
+    """Of some documents the tokens have other bytes than the text."""
+    tokenizer = lossless_bpe()
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.add_tokens([AddedToken("before", lstrip=True, rstrip=True), AddedToken("語")])
+    return tokenizer
+
+
 def word_piece() -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -75,7 +93,13 @@ def unigram() -> Tokenizer:
     return tokenizer
 
 
-TOKENIZERS = {"byte-level BPE": byte_level_bpe, "WordPiece": word_piece, "Unigram": unigram}
+TOKENIZERS = {
+    "byte-level BPE": byte_level_bpe,
+    "lossless BPE": lossless_bpe,
+    "normalizing BPE": normalizing_bpe,
+    "WordPiece": word_piece,
+    "Unigram": unigram,
+}
 
 
 def chunker_of(kind: str, chunk_size: int) -> DocumentChunker:
@@ -105,6 +129,18 @@ def test_bytes_of_a_chunk_end_where_its_last_token_ends(kind):
             last = max(stop for _, stop in offsets[: 4 * (chunk + 1)])
             expected = len(text.encode()) if 4 * (chunk + 1) >= len(offsets) else len(text[:last].encode())
             assert end == expected
+
+
+def test_a_lossless_tokenizer_needs_no_offsets():
+    chunker = chunker_of("lossless BPE", 4)
+    documents = [Document(text, i) for i, text in enumerate(AWKWARD)]
+    columns, _ = chunker.chunk(documents)
+    chunker._token_bytes = None
+    by_offsets, _ = chunker.chunk(documents)
+    for name, column in columns.items():
+        np.testing.assert_array_equal(column, by_offsets[name])
+    assert chunker_of("byte-level BPE", 4)._token_bytes is None  # it puts a space before the text
+    assert chunker_of("WordPiece", 4)._token_bytes is None
 
 
 def test_end_of_document_covers_no_bytes():
