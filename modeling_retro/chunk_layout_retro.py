@@ -39,6 +39,25 @@ def token_mask(
     return position_ids.new_ones(batch_size, past_length + seq_len, dtype=torch.bool)
 
 
+def check_documents(position_ids: torch.LongTensor) -> None:
+    """
+    Checks that positions `(batch_size, seq_len)` count on or start again from 0, as chunks are found by. Reads tensor
+    values: for masks that can order tokens in other ways.
+
+    Raises:
+        ValueError: For other positions, such as those of a tree of candidates.
+    """
+    before, after = position_ids[:, :-1], position_ids[:, 1:]
+    jumps = (after != before + 1) & (after != 0)
+    if not torch.compiler.is_compiling() and jumps.any():
+        row, column = jumps.nonzero()[0].tolist()
+        raise ValueError(
+            f"position {int(after[row, column])} follows {int(before[row, column])} in row {row} of `position_ids`, "
+            "but with neighbors positions must count on or start again from 0: tokens of a document that share a "
+            "position, as in a tree, have no chunks. Pass one row for each branch, or no neighbors."
+        )
+
+
 def take_columns(states: torch.Tensor, columns: torch.LongTensor) -> torch.Tensor:
     """Rows of `states` `(B, N, ...)` at `columns` `(B, M)`: `(B, M, ...)`."""
     batch_size, length = states.shape[:2]

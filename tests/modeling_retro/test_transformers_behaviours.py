@@ -145,6 +145,31 @@ def test_attentions_and_hidden_states_of_generation_are_the_decoders():
         assert [h.shape for h in output.hidden_states[step]] == [(2, queries, 16)] * 4
 
 
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_a_mask_of_four_dimensions_is_for_positions_that_count_on(attn_implementation):
+    model = make_model(attn_implementation=attn_implementation)
+    inputs = neighbor_inputs()
+    length = inputs["input_ids"].shape[1]
+    sees = torch.ones(length, length, dtype=torch.bool).tril()
+    mask = torch.zeros(2, 1, length, length, dtype=torch.double).masked_fill(~sees, torch.finfo(torch.double).min)
+    position_ids = torch.arange(length)[None]
+    with torch.no_grad():
+        assert_close(model(**inputs, attention_mask=mask, position_ids=position_ids).logits, model(**inputs).logits)
+        # Two documents: the mask separates them as the positions do.
+        cut = CHUNK + 1
+        packed = torch.cat([torch.arange(cut), torch.arange(length - cut)])[None]
+        apart = mask.clone()
+        apart[..., cut:, :cut] = torch.finfo(torch.double).min
+        expected = model(**inputs, position_ids=packed).logits
+        assert_close(model(**inputs, attention_mask=apart, position_ids=packed).logits, expected)
+
+        tree = position_ids.clone()
+        tree[0, -1] = tree[0, -2]
+        with pytest.raises(ValueError, match="position 12 follows 12 in row 0"):
+            model(**inputs, attention_mask=mask, position_ids=tree)
+        assert model(inputs["input_ids"], attention_mask=mask, position_ids=tree).logits.isfinite().all()
+
+
 def test_a_compiled_training_step_equals_a_plain_one():
     """One graph, neighbors included: nothing in the forward pass reads the value of a tensor."""
     model = make_model().train()
