@@ -51,10 +51,10 @@ class RetroTrainingArguments(TrainingArguments):
             Whether to train only chunked cross attention and the neighbor encoder, as in retrofitting.
         decoder_learning_rate (`float`, *optional*):
             Learning rate of the decoder; `learning_rate` is then that of cross attention and neighbor encoder alone.
-        gate_learning_rate (`float`, *optional*):
+        gate_learning_rate (`float`, *optional*, defaults to `1e-2`):
             Learning rate of the gates of a retrofitted model's cross attention, which never decay. They start at zero
-            and Adam moves them by about one learning rate a step: at `3e-4` they take hundreds of steps to open, at
-            `1e-2` ten. `learning_rate` when unset.
+            and Adam moves them by about one learning rate a step: at `1e-2` they take ten steps to open, at `3e-4`
+            hundreds.
 
         > Parameters that control the evaluation
 
@@ -113,9 +113,8 @@ class RetroTrainingArguments(TrainingArguments):
     decoder_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the decoder. `learning_rate` when unset."}
     )
-    gate_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of the gates of cross attention, such as 1e-2. `learning_rate` when unset."},
+    gate_learning_rate: float = field(
+        default=1e-2, metadata={"help": "Learning rate of the gates of a retrofitted model's cross attention."}
     )
 
     # Parameters that control the evaluation

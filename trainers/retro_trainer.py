@@ -376,11 +376,12 @@ class RetroTrainer(Trainer):
 
     def _give_learning_rates(self, model: nn.Module) -> None:
         """Splits the groups of the optimizer where decoder or gates have learning rates of their own."""
-        decoder_rate, gate_rate = self.args.decoder_learning_rate, self.args.gate_learning_rate
+        added_rate, decoder_rate = self.args.learning_rate, self.args.decoder_learning_rate
+        decoder_rate = added_rate if decoder_rate is None else decoder_rate
         rates = {}
         for name, parameter in model.named_parameters():
-            rate = gate_rate if _is_gate(name) else None if is_retrofit_weight(name) else decoder_rate
-            rates[id(parameter)] = self.args.learning_rate if rate is None else rate
+            rate = added_rate if is_retrofit_weight(name) else decoder_rate
+            rates[id(parameter)] = self.args.gate_learning_rate if _is_gate(name) else rate
         groups = []
         for group in self.optimizer.param_groups:
             for rate in sorted({rates[id(parameter)] for parameter in group["params"]}):

@@ -214,14 +214,15 @@ def test_norms_do_not_decay_and_the_decoder_has_its_own_learning_rate(make_train
 
 
 @pytest.mark.parametrize("use_muon", [False, True])
-def test_gates_have_their_own_learning_rate_and_do_not_decay(make_trainer, use_muon):
-    rates = {"learning_rate": 1e-3, "decoder_learning_rate": 1e-5, "gate_learning_rate": 1e-2}
+@pytest.mark.parametrize("gate_rate", [{}, {"gate_learning_rate": 3e-2}])
+def test_gates_have_their_own_learning_rate_and_do_not_decay(make_trainer, use_muon, gate_rate):
+    rates = {"learning_rate": 1e-3, "decoder_learning_rate": 1e-5} | gate_rate
     trainer = make_trainer(cross_attention_gate=True, weight_decay=0.3, use_muon=use_muon, **rates)
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     groups = {}
     for group in trainer.create_optimizer().param_groups:
         groups |= {names[id(parameter)]: (group["lr"], group["weight_decay"]) for parameter in group["params"]}
-    assert groups["model.layers.1.cross_attn.gate"] == (1e-2, 0.0)
+    assert groups["model.layers.1.cross_attn.gate"] == (gate_rate.get("gate_learning_rate", 1e-2), 0.0)
     assert groups["model.layers.1.cross_attn.q_proj.weight"] == (1e-3, 0.3)
     assert groups["model.layers.1.self_attn.q_proj.weight"] == (1e-5, 0.3)
     assert set(groups) == set(names.values())
