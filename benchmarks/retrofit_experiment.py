@@ -68,9 +68,9 @@ class ExperimentArguments:
     max_chunks: int | None = field(default=None, metadata={"help": "Chunks of the datastore. All when unset."})
     starts: list[str] = field(default_factory=lambda: ["warm", "fresh"], metadata={"help": "Some of warm, fresh."})
     cross_attention_layers: list[int] = field(
-        default_factory=lambda: list(range(8, 30, 3)), metadata={"help": "Decoder layers with cross attention."}
+        default_factory=lambda: [18, 20, 22], metadata={"help": "Decoder layers with cross attention."}
     )
-    encoder_layers: int = field(default=6, metadata={"help": "Layers of the neighbor encoder."})
+    encoder_layers: int = field(default=18, metadata={"help": "Layers of the neighbor encoder."})
     initial_gate: float = field(
         default=0.0, metadata={"help": "Gates of cross attention at the start; at 0 the model is the base exactly."}
     )
@@ -82,16 +82,17 @@ class ExperimentArguments:
 
 @dataclass
 class ExperimentTrainingArguments(RetroTrainingArguments):
-    """Training arguments with the defaults of this experiment: one neighbor, rows of 512 tokens, frozen decoder."""
+    """Training arguments with the defaults of this experiment: one neighbor, rows of 256 tokens, frozen decoder."""
 
     freeze_decoder: bool = field(default=True, metadata={"help": "The base model stays as it is."})
     num_neighbors: list[int] = field(default_factory=lambda: [1], metadata={"help": "Neighbors of a chunk."})
     neighbor_dropout: float = field(default=0.0, metadata={"help": "OFF is the frozen base: nothing to keep good."})
-    row_chunks: int = field(default=8, metadata={"help": "Chunks in a row."})
+    row_chunks: int = field(default=4, metadata={"help": "Chunks in a row."})
+    copy_share: float = field(default=0.1, metadata={"help": "Share of chunks that see a piece of their document."})
     per_device_train_batch_size: int = field(default=2, metadata={"help": "Rows in a step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Of cross attention and neighbor encoder."})
-    gate_learning_rate: float = field(default=1e-2, metadata={"help": "Of the gates, which start at zero."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Of cross attention and neighbor encoder."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
+    warmup_steps: float = field(default=20, metadata={"help": "Steps of linear warm-up."})
     max_steps: int = field(default=1000, metadata={"help": "Training steps of each start."})
     logging_steps: int = field(default=20, metadata={"help": "Steps between two logged losses."})
     save_steps: int = field(default=200, metadata={"help": "Steps between two checkpoints."})
