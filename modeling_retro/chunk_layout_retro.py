@@ -39,7 +39,7 @@ def token_mask(
     return position_ids.new_ones(batch_size, past_length + seq_len, dtype=torch.bool)
 
 
-def check_documents(position_ids: torch.LongTensor) -> None:
+def check_position_ids(position_ids: torch.LongTensor) -> None:
     """
     Checks that positions `(batch_size, seq_len)` count on or start again from 0, as chunks are found by. Reads tensor
     values: for masks that can order tokens in other ways.

@@ -50,12 +50,12 @@ class BlockwiseCrossEntropy(torch.autograd.Function):
         scale = (is_counted * grad_output)[:, None]  # [N, 1]
         labels = labels.where(is_counted, 0)[:, None]
         grad = torch.empty_like(logits)
-        # The derivative is the softmax, less 1 at the label.
-        for block in torch.arange(len(logits)).split(ctx.num_rows):
-            rows = slice(int(block[0]), int(block[-1]) + 1)
-            probabilities = logits[rows].softmax(-1, dtype=ctx.dtype)
-            probabilities.scatter_add_(1, labels[rows], probabilities.new_full((1, 1), -1.0).expand(len(block), 1))
-            grad[rows] = probabilities.mul_(scale[rows])
+        blocks = (tensor.split(ctx.num_rows) for tensor in (logits, labels, scale, grad))
+        for rows, row_labels, row_scale, row_grad in zip(*blocks, strict=True):
+            # The derivative is the softmax, less 1 at the label.
+            probabilities = rows.softmax(-1, dtype=ctx.dtype)
+            probabilities.scatter_add_(1, row_labels, -torch.ones_like(row_labels, dtype=ctx.dtype))
+            row_grad.copy_(probabilities.mul_(row_scale))
         return grad, None, None
 
 
@@ -69,8 +69,8 @@ def causal_lm_loss(
     **kwargs,
 ) -> torch.Tensor:
     """
-    Mean cross entropy in nats of the next token: transformers' `ForCausalLMLoss` without its copies of the logits in
-    float32, which for large vocabularies take more memory than the rest of a training step.
+    Mean cross entropy in nats of the next token: transformers' `ForCausalLMLoss` without its copies of the logits and
+    their gradient in float32.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, seq_len, vocab_size)`): Scores of the next tokens.
@@ -93,7 +93,7 @@ def causal_lm_loss(
     elif torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(logits.device)
     if torch.compiler.is_compiling():
-        # The compiler makes no copy either.
+        # One expression, so that the compiler may fuse the conversion.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = nn.functional.cross_entropy(logits, shift_labels, ignore_index=ignore_index, reduction="sum")
     else:

@@ -38,7 +38,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .cache_retro import RetroCache, prepend_slot
 from .chunk_layout_retro import (
     ChunkLayout,
-    check_documents,
+    check_position_ids,
     compute_chunk_layout,
     default_position_ids,
     locate_tokens,
@@ -770,7 +770,7 @@ class RetroModel(RetroPreTrainedModel):
         chunk_size = self.config.chunk_size
         position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
         if attention_mask is not None and attention_mask.ndim == 4:
-            check_documents(position_ids)
+            check_position_ids(position_ids)
         mask = token_mask(attention_mask, position_ids, cache.get_seq_length() if cache is not None else 0)
         num_slots = neighbor_input_ids.shape[1] if neighbor_input_ids is not None else 0
         locations = locate_tokens(position_ids, mask, chunk_size)
