@@ -78,6 +78,10 @@ def test_half_precision_is_summed_in_float32():
 def test_no_label_that_counts():
     logits, labels = make_inputs(torch.float32)
     assert causal_lm_loss(logits, torch.full_like(labels, -100), VOCAB_SIZE).isnan()
+    empty = logits[:, :0].detach().requires_grad_()
+    loss = causal_lm_loss(empty, labels[:, :0], VOCAB_SIZE, num_items_in_batch=1)
+    loss.backward()
+    assert loss == 0 and empty.grad.shape == empty.shape
 
 
 def test_logits_are_not_copied_to_float32():
