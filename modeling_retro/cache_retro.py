@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Cache of a RETRO decoder: keys and values of the decoder, and the state of its retrieval"""
+"""Caches of RETRO decoders: keys and values of the decoder, and the state of its retrieval"""
 
 from collections.abc import Callable
 
@@ -41,27 +41,21 @@ def prepend_slot(first: torch.Tensor, others: torch.Tensor | None, dim: tuple[in
     return torch.cat([pad_to_shape(first, length), pad_to_shape(others, length)], dim=1)
 
 
-class RetroCache(DynamicCache):
+class RetrievalCache(DynamicCache):
     """
-    A [`~transformers.DynamicCache`] with one layer per decoder layer that also holds what retrieval needs from earlier
-    calls. It can be reordered, cropped, repeated and indexed like any other cache.
+    A [`~transformers.DynamicCache`] with one layer per decoder layer that also holds what every kind of RETRO model
+    needs to know of earlier calls. It can be reordered, cropped, repeated and indexed like any other cache.
 
     Attributes:
         input_ids (`torch.LongTensor` of shape `(batch_size, past_length)`, *optional*):
             The cached tokens, from which the query of the open chunk is made; -1 where only embeddings were given.
-        chunk_states (`torch.Tensor` of shape `(batch_size, past_length, hidden_size)`, *optional*):
-            Activations at the first layer with chunked cross attention, on which the neighbor encoder is conditioned.
         neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_slots, k, neighbor_length)`, *optional*):
             Neighbors of each chunk, in the order of the chunks of the row.
         neighbor_attention_mask (`torch.BoolTensor`, *optional*):
             Which of their tokens are real, in the same shape.
-        current_attention_mask (`torch.BoolTensor` of shape `(batch_size, k * neighbor_length)`, *optional*):
-            Which neighbor tokens of the chunk that each row completed last are real.
-        current_key_values (`dict[int, tuple[torch.Tensor, torch.Tensor]]`):
-            For each layer with chunked cross attention, keys and values of these neighbors, each of shape
-            `(batch_size, num_key_value_heads, k * neighbor_length, head_dim)`. Empty after a crop, which may have
-            removed the chunk they belong to: the next call encodes the neighbors of the last chunk again.
     """
+
+    _row_tensors = ("input_ids", "neighbor_input_ids", "neighbor_attention_mask")
 
     def __init__(self, config: PreTrainedConfig | None = None, **kwargs):
         super().__init__(config=config, **kwargs)
@@ -69,21 +63,13 @@ class RetroCache(DynamicCache):
 
     def _reset_retrieval(self) -> None:
         self.input_ids: torch.LongTensor | None = None
-        self.chunk_states: torch.Tensor | None = None
         self.neighbor_input_ids: torch.LongTensor | None = None
         self.neighbor_attention_mask: torch.BoolTensor | None = None
-        self.current_attention_mask: torch.BoolTensor | None = None
-        self.current_key_values: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update_input_ids(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         """Appends tokens `(batch_size, seq_len)` and returns all, `(batch_size, past_length + seq_len)`."""
         self.input_ids = input_ids if self.input_ids is None else torch.cat([self.input_ids, input_ids], dim=1)
         return self.input_ids
-
-    def update_chunk_states(self, states: torch.Tensor) -> torch.Tensor:
-        """Appends activations `(batch_size, seq_len, hidden_size)` and returns all of them."""
-        self.chunk_states = states if self.chunk_states is None else torch.cat([self.chunk_states, states], dim=1)
-        return self.chunk_states
 
     def update_neighbors(
         self,
@@ -136,6 +122,66 @@ class RetroCache(DynamicCache):
         mask = self.neighbor_attention_mask[rows, slots] & known[:, None, None]
         return self.neighbor_input_ids[rows, slots], mask
 
+    def _map_retrieval(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for name in self._row_tensors:
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, function(tensor))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorders the rows for beam search."""
+        super().reorder_cache(beam_idx)
+        self._map_retrieval(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self._map_retrieval(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows `indices`."""
+        super().batch_select_indices(indices)
+        self._map_retrieval(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens (a negative number), across ends of chunks too."""
+        super().crop(tokens_to_remove)
+        if tokens_to_remove != 0 and self.input_ids is not None:
+            self.input_ids = self.input_ids[:, :tokens_to_remove]
+
+    def reset(self) -> None:
+        """Empties the cache."""
+        super().reset()
+        self._reset_retrieval()
+
+
+class RetroCache(RetrievalCache):
+    """
+    The cache of [`RetroForCausalLM`].
+
+    Attributes:
+        chunk_states (`torch.Tensor` of shape `(batch_size, past_length, hidden_size)`, *optional*):
+            Activations at the first layer with chunked cross attention, on which the neighbor encoder is conditioned.
+        current_attention_mask (`torch.BoolTensor` of shape `(batch_size, k * neighbor_length)`, *optional*):
+            Which neighbor tokens of the chunk that each row completed last are real.
+        current_key_values (`dict[int, tuple[torch.Tensor, torch.Tensor]]`):
+            For each layer with chunked cross attention, keys and values of these neighbors, each of shape
+            `(batch_size, num_key_value_heads, k * neighbor_length, head_dim)`. Empty after a crop, which may have
+            removed the chunk they belong to: the next call encodes the neighbors of the last chunk again.
+    """
+
+    _row_tensors = (*RetrievalCache._row_tensors, "chunk_states", "current_attention_mask")
+
+    def _reset_retrieval(self) -> None:
+        super()._reset_retrieval()
+        self.chunk_states: torch.Tensor | None = None
+        self.current_attention_mask: torch.BoolTensor | None = None
+        self.current_key_values: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def update_chunk_states(self, states: torch.Tensor) -> torch.Tensor:
+        """Appends activations `(batch_size, seq_len, hidden_size)` and returns all of them."""
+        self.chunk_states = states if self.chunk_states is None else torch.cat([self.chunk_states, states], dim=1)
+        return self.chunk_states
+
     def update_current_mask(
         self, attention_mask: torch.BoolTensor | None, next_slot: torch.LongTensor
     ) -> torch.BoolTensor:
@@ -172,49 +218,108 @@ class RetroCache(DynamicCache):
         return keys, values
 
     def _map_retrieval(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for name in (
-            "input_ids",
-            "chunk_states",
-            "neighbor_input_ids",
-            "neighbor_attention_mask",
-            "current_attention_mask",
-        ):
-            if (tensor := getattr(self, name)) is not None:
-                setattr(self, name, function(tensor))
+        super()._map_retrieval(function)
         self.current_key_values = {
             layer_idx: (function(keys), function(values))
             for layer_idx, (keys, values) in self.current_key_values.items()
         }
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorders the rows for beam search."""
-        super().reorder_cache(beam_idx)
-        self._map_retrieval(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row `repeats` times."""
-        super().batch_repeat_interleave(repeats)
-        self._map_retrieval(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the rows `indices`."""
-        super().batch_select_indices(indices)
-        self._map_retrieval(lambda tensor: tensor[indices.to(tensor.device)])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens (a negative number), across ends of chunks too."""
         super().crop(tokens_to_remove)
         if tokens_to_remove == 0:
             return
-        self.input_ids = self.input_ids[:, :tokens_to_remove] if self.input_ids is not None else None
         self.chunk_states = self.chunk_states[:, :tokens_to_remove] if self.chunk_states is not None else None
         self.current_attention_mask = None
         self.current_key_values = {}
 
-    def reset(self) -> None:
-        """Empties the cache."""
-        super().reset()
-        self._reset_retrieval()
+
+class RetroJointCache(RetrievalCache):
+    """
+    The cache of [`RetroJointForCausalLM`]. In every layer the keys and values of neighbors stand in front of those of
+    the row, so that the decoder's own attention reads both. All layers keep the whole row: the windows of layers with
+    sliding attention are a matter of the mask.
+
+    Attributes:
+        front_mask (`torch.BoolTensor` of shape `(batch_size, front_length)`, *optional*):
+            Which of the keys in front are those of real neighbor tokens. `None` if there are none in front, as after a
+            crop: the next call puts the neighbors of the chunk completed last there again.
+        is_packed (`bool`):
+            Whether some row holds several documents.
+    """
+
+    _row_tensors = (*RetrievalCache._row_tensors, "front_mask")
+
+    def __init__(self, config: PreTrainedConfig | None = None, **kwargs):
+        super().__init__(**kwargs)
+
+    def _reset_retrieval(self) -> None:
+        super()._reset_retrieval()
+        self.front_mask: torch.BoolTensor | None = None
+        self.is_packed = False
+
+    @property
+    def front_length(self) -> int:
+        """`int`: Number of keys of neighbors in front of the row."""
+        return 0 if self.front_mask is None else self.front_mask.shape[1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of cached tokens of the row."""
+        return max(0, super().get_seq_length(layer_idx) - self.front_length)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the mask over the row alone."""
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+    def set_front(
+        self, key_values: list[tuple[torch.Tensor, torch.Tensor] | None], front_mask: torch.BoolTensor | None
+    ) -> None:
+        """
+        Replaces the keys and values in front of the row.
+
+        Args:
+            key_values (`list`):
+                For each layer keys and values `(batch_size, num_key_value_heads, front_length, head_dim)`, or `None`
+                for a layer that has none of its own. An empty list leaves nothing in front.
+            front_mask (`torch.BoolTensor` of shape `(batch_size, front_length)`, *optional*):
+                Which of them are those of real neighbor tokens.
+        """
+        for layer in self.layers:
+            if layer.is_initialized and self.front_length > 0:
+                layer.keys = layer.keys[..., self.front_length :, :]
+                layer.values = layer.values[..., self.front_length :, :]
+        while len(self.layers) < len(key_values):
+            self.layers.append(self.layer_class_to_replicate())
+        for layer, states in zip(self.layers, key_values):
+            if states is None:
+                continue
+            keys, values = states
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys, values)
+            layer.keys = torch.cat([keys.to(layer.keys.device), layer.keys], dim=-2)
+            layer.values = torch.cat([values.to(layer.values.device), layer.values], dim=-2)
+        self.front_mask = front_mask
+
+    def get_front(
+        self, key_values: list[tuple[torch.Tensor, torch.Tensor] | None]
+    ) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+        """The keys and values in front, followed by those in `key_values`, for [`RetroJointCache.set_front`]."""
+        length = self.front_length
+        return [
+            None
+            if states is None
+            else (
+                torch.cat([layer.keys[..., :length, :].to(states[0].device), states[0]], dim=-2),
+                torch.cat([layer.values[..., :length, :].to(states[1].device), states[1]], dim=-2),
+            )
+            for layer, states in zip(self.layers, key_values)
+        ]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens (a negative number), across ends of chunks too."""
+        if tokens_to_remove != 0:
+            self.set_front([], None)
+        super().crop(tokens_to_remove)
 
 
-__all__ = ["RetroCache"]
+__all__ = ["RetrievalCache", "RetroCache", "RetroJointCache"]

@@ -133,6 +133,41 @@ def completed_chunks(
     return rows, slots[rows, closing_columns], locations.column_of[rows[:, None], row_index]
 
 
+def find_seen_slots(
+    locations: TokenLocations, chunk_size: int, num_slots: int, has_previous_slot: bool
+) -> tuple[torch.LongTensor, torch.BoolTensor, torch.LongTensor]:
+    """
+    Which slot each token sees. With i the token's index in its document and t' its index in the row counted without
+    padding, a token sees the neighbors of the chunk completed last, u = (i + 1) // m - 1 of the document, which is
+    chunk (t' - i) // m + u of the row: the last token of a chunk is the first to see the neighbors retrieved with it
+    (section 2.4 of arXiv 2112.04426). The slots are the chunks that the call completes and, if `has_previous_slot`,
+    in front of them the chunk that the row completed last in earlier calls.
+
+    Args:
+        locations ([`TokenLocations`]):
+            Where the tokens stand.
+        chunk_size (`int`):
+            Number m of tokens in a chunk.
+        num_slots (`int`):
+            Number of slots, the previous one included.
+        has_previous_slot (`bool`):
+            Whether neighbors of the chunk completed last before the call stand in front.
+
+    Returns:
+        `tuple`: the slot of each token `(batch_size, seq_len)`, whether the token sees it at all, and the slot
+        `(batch_size,)` that the row's next token sees, which is none of the call's if it is outside.
+    """
+    i = locations.document_index
+    before = int(has_previous_slot)
+    slot = locations.document_slot + (i + 1) // chunk_size - 1 - locations.first_slot + before  # [B, T]
+    sees = locations.is_token & (i + 1 >= chunk_size) & (slot >= 0) & (slot < num_slots)
+    last = i.shape[1] - 1 - locations.is_token.flip(-1).int().argmax(-1, keepdim=True)  # [B, 1]
+    next_slot = locations.document_slot.gather(1, last) + (i.gather(1, last) + 1) // chunk_size - 1
+    next_slot = next_slot - locations.first_slot + before
+    next_slot = torch.where(locations.is_token.any(-1, keepdim=True), next_slot, before - 1)
+    return slot, sees, next_slot[:, 0]
+
+
 @dataclass
 class ChunkLayout:
     """
@@ -158,10 +193,7 @@ def compute_chunk_layout(
     locations: TokenLocations, chunk_size: int, num_slots: int, has_previous_slot: bool
 ) -> ChunkLayout:
     """
-    Maps tokens to the chunks whose neighbors they see. With i the token's index in its document and t' its index in
-    the row counted without padding, a token sees those of the chunk completed last, u = (i + 1) // m - 1 of the
-    document, which is chunk (t' - i) // m + u of the row: the last token of a chunk is the first to see the neighbors
-    retrieved with it (section 2.4 of arXiv 2112.04426).
+    Maps tokens to the chunks whose neighbors they see, see [`find_seen_slots`].
 
     Args:
         locations ([`TokenLocations`]):
@@ -178,8 +210,7 @@ def compute_chunk_layout(
     device = i.device
     before = int(has_previous_slot)
     num_slots = num_slots + before
-    slot = locations.document_slot + (i + 1) // chunk_size - 1 - locations.first_slot + before  # [B, T]
-    sees = locations.is_token & (i + 1 >= chunk_size) & (slot >= 0) & (slot < num_slots)
+    slot, sees, next_slot = find_seen_slots(locations, chunk_size, num_slots, has_previous_slot)
     offset = (i + 1) % chunk_size  # [B, T]
     closing = sees & (offset == 0)
     if has_previous_slot:
@@ -202,13 +233,9 @@ def compute_chunk_layout(
     row_index = closing_index[:, :, None] - torch.arange(chunk_size - 1, -1, -1, device=device)  # [B, S, m]
     chunk_columns = locations.column_of.gather(1, row_index.clamp(min=0).flatten(1))
 
-    last = seq_len - 1 - locations.is_token.flip(-1).int().argmax(-1, keepdim=True)  # [B, 1]
-    next_slot = locations.document_slot.gather(1, last) + (i.gather(1, last) + 1) // chunk_size - 1
-    next_slot = next_slot - locations.first_slot + before
-    next_slot = torch.where(locations.is_token.any(-1, keepdim=True), next_slot, before - 1)
     return ChunkLayout(
         first_slot=locations.first_slot[:, 0],
-        next_slot=next_slot[:, 0],
+        next_slot=next_slot,
         chunk_columns=chunk_columns.unflatten(1, (num_slots, chunk_size)),
         query_columns=query_columns,
         query_places=places.clamp(max=nowhere - 1),

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from .cache_retro import RetroCache, pad_to_shape
+from .cache_retro import RetrievalCache, RetroCache, pad_to_shape
 from .chunk_layout_retro import completed_chunks, default_position_ids, locate_tokens, token_mask
 
 
@@ -44,6 +44,76 @@ _active_memory: ContextVar[RetrievalMemory | None] = ContextVar("retrieval_memor
 PROVENANCE_FIELDS = {"chunk_ids": -1, "document_ids": -1, "scores": float("nan")}
 
 
+def check_cache(past_key_values: Cache | None, cache_class: type[RetrievalCache]) -> None:
+    """Raises a `ValueError` for a cache that cannot hold the state of retrieval."""
+    if past_key_values is not None and not isinstance(past_key_values, cache_class):
+        raise ValueError(
+            f"`past_key_values` is a {type(past_key_values).__name__}, which cannot hold the state of retrieval: "
+            f"pass a `{cache_class.__name__}`, or none, or switch retrieval off."
+        )
+
+
+def check_neighbors(
+    inputs: torch.Tensor,
+    neighbor_input_ids: torch.LongTensor | None,
+    neighbor_attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    chunk_size: int,
+    cache_class: type[RetrievalCache],
+) -> tuple[torch.LongTensor | None, torch.BoolTensor | None]:
+    """
+    Checks the shapes of neighbors that a forward pass is given; no slots, no neighbors and `None` are the same.
+
+    Args:
+        inputs (`torch.Tensor` of shape `(batch_size, seq_len, ...)`):
+            Tokens or embeddings of the call.
+        neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_slots, k, neighbor_length)`, *optional*):
+            Tokens of the neighbors.
+        neighbor_attention_mask (`torch.Tensor`, *optional*):
+            Which of them are real, in the same shape. Defaults to all.
+        past_key_values (`Cache`, *optional*):
+            Cache of the call.
+        chunk_size (`int`):
+            Number of tokens in a chunk.
+        cache_class (`type`):
+            Class of the caches that can hold the state of retrieval.
+
+    Returns:
+        `tuple`: the neighbors and their mask, or twice `None`.
+
+    Raises:
+        ValueError: For other shapes, more slots than the call completes chunks, and caches of another class.
+    """
+    if neighbor_input_ids is None:
+        return None, None
+    batch_size, seq_len = inputs.shape[:2]
+    if neighbor_input_ids.ndim != 4 or neighbor_input_ids.shape[0] != batch_size:
+        raise ValueError(
+            f"`neighbor_input_ids` has shape {tuple(neighbor_input_ids.shape)}, expected (batch_size, num_slots, "
+            f"k, neighbor_length) with batch_size {batch_size}."
+        )
+    if neighbor_attention_mask is None:
+        neighbor_attention_mask = torch.ones_like(neighbor_input_ids)
+    if neighbor_attention_mask.shape != neighbor_input_ids.shape:
+        raise ValueError(
+            f"`neighbor_attention_mask` has shape {tuple(neighbor_attention_mask.shape)}, expected that of "
+            f"`neighbor_input_ids`, {tuple(neighbor_input_ids.shape)}."
+        )
+    num_slots = neighbor_input_ids.shape[1]
+    # With a filled cache, the first tokens of the call may complete a chunk that was open.
+    is_filled = isinstance(past_key_values, cache_class) and past_key_values.get_seq_length() > 0
+    max_slots = -(-seq_len // chunk_size) if is_filled else seq_len // chunk_size
+    if num_slots > max_slots:
+        raise ValueError(
+            f"`neighbor_input_ids` has {num_slots} slots, but {seq_len} tokens complete at most {max_slots} "
+            f"chunks of {chunk_size}."
+        )
+    if neighbor_input_ids.numel() == 0:
+        return None, None
+    check_cache(past_key_values, cache_class)
+    return neighbor_input_ids, neighbor_attention_mask.bool()
+
+
 class RetroGenerationMixin:
     """
     Makes a RETRO model look up neighbors by itself. Its retriever is any object with a method
@@ -52,6 +122,8 @@ class RetroGenerationMixin:
     same shape and, where they are known, `scores`, `chunk_ids` and `document_ids` of shape `(n, k)`. It may have a
     method `check_model(config)` that raises a `ValueError` for a model that it does not fit.
     """
+
+    cache_class: type[RetrievalCache] = RetroCache
 
     @classmethod
     def from_pretrained(cls, *args, retriever: Any = None, **kwargs):
@@ -144,7 +216,7 @@ class RetroGenerationMixin:
                 0 for padding.
             position_ids (`torch.LongTensor` of shape `(batch_size, seq_len)`, *optional*):
                 Index of each token in its document.
-            past_key_values ([`RetroCache`], *optional*):
+            past_key_values ([`RetrievalCache`], *optional*):
                 Cache with the tokens before.
             first_column (`int`, *optional*, defaults to 0):
                 Chunks that end before this column, counted from the first cached one, are left without neighbors.
@@ -154,11 +226,7 @@ class RetroGenerationMixin:
         """
         if input_ids is None:
             return None, None
-        if past_key_values is not None and not isinstance(past_key_values, RetroCache):
-            raise ValueError(
-                f"`past_key_values` is a {type(past_key_values).__name__}, which cannot hold the state of retrieval: "
-                "pass a `RetroCache`, or none, or switch retrieval off."
-            )
+        check_cache(past_key_values, self.cache_class)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = default_position_ids(input_ids, attention_mask, past_length)
@@ -332,7 +400,7 @@ class RetroGenerationMixin:
         if not is_given and generation_config.cache_implementation in (None, "dynamic", "offloaded"):
             offloading = generation_config.cache_implementation == "offloaded"
             if model_kwargs.get("past_key_values") is not None:
-                model_kwargs["past_key_values"] = RetroCache(config=self.config, offloading=offloading)
+                model_kwargs["past_key_values"] = self.cache_class(config=self.config, offloading=offloading)
 
 
 __all__ = ["RetroGenerationMixin"]

@@ -46,7 +46,7 @@ from .chunk_layout_retro import (
     token_mask,
 )
 from .configuration_retro import RetroConfig
-from .generation_retro import RetroGenerationMixin
+from .generation_retro import RetroGenerationMixin, check_neighbors
 from .loss_retro import causal_lm_loss
 from .retrofit_retro import RetroRetrofitMixin
 from .sharing_retro import RetroSharingMixin
@@ -629,8 +629,13 @@ class RetroModel(RetroPreTrainedModel):
             past_key_values = RetroCache(config=self.config)
         cache = past_key_values if isinstance(past_key_values, RetroCache) else None
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        neighbor_input_ids, neighbor_attention_mask = self._check_neighbors(
-            inputs_embeds, neighbor_input_ids, neighbor_attention_mask, past_key_values
+        neighbor_input_ids, neighbor_attention_mask = check_neighbors(
+            inputs_embeds,
+            neighbor_input_ids,
+            neighbor_attention_mask,
+            past_key_values,
+            chunk_size=self.config.chunk_size,
+            cache_class=RetroCache,
         )
 
         has_explicit_positions = position_ids is not None
@@ -671,46 +676,6 @@ class RetroModel(RetroPreTrainedModel):
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states, past_key_values=past_key_values
         )
-
-    def _check_neighbors(
-        self,
-        inputs_embeds: torch.Tensor,
-        neighbor_input_ids: torch.LongTensor | None,
-        neighbor_attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-    ) -> tuple[torch.LongTensor | None, torch.BoolTensor | None]:
-        """Checks the shapes of neighbors; no slots, no neighbors and `None` are the same."""
-        if neighbor_input_ids is None:
-            return None, None
-        if neighbor_input_ids.ndim != 4 or neighbor_input_ids.shape[0] != inputs_embeds.shape[0]:
-            raise ValueError(
-                f"`neighbor_input_ids` has shape {tuple(neighbor_input_ids.shape)}, expected (batch_size, num_slots, "
-                f"k, neighbor_length) with batch_size {inputs_embeds.shape[0]}."
-            )
-        if neighbor_attention_mask is None:
-            neighbor_attention_mask = torch.ones_like(neighbor_input_ids)
-        if neighbor_attention_mask.shape != neighbor_input_ids.shape:
-            raise ValueError(
-                f"`neighbor_attention_mask` has shape {tuple(neighbor_attention_mask.shape)}, expected that of "
-                f"`neighbor_input_ids`, {tuple(neighbor_input_ids.shape)}."
-            )
-        num_slots, seq_len, chunk_size = neighbor_input_ids.shape[1], inputs_embeds.shape[1], self.config.chunk_size
-        # With a filled cache, the first tokens of the call may complete a chunk that was open.
-        is_filled = isinstance(past_key_values, RetroCache) and past_key_values.get_seq_length() > 0
-        max_slots = -(-seq_len // chunk_size) if is_filled else seq_len // chunk_size
-        if num_slots > max_slots:
-            raise ValueError(
-                f"`neighbor_input_ids` has {num_slots} slots, but {seq_len} tokens complete at most {max_slots} "
-                f"chunks of {chunk_size}."
-            )
-        if neighbor_input_ids.numel() == 0:
-            return None, None
-        if past_key_values is not None and not isinstance(past_key_values, RetroCache):
-            raise ValueError(
-                f"`past_key_values` is a {type(past_key_values).__name__}, which cannot hold the state of retrieval: "
-                "pass a `RetroCache`, or none, or switch retrieval off."
-            )
-        return neighbor_input_ids, neighbor_attention_mask.bool()
 
     def _create_causal_mask(
         self,
