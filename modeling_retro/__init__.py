@@ -18,18 +18,24 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .cache_retro import RetroCache
+from .cache_retro import RetroCache, RetroJointCache
 from .configuration_retro import RetroConfig
+from .configuration_retro_joint import RetroJointConfig
 from .modeling_retro import RetroForCausalLM, RetroModel, RetroNeighborEncoder, RetroPreTrainedModel
+from .modeling_retro_joint import RetroJointForCausalLM
 
 
 # Installed, these classes serve the Auto classes; saved models carry their code for those who have not.
 AutoConfig.register("retro", RetroConfig, exist_ok=True)
 AutoModel.register(RetroConfig, RetroModel, exist_ok=True)
 AutoModelForCausalLM.register(RetroConfig, RetroForCausalLM, exist_ok=True)
+AutoConfig.register("retro_joint", RetroJointConfig, exist_ok=True)
+AutoModelForCausalLM.register(RetroJointConfig, RetroJointForCausalLM, exist_ok=True)
 RetroConfig.register_for_auto_class()
 RetroModel.register_for_auto_class("AutoModel")
 RetroForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+RetroJointConfig.register_for_auto_class()
+RetroJointForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 _RETRIEVAL = ("ChunkEncoder", "RetrievedNeighbors", "RetroDatastore", "RetroRetriever")
 
@@ -48,6 +54,9 @@ __all__ = [  # noqa: F822
     "RetroConfig",
     "RetroDatastore",
     "RetroForCausalLM",
+    "RetroJointCache",
+    "RetroJointConfig",
+    "RetroJointForCausalLM",
     "RetroModel",
     "RetroNeighborEncoder",
     "RetroPreTrainedModel",

@@ -11,29 +11,19 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Retrofit: a pretrained decoder of the Llama family becomes a RETRO model (section 4.2 of arXiv 2112.04426)"""
+"""RETRO models made of pretrained decoders of the Llama family"""
 
-import hashlib
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
-from transformers.utils.hub import get_checkpoint_shard_files
 
+from .base_model_retro import HUB_ARGUMENTS, RetroBaseModelMixin, checkpoint_sha256
 from .configuration_retro import RetroConfig
 
 
-logger = logging.get_logger(__name__)
-
-RETROFIT_WEIGHTS_NAME = "retrofit.safetensors"
 RETROFIT_MODULES = ("cross_attn", "cross_attn_layernorm", "neighbor_encoder")
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 # What each family fixes in its code and RetroConfig has as a field.
 FAMILIES = {
@@ -72,7 +62,9 @@ def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """
     if config.model_type not in FAMILIES:
         raise ValueError(
-            f"`model_type` is {config.model_type!r}; a RETRO model can be made from {', '.join(sorted(FAMILIES))}."
+            f"`model_type` is {config.model_type!r}; chunked cross attention can be added to "
+            f"{', '.join(sorted(FAMILIES))}. `RetroJointForCausalLM.from_decoder_pretrained` reads neighbors with any "
+            "causal language model, and without training."
         )
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     refused = {
@@ -94,29 +86,8 @@ def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
     return fields | FAMILIES[config.model_type]
 
 
-def checkpoint_sha256(name_or_path: str, **hub_arguments) -> str:
-    """Checksum of the safetensors files of a checkpoint: of the file, or of the checksums of the shards in order."""
-    arguments = hub_arguments | {"_raise_exceptions_for_missing_entries": False}
-    single = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **arguments)
-    if single is not None:
-        return _file_sha256(single)
-    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, **arguments)
-    if index is None:
-        raise ValueError(
-            f"{name_or_path} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; a RETRO model is made "
-            "from weights in safetensors files. Load the model with transformers and save it to get them."
-        )
-    shards, _ = get_checkpoint_shard_files(name_or_path, index, **hub_arguments)
-    return hashlib.sha256("".join(_file_sha256(shard) for shard in shards).encode()).hexdigest()
-
-
-def _file_sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class RetroRetrofitMixin:
-    """Makes a RETRO model of a pretrained decoder, and stores only what it adds to it."""
+class RetroRetrofitMixin(RetroBaseModelMixin):
+    """Makes a RETRO model of a pretrained decoder."""
 
     @classmethod
     def from_decoder_pretrained(
@@ -173,7 +144,7 @@ class RetroRetrofitMixin:
         base = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
         model = cls._from_config(config, dtype=base.dtype, attn_implementation=base.config._attn_implementation)
         missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)
-        missing = [name for name in missing if not is_retrofit_weight(name)]
+        missing = [name for name in missing if not cls.is_added_weight(name)]
         if missing or unexpected:
             raise ValueError(f"{name_or_path} lacks the weights {missing} and has {unexpected}, which RETRO does not.")
         model.generation_config = base.generation_config
@@ -214,110 +185,10 @@ class RetroRetrofitMixin:
             for projection in (layer.cross_attn.k_proj, layer.cross_attn.v_proj):
                 projection.weight.mul_(layer.input_layernorm.weight)
 
-    def freeze_decoder(self) -> None:
-        """Leaves only what RETRO adds to the decoder trainable: chunked cross attention and the neighbor encoder."""
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(is_retrofit_weight(name))
-
-    def save_pretrained(self, save_directory: str | os.PathLike, retrofit_only: bool = False, **kwargs) -> None:
-        """
-        Saves the model as [`~transformers.PreTrainedModel.save_pretrained`] does.
-
-        Args:
-            save_directory (`str` or `os.PathLike`):
-                Directory to save to; created if it does not exist.
-            retrofit_only (`bool`, *optional*, defaults to `False`):
-                Whether to save only what RETRO adds to the decoder it was made from, with the name, the revision and
-                the checksum of that decoder. `from_pretrained` puts the two together and refuses another decoder. The
-                decoder must have been frozen (see `freeze_decoder`).
-        """
-        if not retrofit_only:
-            super().save_pretrained(save_directory, **kwargs)
-            return
-        if self.config.base_model_sha256 is None:
-            raise ValueError("`retrofit_only=True` is for models made by `from_decoder_pretrained`; this one was not.")
-        trainable = [
-            name
-            for name, parameter in self.named_parameters()
-            if parameter.requires_grad and not is_retrofit_weight(name)
-        ]
-        if trainable:
-            raise ValueError(
-                f"`retrofit_only=True` leaves out the decoder, but its weights were trainable ({trainable[0]}, …) and "
-                "may have changed: call `freeze_decoder()` before training, or save the whole model."
-            )
-        directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        custom_object_save(self, directory, config=self.config)
-        self.generation_config.save_pretrained(directory)
-        self.config.architectures = [type(self).__name__]
-        self.config.save_pretrained(directory)
-        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items() if is_retrofit_weight(name)}
-        partial = directory / f"{RETROFIT_WEIGHTS_NAME}.partial"
-        save_file(weights, partial, metadata={"format": "pt"})
-        partial.replace(directory / RETROFIT_WEIGHTS_NAME)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        *args,
-        base_model_name_or_path: str | None = None,
-        **kwargs,
-    ):
-        """
-        Loads a model as [`~transformers.PreTrainedModel.from_pretrained`] does. One that was saved with
-        `retrofit_only=True` is put together with its base, and its decoder is frozen.
-
-        Args:
-            base_model_name_or_path (`str`, *optional*):
-                Where the base of a model saved with `retrofit_only=True` is, if not where it was.
-
-        Raises:
-            `ValueError`: if the base is not the one that the model was made from.
-        """
-        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        weights = None
-        if pretrained_model_name_or_path is not None:
-            weights = cached_file(
-                pretrained_model_name_or_path,
-                RETROFIT_WEIGHTS_NAME,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-                **hub_arguments,
-            )
-        if weights is None:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-
-        config = kwargs.pop("config", None)
-        if config is None:
-            config = RetroConfig.from_pretrained(pretrained_model_name_or_path, **hub_arguments)
-        # What names a file of this repository does not hold for the base.
-        for name in ("revision", "subfolder", "_commit_hash", "trust_remote_code", "code_revision"):
-            kwargs.pop(name, None)
-        base = base_model_name_or_path or config.base_model_name_or_path
-        if base_model_name_or_path is None and config.base_model_revision is not None:
-            kwargs["revision"] = config.base_model_revision
-        found = checkpoint_sha256(base, **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
-        if found != config.base_model_sha256:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} was made from {config.base_model_name_or_path} with weights of "
-                f"sha256 {config.base_model_sha256}, but those of {base} have {found}. Pass `base_model_name_or_path` "
-                "with the right one."
-            )
-        model = cls._from_base(config, base, **kwargs)
-        retrofit = load_file(weights)
-        _, unexpected = model.load_state_dict(retrofit, strict=False)
-        missing = [name for name in model.state_dict() if is_retrofit_weight(name) and name not in retrofit]
-        if missing or unexpected:
-            raise ValueError(f"{weights} lacks the weights {missing} and has the unknown {unexpected}.")
-        model.freeze_decoder()
-        return model
-
-
-def is_retrofit_weight(name: str) -> bool:
-    """Whether a parameter belongs to what RETRO adds to the decoder."""
-    return any(part in RETROFIT_MODULES for part in name.split("."))
+    @staticmethod
+    def is_added_weight(name: str) -> bool:
+        """Whether a parameter belongs to what RETRO adds to the decoder."""
+        return any(part in RETROFIT_MODULES for part in name.split("."))
 
 
 __all__ = ["RetroRetrofitMixin"]

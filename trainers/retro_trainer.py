@@ -29,7 +29,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_retro import RetroConfig
 from modeling_retro.retrieval_retro import DatastoreSplit, RetroDatastore
-from modeling_retro.retrofit_retro import is_retrofit_weight
 from modeling_retro.sharing_retro import save_model_card
 
 from .evaluation import evaluate_retro
@@ -380,7 +379,7 @@ class RetroTrainer(Trainer):
         decoder_rate = added_rate if decoder_rate is None else decoder_rate
         rates = {}
         for name, parameter in model.named_parameters():
-            rate = added_rate if is_retrofit_weight(name) else decoder_rate
+            rate = added_rate if self.model.is_added_weight(name) else decoder_rate
             rates[id(parameter)] = self.args.gate_learning_rate if _is_gate(name) else rate
         groups = []
         for group in self.optimizer.param_groups:

@@ -1,0 +1,172 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Models made of a pretrained decoder: its checksum, and saving only what was added to it"""
+
+import hashlib
+import os
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+
+RETROFIT_WEIGHTS_NAME = "retrofit.safetensors"
+ADAPTER_SAFE_WEIGHTS_NAME = "adapter_model.safetensors"
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def checkpoint_sha256(name_or_path: str, gguf_file: str | None = None, **hub_arguments) -> str:
+    """
+    Checksum of the weights of a checkpoint: of the one file that holds them (that of an adapter, if it is one of
+    PEFT), or of the checksums of the shards in order.
+
+    Args:
+        name_or_path (`str`): Hub id or directory of the checkpoint.
+        gguf_file (`str`, *optional*): Name of the GGUF file, if the weights are in one.
+        hub_arguments: Passed to `transformers.utils.cached_file`.
+
+    Raises:
+        ValueError: If there are no such files.
+    """
+    arguments = hub_arguments | {"_raise_exceptions_for_missing_entries": False}
+    for name in (gguf_file,) if gguf_file is not None else (SAFE_WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME):
+        single = cached_file(name_or_path, name, **arguments)
+        if single is not None:
+            return _file_sha256(single)
+    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, **arguments)
+    if index is None:
+        raise ValueError(
+            f"{name_or_path} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; a RETRO model is made "
+            "from weights in safetensors files, or in the GGUF file that `gguf_file` names. Load the model with "
+            "transformers and save it to get them."
+        )
+    shards, _ = get_checkpoint_shard_files(name_or_path, index, **hub_arguments)
+    return hashlib.sha256("".join(_file_sha256(shard) for shard in shards).encode()).hexdigest()
+
+
+def _file_sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class RetroBaseModelMixin:
+    """
+    Stores only what a model adds to the decoder that it was made from. The class of the model says which weights these
+    are (`is_added_weight`) and makes a model of the weights of a base (`_from_base`).
+    """
+
+    def freeze_decoder(self) -> None:
+        """Leaves only what RETRO adds to the decoder trainable: chunked cross attention and the neighbor encoder."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(self.is_added_weight(name))
+
+    def save_pretrained(self, save_directory: str | os.PathLike, retrofit_only: bool = False, **kwargs) -> None:
+        """
+        Saves the model as [`~transformers.PreTrainedModel.save_pretrained`] does.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                Directory to save to; created if it does not exist.
+            retrofit_only (`bool`, *optional*, defaults to `False`):
+                Whether to save only what RETRO adds to the decoder it was made from, with the name, the revision and
+                the checksum of that decoder. `from_pretrained` puts the two together and refuses another decoder. The
+                decoder must have been frozen (see `freeze_decoder`).
+        """
+        if not retrofit_only:
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        if self.config.base_model_sha256 is None:
+            raise ValueError("`retrofit_only=True` is for models made by `from_decoder_pretrained`; this one was not.")
+        trainable = [
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad and not self.is_added_weight(name)
+        ]
+        if trainable:
+            raise ValueError(
+                f"`retrofit_only=True` leaves out the decoder, but its weights were trainable ({trainable[0]}, …) and "
+                "may have changed: call `freeze_decoder()` before training, or save the whole model."
+            )
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        custom_object_save(self, directory, config=self.config)
+        self.generation_config.save_pretrained(directory)
+        self.config.architectures = [type(self).__name__]
+        self.config.save_pretrained(directory)
+        weights = {
+            name: tensor.contiguous() for name, tensor in self.state_dict().items() if self.is_added_weight(name)
+        }
+        partial = directory / f"{RETROFIT_WEIGHTS_NAME}.partial"
+        save_file(weights, partial, metadata={"format": "pt"})
+        partial.replace(directory / RETROFIT_WEIGHTS_NAME)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *args,
+        base_model_name_or_path: str | None = None,
+        **kwargs,
+    ):
+        """
+        Loads a model as [`~transformers.PreTrainedModel.from_pretrained`] does. One that was saved with
+        `retrofit_only=True` is put together with its base, and its decoder is frozen.
+
+        Args:
+            base_model_name_or_path (`str`, *optional*):
+                Where the base of a model saved with `retrofit_only=True` is, if not where it was.
+
+        Raises:
+            `ValueError`: if the base is not the one that the model was made from.
+        """
+        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        weights = None
+        if pretrained_model_name_or_path is not None:
+            weights = cached_file(
+                pretrained_model_name_or_path,
+                RETROFIT_WEIGHTS_NAME,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                **hub_arguments,
+            )
+        if weights is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+        config = kwargs.pop("config", None)
+        if config is None:
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_arguments)
+        # What names a file of this repository does not hold for the base.
+        for name in ("revision", "subfolder", "_commit_hash", "trust_remote_code", "code_revision"):
+            kwargs.pop(name, None)
+        base = base_model_name_or_path or config.base_model_name_or_path
+        if base_model_name_or_path is None and config.base_model_revision is not None:
+            kwargs["revision"] = config.base_model_revision
+        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        found = checkpoint_sha256(base, kwargs.get("gguf_file"), **hub_arguments)
+        if found != config.base_model_sha256:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} was made from {config.base_model_name_or_path} with weights of "
+                f"sha256 {config.base_model_sha256}, but those of {base} have {found}. Pass `base_model_name_or_path` "
+                "with the right one."
+            )
+        model = cls._from_base(config, base, **kwargs)
+        retrofit = load_file(weights)
+        _, unexpected = model.load_state_dict(retrofit, strict=False)
+        missing = [name for name in model.state_dict() if cls.is_added_weight(name) and name not in retrofit]
+        if missing or unexpected:
+            raise ValueError(f"{weights} lacks the weights {missing} and has the unknown {unexpected}.")
+        model.freeze_decoder()
+        return model

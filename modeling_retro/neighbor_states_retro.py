@@ -1,0 +1,149 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Keys and values of neighbors that a decoder has read, kept for the next time they come"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+# Keys and values of one or more neighbors in each layer; None for a layer that has none of its own.
+LayerStates = list[tuple[torch.Tensor, torch.Tensor] | None]
+
+
+@dataclass
+class NeighborStates:
+    """
+    What a decoder's layers attend to of the neighbors of a call.
+
+    Args:
+        key_values (`list`):
+            For each layer keys and values `(U, num_key_value_heads, neighbor_length, head_dim)` of the U different
+            neighbors of the call.
+        index (`torch.LongTensor` of shape `(batch_size, num_slots, k)`):
+            Which of them each neighbor is. Absent ones may be any.
+    """
+
+    key_values: LayerStates
+    index: torch.LongTensor
+
+    def gather(self) -> LayerStates:
+        """For each layer keys and values `(batch_size, num_key_value_heads, num_slots * k * neighbor_length, D)`."""
+        batch_size = self.index.shape[0]
+
+        def gather_rows(states: torch.Tensor) -> torch.Tensor:
+            rows = states.index_select(0, self.index.flatten().to(states.device))  # [B S k, H, r, D]
+            return rows.unflatten(0, (batch_size, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, S k r, D]
+
+        return [None if pair is None else (gather_rows(pair[0]), gather_rows(pair[1])) for pair in self.key_values]
+
+
+class NeighborMemory:
+    """
+    The keys and values of the neighbors that were read last, up to a number of bytes; those that were not asked for
+    the longest go first.
+
+    Args:
+        max_bytes (`int`): Bytes to keep at most.
+    """
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self.version: tuple | None = None
+        self._states: OrderedDict[bytes, LayerStates] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._states.clear()
+        self.num_bytes = 0
+
+    def read(
+        self,
+        neighbor_input_ids: torch.LongTensor,
+        neighbor_attention_mask: torch.BoolTensor,
+        encode: Callable[[torch.LongTensor, torch.BoolTensor], LayerStates],
+        version: tuple | None,
+    ) -> NeighborStates:
+        """
+        The states of neighbors; those that are not kept are encoded, each once.
+
+        Args:
+            neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_slots, k, neighbor_length)`):
+                Tokens of the neighbors.
+            neighbor_attention_mask (`torch.BoolTensor`):
+                Which of them are real, in the same shape.
+            encode (`Callable`):
+                Makes the states of neighbors `(n, neighbor_length)` from their tokens and mask.
+            version (`tuple`, *optional*):
+                What the states depend on beside the tokens, such as the versions of the weights: what was kept of
+                another version is forgotten. `None` neither uses nor keeps states, as gradients need.
+        """
+        shape = neighbor_input_ids.shape
+        mask = neighbor_attention_mask.flatten(0, 2)  # [N, r]
+        ids = neighbor_input_ids.flatten(0, 2).masked_fill(~mask, 0)
+        keys = [bytes(row) for row in torch.where(mask, ids, -1).cpu().numpy()]
+        absent = bytes(torch.full(shape[3:], -1).numpy())
+        first_rows = {key: row for row, key in reversed(list(enumerate(keys))) if key != absent}
+        # With nothing to read, one absent neighbor is read all the same: all weights stay in the graph.
+        first_rows = first_rows or {keys[0]: 0}
+        order = {key: number for number, key in enumerate(first_rows)}
+        index = torch.tensor([order.get(key, 0) for key in keys], device=ids.device).view(shape[:3])
+        if version is None:
+            rows = torch.tensor(list(first_rows.values()), device=ids.device)
+            return NeighborStates(encode(ids[rows], mask[rows]), index)
+
+        if version != self.version:
+            self.clear()
+            self.version = version
+        missing = [key for key in first_rows if key not in self._states]
+        found = {key: self._states[key] for key in first_rows if key in self._states}
+        if missing:
+            rows = torch.tensor([first_rows[key] for key in missing], device=ids.device)
+            encoded = encode(ids[rows], mask[rows])
+            found |= {key: _take_one(encoded, row) for row, key in enumerate(missing)}
+        for key in first_rows:
+            self._keep(key, found[key])
+        stacked = [
+            None if pair is None else tuple(torch.stack([found[key][layer][i] for key in first_rows]) for i in (0, 1))
+            for layer, pair in enumerate(found[next(iter(first_rows))])
+        ]
+        return NeighborStates(stacked, index)
+
+    def _keep(self, key: bytes, states: LayerStates) -> None:
+        if key in self._states:
+            self._states.move_to_end(key)
+            return
+        self._states[key] = states
+        self.num_bytes += _num_bytes(states)
+        while self.num_bytes > self.max_bytes and self._states:
+            _, dropped = self._states.popitem(last=False)
+            self.num_bytes -= _num_bytes(dropped)
+
+
+def _take_one(states: LayerStates, row: int) -> LayerStates:
+    """The states of one neighbor, copied: a view would keep those of all others alive."""
+    return [None if pair is None else (pair[0][row].clone(), pair[1][row].clone()) for pair in states]
+
+
+def _num_bytes(states: LayerStates) -> int:
+    return sum(tensor.nbytes for pair in states if pair is not None for tensor in pair)
+
+
+__all__ = ["NeighborMemory", "NeighborStates"]
