@@ -356,8 +356,8 @@ class RetroJointForCausalLM(
                 cache.set_front(*front.select(next_slot))
             else:
                 cache.front_mask = cache.front_mask & (next_slot == 0)[:, None]
-        outputs["past_key_values"] = past_key_values
-        return outputs
+        others = {name: value for name, value in outputs.items() if name != "past_key_values"}
+        return type(outputs)(past_key_values=past_key_values, **others)
 
     def _is_packed(
         self,
@@ -649,6 +649,7 @@ def check_decoder(decoder: PreTrainedModel, config: RetroJointConfig) -> None:
     if "position_ids" not in parameters or "past_key_values" not in parameters:
         reasons.append("its forward takes no `position_ids` or no `past_key_values` (absolute or no positions)")
     window = min((window for window in windows.values() if window is not None), default=None)
+    # CODEPATH: decoders with sliding windows, such as Mistral and Gemma, pass neighbors through them as well.
     if window is not None and window < config.neighbor_length:
         reasons.append(
             f"its sliding window ({window}) is shorter than a neighbor ({config.neighbor_length} tokens); take a "
