@@ -31,9 +31,10 @@ from data_prep.index import read_embeddings
 from modeling_retro.retrieval_retro import TRAIN_SPLIT, DatastoreSplit, RetroDatastore, other_document_filter, search
 
 from .evaluation_report import RetroEvaluation
+from .in_front import in_front_bits
 
 
-MODES = ("off", "random", "on", "neighbor", "continuation", "shuffled")
+MODES = ("off", "random", "on", "neighbor", "continuation", "shuffled", "in_front")
 # The paper measures overlap with the ten nearest neighbors (arXiv:2112.04426, section 2.6).
 OVERLAP_NEIGHBORS = 10
 
@@ -62,15 +63,16 @@ def evaluate_retro(
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A [`RetroForCausalLM`].
+            A [`RetroForCausalLM`] or [`RetroJointForCausalLM`].
         datastore ([`RetroDatastore`]):
             Where the neighbors come from.
         split ([`DatastoreSplit`]):
             The held-out documents, whose neighbors have been found.
         modes (`Sequence[str]`, *optional*, defaults to `("off", "random", "on")`):
             `"off"` without neighbors, `"random"` with chunks drawn from the datastore, `"on"` with the neighbors,
-            `"neighbor"` with them but not their continuations, `"continuation"` with their continuations alone, and
-            `"shuffled"` with the tokens of each neighbor in random order.
+            `"neighbor"` with them but not their continuations, `"continuation"` with their continuations alone,
+            `"shuffled"` with the tokens of each neighbor in random order, and `"in_front"` with the neighbors in front
+            of the window of the model without retrieval (see [`~trainers.in_front.in_front_bits`]).
         num_neighbors (`int` or `Sequence[int]`, *optional*, defaults to 2):
             Number of neighbors k of a chunk, or several to measure each of.
         datastore_shares (`Sequence[float]`, *optional*, defaults to `(1.0,)`):
@@ -139,10 +141,15 @@ def evaluate_retro(
     bits = {}
     for name, mode, number, share in _settings(modes, numbers, datastore_shares):
         neighbors = None
+        description = f"Evaluating ({name})" if show_progress else None
+        if mode == "in_front":
+            neighbor_ids = retrieved[share][:, :number]
+            found = in_front_bits(model, datastore, split, windows, neighbor_ids, batch_size, description)
+            bits[name], num_tokens = map(_sum_over_processes, found)
+            continue
         if mode != "off":
             neighbor_ids = (drawn if mode == "random" else retrieved[share])[:, :number]
             neighbors = NeighborSource(datastore, neighbor_ids, mode, seed)
-        description = f"Evaluating ({name})" if show_progress else None
         bits[name], num_tokens = chunk_bits(model, datastore, split, windows, neighbors, batch_size, description)
     return RetroEvaluation(
         chunk_bits=bits,

@@ -18,6 +18,8 @@ Measures what retrieval buys a RETRO language model on held-out documents: bits 
     retro evaluate --model model --datastore datastore --output_dir evaluation --num_neighbors 1 2 4 10 \\
         --modes off random on neighbor continuation shuffled --baseline decoder --overlap
     retro evaluate --model model --datastore datastore --output_dir sizes --datastore_share 0.125 0.25 0.5 1
+    retro evaluate --model HuggingFaceTB/SmolLM2-135M --datastore datastore --output_dir untrained \\
+        --modes off random on in_front
     accelerate launch -m trainers.scripts.evaluate_retro --model model --datastore datastore --output_dir evaluation
 """
 
@@ -27,15 +29,16 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from transformers import AutoConfig
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.memory import keep_freed_memory
-from modeling_retro import RetroForCausalLM
 from modeling_retro.manifest_retro import describe_datastore
 from modeling_retro.retrieval_retro import RetroDatastore
 from modeling_retro.sharing_retro import save_model_card
 
 from ..evaluation import MODES, evaluate_retro
+from ..load_model import load_retro_model
 
 
 @dataclass
@@ -44,7 +47,7 @@ class EvaluateRetroArguments:
     Arguments of `retro evaluate`.
     """
 
-    model: str = field(metadata={"help": "Folder or Hub id of a RETRO model."})
+    model: str = field(metadata={"help": "Folder or Hub id of a RETRO model, or of any causal language model."})
     datastore: str = field(metadata={"help": "Folder or Hub id of the datastore to search."})
     output_dir: str = field(metadata={"help": "Folder for evaluation.json, evaluation.md and evaluation.png."})
     split: str = field(default="validation", metadata={"help": "Split of the datastore to evaluate on."})
@@ -98,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     domains = None
     if arguments.domains is not None:
         domains = Path(arguments.domains).read_text(encoding="utf-8").splitlines()
-    model = RetroForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(state.device)
+    model = load_retro_model(arguments.model, datastore, dtype=dtype).to(state.device)
     evaluation = evaluate_retro(
         model,
         datastore,
@@ -111,15 +114,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         **options,
     )
     if arguments.baseline is not None:
-        baseline = RetroForCausalLM.from_pretrained(arguments.baseline, dtype=dtype).to(state.device)
+        baseline = load_retro_model(arguments.baseline, datastore, dtype=dtype).to(state.device)
         measured = evaluate_retro(baseline, datastore, split, modes=["off"], **options)
         evaluation.chunk_bits["baseline"] = measured.chunk_bits["off"]
     if state.is_main_process:
         facts = {"split": arguments.split, "datastore": describe_datastore(datastore.manifest)}
         evaluation.save(arguments.output_dir, facts)
-        if arguments.model_card and Path(arguments.model).is_dir():
+        if arguments.model_card and Path(arguments.model).is_dir() and _is_retro(arguments.model):
             save_model_card(arguments.model, {**evaluation.to_dict(), **facts})
         print(evaluation.to_markdown())
+
+
+def _is_retro(folder: str) -> bool:
+    """Whether a folder holds a RETRO model, rather than one that was wrapped to be measured."""
+    return AutoConfig.from_pretrained(folder).model_type in ("retro", "retro_joint")
 
 
 def _torch_dtype(name: str) -> torch.dtype:

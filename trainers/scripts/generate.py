@@ -22,11 +22,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from data_prep.arguments import parse_arguments, run_command
-from modeling_retro import RetroForCausalLM
 from modeling_retro.retrieval_retro import RetroRetriever
+
+from ..load_model import load_retro_model
 
 
 @dataclass
@@ -35,7 +36,7 @@ class GenerateArguments:
     Arguments of `retro generate`.
     """
 
-    model: str = field(metadata={"help": "Folder or Hub id of a RETRO model."})
+    model: str = field(metadata={"help": "Folder or Hub id of a RETRO model, or of any causal language model."})
     datastore: str = field(metadata={"help": "Folder or Hub id of the datastore to search."})
     prompt: str = field(metadata={"help": "Text to continue."})
     max_new_tokens: int = field(default=192, metadata={"help": "Number of tokens to generate at most."})
@@ -72,13 +73,13 @@ class GeneratedChunk:
 
 @torch.inference_mode()
 def generate_with_neighbors(
-    model: RetroForCausalLM, retriever: RetroRetriever, prompt: str, pad_to_chunks: bool = False, **generate_kwargs
+    model: PreTrainedModel, retriever: RetroRetriever, prompt: str, pad_to_chunks: bool = False, **generate_kwargs
 ) -> list[GeneratedChunk]:
     """
     Continues a prompt with retrieval.
 
     Args:
-        model ([`RetroForCausalLM`]):
+        model ([`RetroForCausalLM`] or [`RetroJointForCausalLM`]):
             The model.
         retriever ([`RetroRetriever`]):
             What it looks neighbors up with.
@@ -141,7 +142,7 @@ def _shorten(text: str, width: int) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(GenerateArguments, argv=argv, description=__doc__, prog="retro generate")
     retriever = RetroRetriever.from_pretrained(arguments.datastore)
-    model = RetroForCausalLM.from_pretrained(arguments.model)
+    model = load_retro_model(arguments.model, retriever.datastore)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.num_neighbors is not None:
         model.config.num_neighbors = arguments.num_neighbors

@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import PartialState
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.distributed import DistributedConfig
 
 from data_prep.arguments import parse_arguments, run_command
@@ -40,6 +40,7 @@ from data_prep.memory import keep_freed_memory
 from modeling_retro import RetroForCausalLM
 from modeling_retro.retrieval_retro import RetroDatastore, RetroRetriever
 
+from ..load_model import load_retro_model
 from ..retro_config import RetroTrainingArguments
 from ..retro_trainer import RetroTrainer, config_for_datastore, last_complete_checkpoint
 from ..streaming import RetroStreamTrainer, load_document_stream
@@ -53,7 +54,8 @@ class TrainRetroArguments:
 
     datastore: str = field(metadata={"help": "Folder or Hub id of the datastore to train on and to search."})
     model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a RETRO model to start from, such as a retrofitted one."}
+        default=None,
+        metadata={"help": "Folder or Hub id of the model to start from: a RETRO model or any causal one."},
     )
     model_config: str | None = field(
         default=None, metadata={"help": "YAML or JSON file with fields of RetroConfig, for training from scratch."}
@@ -107,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def load_model(
     arguments: TrainRetroArguments, datastore: RetroDatastore, training_arguments: RetroTrainingArguments
-) -> RetroForCausalLM:
+) -> PreTrainedModel:
     """The model to start from; with `fsdp_size` or `tp_size` each process loads its share of the weights."""
     if (arguments.model is None) == (arguments.model_config is None):
         raise ValueError("give either --model (to go on training) or --model_config (from scratch)")
@@ -115,7 +117,7 @@ def load_model(
     if num_shares == 1:
         if arguments.model_config is not None:
             return _model_from_scratch(arguments, datastore, training_arguments.seed)
-        return RetroForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+        return load_retro_model(arguments.model, datastore, dtype=torch.float32)
     state = PartialState(cpu=training_arguments.use_cpu)
     if state.num_processes != num_shares:
         raise ValueError(
@@ -130,7 +132,7 @@ def load_model(
             _model_from_scratch(arguments, datastore, training_arguments.seed).save_pretrained(start)
         state.wait_for_everyone()
     distributed_config = DistributedConfig(fsdp_size=arguments.fsdp_size, tp_size=arguments.tp_size)
-    return RetroForCausalLM.from_pretrained(start, dtype=torch.float32, distributed_config=distributed_config)
+    return load_retro_model(str(start), datastore, dtype=torch.float32, distributed_config=distributed_config)
 
 
 def _model_from_scratch(arguments: TrainRetroArguments, datastore: RetroDatastore, seed: int) -> RetroForCausalLM:

@@ -1,0 +1,121 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The rival that needs no RETRO: a language model that reads the neighbors in front of its window"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from modeling_retro.retrieval_retro import DatastoreSplit, RetroDatastore
+
+
+@torch.inference_mode()
+def in_front_bits(
+    model: PreTrainedModel,
+    datastore: RetroDatastore,
+    split: DatastoreSplit,
+    windows: Sequence[tuple[int, int, int]],
+    neighbor_ids: np.ndarray,
+    batch_size: int,
+    description: str | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Bits that a model without retrieval needs for each chunk when the neighbors of the chunk before it stand in front
+    of its window (in-context retrieval, arXiv 2302.00083). The neighbors change with each chunk, so the model reads
+    the window anew for each. Every chunk sees the same neighbors and the same context as in
+    [`~trainers.evaluation.chunk_bits`], but that the last token of a chunk does not see those that it retrieved.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A RETRO model, which is run without retrieval, or any causal language model.
+        datastore ([`RetroDatastore`]):
+            Where neighbors come from.
+        split ([`DatastoreSplit`]):
+            The chunks to measure.
+        windows (`Sequence[tuple[int, int, int]]`):
+            First chunk, end and first counted chunk of each window, as chunk ids of the split.
+        neighbor_ids (`np.ndarray`):
+            Global chunk ids of the neighbors of each chunk, int64 `[chunks, k]`, -1 for absent ones.
+        batch_size (`int`):
+            Number of chunks in a forward pass.
+        description (`str`, *optional*):
+            Label of the progress bar; no bar when unset.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: bits float64 and number of counted tokens int64, both `[chunks]`.
+    """
+    state = PartialState()
+    tp_size = getattr(model, "tp_size", None) or 1
+    num_workers, worker = state.num_processes // tp_size, state.process_index // tp_size
+    jobs = sorted(
+        ((chunk, start) for start, end, first in windows for chunk in range(first, end)),
+        key=lambda job: job[0] - job[1],
+    )
+    batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
+    bits = np.zeros(max(end for _, end, _ in windows))
+    num_tokens = np.zeros(len(bits), dtype=np.int64)
+    was_training = model.training
+    model.eval()
+    rounds = range(-(-len(batches) // num_workers))
+    for i in tqdm(rounds, desc=description, disable=description is None or not state.is_main_process):
+        i = i * num_workers + worker
+        found, counted = _batch_bits(model, datastore, split, batches[i % len(batches)], neighbor_ids)
+        if i < len(batches) and state.process_index % tp_size == 0:
+            chunks = [chunk for chunk, _ in batches[i]]
+            bits[chunks], num_tokens[chunks] = found, counted
+    model.train(was_training)
+    return bits, num_tokens
+
+
+def _batch_bits(
+    model: PreTrainedModel,
+    datastore: RetroDatastore,
+    split: DatastoreSplit,
+    jobs: Sequence[tuple[int, int]],
+    neighbor_ids: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bits and counted tokens of some chunks, each given with the first chunk of its window."""
+    rows, counts = [], []
+    for chunk, start in jobs:
+        tokens, mask = split.chunks.take(np.arange(start, chunk + 1))
+        row = tokens[mask]
+        counts.append(mask[-1].sum())
+        if chunk > start:
+            neighbors, neighbor_mask = datastore.take_neighbors(neighbor_ids[chunk - 1])
+            row = np.concatenate([neighbors[neighbor_mask], row])
+        rows.append(torch.from_numpy(row))
+    batch = pad_sequence(rows, batch_first=True).to(model.device)
+    lengths = np.array([len(row) for row in rows])
+    kept = min(batch.shape[1], int((batch.shape[1] - lengths + counts).max()) + 1)
+    with model.retrieval(False):
+        logits = model(input_ids=batch, use_cache=False, logits_to_keep=kept).logits[:, :-1].float()
+    first = batch.shape[1] - kept + 1
+    nats = F.cross_entropy(logits.transpose(1, 2), batch[:, first:], reduction="none").double().cpu()
+    found, counted = np.zeros(len(jobs)), np.array(counts)
+    for n, ((chunk, start), row, count) in enumerate(zip(jobs, rows, counts, strict=True)):
+        end = len(row) - first
+        found[n] = nats[n, max(0, end - count) : end].sum() / math.log(2)
+        # The first token of a document has no context; a BOS is known.
+        if chunk == start and row[0] == datastore.tokenizer.bos_token_id:
+            counted[n] -= 1
+        elif chunk == start:
+            found[n] += math.log2(model.config.vocab_size)
+    return found, counted

@@ -1,0 +1,55 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Loading a model for a datastore, whatever its kind"""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel
+
+from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointConfig, RetroJointForCausalLM
+from modeling_retro.retrieval_retro import RetroDatastore
+
+
+def load_retro_model(name_or_path: str, datastore: RetroDatastore, **kwargs: Any) -> PreTrainedModel:
+    """
+    Loads a RETRO model of either kind. Any other causal language model is wrapped in [`RetroJointForCausalLM`], which
+    reads the neighbors of the datastore untrained.
+
+    Args:
+        name_or_path (`str`):
+            Folder or Hub id of the model.
+        datastore ([`RetroDatastore`]):
+            The datastore that it is for; a wrapped model takes its chunk sizes.
+        kwargs:
+            Passed to `from_pretrained`.
+
+    Returns:
+        [`RetroForCausalLM`] or [`RetroJointForCausalLM`]
+
+    Raises:
+        `ValueError`: if the model cannot be wrapped or does not fit the datastore.
+    """
+    config = AutoConfig.from_pretrained(name_or_path)
+    classes = {RetroConfig.model_type: RetroForCausalLM, RetroJointConfig.model_type: RetroJointForCausalLM}
+    if config.model_type in classes:
+        model = classes[config.model_type].from_pretrained(name_or_path, **kwargs)
+    else:
+        model = RetroJointForCausalLM.from_decoder_pretrained(
+            name_or_path,
+            chunk_size=datastore.chunk_size,
+            continuation_chunks=datastore.continuation_chunks,
+            **kwargs,
+        )
+    datastore.check_model(model.config)
+    return model
