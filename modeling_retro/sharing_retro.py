@@ -34,10 +34,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .configuration_retro import RetroConfig
+from .configuration_retro_joint import RetroJointConfig
 from .manifest_retro import MANIFEST_NAME, check_model, read_manifest
 
 
 logger = logging.get_logger(__name__)
+
+CONFIG_CLASSES = {config_class.model_type: config_class for config_class in (RetroConfig, RetroJointConfig)}
 
 CARD_NAME = "README.md"
 EVALUATION_NAME = "evaluation.json"
@@ -194,7 +197,7 @@ def _root_files(api: HfApi, repo_id: str, revision: str | None) -> set[str]:
         file = api.hf_hub_download(repo_id, "config.json", revision=revision)
         model_type = json.loads(Path(file).read_text(encoding="utf-8")).get("model_type")
     others = sorted(name for name in files if name == "config.json" or ".safetensors" in name)
-    if others and model_type != RetroConfig.model_type:
+    if others and model_type not in CONFIG_CLASSES:
         raise ValueError(f"{repo_id} holds another model than a RETRO model ({others[0]}); choose another name")
     return files
 
@@ -250,7 +253,9 @@ def save_model_card(
         (folder / EVALUATION_NAME).write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
     else:
         evaluation = read_evaluation(folder)
-    card = create_model_card(RetroConfig.from_pretrained(folder), name or folder.name, evaluation, license, tags)
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    config = CONFIG_CLASSES[model_type].from_pretrained(folder)
+    card = create_model_card(config, name or folder.name, evaluation, license, tags)
     file = folder / CARD_NAME
     if file.is_file():
         before = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
@@ -269,7 +274,7 @@ def save_model_card(
 
 
 def create_model_card(
-    config: RetroConfig,
+    config: RetroConfig | RetroJointConfig,
     name: str,
     evaluation: Mapping[str, Any] | None = None,
     license: str | None = None,
@@ -280,7 +285,7 @@ def create_model_card(
     tables and in the metadata.
 
     Args:
-        config ([`RetroConfig`]):
+        config ([`RetroConfig`] or [`RetroJointConfig`]):
             Config of the model.
         name (`str`):
             Hub id or folder of the model, as the example of the card loads it.
@@ -322,17 +327,21 @@ def _hub_id(name: str | None) -> str | None:
     return None if name is None or Path(name).exists() or name.count("/") > 1 or name[0] in "./~" else name
 
 
-def _facts(config: RetroConfig) -> Iterator[list[str]]:
-    layers = ", ".join(map(str, config.cross_attention_layers))
-    yield ["decoder", f"{config.num_hidden_layers} layers of width {config.hidden_size}"]
+def _facts(config: RetroConfig | RetroJointConfig) -> Iterator[list[str]]:
+    decoder = config.get_text_config()
+    yield ["decoder", f"{decoder.num_hidden_layers} layers of width {decoder.hidden_size}"]
     yield ["vocabulary", f"{config.vocab_size:,} tokens"]
     yield [
         "retrieval",
         f"{config.num_neighbors} neighbors of {config.neighbor_length} tokens for each chunk of {config.chunk_size}",
     ]
-    yield ["chunked cross attention", f"in layers {layers} (from 0)" + (", gated" * config.cross_attention_gate)]
-    encoder = config.neighbor_encoder_num_hidden_layers, config.neighbor_encoder_hidden_size
-    yield ["neighbor encoder", "{} layers of width {}".format(*encoder)]
+    if isinstance(config, RetroJointConfig):
+        yield ["neighbors are read by", f"the decoder's own attention ({decoder.model_type})"]
+    else:
+        layers = ", ".join(map(str, config.cross_attention_layers))
+        yield ["chunked cross attention", f"in layers {layers} (from 0)" + (", gated" * config.cross_attention_gate)]
+        encoder = config.neighbor_encoder_num_hidden_layers, config.neighbor_encoder_hidden_size
+        yield ["neighbor encoder", "{} layers of width {}".format(*encoder)]
     if base := _hub_id(config.base_model_name_or_path):
         revision = f" at `{config.base_model_revision[:12]}`" if config.base_model_revision else ""
         yield ["made from", f"[{base}](https://huggingface.co/{base}){revision}"]
@@ -341,7 +350,7 @@ def _facts(config: RetroConfig) -> Iterator[list[str]]:
         yield ["datastore", f"[{datastore}](https://huggingface.co/datasets/{datastore}){revision}"]
 
 
-def _eval_results(config: RetroConfig, evaluation: Mapping[str, Any]) -> Iterator[EvalResult]:
+def _eval_results(config: RetroConfig | RetroJointConfig, evaluation: Mapping[str, Any]) -> Iterator[EvalResult]:
     datastore = _hub_id(config.datastore_name_or_path)
     for metric in ("bits_per_byte", "perplexity"):
         for retrieval, value in evaluation[metric].items():

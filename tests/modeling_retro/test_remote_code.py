@@ -21,6 +21,7 @@ import sys
 import pytest
 import torch
 from test_modeling_retro import CHUNK, VOCAB, assert_close, make_model
+from tiny_joint import make_joint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroModel
@@ -45,10 +46,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 folder, copy, ids = sys.argv[1], sys.argv[2], torch.tensor(json.loads(sys.argv[3]))
 arguments = {"trust_remote_code": True, "dtype": torch.float64}
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-base = AutoModel.from_pretrained(folder, **arguments).eval()
+has_base = "AutoModel" in config.auto_map  # a wrapped decoder is its own base
+base = AutoModel.from_pretrained(folder, **arguments).eval() if has_base else None
 model = AutoModelForCausalLM.from_pretrained(folder, **arguments).eval()
 with torch.no_grad():
-    logits, states = model(ids).logits, base(ids).last_hidden_state
+    logits, states = model(ids).logits, base(ids).last_hidden_state if has_base else model(ids).logits
 tokens = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
 model.save_pretrained(copy)
 classes = [type(thing).__name__ for thing in (config, base, model)]
@@ -104,6 +106,24 @@ def test_loads_without_the_package_and_gives_the_same_logits_and_generation(tmp_
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
     with torch.no_grad():
         assert_close(again.eval()(ids).logits, model(ids).logits)
+
+
+def test_a_wrapped_decoder_loads_without_the_package(tmp_path):
+    model = make_joint()
+    model.save_pretrained(tmp_path / "saved")
+    ids = torch.randint(1, VOCAB, (2, 2 * CHUNK + 1))
+    classes, modules, logits, _, tokens, imported = run_without_package(
+        tmp_path, tmp_path / "saved", tmp_path / "copy", ids
+    )
+    assert classes == ["RetroJointConfig", "NoneType", "RetroJointForCausalLM"] and imported == []
+    assert modules[0] == modules[2] == "transformers_modules"
+    with torch.no_grad():
+        assert_close(torch.tensor(logits, dtype=torch.float64), model(ids).logits)
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert tokens == expected.tolist()
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {
+        path.name for path in (tmp_path / "saved").iterdir()
+    }
 
 
 def test_installed_classes_win_over_the_code_of_the_model(tmp_path):

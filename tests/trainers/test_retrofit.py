@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_retro import RetroForCausalLM
+from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
 from trainers.scripts.retrofit import main
 
 
@@ -49,6 +49,21 @@ def test_the_command_makes_a_model_that_equals_its_base(base, tmp_path, retrofit
     with torch.no_grad():
         expected = LlamaForCausalLM.from_pretrained(base).eval()(ids).logits
         assert torch.equal(model(ids, neighbor_input_ids=neighbors).logits, expected)
+
+
+@pytest.mark.parametrize("retrofit_only", ["true", "false"])
+def test_the_command_wraps_a_model_that_reads_neighbors_untrained(base, tmp_path, retrofit_only):
+    options = ["--attention", "joint", "--chunk-size", "4", "--retrofit-only", retrofit_only]
+    main(["--base", str(base), "--output-dir", str(tmp_path / "model"), *options])
+    model = RetroJointForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert (tmp_path / "model" / "tokenizer.json").exists() and model.config.tokenizer_sha256 is not None
+    assert (tmp_path / "model" / "model.safetensors").exists() == (retrofit_only == "false")
+    ids = torch.randint(0, model.config.vocab_size, (1, 9))
+    neighbors = torch.randint(0, model.config.vocab_size, (1, 2, 2, 8))
+    with torch.no_grad():
+        expected = LlamaForCausalLM.from_pretrained(base).eval()(ids).logits
+        assert torch.equal(model(ids).logits, expected)
+        assert not torch.equal(model(ids, neighbor_input_ids=neighbors).logits, expected)
 
 
 def test_a_folder_that_holds_something_is_left_alone(base, tmp_path):

@@ -12,34 +12,46 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-From documents to a datastore, a RETRO model that looks things up in it and a table of what that is worth, on two CPU
-cores in a few minutes.
+From documents to a datastore, a language model that looks things up in it and a table of what that is worth, on two
+CPU cores in a few minutes.
 
     retro quickstart
     retro quickstart --data my_documents.jsonl --output_dir my_retro
+    retro quickstart --model retro-tiny --output_dir my_retro_tiny
     retro quickstart --from-scratch --output_dir my_retro_from_scratch --max_steps 4000
 
 The text is the docstrings of the installed `transformers`, or your own: a jsonl file with a key "text" on each line,
-or a folder of text files. The model is retro-tiny, which comes with this package and has seen none of the documents
-that it is measured on; with `--from-scratch` a smaller one is trained first, in about ten minutes. The same command
-run again goes on where it stopped.
+or a folder of text files. The model is SmolLM2-135M-Instruct, which reads the neighbors untrained with its own
+attention and is measured beside itself with the neighbor in front of its window. `--model` takes any other causal
+language model, a folder or Hub id, or retro-tiny, the RETRO model that comes with this package and has seen none of
+the documents that it is measured on. With `--from-scratch` a smaller RETRO model is trained first, in about ten
+minutes. The same command run again goes on where it stopped.
 """
 
 import importlib.util
+import itertools
 import json
 import resource
 import shutil
+import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.chunk import chunk_documents
@@ -56,8 +68,11 @@ from modeling_retro.retrieval_retro import RetroDatastore, RetroRetriever
 
 from ..evaluation import evaluate_retro
 from ..evaluation_report import RetroEvaluation
+from ..load_model import load_retro_model
+from ..operations import operations_per_token
 from ..retro_config import RetroTrainingArguments
 from ..retro_trainer import RetroTrainer, config_for_datastore, last_complete_checkpoint
+from ..smollm2 import HOW_TO_INSTALL, HUB_ID, find_smollm2
 from .generate import format_chunks, generate_with_neighbors
 
 
@@ -66,6 +81,13 @@ ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 
 # The model that comes with the package.
 RETRO_TINY = Path(__file__).parents[1] / "retro_tiny"
+
+SMOLLM2, TINY = "smollm2", "retro-tiny"
+
+# Of a pretrained language model the sizes of the datastore and of the evaluation: it is larger, but need not train.
+PRETRAINED_MAX_CHUNKS = {"train": 8_000, "validation": 72}
+PRETRAINED_MAX_CHARACTERS = 1_500  # of a held-out document, so that there are many
+PRETRAINED_WINDOWS = {"window_chunks": 8, "stride_chunks": 4}
 
 # Sizes at which two CPU cores with bf16 instructions embed, train and evaluate in ten minutes. Training passes about
 # once over the chunks: a model that has learned them by heart has no use for neighbors.
@@ -107,8 +129,11 @@ class QuickstartArguments:
             "help": 'Jsonl file with a key "text", or folder of text files. Docstrings of transformers when unset.'
         },
     )
+    model: str = field(
+        default=SMOLLM2, metadata={"help": "smollm2, retro-tiny, or folder or Hub id of a causal language model."}
+    )
     from_scratch: bool = field(
-        default=False, metadata={"help": "Train tokenizer and model on the documents instead of loading retro-tiny."}
+        default=False, metadata={"help": "Train tokenizer and model on the documents instead of loading --model."}
     )
     max_steps: int | None = field(
         default=None,
@@ -124,21 +149,24 @@ class QuickstartArguments:
 def quickstart(
     output_dir: str | Path = "retro-quickstart",
     data: str | Path | None = None,
+    model: str = SMOLLM2,
     from_scratch: bool = False,
     max_steps: int | None = None,
     seed: int = 0,
     on_bad_record: str = "error",
 ) -> RetroEvaluation:
     """
-    Makes a datastore, loads or trains a small RETRO model and measures what retrieval buys on held-out documents.
+    Makes a datastore, loads or trains a language model and measures what retrieval buys on held-out documents.
 
     Args:
         output_dir (`str` or `Path`, *optional*, defaults to `"retro-quickstart"`):
             Folder for the datastore, the model and the report; new, empty or that of an earlier run with this data.
         data (`str` or `Path`, *optional*):
             Jsonl file or folder of text files. The docstrings of the installed transformers when unset.
+        model (`str`, *optional*, defaults to `"smollm2"`):
+            `"smollm2"`, `"retro-tiny"`, or folder or Hub id of a causal language model.
         from_scratch (`bool`, *optional*, defaults to `False`):
-            Whether to train a model instead of loading retro-tiny.
+            Whether to train a model instead of loading one.
         max_steps (`int`, *optional*):
             Number of training steps from scratch. 900 when unset.
         seed (`int`, *optional*, defaults to 0):
@@ -150,35 +178,112 @@ def quickstart(
         [`RetroEvaluation`]
     """
     if max_steps is not None and not from_scratch:
-        raise ValueError("--max_steps is for training: add --from-scratch, or leave it out to measure retro-tiny")
+        raise ValueError("--max_steps is for training: add --from-scratch, or leave it out to measure a trained model")
     output_dir = Path(output_dir)
-    _claim_directory(output_dir, {"data": data and str(data), "from_scratch": from_scratch, "seed": seed})
-    config = RetroConfig() if from_scratch else RetroConfig.from_pretrained(RETRO_TINY)
+    options = {"data": data and str(data), "model": None if from_scratch else model}
+    _claim_directory(output_dir, options | {"from_scratch": from_scratch, "seed": seed})
     seconds = {}
+    is_pretrained = not from_scratch and model != TINY
     with _stage("documents", seconds):
-        split_documents(output_dir, data, seed, on_bad_record, by_name=data is None and not from_scratch)
-        tokenizer = train_tokenizer(output_dir) if from_scratch else AutoTokenizer.from_pretrained(RETRO_TINY)
+        split_documents(
+            output_dir,
+            data,
+            seed,
+            on_bad_record,
+            by_name=data is None and not from_scratch,
+            max_held_out_characters=PRETRAINED_MAX_CHARACTERS if is_pretrained else None,
+        )
+        if is_pretrained:
+            name = find_smollm2(output_dir / "base") if model == SMOLLM2 else model
+            tokenizer, config = load_tokenizer(name), RetroConfig()
+        else:
+            config = RetroConfig() if from_scratch else RetroConfig.from_pretrained(RETRO_TINY)
+            tokenizer = train_tokenizer(output_dir) if from_scratch else AutoTokenizer.from_pretrained(RETRO_TINY)
     with _stage("datastore", seconds):
-        datastore = make_datastore(output_dir, tokenizer, config)
+        datastore = make_datastore(
+            output_dir, tokenizer, config, PRETRAINED_MAX_CHUNKS if is_pretrained else MAX_CHUNKS
+        )
     if from_scratch:
         with _stage("training", seconds):
-            model = train_model(output_dir, datastore, max_steps or MAX_STEPS, seed)
+            retro = train_model(output_dir, datastore, max_steps or MAX_STEPS, seed)
+    elif model == TINY:
+        retro = load_retro_tiny(output_dir)
     else:
-        model = load_retro_tiny(output_dir)
+        with _stage("model", seconds):
+            retro = load_pretrained(output_dir, name, datastore)
+    operations = None
     with _stage("evaluation", seconds):
-        evaluation = evaluate_retro(
-            model,
-            datastore,
-            datastore.split("validation"),
-            num_neighbors=config.num_neighbors,
-            window_chunks=16,
-            stride_chunks=8,
-        )
+        if is_pretrained:
+            evaluation, operations = evaluate_pretrained(retro, datastore)
+        else:
+            evaluation = evaluate_retro(
+                retro,
+                datastore,
+                datastore.split("validation"),
+                num_neighbors=config.num_neighbors,
+                window_chunks=16,
+                stride_chunks=8,
+            )
         evaluation.save(output_dir / "evaluation")
     with _stage("generation", seconds):
-        generated = generate_example(output_dir, model)
-    report(output_dir, evaluation, verdict(evaluation, from_scratch), generated, seconds, model.num_parameters())
+        generated = generate_example(output_dir, retro, side_by_side=is_pretrained)
+    finding = verdict(evaluation, TINY if model == TINY and not from_scratch else None if from_scratch else model)
+    report(output_dir, evaluation, finding, generated, seconds, retro, operations)
     return evaluation
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a causal language model, with the way to get SmolLM2 where there is no network."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        if name != HUB_ID:
+            raise
+        raise OSError(
+            f"{HUB_ID} cannot be loaded from the Hub ({type(error).__name__}). pip brings it too: {HOW_TO_INSTALL}. "
+            "Or measure the model of this package: `retro quickstart --model retro-tiny`"
+        ) from error
+
+
+def load_pretrained(output_dir: Path, name: str, datastore: RetroDatastore) -> PreTrainedModel:
+    """
+    A causal language model that reads neighbors, untrained. `output_dir/model` holds what it takes to load it again: a
+    reference to the base.
+    """
+    dtype = torch.bfloat16 if _computes_in_bf16() else torch.float32
+    model = load_retro_model(name, datastore, dtype=dtype)
+    folder = output_dir / "model"
+    if not folder.exists():
+        partial = output_dir / "model.partial"
+        datastore.tokenizer.save_pretrained(partial)
+        model.freeze_decoder()
+        model.save_pretrained(partial, retrofit_only=True)
+        partial.rename(folder)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def evaluate_pretrained(model: PreTrainedModel, datastore: RetroDatastore) -> tuple[RetroEvaluation, dict[str, float]]:
+    """
+    Measures a model that reads neighbors untrained beside itself with the neighbor in front of its window, and counts
+    the operations of each way for a token.
+    """
+    split, options = datastore.split("validation"), {**PRETRAINED_WINDOWS, "batch_size": 4}
+    evaluation = evaluate_retro(model, datastore, split, ("off", "random", "on", "in_front"), 1, **options)
+    two = evaluate_retro(model, datastore, split, ("on",), 2, **options)
+    bits = {name if name == "off" else f"{name} k=1": bits for name, bits in evaluation.chunk_bits.items()}
+    bits["on k=2"] = two.chunk_bits["on"]
+    names = ("off", "random k=1", "in_front k=1", "on k=1", "on k=2")
+    evaluation = replace(evaluation, chunk_bits={name: bits[name] for name in names}, num_neighbors=[1, 2])
+    window = PRETRAINED_WINDOWS["window_chunks"]
+    operations = operations_per_token(model, 1, window)
+    operations = {
+        "off": operations["off"],
+        "random k=1": operations["on"],
+        "in_front k=1": operations["in_front"],
+        "on k=1": operations["on"],
+        "on k=2": operations_per_token(model, 2, window, modes=("on",))["on"],
+    }
+    return evaluation, operations
 
 
 def _claim_directory(output_dir: Path, options: dict) -> None:
@@ -205,10 +310,18 @@ def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[name] = time.perf_counter() - start_time
 
 
-def split_documents(output_dir: Path, data: str | Path | None, seed: int, on_bad_record: str, by_name: bool) -> None:
+def split_documents(
+    output_dir: Path,
+    data: str | Path | None,
+    seed: int,
+    on_bad_record: str,
+    by_name: bool,
+    max_held_out_characters: int | None = None,
+) -> None:
     """
     Writes `documents/validation.jsonl` and `documents/train.jsonl`: documents in random order, the first of them held
-    out before anything else sees them; `by_name`, only those that are held out of every training by their name.
+    out before anything else sees them; `by_name`, only those that are held out of every training by their name. Of a
+    held-out document only the first `max_held_out_characters` are measured.
     """
     folder = output_dir / "documents"
     if folder.exists():
@@ -233,8 +346,12 @@ def split_documents(output_dir: Path, data: str | Path | None, seed: int, on_bad
         num_held_out = np.count_nonzero(held_out)
     partial = output_dir / "documents.partial"
     partial.mkdir(exist_ok=True)
-    for split, chosen in (("validation", order[:num_held_out]), ("train", order[num_held_out:])):
-        lines = (json.dumps({"text": documents[i]}, ensure_ascii=False) + "\n" for i in chosen)
+    splits = {
+        "validation": [documents[i][:max_held_out_characters] for i in order[:num_held_out]],
+        "train": [documents[i] for i in order[num_held_out:]],
+    }
+    for split, texts in splits.items():
+        lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
         (partial / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     partial.rename(folder)
 
@@ -281,11 +398,16 @@ def load_retro_tiny(output_dir: Path) -> RetroForCausalLM:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def make_datastore(output_dir: Path, tokenizer: PreTrainedTokenizerBase, config: RetroConfig) -> RetroDatastore:
+def make_datastore(
+    output_dir: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RetroConfig,
+    max_chunks_of: Mapping[str, int] = MappingProxyType(MAX_CHUNKS),
+) -> RetroDatastore:
     """Runs the stages of the datastore: near-duplicates of held-out documents leave the training side."""
     path = output_dir / "datastore"
     encoder = find_encoder()
-    for split, max_chunks in MAX_CHUNKS.items():
+    for split, max_chunks in max_chunks_of.items():
         documents = output_dir / "documents" / f"{split}.jsonl"
         chunk_documents(
             documents,
@@ -358,18 +480,39 @@ def _computes_in_bf16() -> bool:
     return capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
 
 
-def generate_example(output_dir: Path, model: RetroForCausalLM) -> str:
+def generate_example(output_dir: Path, model: PreTrainedModel, side_by_side: bool = False) -> str:
     """Continues the first whole chunk of the held-out documents and shows the neighbors that were used."""
     retriever = RetroRetriever.from_pretrained(output_dir / "datastore")
     datastore = retriever.datastore
     held_out = datastore.split("validation").chunks
     input_ids, mask = held_out.take(np.argmax(held_out.length == datastore.chunk_size))
     prompt = datastore.tokenizer.decode(input_ids[mask], skip_special_tokens=True)
-    set_seed(0)
-    chunks = generate_with_neighbors(
-        model, retriever, prompt, max_new_tokens=2 * datastore.chunk_size, do_sample=True, temperature=0.7, top_p=0.9
-    )
-    return format_chunks(chunks)
+    options = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    if side_by_side:
+        options = {"do_sample": False, "repetition_penalty": 1.05, "eos_token_id": None}
+    texts = {}
+    for is_on in (False, True) if side_by_side else (True,):
+        set_seed(0)
+        with model.retrieval(is_on):
+            chunks = generate_with_neighbors(
+                model, retriever, prompt, max_new_tokens=2 * datastore.chunk_size, **options
+            )
+        texts["with retrieval" if is_on else "without"] = "".join(chunk.text for chunk in chunks[1:])
+    example = format_chunks(chunks)
+    if side_by_side:
+        example = f"prompt: {textwrap.shorten(prompt, 400)}\n\n{in_columns(texts)}\n\n{example}"
+    return example
+
+
+def in_columns(texts: Mapping[str, str], width: int = 56) -> str:
+    """Texts beside each other, each below its name."""
+    columns = [
+        [name, "-" * width]
+        + [part for line in text.strip().splitlines() for part in textwrap.wrap(line, width) or [""]]
+        for name, text in texts.items()
+    ]
+    lines = itertools.zip_longest(*columns, fillvalue="")
+    return "\n".join("  |  ".join(f"{cell:<{width}}" for cell in line).rstrip() for line in lines)
 
 
 def report(
@@ -378,20 +521,26 @@ def report(
     finding: str,
     generated: str,
     seconds: dict[str, float],
-    num_parameters: int,
+    model: PreTrainedModel,
+    operations: Mapping[str, float] | None = None,
 ) -> None:
     """Prints and saves what was found, and how to load it."""
     peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
     summary = {
         **evaluation.to_dict(),
-        "num_parameters": num_parameters,
+        "num_parameters": model.num_parameters(),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "peak_memory_gib": round(peak_memory, 2),
     }
+    if operations is not None:
+        summary["gflops_per_token"] = {name: count / 1e9 for name, count in operations.items()}
     (output_dir / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     (output_dir / "generated.txt").write_text(generated + "\n", encoding="utf-8")
     times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     print(f"\n{generated}\n\n{evaluation.to_markdown()}\n{finding}\n")
+    if operations is not None:
+        counts = ", ".join(f"{name} {count / 1e9:.2f}" for name, count in operations.items())
+        print(f"billions of operations for a token: {counts}\n")
     print(f"{times}; in all {sum(seconds.values()) / 60:.1f} minutes, peak memory {peak_memory:.1f} GiB")
     print(
         f"model: {output_dir / 'model'}   datastore: {output_dir / 'datastore'}   report: {output_dir / 'report.json'}"
@@ -399,21 +548,24 @@ def report(
     print(
         f"""Load both with
 
-    from modeling_retro import RetroForCausalLM, RetroRetriever
+    from modeling_retro import {type(model).__name__}, RetroRetriever
     retriever = RetroRetriever.from_pretrained("{output_dir / "datastore"}")
-    model = RetroForCausalLM.from_pretrained("{output_dir / "model"}", retriever=retriever)"""
+    model = {type(model).__name__}.from_pretrained("{output_dir / "model"}", retriever=retriever)"""
     )
 
 
-def verdict(evaluation: RetroEvaluation, from_scratch: bool) -> str:
-    """What the intervals say, in a sentence."""
-    against = {reference: evaluation.difference("on", reference) for reference in ("off", "random")}
-    if all(difference.high < 0 for difference in against.values()):
+def verdict(evaluation: RetroEvaluation, model: str | None) -> str:
+    """What the intervals say, in a sentence; `model` is the one that was measured, `None` one trained here."""
+    on = next(name for name in evaluation.chunk_bits if name.split()[0] == "on")
+    random = next(name for name in evaluation.chunk_bits if name.split()[0] == "random")
+    if all(evaluation.difference(on, reference).high < 0 for reference in ("off", random)):
         return (
             "Retrieval helps beyond noise: both intervals of ON, less OFF and less random neighbors, are below zero."
         )
-    remedy = "More training is what it takes: raise --max_steps."
-    if not from_scratch:
+    remedy = "It takes documents that resemble those in the datastore, or more of them."
+    if model is None:
+        remedy = "More training is what it takes: raise --max_steps."
+    elif model == TINY:
         remedy = "Text that retro-tiny knows too little of wants a model trained on it: --from-scratch."
     return (
         "This run shows no gain of retrieval beyond noise: an interval of ON, less OFF or less random neighbors, "

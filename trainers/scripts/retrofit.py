@@ -12,22 +12,25 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Makes a RETRO model of a pretrained decoder (Llama, Mistral, Qwen2, Qwen3). It starts as exactly that decoder.
+Makes a RETRO model of a pretrained decoder, in one of two ways.
 
+    retro retrofit --base HuggingFaceTB/SmolLM2-135M --attention joint --retrofit-only --output-dir smollm2-joint
     retro retrofit --base HuggingFaceTB/SmolLM2-135M --output-dir smollm2-retro
     retro retrofit --base Qwen/Qwen3-0.6B --output-dir qwen3-retro --cross-attention-layers 9 15 21 --retrofit-only
 
-Train it with `retro train --model smollm2-retro --freeze-decoder true ...`.
+`--attention joint` wraps any causal language model; its own attention reads the neighbors, and nothing need be trained.
+`--attention cross`, for Llama, Mistral, Qwen2 and Qwen3, adds the paper's chunked cross attention. That model starts as
+exactly its decoder; train it with `retro train --model smollm2-retro --freeze-decoder true ...`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from data_prep.arguments import parse_arguments, run_command
-from modeling_retro import RetroForCausalLM
+from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
 from modeling_retro.retrieval_retro import tokenizer_fingerprint
 
 
@@ -39,6 +42,13 @@ class RetrofitArguments:
 
     base: str = field(metadata={"help": "Hub id or folder of the decoder."})
     output_dir: str = field(metadata={"help": "Folder to write the model and its tokenizer to; new or empty."})
+    attention: str = field(
+        default="cross",
+        metadata={
+            "help": "How neighbors are read: by chunked cross attention that is added, or jointly with the text.",
+            "choices": ["cross", "joint"],
+        },
+    )
     revision: str = field(default="main", metadata={"help": "Revision of the decoder on the Hub."})
     dtype: str = field(default="auto", metadata={"help": "Data type of the weights: float32, bfloat16, auto, …"})
     warm_start: bool = field(
@@ -56,7 +66,7 @@ class RetrofitArguments:
     neighbor_encoder_num_hidden_layers: int = field(default=2, metadata={"help": "Layers of the neighbor encoder."})
 
 
-def retrofit(arguments: RetrofitArguments) -> RetroForCausalLM:
+def retrofit(arguments: RetrofitArguments) -> PreTrainedModel:
     """
     Makes and saves a retrofitted model.
 
@@ -65,7 +75,7 @@ def retrofit(arguments: RetrofitArguments) -> RetroForCausalLM:
             What to make it of, and how.
 
     Returns:
-        [`RetroForCausalLM`]
+        [`RetroForCausalLM`] or [`RetroJointForCausalLM`]
 
     Raises:
         `ValueError`: for a folder that holds something already, or a decoder that RETRO cannot represent.
@@ -73,17 +83,20 @@ def retrofit(arguments: RetrofitArguments) -> RetroForCausalLM:
     output_dir = Path(arguments.output_dir)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"--output-dir {output_dir} is not empty; choose another or delete it")
-    model = RetroForCausalLM.from_decoder_pretrained(
-        arguments.base,
-        revision=arguments.revision,
-        dtype=arguments.dtype,
-        warm_start=arguments.warm_start,
-        chunk_size=arguments.chunk_size,
-        continuation_chunks=arguments.continuation_chunks,
-        num_neighbors=arguments.num_neighbors,
-        cross_attention_layers=arguments.cross_attention_layers,
-        neighbor_encoder_num_hidden_layers=arguments.neighbor_encoder_num_hidden_layers,
-    )
+    options = {
+        name: getattr(arguments, name)
+        for name in ("revision", "dtype", "chunk_size", "continuation_chunks", "num_neighbors")
+    }
+    if arguments.attention == "joint":
+        model = RetroJointForCausalLM.from_decoder_pretrained(arguments.base, **options)
+    else:
+        model = RetroForCausalLM.from_decoder_pretrained(
+            arguments.base,
+            warm_start=arguments.warm_start,
+            cross_attention_layers=arguments.cross_attention_layers,
+            neighbor_encoder_num_hidden_layers=arguments.neighbor_encoder_num_hidden_layers,
+            **options,
+        )
     tokenizer = AutoTokenizer.from_pretrained(arguments.base, revision=arguments.revision)
     if tokenizer.is_fast:
         model.config.tokenizer_sha256 = tokenizer_fingerprint(tokenizer)["sha256"]
