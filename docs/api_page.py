@@ -26,7 +26,17 @@ from collections.abc import Iterator
 # Modules by what they are for; of each the classes, with the methods that are theirs, and the functions.
 SECTIONS = {
     "The model": {
-        "modeling_retro": ["RetroConfig", "RetroForCausalLM", "RetroModel", "RetroNeighborEncoder", "RetroCache"],
+        "modeling_retro": [
+            "RetroConfig",
+            "RetroForCausalLM",
+            "RetroModel",
+            "RetroNeighborEncoder",
+            "RetroCache",
+            "RetroJointConfig",
+            "RetroJointForCausalLM",
+            "RetroJointCache",
+        ],
+        "modeling_retro.neighbor_states_retro": ["NeighborMemory"],
     },
     "Retrieval": {
         "modeling_retro": ["RetroRetriever", "RetrievedNeighbors", "RetroDatastore", "ChunkEncoder"],
@@ -55,7 +65,10 @@ SECTIONS = {
         "trainers.retro_config": ["RetroTrainingArguments"],
         "trainers.retro_trainer": ["RetroTrainer", "DataCollatorForRetro", "ChunkRows", "config_for_datastore"],
         "trainers.muon": ["MuonWithAdamW"],
+        "trainers.load_model": ["load_retro_model"],
         "trainers.evaluation": ["evaluate_retro"],
+        "trainers.in_front": ["in_front_bits"],
+        "trainers.operations": ["operations_per_token"],
         "trainers.evaluation_report": ["RetroEvaluation", "bootstrap_interval"],
         "trainers.scripts.generate": ["generate_with_neighbors"],
     },

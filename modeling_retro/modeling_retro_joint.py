@@ -141,7 +141,10 @@ class RetroJointForCausalLM(
             The causal language model to wrap. Defaults to a new one of `config.text_config`.
         """
         super().__init__(config)
-        self.decoder = AutoModelForCausalLM.from_config(config.text_config) if decoder is None else decoder
+        if decoder is None:
+            decoder = AutoModelForCausalLM.from_config(config.text_config)
+            config.text_config = decoder.config
+        self.decoder = decoder
         self.decoder.loss_function = causal_lm_loss
         self.neighbor_memory = NeighborMemory(MEMORY_BYTES)
         self.set_retriever(None)
@@ -217,7 +220,8 @@ class RetroJointForCausalLM(
 
     @classmethod
     def _wrap(cls, config: RetroJointConfig, decoder: PreTrainedModel) -> "RetroJointForCausalLM":
-        config.text_config = copy.deepcopy(decoder.config)
+        # The decoder's own config, so that a change of the attention implementation reaches it.
+        config.text_config = decoder.config
         config.dtype = decoder.dtype
         config._attn_implementation = decoder.config._attn_implementation
         model = cls(config, decoder=decoder)

@@ -62,13 +62,14 @@ def find_smollm2(folder: str | os.PathLike, dtype: torch.dtype = torch.bfloat16)
     found = checksum(source / GGUF_FILE)
     if found != GGUF_SHA256:
         raise ValueError(f"{source / GGUF_FILE} has sha256 {found}, expected {GGUF_SHA256}: {HOW_TO_INSTALL}")
-    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=dtype)
+    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
     # A model that was read from GGUF counts as quantised and cannot be saved.
     config = copy.deepcopy(quantised.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantised.state_dict())
+    model.to(dtype)
     partial = folder.with_name(f"{folder.name}.partial")
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE).save_pretrained(partial)

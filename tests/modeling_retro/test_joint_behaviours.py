@@ -47,6 +47,15 @@ def test_half_precision_is_close_to_single_precision(dtype, attn_implementation)
         assert torch.equal(off, decoder(inputs[0]).logits)
 
 
+def test_a_change_of_the_attention_reaches_the_decoder(tmp_path):
+    model = make_joint()
+    model.save_pretrained(tmp_path)
+    for model in (model, RetroJointForCausalLM.from_pretrained(tmp_path)):
+        assert model.config.text_config is model.decoder.config
+        model.set_attn_implementation("eager")
+        assert model.decoder.config._attn_implementation == "eager"
+
+
 def test_autocast_reads_neighbors_in_its_own_precision():
     model = make_joint(initializer_range=0.1).float()
     ids, neighbors, mask = make_inputs(2, 3 * CHUNK)
