@@ -85,7 +85,7 @@ RETRO_TINY = Path(__file__).parents[1] / "retro_tiny"
 SMOLLM2, TINY = "smollm2", "retro-tiny"
 
 # Of a pretrained language model the sizes of the datastore and of the evaluation: it is larger, but need not train.
-PRETRAINED_MAX_CHUNKS = {"train": 8_000, "validation": 72}
+PRETRAINED_MAX_CHUNKS = {"train": 6_000, "validation": 64}
 PRETRAINED_MAX_CHARACTERS = 1_500  # of a held-out document, so that there are many
 PRETRAINED_WINDOWS = {"window_chunks": 8, "stride_chunks": 4}
 
@@ -226,7 +226,7 @@ def quickstart(
             )
         evaluation.save(output_dir / "evaluation")
     with _stage("generation", seconds):
-        generated = generate_example(output_dir, retro, side_by_side=is_pretrained)
+        generated = generate_example(output_dir, retro, evaluation if is_pretrained else None)
     finding = verdict(evaluation, TINY if model == TINY and not from_scratch else None if from_scratch else model)
     report(output_dir, evaluation, finding, generated, seconds, retro, operations)
     return evaluation
@@ -480,27 +480,35 @@ def _computes_in_bf16() -> bool:
     return capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
 
 
-def generate_example(output_dir: Path, model: PreTrainedModel, side_by_side: bool = False) -> str:
-    """Continues the first whole chunk of the held-out documents and shows the neighbors that were used."""
+def generate_example(output_dir: Path, model: PreTrainedModel, evaluation: RetroEvaluation | None = None) -> str:
+    """
+    Continues the first whole chunk of the held-out documents and shows the neighbors that were used. With an
+    evaluation it is the chunk whose successor gained the most from its neighbors, continued without them as well.
+    """
     retriever = RetroRetriever.from_pretrained(output_dir / "datastore")
     datastore = retriever.datastore
     held_out = datastore.split("validation").chunks
-    input_ids, mask = held_out.take(np.argmax(held_out.length == datastore.chunk_size))
-    prompt = datastore.tokenizer.decode(input_ids[mask], skip_special_tokens=True)
-    options = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    is_whole = held_out.length == datastore.chunk_size
+    side_by_side = evaluation is not None
     if side_by_side:
-        options = {"do_sample": False, "repetition_penalty": 1.05, "eos_token_id": None}
+        gain = np.roll(evaluation.chunk_bits["off"] - evaluation.chunk_bits["on k=1"], -1)
+        gain[evaluation.document_offsets[1:] - 1] = -np.inf  # the last chunk of a document has no successor
+        is_whole = np.where(is_whole[: len(gain)], gain, -np.inf)
+    input_ids, mask = held_out.take(np.argmax(is_whole))
+    prompt = datastore.tokenizer.decode(input_ids[mask], skip_special_tokens=True)
+    options, max_new_tokens = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}, 2 * datastore.chunk_size
+    if side_by_side:
+        options, max_new_tokens = {"do_sample": False, "eos_token_id": None}, datastore.chunk_size
     texts = {}
     for is_on in (False, True) if side_by_side else (True,):
         set_seed(0)
         with model.retrieval(is_on):
-            chunks = generate_with_neighbors(
-                model, retriever, prompt, max_new_tokens=2 * datastore.chunk_size, **options
-            )
+            chunks = generate_with_neighbors(model, retriever, prompt, max_new_tokens=max_new_tokens, **options)
         texts["with retrieval" if is_on else "without"] = "".join(chunk.text for chunk in chunks[1:])
     example = format_chunks(chunks)
     if side_by_side:
-        example = f"prompt: {textwrap.shorten(prompt, 400)}\n\n{in_columns(texts)}\n\n{example}"
+        heading = "The held-out chunk whose successor gains the most from retrieval, and how the model goes on:"
+        example = f"{heading}\n\n{prompt}\n\n{in_columns(texts)}\n\n{example}"
     return example
 
 
