@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The cost of reading neighbors with a decoder's own attention, as ratios in one run. Generation with a retrieval at every
+What reading neighbors with a decoder's own attention costs, as ratios in one run. Generation with retrieval at every
 chunk is compared with the decoder itself through plain transformers, with the wrapped decoder without retrieval, and
 with the neighbor in front of a window that is read again at every chunk; prefill, decoding step and training step with
 neighbors are compared with the same without, beside the ratio that the operations predict.
