@@ -21,7 +21,7 @@ from tiny_joint import make_joint
 from transformers import DynamicCache
 
 
-make_model = None
+make_model = make_cross_model
 
 
 @pytest.fixture(autouse=True, params=["cross", "joint"])
