@@ -69,6 +69,7 @@ from data_prep.manifest import (
     write_manifest,
 )
 from data_prep.memory import keep_freed_memory
+from modeling_retro.manifest_retro import allows_control_tokens
 from modeling_retro.retrieval_retro import TRAIN_SPLIT, chunks_fingerprint, split_path, tokenizer_fingerprint
 
 
@@ -105,6 +106,10 @@ class ChunkArguments:
     max_documents: int | None = field(default=None, metadata={"help": "Stop after so many documents."})
     max_chunks: int | None = field(default=None, metadata={"help": "Stop before the document that goes over it."})
     max_document_bytes: int = field(default=50_000_000, metadata={"help": "Longer records are bad records."})
+    allow_control_tokens: bool = field(
+        default=False,
+        metadata={"help": "Turn text such as <|endoftext|> into the control token that it spells, not into text."},
+    )
     shard_bytes: int = field(default=32_000_000, metadata={"help": "Bytes of input in a shard."})
     append: bool = field(default=False, metadata={"help": "Add the inputs that the split does not hold yet."})
     force: bool = field(default=False, metadata={"help": "Rebuild the split from nothing."})
@@ -130,9 +135,12 @@ class DocumentChunker:
     Args:
         tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer with an EOS (or SEP) token.
         chunk_size (`int`): Tokens in a chunk, m.
+        allow_control_tokens (`bool`, *optional*, defaults to `False`):
+            Whether text that spells a special token, such as `<|endoftext|>`, becomes that token. By default it stays
+            text, so that no document can end itself or speak as another role of a chat.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chunk_size: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chunk_size: int, allow_control_tokens: bool = False):
         eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if eos is None:
             raise ValueError(f"the tokenizer {tokenizer.name_or_path} has no EOS token to end a document with")
@@ -144,6 +152,12 @@ class DocumentChunker:
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_padding()
         self._backend.no_truncation()
+        self._backend.encode_special_tokens = not allow_control_tokens
+        # Models of the Unigram kind may find a special token among their own pieces all the same.
+        spelled = [self._backend.encode(token, add_special_tokens=False).ids for token in tokenizer.all_special_tokens]
+        spelled = set(chain.from_iterable(spelled)) & set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        self._unwanted = [] if allow_control_tokens else sorted(spelled)
+        self._unknown = tokenizer.unk_token_id
         self._token_bytes = byte_lengths(self._backend)
 
     def chunk(self, documents: Sequence[Document]) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -162,6 +176,8 @@ class DocumentChunker:
         encode = self._backend.encode_batch if self._token_bytes is None else self._backend.encode_batch_fast
         encodings = encode([document.text for document in documents], add_special_tokens=False)
         rows = [np.fromiter(encoding.ids, dtype=self.dtype, count=len(encoding)) for encoding in encodings]
+        if self._unwanted:
+            rows = [self._without_control_tokens(row) for row in rows]
         added = len(self.prefix) + len(self.suffix)
         tokens = np.array([len(row) + added if len(row) else 0 for row in rows], dtype=np.int64)
         chunks = -(-tokens // m)
@@ -189,6 +205,15 @@ class DocumentChunker:
             "num_bytes": np.concatenate([np.zeros(0, dtype=np.int64), *num_bytes]),
         }
         return columns, chunks
+
+    def _without_control_tokens(self, row: np.ndarray) -> np.ndarray:
+        is_unwanted = np.isin(row, self._unwanted)
+        if is_unwanted.any() and self._unknown is None:
+            raise ValueError(
+                "a document spells a control token, which the tokenizer cannot split and for which it has no unknown "
+                "token; pass allow_control_tokens if the documents can be trusted"
+            )
+        return np.where(is_unwanted, self.dtype(self._unknown or 0), row)
 
     def _chunk_bytes(self, text: str, row: np.ndarray, encoding: Encoding) -> np.ndarray:
         """
@@ -256,6 +281,7 @@ def chunk_documents(
     max_documents: int | None = None,
     max_chunks: int | None = None,
     max_document_bytes: int = 50_000_000,
+    allow_control_tokens: bool = False,
     shard_bytes: int = 32_000_000,
     append: bool = False,
     force: bool = False,
@@ -279,6 +305,8 @@ def chunk_documents(
         max_documents (`int`, *optional*): Stop after so many documents.
         max_chunks (`int`, *optional*): Stop before the document that would go over so many chunks.
         max_document_bytes (`int`, *optional*, defaults to 50,000,000): Longer records are bad records.
+        allow_control_tokens (`bool`, *optional*, defaults to `False`): Whether text that spells a special token
+            becomes that token, for corpora that carry control tokens on purpose. One choice for all splits.
         shard_bytes (`int`, *optional*, defaults to 32,000,000): Bytes of input in a shard.
         append (`bool`, *optional*, defaults to `False`): Add the inputs that the split does not hold yet.
         force (`bool`, *optional*, defaults to `False`): Rebuild the split.
@@ -316,20 +344,25 @@ def chunk_documents(
         manifest = open_manifest(path, create=True)
         if force and split in manifest["splits"]:
             discard(path, manifest, split, "chunks")
-        _set_vocabulary(path, manifest, tokenizer, chunk_size, continuation_chunks)
+        shared = {
+            "chunk_size": chunk_size,
+            "continuation_chunks": continuation_chunks,
+            "allow_control_tokens": allow_control_tokens,
+        }
+        _set_vocabulary(path, manifest, tokenizer, shared)
         sources = find_sources(spool_streams(inputs, path, split), filter)
         sources = _plan(path, manifest, split, sources, record_format, options, append)
-        return _chunk_shards(path, manifest, split, sources, record_format, DocumentChunker(tokenizer, chunk_size))
+        chunker = DocumentChunker(tokenizer, chunk_size, allow_control_tokens)
+        return _chunk_shards(path, manifest, split, sources, record_format, chunker)
 
 
 def _set_vocabulary(
-    path: Path, manifest: dict[str, Any], tokenizer: PreTrainedTokenizerBase, chunk_size: int, continuation_chunks: int
+    path: Path, manifest: dict[str, Any], tokenizer: PreTrainedTokenizerBase, shared: dict[str, Any]
 ) -> None:
     """Sets what all splits share, or checks it against what the datastore already has."""
     fingerprint = tokenizer_fingerprint(tokenizer)
-    shared = {"chunk_size": chunk_size, "continuation_chunks": continuation_chunks}
     if manifest["splits"]:
-        check_options("chunk", shared, manifest)
+        check_options("chunk", shared, {"allow_control_tokens": allows_control_tokens(manifest)} | manifest)
         if fingerprint["sha256"] != manifest["tokenizer"]["sha256"]:
             raise ValueError(
                 f"the tokenizer {tokenizer.name_or_path} is not the one {path} was begun with "

@@ -216,6 +216,8 @@ class ChunkEncoder:
                 list(texts[start : start + window]),
                 truncation=True,
                 max_length=self.max_length,
+                # Text that spells a special token, such as [SEP], stays text.
+                split_special_tokens=True,
                 return_attention_mask=False,
                 return_token_type_ids=False,
             )["input_ids"]

@@ -14,7 +14,8 @@
 """What the manifest of a datastore says"""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,17 @@ MANIFEST_NAME = "datastore.json"
 FORMAT_VERSION = 1
 TRAIN_SPLIT = "train"
 
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+COUNTS = ("rows", "tokens", "bytes", "documents", "ntotal", "dim")
+
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """
     Reads `datastore.json` of a folder.
 
     Raises:
-        ValueError: If the file is missing, is not JSON, or has a format version this code does not know.
+        ValueError: If the file is missing, is not JSON, has a format version this code does not know, or holds a value
+            that no datastore has.
     """
     file = path / MANIFEST_NAME
     if not file.is_file():
@@ -43,7 +48,56 @@ def read_manifest(path: Path) -> dict[str, Any]:
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(f"{file} has format version {version}, this code reads version {FORMAT_VERSION}")
+    for name, problem in _problems(manifest):
+        raise ValueError(f"{file} is damaged or was altered: {name} {problem}; make or download the datastore again")
     return manifest
+
+
+def _problems(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The fields of a manifest that hold what no datastore has, and what is wrong with each."""
+    for name, lowest in (("chunk_size", 1), ("continuation_chunks", 0)):
+        if name in manifest and not _is_count(manifest[name], lowest):
+            yield name, f"is {manifest[name]!r}, expected a whole number from {lowest}"
+    splits = manifest.get("splits", {})
+    for name, expected in (("splits", dict), ("tokenizer", dict), ("encoder", dict), ("index", dict)):
+        if not isinstance(manifest.get(name, {}), expected):
+            yield name, f"is {manifest[name]!r}, expected fields"
+            return
+    for split, stages in splits.items():
+        if not PLAIN_NAME.fullmatch(split):
+            yield "splits", f"has the split {split!r}, whose name leads out of the folder"
+        if not isinstance(stages, dict):
+            yield f"splits.{split}", f"is {stages!r}, expected fields"
+            return
+    yield from _problems_inside(manifest, "")
+    for file in manifest.get("index", {}).get("sha256") or {}:
+        if not PLAIN_NAME.fullmatch(file):
+            yield "index.sha256", f"names the file {file!r}, which leads out of the folder"
+
+
+def _problems_inside(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    """Counts that are none, and shards whose names lead out of their folder, anywhere in a manifest."""
+    if isinstance(value, list):
+        for number, element in enumerate(value):
+            yield from _problems_inside(element, f"{name}[{number}]")
+    elif isinstance(value, dict):
+        for key, element in value.items():
+            field = f"{name}.{key}" if name else str(key)
+            if key == "options":  # what a stage was told, which it checks itself
+                continue
+            is_count = str(key).startswith("num_") or (key in COUNTS and not isinstance(element, dict))
+            if is_count and not _is_count(element, 0):
+                yield field, f"is {element!r}, expected a whole number from 0"
+            if key == "shards" and isinstance(element, list):
+                for number, shard in enumerate(element):
+                    shard_name = shard.get("name") if isinstance(shard, dict) else shard
+                    if not isinstance(shard_name, str) or not PLAIN_NAME.fullmatch(shard_name):
+                        yield f"{field}[{number}].name", f"is {shard_name!r}, expected a name without a path"
+            yield from _problems_inside(element, field)
+
+
+def _is_count(value: Any, lowest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
 
 
 def check_model(manifest: Mapping[str, Any], name: str | Path, config: RetroConfig) -> None:
@@ -71,6 +125,14 @@ def check_model(manifest: Mapping[str, Any], name: str | Path, config: RetroConf
             f"{name} was made with another tokenizer than the model: that of {tokenizer['name']} has the sha256 "
             f"{tokenizer['sha256'][:12]}, the model was trained with {config.tokenizer_sha256[:12]}"
         )
+
+
+def allows_control_tokens(manifest: Mapping[str, Any]) -> bool:
+    """
+    Whether text that spells a special token became that token when the datastore was made. Datastores that do not say
+    were made before there was a choice, and allow it.
+    """
+    return manifest.get("allow_control_tokens", True)
 
 
 def describe_datastore(manifest: Mapping[str, Any]) -> dict[str, Any]:

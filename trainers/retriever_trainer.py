@@ -122,6 +122,8 @@ class SiameseDataCollator(DataCollatorMixin):
                 max_length=self.max_length,
                 padding=True,
                 pad_to_multiple_of=self.pad_to_multiple_of,
+                # Text that spells a special token stays text.
+                split_special_tokens=True,
                 return_token_type_ids=False,
                 return_attention_mask=True,
                 return_tensors="pt",

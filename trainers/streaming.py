@@ -32,6 +32,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from data_prep.chunk import DocumentChunker
 from data_prep.documents import Document
+from modeling_retro.manifest_retro import allows_control_tokens
 from modeling_retro.retrieval_retro import DatastoreSplit, RetroRetriever
 
 from .retro_config import RetroTrainingArguments
@@ -255,7 +256,8 @@ class RetroStreamTrainer(RetroTrainer):
         args.ignore_data_skip = True
         self._stream_position: str | None = None
         datastore = retriever.datastore
-        chunker = DocumentChunker(datastore.tokenizer, datastore.chunk_size)
+        allow_control_tokens = allows_control_tokens(datastore.manifest)
+        chunker = DocumentChunker(datastore.tokenizer, datastore.chunk_size, allow_control_tokens)
         super().__init__(
             model,
             args,

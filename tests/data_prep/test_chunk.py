@@ -13,6 +13,8 @@
 # limitations under the License.
 """Chunks hold every token and byte of their documents, and only those."""
 
+import json
+
 import numpy as np
 import pytest
 from conftest import make_texts, write_jsonl
@@ -348,3 +350,39 @@ def test_command_prints_one_line_of_counts(tmp_path, tiny_tokenizer, capsys):
     ]
     main(["--input", str(file), *options])
     assert "2 chunks of 2 documents" in capsys.readouterr().out
+
+
+CONTROL = "end<eos>here <eos>"
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_text_that_spells_a_control_token_stays_text(kind):
+    backend = TOKENIZERS[kind]()
+    unknown = "<unk>" if "<unk>" in backend.get_vocab() else None
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token=unknown)
+    eos = tokenizer.eos_token_id
+    for allowed, number in ((False, 1), (True, 3)):
+        columns, _ = DocumentChunker(tokenizer, 64, allow_control_tokens=allowed).chunk([Document(CONTROL, 0)])
+        tokens = columns["input_ids"][0, : columns["length"][0]]
+        assert np.count_nonzero(tokens == eos) == number and tokens[-1] == eos
+        assert columns["num_bytes"].sum() == len(CONTROL.encode())
+
+
+def test_the_manifest_says_whether_control_tokens_are_allowed_and_another_choice_is_refused(tmp_path, tiny_tokenizer):
+    file = write_jsonl(tmp_path / "poisoned.jsonl", [CONTROL, *make_texts(3)])
+    path = tmp_path / "datastore"
+    chunk_documents(file, path, tiny_tokenizer, chunk_size=8)
+    manifest = json.loads((path / "datastore.json").read_text())
+    assert manifest["allow_control_tokens"] is False
+    chunks = RetroDatastore.from_pretrained(path).chunks
+    tokens, mask = chunks.take(np.arange(len(chunks)))
+    # Each document ends once, at its end.
+    assert np.count_nonzero(tokens[mask] == tiny_tokenizer.eos_token_id) == 4
+    with pytest.raises(ValueError, match="allow_control_tokens=False, not True"):
+        chunk_documents(file, path, tiny_tokenizer, chunk_size=8, allow_control_tokens=True)
+    # Datastores of before the choice were made with control tokens.
+    del manifest["allow_control_tokens"]
+    (path / "datastore.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="allow_control_tokens=True, not False"):
+        chunk_documents(file, path, tiny_tokenizer, chunk_size=8)
+    chunk_documents(file, path, tiny_tokenizer, chunk_size=8, allow_control_tokens=True)
