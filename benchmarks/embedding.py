@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from modeling_retro.encoder_retro import ChunkEncoder, decode_chunks
-from modeling_retro.retrieval_retro import RetroDatastore
+from modeling_retro.chunk_encoder_retro import ChunkEncoder, decode_chunks
+from modeling_retro.datastore_retro import RetroDatastore
 
 
 def sample_texts(datastore: RetroDatastore, number: int) -> list[str]:

@@ -32,7 +32,8 @@ import faiss
 import numpy as np
 
 from data_prep.index import make_index, read_embeddings, recall_at, tune, write_index
-from modeling_retro.retrieval_retro import TRAIN_SPLIT, read_index, read_manifest, split_path
+from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, read_manifest
+from modeling_retro.datastore_retro import read_index, split_path
 
 
 K = 10

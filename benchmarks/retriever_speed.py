@@ -37,7 +37,7 @@ from sentence_transformers import (
 from transformers import AutoTokenizer, TrainerCallback
 
 from data_prep.pairs import load_pairs
-from modeling_retro.encoder_retro import load_text_encoder
+from modeling_retro.chunk_encoder_retro import load_text_encoder
 from trainers.retriever_config import RetrieverTrainingArguments
 from trainers.retriever_trainer import RetrieverTrainer
 

@@ -55,7 +55,8 @@ from data_prep.documents import (
     record_location,
     spool_streams,
 )
-from data_prep.manifest import (
+from data_prep.memory import keep_freed_memory
+from data_prep.stage_files import (
     check_options,
     clear_records,
     directory_lock,
@@ -68,9 +69,8 @@ from data_prep.manifest import (
     whole,
     write_manifest,
 )
-from data_prep.memory import keep_freed_memory
-from modeling_retro.manifest_retro import allows_control_tokens
-from modeling_retro.retrieval_retro import TRAIN_SPLIT, chunks_fingerprint, split_path, tokenizer_fingerprint
+from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, allows_control_tokens
+from modeling_retro.datastore_retro import chunks_fingerprint, split_path, tokenizer_fingerprint
 
 
 logger = logging.get_logger(__name__)

@@ -38,7 +38,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.chunk import chunk_features, set_shards
 from data_prep.embed import copy_encoder
-from data_prep.manifest import (
+from data_prep.neighbors import neighbor_features
+from data_prep.stage_files import (
     clear_records,
     directory_lock,
     open_manifest,
@@ -48,15 +49,9 @@ from data_prep.manifest import (
     whole,
     write_manifest,
 )
-from data_prep.neighbors import neighbor_features
-from modeling_retro.encoder_retro import ChunkEncoder, decode_chunks
-from modeling_retro.retrieval_retro import (
-    TRAIN_SPLIT,
-    RetroDatastore,
-    read_manifest,
-    split_path,
-    tokenizer_fingerprint,
-)
+from modeling_retro.chunk_encoder_retro import ChunkEncoder, decode_chunks
+from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, read_manifest
+from modeling_retro.datastore_retro import RetroDatastore, split_path, tokenizer_fingerprint
 
 
 # Cosine that embeddings of another program must reach with those of the encoder that is said to have made them.

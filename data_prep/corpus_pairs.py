@@ -22,8 +22,9 @@ import xxhash
 from datasets import Dataset, Features, Value
 from tqdm.auto import tqdm
 
-from modeling_retro.encoder_retro import decode_chunks
-from modeling_retro.retrieval_retro import TRAIN_SPLIT, RetroDatastore
+from modeling_retro.chunk_encoder_retro import decode_chunks
+from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
+from modeling_retro.datastore_retro import RetroDatastore
 
 
 KINDS = ("continuation", "entity", "title")
@@ -52,7 +53,7 @@ def pairs_from_datastore(
     - `"title"`: a chunk and one of another document that holds the same section title
 
     Args:
-        datastore ([`~modeling_retro.retrieval_retro.RetroDatastore`]):
+        datastore ([`~modeling_retro.RetroDatastore`]):
             The datastore; only its chunks are read.
         kinds (`Sequence[str]`, *optional*):
             Which of these. Defaults to all.

@@ -38,7 +38,7 @@ from transformers.utils import logging
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.chunk import chunk_features, set_shards
-from data_prep.manifest import (
+from data_prep.stage_files import (
     directory_lock,
     discard,
     open_manifest,
@@ -49,7 +49,8 @@ from data_prep.manifest import (
     whole,
     write_manifest,
 )
-from modeling_retro.retrieval_retro import TRAIN_SPLIT, ChunkTable, RetroDatastore, verify_file
+from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
+from modeling_retro.datastore_retro import ChunkTable, RetroDatastore, verify_file
 
 
 logger = logging.get_logger(__name__)

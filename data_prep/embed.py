@@ -34,7 +34,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from data_prep.arguments import parse_arguments, run_command
-from data_prep.manifest import (
+from data_prep.memory import keep_freed_memory
+from data_prep.stage_files import (
     check_options,
     clear_records,
     directory_lock,
@@ -45,9 +46,9 @@ from data_prep.manifest import (
     whole,
     write_manifest,
 )
-from data_prep.memory import keep_freed_memory
-from modeling_retro.encoder_retro import ChunkEncoder
-from modeling_retro.retrieval_retro import TRAIN_SPLIT, RetroDatastore, split_path, verify_file
+from modeling_retro.chunk_encoder_retro import ChunkEncoder
+from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
+from modeling_retro.datastore_retro import RetroDatastore, split_path, verify_file
 
 
 logger = logging.get_logger(__name__)

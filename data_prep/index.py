@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from data_prep.arguments import parse_arguments, run_command
-from data_prep.manifest import (
+from data_prep.stage_files import (
     check_options,
     directory_lock,
     discard,
@@ -51,8 +51,8 @@ from data_prep.manifest import (
     write_json,
     write_manifest,
 )
-from modeling_retro.retrieval_retro import (  # faiss from here: the error without it names the extras
-    TRAIN_SPLIT,
+from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
+from modeling_retro.datastore_retro import (  # faiss from here: the error without it names the extras
     checksum,
     chunks_fingerprint,
     faiss,

@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.index import read_embeddings, to_gpus
-from data_prep.manifest import (
+from data_prep.stage_files import (
     check_options,
     clear_records,
     directory_lock,
@@ -44,14 +44,9 @@ from data_prep.manifest import (
     save_shard,
     write_manifest,
 )
-from modeling_retro.retrieval_retro import (
-    TRAIN_SPLIT,
-    ChunkTable,
-    RetroDatastore,
-    other_document_filter,
-    search,
-    split_path,
-)
+from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
+from modeling_retro.datastore_retro import ChunkTable, RetroDatastore, split_path
+from modeling_retro.retriever_retro import other_document_filter, search
 
 
 logger = logging.get_logger(__name__)

@@ -44,12 +44,12 @@ import xxhash
 from datasets import Dataset, Features, IterableDataset, Value
 from transformers.utils import logging
 
-from modeling_retro.retrieval_retro import RetroDatastore
+from modeling_retro.datastore_retro import RetroDatastore
 
 from .arguments import parse_arguments, run_command
 from .corpus_pairs import KINDS, pairs_from_datastore
-from .manifest import whole
 from .pair_collections import RECIPE_PATH, download_pairs
+from .stage_files import whole
 
 
 logger = logging.get_logger(__name__)

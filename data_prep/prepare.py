@@ -39,7 +39,9 @@ from data_prep.chunk import chunk_documents, chunk_features, set_shards
 from data_prep.deduplicate import deduplicate
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index, read_embeddings
-from data_prep.manifest import (
+from data_prep.memory import keep_freed_memory
+from data_prep.neighbors import find_neighbors
+from data_prep.stage_files import (
     clear_records,
     directory_lock,
     discard,
@@ -50,9 +52,8 @@ from data_prep.manifest import (
     whole,
     write_manifest,
 )
-from data_prep.memory import keep_freed_memory
-from data_prep.neighbors import find_neighbors
-from modeling_retro.retrieval_retro import TRAIN_SPLIT, RetroDatastore, read_manifest, split_path
+from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, read_manifest
+from modeling_retro.datastore_retro import RetroDatastore, split_path
 
 
 logger = logging.get_logger(__name__)

@@ -40,7 +40,7 @@ from xml.parsers import expat
 from tqdm.auto import tqdm
 
 from .arguments import parse_arguments, run_command
-from .manifest import whole
+from .stage_files import whole
 
 
 try:

@@ -32,8 +32,8 @@ from datasets import IterableDataset
 from tqdm.auto import tqdm
 
 from data_prep.arguments import parse_arguments, run_command
-from data_prep.manifest import whole
-from data_prep.tasks import open_texts
+from data_prep.span_corruption_tasks import open_texts
+from data_prep.stage_files import whole
 
 
 @dataclass

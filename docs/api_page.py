@@ -40,17 +40,12 @@ SECTIONS = {
     },
     "Retrieval": {
         "modeling_retro": ["RetroRetriever", "RetrievedNeighbors", "RetroDatastore", "ChunkEncoder"],
-        "modeling_retro.retrieval_retro": [
-            "DatastoreSplit",
-            "ChunkTable",
-            "search",
-            "read_index",
-            "tokenizer_fingerprint",
-        ],
+        "modeling_retro.datastore_retro": ["DatastoreSplit", "ChunkTable", "read_index", "tokenizer_fingerprint"],
+        "modeling_retro.retriever_retro": ["search"],
     },
     "Sharing": {
-        "modeling_retro.hub_retro": ["push_datastore", "download_datastore"],
-        "modeling_retro.sharing_retro": ["create_model_card", "save_model_card"],
+        "modeling_retro.hub_transfer_retro": ["push_datastore", "download_datastore"],
+        "modeling_retro.model_card_retro": ["create_model_card", "save_model_card"],
     },
     "Documents to a datastore": {
         "data_prep.prepare": ["prepare_datastore", "extend_datastore"],
@@ -81,7 +76,7 @@ SECTIONS = {
     },
     "Span corruption": {
         "trainers.span_corruption": ["DataCollatorForSpanCorruption"],
-        "data_prep.tasks": ["read_tasks", "load_mixture"],
+        "data_prep.span_corruption_tasks": ["read_tasks", "load_mixture"],
     },
 }
 

@@ -37,13 +37,18 @@ RetroForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 RetroJointConfig.register_for_auto_class()
 RetroJointForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
-_RETRIEVAL = ("ChunkEncoder", "RetrievedNeighbors", "RetroDatastore", "RetroRetriever")
+_RETRIEVAL = {
+    "ChunkEncoder": ".chunk_encoder_retro",
+    "RetrievedNeighbors": ".retriever_retro",
+    "RetroDatastore": ".datastore_retro",
+    "RetroRetriever": ".retriever_retro",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Retrieval wants faiss, the model does not: its classes are imported when they are asked for."""
     if name in _RETRIEVAL:
-        return getattr(importlib.import_module(".retrieval_retro", __name__), name)
+        return getattr(importlib.import_module(_RETRIEVAL[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -158,7 +158,8 @@ class RetroGenerationMixin:
                 "`config.datastore_name_or_path`."
             )
         # Saved models carry this file too; only those who retrieve need its requirements.
-        from .retrieval_retro import RetroDatastore, RetroRetriever
+        from .datastore_retro import RetroDatastore
+        from .retriever_retro import RetroRetriever
 
         name, revision = self.config.datastore_name_or_path, self.config.datastore_revision
         return RetroRetriever(RetroDatastore.from_pretrained(name, revision=revision, **hub_kwargs))

@@ -48,8 +48,8 @@ from .chunk_layout_retro import (
 from .configuration_retro import RetroConfig
 from .generation_retro import RetroGenerationMixin, check_neighbors
 from .loss_retro import causal_lm_loss
+from .model_sharing_retro import RetroSharingMixin
 from .retrofit_retro import RetroRetrofitMixin
-from .sharing_retro import RetroSharingMixin
 
 
 class RetroRMSNorm(nn.Module):

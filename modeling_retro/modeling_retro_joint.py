@@ -45,8 +45,8 @@ from .chunk_layout_retro import (
 from .configuration_retro_joint import RetroJointConfig
 from .generation_retro import RetroGenerationMixin, check_neighbors
 from .loss_retro import causal_lm_loss
+from .model_sharing_retro import RetroSharingMixin
 from .neighbor_states_retro import LayerStates, NeighborMemory
-from .sharing_retro import RetroSharingMixin
 
 
 # Neighbors that the decoder reads in one pass.

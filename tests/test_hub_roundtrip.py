@@ -23,7 +23,7 @@ import torch
 from loopback_hub import loopback_hub
 
 from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroRetriever
-from modeling_retro.sharing_retro import save_model_card
+from modeling_retro.model_card_retro import save_model_card
 
 
 # Stands for a machine without this package: its modules cannot be imported.
@@ -41,7 +41,7 @@ sys.meta_path.insert(0, Absent())
 PUSH = """
 import json, sys
 from huggingface_hub import CommitOperationAdd, HfApi
-from modeling_retro import RetroDatastore, RetroForCausalLM, hub_retro
+from modeling_retro import RetroDatastore, RetroForCausalLM, hub_transfer_retro
 
 report = {}
 
@@ -70,14 +70,14 @@ HfApi().create_commit(
     repo_type="dataset",
 )
 
-hub_retro.FILES_PER_COMMIT = 8
+hub_transfer_retro.FILES_PER_COMMIT = 8
 for _ in range(2):
     attempt("alice/large", datastore.push_to_hub, "alice/large")
     try:
         report.setdefault("loaded", []).append(len(RetroDatastore.from_pretrained("alice/large").chunks))
     except ValueError as error:
         report.setdefault("loaded", []).append(str(error))
-hub_retro.FILES_PER_COMMIT = 500
+hub_transfer_retro.FILES_PER_COMMIT = 500
 
 model = RetroForCausalLM.from_pretrained("model")
 attempt("gpt2", model.push_to_hub, "alice/gpt2")

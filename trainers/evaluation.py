@@ -28,7 +28,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from data_prep.index import read_embeddings
-from modeling_retro.retrieval_retro import TRAIN_SPLIT, DatastoreSplit, RetroDatastore, other_document_filter, search
+from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
+from modeling_retro.datastore_retro import DatastoreSplit, RetroDatastore
+from modeling_retro.retriever_retro import other_document_filter, search
 
 from .evaluation_report import RetroEvaluation
 from .in_front import in_front_bits

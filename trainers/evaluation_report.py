@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from modeling_retro.sharing_retro import evaluation_tables
+from modeling_retro.model_card_retro import evaluation_tables
 
 
 OVERLAP_EDGES = np.arange(9) / 8

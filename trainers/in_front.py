@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from modeling_retro.retrieval_retro import DatastoreSplit, RetroDatastore
+from modeling_retro.datastore_retro import DatastoreSplit, RetroDatastore
 
 
 @torch.inference_mode()

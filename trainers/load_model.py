@@ -18,7 +18,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointConfig, RetroJointForCausalLM
-from modeling_retro.retrieval_retro import RetroDatastore
+from modeling_retro.datastore_retro import RetroDatastore
 
 
 def load_retro_model(name_or_path: str, datastore: RetroDatastore, **kwargs: Any) -> PreTrainedModel:

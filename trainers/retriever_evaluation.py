@@ -23,7 +23,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from data_prep.pairs import hash_texts
-from modeling_retro.retrieval_retro import faiss  # from here: the error without it names the extras
+from modeling_retro.datastore_retro import faiss  # faiss from here: the error without it names the extras
 
 
 def retrieval_metrics(

@@ -37,7 +37,7 @@ from transformers.data.data_collator import DataCollatorMixin
 from transformers.utils import logging
 
 from data_prep.pairs import PairMixture, hash_pairs, hash_texts, pair_columns
-from modeling_retro.encoder_retro import longest_input, pool_hidden_states
+from modeling_retro.chunk_encoder_retro import longest_input, pool_hidden_states
 
 from .losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss, split_by_length
 from .retriever_config import RetrieverTrainingArguments
@@ -298,7 +298,7 @@ class RetrieverTrainer(Trainer):
             Those of [`~transformers.Trainer`].
 
     `save_model` writes a folder that `AutoModel`, sentence-transformers and
-    [`~modeling_retro.encoder_retro.ChunkEncoder`] load.
+    [`~modeling_retro.chunk_encoder_retro.ChunkEncoder`] load.
     """
 
     _tag_names = ["sentence-transformers", "sentence-similarity", "feature-extraction", "retro"]

@@ -28,8 +28,8 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_retro import RetroConfig
-from modeling_retro.retrieval_retro import DatastoreSplit, RetroDatastore
-from modeling_retro.sharing_retro import save_model_card
+from modeling_retro.datastore_retro import DatastoreSplit, RetroDatastore
+from modeling_retro.model_card_retro import save_model_card
 
 from .evaluation import evaluate_retro
 from .muon import MuonWithAdamW
@@ -433,7 +433,7 @@ class RetroTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         """
-        Writes `README.md` into the output folder, as [`~modeling_retro.sharing_retro.save_model_card`] does; it has
+        Writes `README.md` into the output folder, as [`~modeling_retro.model_card_retro.save_model_card`] does; it has
         the numbers of `retro evaluate` if they are of these weights.
 
         Args:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_prep.manifest import checksum
+from data_prep.stage_files import checksum
 
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

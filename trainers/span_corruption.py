@@ -34,8 +34,8 @@ class DataCollatorForSpanCorruption:
     preprocessing, no sentinel closes the targets.
 
     Rows of `raw_length` tokens make inputs of `input_length` and labels of `target_length` tokens exactly, so texts
-    are to be joined and split to `raw_length` beforehand (as [`~data_prep.tasks.load_mixture`] does). Shorter rows
-    make shorter inputs, longer ones are cut. A row of one token has no noise.
+    are to be joined and split to `raw_length` beforehand, as [`~data_prep.span_corruption_tasks.load_mixture`] does.
+    Shorter rows make shorter inputs, longer ones are cut. A row of one token has no noise.
 
     The noise is a function of `seed` and of the tokens of the batch: the same in any worker, on any machine, after a
     resume and in each evaluation. An epoch that is shuffled composes other batches, and so draws other noise.

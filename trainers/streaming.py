@@ -32,8 +32,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from data_prep.chunk import DocumentChunker
 from data_prep.documents import Document
-from modeling_retro.manifest_retro import allows_control_tokens
-from modeling_retro.retrieval_retro import DatastoreSplit, RetroRetriever
+from modeling_retro.datastore_manifest_retro import allows_control_tokens
+from modeling_retro.datastore_retro import DatastoreSplit
+from modeling_retro.retriever_retro import RetroRetriever
 
 from .retro_config import RetroTrainingArguments
 from .retro_trainer import DataCollatorForRetro, RetroTrainer, collator_options

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_prep.chunk import DocumentChunker, chunk_documents, main
 from data_prep.documents import Document
-from modeling_retro.retrieval_retro import RetroDatastore
+from modeling_retro.datastore_retro import RetroDatastore
 
 
 AWKWARD = [

@@ -18,7 +18,7 @@ import pytest
 from data_prep.chunk import chunk_documents
 from data_prep.corpus_pairs import pairs_from_datastore
 from data_prep.pairs import load_pairs, main
-from modeling_retro.retrieval_retro import RetroDatastore
+from modeling_retro.datastore_retro import RetroDatastore
 
 
 TEXTS = [

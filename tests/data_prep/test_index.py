@@ -23,9 +23,9 @@ import numpy as np
 import pytest
 
 from data_prep.index import build_index, recall_at, suggest_factory, tune
-from data_prep.manifest import run_shards
 from data_prep.neighbors import find_neighbors
-from modeling_retro.retrieval_retro import RetroDatastore
+from data_prep.stage_files import run_shards
+from modeling_retro.datastore_retro import RetroDatastore
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_bad_options_are_named(embedded, options, message):
 
 def test_without_faiss_the_error_names_the_extras(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    for name in ("data_prep.index", "modeling_retro.retrieval_retro"):
+    for name in ("data_prep.index", "modeling_retro.datastore_retro"):
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"\[cpu\].*\[gpu\]"):
         importlib.import_module("data_prep.index")

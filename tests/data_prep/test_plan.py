@@ -18,7 +18,7 @@ import pytest
 
 from data_prep.index import index_bytes, make_index
 from data_prep.plan import main, parse_number, plan_datastore
-from modeling_retro.retrieval_retro import RetroDatastore
+from modeling_retro.datastore_retro import RetroDatastore
 
 
 def test_planned_sizes_are_those_of_a_datastore(tiny_datastore_dir):

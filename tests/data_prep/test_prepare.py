@@ -24,9 +24,9 @@ import pytest
 import yaml
 from conftest import TINY_CHUNK_SIZE, make_texts, write_jsonl
 
-from data_prep.manifest import directory_lock, save_shard
 from data_prep.prepare import main, prepare_datastore, read_recipe
-from modeling_retro.retrieval_retro import RetroDatastore
+from data_prep.stage_files import directory_lock, save_shard
+from modeling_retro.datastore_retro import RetroDatastore
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from accelerate import PartialState
 from conftest import TINY_CHUNK_SIZE, make_texts, write_jsonl
 
 from data_prep.prepare import prepare_datastore
-from modeling_retro.retrieval_retro import RetroDatastore
+from modeling_retro.datastore_retro import RetroDatastore
 
 
 def work(rank: int, world_size: int, port: int, recipe: dict, output_dir: Path, log: Path) -> None:

@@ -22,7 +22,8 @@ import torch
 from conftest import make_texts, write_jsonl
 
 from data_prep.chunk import DocumentChunker
-from modeling_retro.retrieval_retro import RetroDatastore, RetroRetriever
+from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.retriever_retro import RetroRetriever
 from trainers.retro_config import RetroTrainingArguments
 from trainers.retro_trainer import ChunkRows, DataCollatorForRetro
 from trainers.streaming import RetroStreamTrainer, StreamCollator, StreamedRows, load_document_stream

@@ -32,7 +32,7 @@ import numpy as np
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.pairs import load_pairs
-from modeling_retro.encoder_retro import ChunkEncoder
+from modeling_retro.chunk_encoder_retro import ChunkEncoder
 
 from ..retriever_evaluation import RetrievalSet, retrieval_metrics, spearman
 
@@ -62,7 +62,7 @@ def evaluate_retriever(
     Embeds a retrieval set and measures the exact search.
 
     Args:
-        encoder ([`~modeling_retro.encoder_retro.ChunkEncoder`]):
+        encoder ([`~modeling_retro.chunk_encoder_retro.ChunkEncoder`]):
             The encoder.
         retrieval_set ([`~trainers.retriever_evaluation.RetrievalSet`]):
             Queries, documents and judgements.

@@ -33,9 +33,9 @@ from transformers import AutoConfig
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.memory import keep_freed_memory
-from modeling_retro.manifest_retro import describe_datastore
-from modeling_retro.retrieval_retro import RetroDatastore
-from modeling_retro.sharing_retro import save_model_card
+from modeling_retro.datastore_manifest_retro import describe_datastore
+from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.model_card_retro import save_model_card
 
 from ..evaluation import MODES, evaluate_retro
 from ..load_model import load_retro_model

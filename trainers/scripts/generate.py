@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from data_prep.arguments import parse_arguments, run_command
-from modeling_retro.retrieval_retro import RetroRetriever
+from modeling_retro.retriever_retro import RetroRetriever
 
 from ..load_model import load_retro_model
 

@@ -29,10 +29,11 @@ from datasets import Dataset
 from transformers.utils import logging
 
 from data_prep.arguments import parse_arguments, run_command
-from data_prep.manifest import whole
 from data_prep.pairs import hash_pairs, load_pairs
-from modeling_retro.encoder_retro import ChunkEncoder
-from modeling_retro.retrieval_retro import faiss, search  # faiss from here: the error without it names the extras
+from data_prep.stage_files import whole
+from modeling_retro.chunk_encoder_retro import ChunkEncoder
+from modeling_retro.datastore_retro import faiss  # faiss from here: the error without it names the extras
+from modeling_retro.retriever_retro import search
 
 
 logger = logging.get_logger(__name__)
@@ -77,7 +78,7 @@ def mine_negatives(
     Args:
         pairs (`datasets.Dataset`):
             Columns `anchor` and `positive`.
-        encoder ([`~modeling_retro.encoder_retro.ChunkEncoder`]):
+        encoder ([`~modeling_retro.chunk_encoder_retro.ChunkEncoder`]):
             The encoder.
         num_negatives (`int`, *optional*, defaults to 1):
             Hard negatives of each pair; pairs with fewer are left out.

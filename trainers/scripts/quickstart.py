@@ -60,11 +60,12 @@ from data_prep.docstrings import is_held_out, read_docstrings
 from data_prep.documents import Dropped, RecordFormat, RecordReader, find_sources, plan_parts
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
-from data_prep.manifest import checksum
 from data_prep.memory import keep_freed_memory
 from data_prep.neighbors import find_neighbors
+from data_prep.stage_files import checksum
 from modeling_retro import RetroConfig, RetroForCausalLM
-from modeling_retro.retrieval_retro import RetroDatastore, RetroRetriever
+from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.retriever_retro import RetroRetriever
 
 from ..evaluation import evaluate_retro
 from ..evaluation_report import RetroEvaluation

@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from data_prep.arguments import parse_arguments, run_command
 from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
-from modeling_retro.retrieval_retro import tokenizer_fingerprint
+from modeling_retro.datastore_retro import tokenizer_fingerprint
 
 
 @dataclass

@@ -35,7 +35,7 @@ from data_prep.arguments import parse_arguments, run_command
 from data_prep.memory import keep_freed_memory
 from data_prep.pair_collections import read_recipe
 from data_prep.pairs import PairMixture, load_pairs
-from modeling_retro.encoder_retro import load_text_encoder
+from modeling_retro.chunk_encoder_retro import load_text_encoder
 
 from ..retriever_config import RetrieverTrainingArguments
 from ..retriever_trainer import RetrieverTrainer

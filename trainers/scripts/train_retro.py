@@ -38,7 +38,8 @@ from transformers.distributed import DistributedConfig
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.memory import keep_freed_memory
 from modeling_retro import RetroForCausalLM
-from modeling_retro.retrieval_retro import RetroDatastore, RetroRetriever
+from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.retriever_retro import RetroRetriever
 
 from ..load_model import load_retro_model
 from ..retro_config import RetroTrainingArguments

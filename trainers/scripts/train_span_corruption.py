@@ -52,7 +52,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.memory import keep_freed_memory
-from data_prep.tasks import load_mixture, read_tasks
+from data_prep.span_corruption_tasks import load_mixture, read_tasks
 from trainers.span_corruption import DataCollatorForSpanCorruption
 
 
@@ -63,7 +63,7 @@ class SpanCorruptionArguments:
 
     Args:
         tasks (`str`):
-            YAML file of tasks, see [`data_prep.tasks`].
+            YAML file of tasks, see [`data_prep.span_corruption_tasks`].
         model_name_or_path (`str`, *optional*):
             Checkpoint to go on from. Defaults to a new model.
         config_name_or_path (`str`, *optional*):
@@ -76,7 +76,7 @@ class SpanCorruptionArguments:
             Rows to shuffle among; 0 keeps the order of the tasks' texts.
     """
 
-    tasks: str = field(metadata={"help": "YAML file of tasks, see data_prep/tasks.py."})
+    tasks: str = field(metadata={"help": "YAML file of tasks, see data_prep/span_corruption_tasks.py."})
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to go on from; a new model if not given."}
     )

@@ -38,8 +38,8 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from modeling_retro.manifest_retro import FORMAT_VERSION, MANIFEST_NAME, TRAIN_SPLIT, read_manifest
-from modeling_retro.retrieval_retro import checksum, split_path
+from modeling_retro.datastore_manifest_retro import FORMAT_VERSION, MANIFEST_NAME, TRAIN_SPLIT, read_manifest
+from modeling_retro.datastore_retro import checksum, split_path
 
 
 logger = logging.get_logger(__name__)

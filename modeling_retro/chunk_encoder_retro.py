@@ -1,0 +1,315 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The encoder of chunks and texts: one for the keys of a datastore and for the queries to it"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file, logging
+
+
+logger = logging.get_logger(__name__)
+
+
+def weights_fingerprint(model: torch.nn.Module, missing: Sequence[str] = ()) -> str:
+    """
+    Sha256 over the names and values of a model's weights, whatever file format they came from.
+
+    Args:
+        model (`torch.nn.Module`): The model, in the dtype of its checkpoint.
+        missing (`Sequence[str]`, *optional*): Names that the checkpoint lacks (initialised at random, never used).
+
+    Returns:
+        `str`: The hexadecimal digest.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name not in missing:
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def load_text_encoder(name_or_path: str, revision: str | None = None, **kwargs) -> Any:
+    """
+    Loads a text encoder: what `AutoModel` loads, or the encoder half of a T5.
+
+    Args:
+        name_or_path (`str`): Folder or Hub id.
+        revision (`str`, *optional*): Revision on the Hub.
+        kwargs (`dict`, *optional*): Those of `from_pretrained`.
+
+    Returns:
+        `PreTrainedModel`: the encoder (with the loading info, if `kwargs` ask for it).
+    """
+    config = AutoConfig.from_pretrained(name_or_path, revision=revision)
+    auto_class = AutoModelForTextEncoding if config.model_type in ("t5", "mt5", "umt5") else AutoModel
+    return auto_class.from_pretrained(name_or_path, revision=revision, **kwargs)
+
+
+def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """
+    Number of tokens that encoder and tokenizer take.
+
+    Args:
+        model (`PreTrainedModel`): The encoder. One with relative positions, like T5, gets 512.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+
+    Returns:
+        `int`: the smaller of both limits.
+    """
+    return min(tokenizer.model_max_length, model.config.to_dict().get("max_position_embeddings") or 512)
+
+
+def pool_hidden_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """
+    One embedding for each text.
+
+    Args:
+        hidden_states (`torch.FloatTensor` of shape `(n, t, dim)`): States of the tokens.
+        attention_mask (`torch.Tensor` of shape `(n, t)`): bool or 0/1, 0 at padding.
+        pooling (`str`): `"mean"` over the tokens, or `"cls"`, the first token.
+
+    Returns:
+        `torch.FloatTensor`: `(n, dim)`, float32 or wider, not normalized.
+    """
+    hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+    if pooling == "cls":
+        return hidden_states[:, 0]
+    mask = attention_mask[..., None].to(hidden_states.dtype)
+    return (hidden_states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+class ChunkEncoder:
+    """
+    The one encoder of chunks, for keys and queries alike.
+
+    Args:
+        model (`PreTrainedModel`): An encoder with `last_hidden_state`.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the encoder.
+        pooling (`str`, *optional*, defaults to `"mean"`): `"mean"` over the tokens, or `"cls"`, the first token.
+        normalize (`bool`, *optional*, defaults to `True`): Whether embeddings get length 1.
+        max_length (`int`, *optional*): Longest input in tokens, by default what the model takes. Longer texts are cut.
+        name (`str`, *optional*): Name or path it was loaded from.
+        revision (`str`, *optional*): Revision it was loaded from.
+        sha256 (`str`, *optional*): Fingerprint of the weights. Defaults to that of the weights as they are now.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pooling: str = "mean",
+        normalize: bool = True,
+        max_length: int | None = None,
+        name: str | None = None,
+        revision: str | None = None,
+        sha256: str | None = None,
+    ):
+        if pooling not in ("mean", "cls"):
+            raise ValueError(f"pooling must be 'mean' or 'cls', got {pooling!r}")
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        self.normalize = normalize
+        self.max_length = max_length or longest_input(model, tokenizer)
+        self.name = name or model.name_or_path
+        self.revision = revision
+        self.dim: int = model.config.hidden_size
+        self.sha256 = sha256 or weights_fingerprint(model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        revision: str | None = None,
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> "ChunkEncoder":
+        """
+        Loads any `AutoModel` encoder or a sentence-transformers model with its own pooling.
+
+        Args:
+            name_or_path (`str` or `Path`): Folder or Hub id.
+            revision (`str`, *optional*): Revision on the Hub.
+            pooling (`str`, *optional*): Overrides the pooling of the model's files (`"mean"` where they say nothing).
+            normalize (`bool`, *optional*): Overrides the normalisation of its files (`True` where they say nothing).
+            device (`str` or `torch.device`, *optional*): Defaults to the first GPU, else the CPU.
+            dtype (`str` or `torch.dtype`, *optional*): Computing type, such as `"bfloat16"`. Defaults to float32.
+
+        Raises:
+            ValueError: If the model's files ask for a pooling or module that is not supported.
+        """
+        name = str(name_or_path)
+        files = sentence_transformers_config(name, revision)
+        model, loading = load_text_encoder(
+            name, revision=revision, dtype="auto", use_safetensors=True, output_loading_info=True
+        )
+        sha256 = weights_fingerprint(model, loading["missing_keys"])
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(
+            model.to(device=device, dtype=dtype or torch.float32),
+            AutoTokenizer.from_pretrained(name, revision=revision),
+            pooling=pooling or files.get("pooling", "mean"),
+            normalize=files.get("normalize", True) if normalize is None else normalize,
+            max_length=files.get("max_length"),
+            name=name,
+            revision=revision,
+            sha256=sha256,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest records: `name`, `revision`, `pooling`, `normalize`, `dim`, `sha256` of the weights."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "pooling": self.pooling,
+            "normalize": self.normalize,
+            "dim": self.dim,
+            "sha256": self.sha256,
+        }
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str], tokens_per_batch: int = 4096, window: int = 8192) -> np.ndarray:
+        """
+        Embeds texts, sorted by length inside windows so that batches hold little padding.
+
+        Args:
+            texts (`Sequence[str]`): The texts.
+            tokens_per_batch (`int`, *optional*, defaults to 4096): Tokens of a batch, padding included.
+            window (`int`, *optional*, defaults to 8192): Number of texts that are tokenised and sorted together.
+
+        Returns:
+            `np.ndarray`: float32 [n, dim], in the order of `texts`; zeros for a text without tokens.
+        """
+        embeddings = np.zeros((len(texts), self.dim), dtype=np.float32)
+        for start in range(0, len(texts), window):
+            encoded = self.tokenizer(
+                list(texts[start : start + window]),
+                truncation=True,
+                max_length=self.max_length,
+                # Text that spells a special token, such as [SEP], stays text.
+                split_special_tokens=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )["input_ids"]
+            lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
+            order = np.argsort(lengths, kind="stable")
+            order = order[np.count_nonzero(lengths == 0) :]  # a text without tokens keeps the zero vector
+            for batch in _batches(order, lengths, tokens_per_batch):
+                embeddings[start + batch] = self._embed([encoded[row] for row in batch], lengths[batch])
+        return embeddings
+
+    def encode_chunks(
+        self, input_ids: Any, mask: Any, tokenizer: PreTrainedTokenizerBase, tokens_per_batch: int = 4096
+    ) -> np.ndarray:
+        """
+        Embeds chunks of another tokenizer: their text, special tokens dropped.
+
+        Args:
+            input_ids (`np.ndarray`): Integers [n, m], ids of `tokenizer`.
+            mask (`np.ndarray`): bool [n, m], False at padding.
+            tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the chunks.
+            tokens_per_batch (`int`, *optional*, defaults to 4096): Tokens of a batch, padding included.
+
+        Returns:
+            `np.ndarray`: float32 [n, dim].
+        """
+        return self.encode(decode_chunks(input_ids, mask, tokenizer), tokens_per_batch)
+
+    def _embed(self, rows: list[list[int]], lengths: np.ndarray) -> np.ndarray:
+        width = int(lengths.max())
+        input_ids = np.full((len(rows), width), self.tokenizer.pad_token_id or 0, dtype=np.int64)
+        mask = np.arange(width) < lengths[:, None]
+        input_ids[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+        input_ids = torch.from_numpy(input_ids).to(self.model.device)
+        mask = torch.from_numpy(mask).to(self.model.device)
+        hidden = self.model(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state  # [b, t, dim]
+        pooled = pool_hidden_states(hidden, mask, self.pooling)
+        if self.normalize:
+            pooled = torch.nn.functional.normalize(pooled, dim=-1)
+        return pooled.cpu().numpy()
+
+
+def _batches(order: np.ndarray, lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+    """Cuts rows sorted by length into batches of at most `tokens_per_batch` tokens, padding included."""
+    batches, start = [], 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or lengths[order[end]] * (end + 1 - start) > tokens_per_batch:
+            batches.append(order[start:end])
+            start = end
+    return batches
+
+
+def decode_chunks(input_ids: Any, mask: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of chunks [n, m] as keys and queries see it: padding and special tokens dropped, nothing cleaned up."""
+    rows = [row[real].tolist() for row, real in zip(np.asarray(input_ids), np.asarray(mask, dtype=bool), strict=True)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def sentence_transformers_config(name: str, revision: str | None = None) -> dict[str, Any]:
+    """
+    Pooling, normalisation and longest input of a sentence-transformers model, from its files.
+
+    Args:
+        name (`str`): Folder or Hub id.
+        revision (`str`, *optional*): Revision on the Hub.
+
+    Returns:
+        `dict`: `pooling`, `normalize`, and `max_length` if given; empty for a model without `modules.json`.
+    """
+
+    def load(file: str) -> Any:
+        path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+    modules = load("modules.json")
+    if modules is None:
+        return {}
+    config: dict[str, Any] = {"normalize": False}
+    for module in modules:
+        kind = module["type"].rsplit(".", 1)[-1]
+        if kind == "Pooling":
+            pooling = load(f"{module['path']}/config.json")
+            modes = {mode for mode, on in pooling.items() if mode.startswith("pooling_mode_") and on}
+            mode = pooling.get("pooling_mode") or "+".join(
+                sorted(mode.removeprefix("pooling_mode_") for mode in modes)
+            )
+            names = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls": "cls"}
+            if mode not in names:
+                raise ValueError(f"{name} pools by {mode!r}; only mean and cls pooling are supported")
+            config["pooling"] = names[mode]
+        elif kind == "Normalize":
+            config["normalize"] = True
+        elif kind != "Transformer":
+            raise ValueError(f"{name} has a {kind} module; only Transformer, Pooling and Normalize are supported")
+    max_length = (load("sentence_bert_config.json") or {}).get("max_seq_length")
+    return config if max_length is None else {**config, "max_length": max_length}

@@ -1,0 +1,516 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The datastore, opened for reading: its chunks, its splits and its index.
+
+```python
+from modeling_retro import RetroDatastore
+
+datastore = RetroDatastore.from_pretrained("datastore")
+datastore.chunks.take([0, 1])[0]  # int64 [2, 64]: token ids of the first two chunks
+datastore.take_neighbors([0, 1])[0]  # int64 [2, 128]: each with its continuation, as a neighbor
+```
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import CommitInfo
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .chunk_encoder_retro import ChunkEncoder
+from .configuration_retro import RetroConfig
+from .datastore_manifest_retro import MANIFEST_NAME, TRAIN_SPLIT, check_model, read_manifest
+
+
+try:
+    import datasets
+    import faiss
+    import pyarrow as pa
+except ImportError as error:
+    raise ImportError(
+        "Retrieval needs `datasets` and `faiss`. Install one of the two extras: "
+        "`pip install retro-transformers[cpu]` or `pip install retro-transformers[gpu]`."
+    ) from error
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """
+    Identity of a tokenizer: equal for two tokenizers that give every text the same ids.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer.
+
+    Returns:
+        `dict`: `vocab_size` (with added tokens) and `sha256` of the serialised tokenizer, padding and truncation off.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} is a slow tokenizer; the datastore needs a fast one (tokenizer.json)"
+        )
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    return {"vocab_size": len(tokenizer), "sha256": hashlib.sha256(backend.to_str().encode()).hexdigest()}
+
+
+def chunks_fingerprint(shards: Sequence[Mapping[str, Any]]) -> str:
+    """Identity of a set of chunks and of their order, from the checksums of its shards."""
+    return hashlib.sha256(" ".join(shard["sha256"] for shard in shards).encode()).hexdigest()
+
+
+class ChunkTable:
+    """
+    Read-only chunks of one split: zero-copy views of the Arrow files of its shards, opened when first touched.
+
+    Args:
+        folders (`Sequence[Path]`): Folders written by `datasets.Dataset.save_to_disk`, in the order of the chunk ids.
+        rows (`Sequence[int]`): Number of chunks of each folder.
+        chunk_size (`int`): Tokens in a chunk, m.
+    """
+
+    def __init__(self, folders: Sequence[Path], rows: Sequence[int], chunk_size: int):
+        self.folders = list(folders)
+        self.chunk_size = chunk_size
+        self.offsets = np.concatenate([[0], np.cumsum(np.asarray(rows, dtype=np.int64))]).astype(np.int64)
+        # A mapped file holds a file descriptor; a large datastore has more shards than a process may open.
+        self._shard = lru_cache(maxsize=256)(self._open)
+        self._columns: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def __repr__(self) -> str:
+        return f"ChunkTable({len(self)} chunks of {self.chunk_size} tokens in {len(self.folders)} shards)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folders": self.folders, "rows": np.diff(self.offsets).tolist(), "chunk_size": self.chunk_size}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    @property
+    def length(self) -> np.ndarray:
+        """`np.ndarray` int32 [N]: real tokens of each chunk; the rest of a chunk is padding."""
+        return self._column("length")
+
+    @property
+    def document_id(self) -> np.ndarray:
+        """`np.ndarray` int64 [N], non-decreasing: the chunks of a document are consecutive and in order."""
+        return self._column("document_id")
+
+    @property
+    def num_bytes(self) -> np.ndarray:
+        """`np.ndarray` int64 [N]: UTF-8 bytes of the source text that the tokens of each chunk cover."""
+        return self._column("num_bytes")
+
+    def take(self, chunk_ids: Any) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Gathers chunks.
+
+        Args:
+            chunk_ids (`np.ndarray`): Integers of any shape [...]; -1 stands for an absent chunk.
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray]`: token ids int64 [..., m] (0 where masked) and mask bool [..., m].
+        """
+        chunk_ids = np.asarray(chunk_ids, dtype=np.int64)
+        length = self.gather("length", chunk_ids)
+        mask = np.arange(self.chunk_size) < length[..., None]
+        return self.gather("input_ids", chunk_ids).astype(np.int64) * mask, mask
+
+    def gather(self, column: str, chunk_ids: np.ndarray) -> np.ndarray:
+        """
+        Values of a column for chunks of any shape [...]; zeros for absent chunks (-1).
+
+        Args:
+            column (`str`): `"input_ids"`, `"length"`, `"document_id"` or `"num_bytes"`.
+            chunk_ids (`np.ndarray`): int64 [...].
+
+        Returns:
+            `np.ndarray`: [...], or [..., m] for the token ids.
+        """
+        flat = np.asarray(chunk_ids, dtype=np.int64).reshape(-1)
+        if flat.size and (flat.max() >= len(self) or flat.min() < -1):
+            raise ValueError(f"chunk ids must lie in [-1, {len(self) - 1}], got {flat.min()} to {flat.max()}")
+        shards = np.searchsorted(self.offsets, flat, side="right") - 1
+        order = np.argsort(shards, kind="stable")
+        order = order[np.count_nonzero(shards < 0) :]
+        first = self._shard(0)[column]
+        values = np.zeros((len(flat), *first.shape[1:]), dtype=first.dtype)
+        bounds = np.flatnonzero(np.diff(shards[order])) + 1
+        for positions in np.split(order, bounds) if order.size else []:
+            shard = int(shards[positions[0]])
+            values[positions] = self._shard(shard)[column][flat[positions] - self.offsets[shard]]
+        return values.reshape((*np.shape(chunk_ids), *first.shape[1:]))
+
+    def shard(self, index: int) -> dict[str, np.ndarray]:
+        """Columns of one shard as views of its file: `input_ids` [n, m], `length`, `document_id`, `num_bytes` [n]."""
+        return self._shard(index)
+
+    def _column(self, name: str) -> np.ndarray:
+        if name not in self._columns:
+            parts = [self._shard(index)[name] for index in range(len(self.folders))]
+            self._columns[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return self._columns[name]
+
+    def _open(self, index: int) -> dict[str, np.ndarray]:
+        columns = read_columns(self.folders[index])
+        rows, width = columns["input_ids"].shape
+        expected = int(self.offsets[index + 1] - self.offsets[index])
+        if width != self.chunk_size:
+            raise ValueError(
+                f"{self.folders[index]} holds chunks of {width} tokens, the manifest says {self.chunk_size}"
+            )
+        if rows != expected:
+            raise ValueError(f"{self.folders[index]} holds {rows} chunks, the manifest says {expected}")
+        return columns
+
+
+def read_columns(folder: Path) -> dict[str, np.ndarray]:
+    """
+    Columns of a folder written by `datasets.Dataset.save_to_disk` as zero-copy views of its memory-mapped file.
+
+    Args:
+        folder (`Path`): The folder. A file of one record batch is viewed; several batches are copied into one array.
+
+    Returns:
+        `dict[str, np.ndarray]`: [n] for scalar columns, [n, width] for fixed-size lists.
+    """
+    try:
+        table = datasets.load_from_disk(str(folder)).data
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot read the shard {folder}: {error}") from error
+    columns = {}
+    for name in table.column_names:
+        pieces = []
+        for piece in table.column(name).chunks:
+            if pa.types.is_fixed_size_list(piece.type):
+                pieces.append(piece.flatten().to_numpy(zero_copy_only=True).reshape(-1, piece.type.list_size))
+            else:
+                pieces.append(piece.to_numpy(zero_copy_only=True))
+        columns[name] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    return columns
+
+
+class DatastoreSplit:
+    """
+    Chunks of one split and their neighbors among the searched chunks.
+
+    Args:
+        path (`Path`): Folder of the split: the datastore itself, or `splits/NAME` in it.
+        record (`dict`): What the manifest says of the split.
+        chunk_size (`int`): Tokens in a chunk, m.
+        searched (`bool`): Whether these chunks are searched too, so that a chunk must not find its document.
+    """
+
+    def __init__(self, path: Path, record: Mapping[str, Any], chunk_size: int, searched: bool):
+        self.path = path
+        self.record = record
+        self.searched = searched
+        if "fingerprint" not in record.get("chunks", {}):
+            raise ValueError(f"{path} has no finished chunks; run `retro chunk` (again)")
+        shards = record["chunks"]["shards"]
+        folders = [path / "chunks" / shard["name"] for shard in shards]
+        missing = [str(folder) for folder in folders if not folder.is_dir()]
+        if missing:
+            raise ValueError(f"the shard {missing[0]} is missing ({len(missing)} of {len(shards)} shards are)")
+        self.chunks = ChunkTable(folders, [shard["rows"] for shard in shards], chunk_size)
+
+    @cached_property
+    def _neighbors(self) -> dict[str, np.ndarray]:
+        records = self.record.get("neighbors", {}).get("shards", [])
+        chunk_shards = self.record["chunks"]["shards"]
+        if len(records) < len(chunk_shards):
+            raise ValueError(
+                f"{self.path} has neighbors for {len(records)} of {len(chunk_shards)} shards of chunks; "
+                "run `retro neighbors`"
+            )
+        for record, chunks in zip(records, chunk_shards, strict=True):
+            if record["chunks_sha256"] != chunks["sha256"]:
+                raise ValueError(
+                    f"the neighbors of {record['name']} belong to other chunks or another order of rows; "
+                    "run `retro neighbors --force`"
+                )
+        parts = [read_columns(self.path / "neighbors" / record["name"]) for record in records]
+        return {
+            name: parts[0][name] if len(parts) == 1 else np.concatenate([part[name] for part in parts])
+            for name in ("neighbor_ids", "neighbor_scores")
+        }
+
+    @property
+    def neighbor_ids(self) -> np.ndarray:
+        """`np.ndarray` int64 [n, K]: global ids of the searched chunks, best first; -1 where there are fewer."""
+        return self._neighbors["neighbor_ids"]
+
+    @property
+    def neighbor_scores(self) -> np.ndarray:
+        """`np.ndarray` float32 [n, K]: scores of `neighbor_ids` in the metric of the index."""
+        return self._neighbors["neighbor_scores"]
+
+
+class RetroDatastore:
+    """
+    A datastore opened for reading; nothing in its folder is written.
+
+    Args:
+        path (`Path`): The folder that holds `datastore.json`.
+        manifest (`dict`): The contents of `datastore.json`.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path = path
+        self.manifest = manifest
+        self.chunk_size: int = manifest["chunk_size"]
+        self.continuation_chunks: int = manifest["continuation_chunks"]
+        self.neighbor_length = self.chunk_size * (1 + self.continuation_chunks)
+        self._splits = {}
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None, **hub_kwargs) -> "RetroDatastore":
+        """
+        Opens a datastore of a folder or of a dataset repository of the Hub.
+
+        Args:
+            name_or_path (`str` or `Path`): A folder with `datastore.json`, or the id of a dataset repository.
+            revision (`str`, *optional*): Branch, tag or commit of the repository.
+            hub_kwargs: Further arguments of [`~huggingface_hub.snapshot_download`].
+
+        Raises:
+            ValueError: If there is no datastore, or its files disagree with its manifest.
+        """
+        path = Path(name_or_path)
+        if not path.is_dir():
+            from .hub_transfer_retro import download_datastore
+
+            path = download_datastore(str(name_or_path), revision=revision, **hub_kwargs)
+        return cls(path, read_manifest(path))
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
+        """Uploads the datastore; the arguments are those of [`~modeling_retro.hub_transfer_retro.push_datastore`]."""
+        from .hub_transfer_retro import push_datastore
+
+        return push_datastore(self.path, repo_id, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"RetroDatastore({str(self.path)!r}, {len(self.chunks)} chunks of {self.chunk_size} tokens)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A memory-mapped index and views of files are opened anew where the copy is used (data loader workers).
+        return {"path": self.path, "manifest": self.manifest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the chunks."""
+        tokenizer = AutoTokenizer.from_pretrained(self.path / "tokenizer")
+        self.check_tokenizer(tokenizer)
+        return tokenizer
+
+    @property
+    def chunks(self) -> ChunkTable:
+        """[`ChunkTable`]: the chunks that are searched (the training side)."""
+        return self.split(TRAIN_SPLIT).chunks
+
+    @property
+    def neighbor_ids(self) -> np.ndarray:
+        """`np.ndarray` int64 [N, K]: neighbors of the searched chunks themselves."""
+        return self.split(TRAIN_SPLIT).neighbor_ids
+
+    @property
+    def neighbor_scores(self) -> np.ndarray:
+        """`np.ndarray` float32 [N, K]: scores of `neighbor_ids`."""
+        return self.split(TRAIN_SPLIT).neighbor_scores
+
+    def split(self, name: str) -> DatastoreSplit:
+        """
+        One split: `"train"` is what is searched, the others are chunked text that queries it.
+
+        Args:
+            name (`str`): Name of the split, such as `"validation"`.
+
+        Raises:
+            ValueError: If the datastore has no such split.
+        """
+        if name not in self.manifest["splits"]:
+            raise ValueError(f"{self.path} has no split {name!r}, only {', '.join(sorted(self.manifest['splits']))}")
+        if name not in self._splits:
+            record = self.manifest["splits"][name]
+            searched = name == TRAIN_SPLIT or record.get("searched", False)
+            self._splits[name] = DatastoreSplit(split_path(self.path, name), record, self.chunk_size, searched)
+        return self._splits[name]
+
+    @cached_property
+    def index(self) -> faiss.Index:
+        """The faiss index over `chunks`, memory-mapped where its type allows, with the nprobe of the manifest set."""
+        record = self.manifest.get("index")
+        if record is None:
+            raise ValueError(f"{self.path} has no index; run `retro index`")
+        shards = self.manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"]
+        if record["fingerprint"] != chunks_fingerprint(shards):
+            if record["fingerprint"] == chunks_fingerprint(shards[: record["shards"]]):
+                raise ValueError(f"the index of {self.path} lacks chunks that were added later; run `retro index`")
+            raise ValueError(
+                f"the index of {self.path} belongs to other chunks or another order of rows; run `retro index --force`"
+            )
+        index = read_index(self.path / "index.faiss")
+        if index.ntotal != len(self.chunks):
+            raise ValueError(
+                f"{self.path / 'index.faiss'} holds {index.ntotal} vectors, the datastore {len(self.chunks)} chunks"
+            )
+        for name, value in record["search_parameters"].items():
+            faiss.ParameterSpace().set_index_parameter(index, name, value)
+        return index
+
+    def as_dataset(self) -> datasets.Dataset:
+        """
+        The searched chunks as a `Dataset` with the index attached as its faiss index `"embeddings"`.
+
+        The index stays memory-mapped and keeps its nprobe, which `Dataset.load_faiss_index` would lose. A dataset with
+        an index cannot be selected from, shuffled or saved: do that before, or after `drop_index("embeddings")`.
+
+        Returns:
+            `datasets.Dataset`: `input_ids`, `length`, `document_id`, `num_bytes`; row i is chunk i.
+
+        Example:
+
+        ```python
+        dataset = datastore.as_dataset()
+        query = encoder.encode(["how does a search engine rank pages?"])[0]
+        scores, examples = dataset.get_nearest_examples("embeddings", query, k=4)
+        ```
+        """
+        chunks = datasets.concatenate_datasets([datasets.load_from_disk(str(path)) for path in self.chunks.folders])
+        no_vectors = np.zeros((0, self.index.d), dtype=np.float32)  # the index holds them already
+        chunks.add_faiss_index_from_external_arrays(no_vectors, "embeddings", custom_index=self.index)
+        return chunks
+
+    def verify(self) -> None:
+        """Reads every file; a `ValueError` names the first whose checksum is not the one in the manifest."""
+        for name, record in self.manifest["splits"].items():
+            root = split_path(self.path, name)
+            for stage, suffix in (("chunks", ""), ("embeddings", ".npy"), ("neighbors", "")):
+                for shard in record.get(stage, {}).get("shards", []):
+                    verify_file(root / stage / (shard["name"] + suffix), shard["sha256"])
+        for name, sha256 in self.manifest.get("index", {}).get("sha256", {}).items():
+            verify_file(self.path / name, sha256)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises a `ValueError` unless `tokenizer` is the one that made the chunks."""
+        expected, found = self.manifest["tokenizer"], tokenizer_fingerprint(tokenizer)
+        if found["sha256"] != expected["sha256"]:
+            raise ValueError(
+                f"the tokenizer {tokenizer.name_or_path} (vocabulary {found['vocab_size']}, "
+                f"sha256 {found['sha256'][:12]}) is not the tokenizer of {self.path}: {expected['name']} "
+                f"(vocabulary {expected['vocab_size']}, sha256 {expected['sha256'][:12]})"
+            )
+
+    def check_chunk_size(self, chunk_size: int) -> None:
+        """Raises a `ValueError` unless `chunk_size` is the chunk size of the datastore."""
+        if chunk_size != self.chunk_size:
+            raise ValueError(f"chunk_size {chunk_size} is not the chunk size of {self.path}: {self.chunk_size}")
+
+    def check_model(self, config: RetroConfig) -> None:
+        """Raises a `ValueError` unless a model of this configuration can read the tokens of the datastore."""
+        check_model(self.manifest, self.path, config)
+
+    def check_encoder(self, encoder: ChunkEncoder) -> None:
+        """Raises a `ValueError` unless `encoder` gives the embeddings that the index holds."""
+        expected, found = self.manifest.get("encoder"), encoder.describe()
+        if expected is None:
+            raise ValueError(f"{self.path} has no embeddings; run `retro embed`")
+        for key in ("sha256", "dim", "pooling", "normalize"):
+            if found[key] != expected[key]:
+                raise ValueError(
+                    f"the encoder {found['name']} is not the encoder of {self.path} ({expected['name']}): "
+                    f"its {key} is {found[key]}, expected {expected[key]}"
+                )
+
+    def encoder_source(self) -> tuple[str, str | None]:
+        """Where to load the encoder from: the name or path, and the revision."""
+        if (self.path / "encoder").is_dir():
+            return str(self.path / "encoder"), None
+        if "encoder" not in self.manifest:
+            raise ValueError(f"{self.path} has no embeddings; run `retro embed`")
+        return self.manifest["encoder"]["name"], self.manifest["encoder"]["revision"]
+
+    def take_neighbors(self, chunk_ids: Any) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Gathers neighbors: each chunk followed by its continuation inside the same document.
+
+        Args:
+            chunk_ids (`np.ndarray`): Global chunk ids of any shape [..., k]; -1 stands for an absent neighbor.
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray]`: token ids int64 [..., k, r] (0 where masked) and mask bool [..., k, r].
+        """
+        chunk_ids = np.asarray(chunk_ids, dtype=np.int64)
+        wanted = chunk_ids[..., None] + np.arange(1 + self.continuation_chunks)  # [..., k, 1 + continuation]
+        wanted[(chunk_ids[..., None] < 0) | (wanted >= len(self.chunks))] = -1
+        document = self.chunks.gather("document_id", wanted)
+        wanted[document != document[..., :1]] = -1
+        input_ids, mask = self.chunks.take(wanted)
+        shape = (*chunk_ids.shape, self.neighbor_length)
+        return input_ids.reshape(shape), mask.reshape(shape)
+
+
+def split_path(path: Path, split: str) -> Path:
+    """Folder of a split: the datastore itself holds the training side, `splits/NAME` the others."""
+    return path if split == TRAIN_SPLIT else path / "splits" / split
+
+
+def checksum(path: Path) -> str:
+    """Sha256 of a file, or of the names and contents of all files of a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            if file != path:
+                digest.update(str(file.relative_to(path)).encode())
+            with file.open("rb") as handle:
+                while block := handle.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def verify_file(path: Path, sha256: str) -> Path:
+    """Returns `path`, or raises a `ValueError` if the file or folder is missing or its [`checksum`] is another."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing")
+    if checksum(path) != sha256:
+        raise ValueError(f"{path} was altered: its checksum is not the one in {MANIFEST_NAME}")
+    return path
+
+
+def read_index(path: Path) -> faiss.Index:
+    """Reads a faiss index, memory-mapped where its type allows."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; run `retro index`")
+    if path.with_suffix(".ivfdata").exists():
+        mappings = [faiss.IO_FLAG_ONDISK_SAME_DIR]
+    else:
+        # One flag maps flat codes and graphs but refuses inverted lists, the other maps these.
+        mappings = [faiss.IO_FLAG_MMAP_IFC, faiss.IO_FLAG_MMAP]
+    for mapping in mappings:
+        try:
+            return faiss.read_index(str(path), mapping | faiss.IO_FLAG_READ_ONLY)
+        except RuntimeError as error:
+            reason = error
+    raise ValueError(f"cannot read the index {path}: {reason}")

@@ -1,0 +1,149 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Sharing a whole model: its weights and code, its tokenizer, the name of its datastore, and its card"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .datastore_manifest_retro import MANIFEST_NAME, check_model, read_manifest
+from .model_card_retro import CARD_NAME, CONFIG_CLASSES, EVALUATION_NAME, read_evaluation, save_model_card
+
+
+class RetroSharingMixin:
+    """Makes `push_to_hub` of a RETRO model share all that someone else needs to run it."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        datastore: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        license: str | None = None,
+        retrofit_only: bool = False,
+        commit_message: str = "Upload model",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+    ) -> CommitInfo:
+        """
+        Uploads the model with its code, its tokenizer and its card in one commit: a push that breaks off changes
+        nothing, and when it is run again it leaves out the weights that are there. The card is filled from the
+        `evaluation.json` that `retro evaluate` left beside the model, if it is of these weights; a card that was
+        written by hand, beside the model or in the repository, is kept.
+
+        Args:
+            repo_id (`str`):
+                Repository, `"user/name"`; made if there is none.
+            datastore (`str`, *optional*):
+                Datastore of the Hub, `"user/name"`, that `from_pretrained(..., retriever="auto")` shall open, at the
+                commit that is its newest now.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*):
+                Tokenizer to upload. Defaults to the one in the folder that the model was loaded from.
+            license (`str`, *optional*):
+                Licence in the metadata of the card, such as `"apache-2.0"`.
+            retrofit_only (`bool`, *optional*, defaults to `False`):
+                Whether to share only what RETRO adds to its base, see [`~RetroRetrofitMixin.save_pretrained`].
+            commit_message (`str`, *optional*, defaults to `"Upload model"`):
+                Summary of the commit.
+            commit_description (`str`, *optional*):
+                Description of the commit.
+            private (`bool`, *optional*):
+                Whether a new repository is private.
+            token (`bool` or `str`, *optional*):
+                Access token. Defaults to the one that is stored or in the environment.
+            revision (`str`, *optional*):
+                Branch; made if there is none.
+            create_pr (`bool`, *optional*, defaults to `False`):
+                Whether to open a pull request instead of a commit.
+            max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`):
+                Size from which the weights are split.
+            tags (`list[str]`, *optional*):
+                Further tags in the metadata of the card.
+
+        Returns:
+            `CommitInfo`: its `oid` pins what was pushed.
+
+        Raises:
+            ValueError: If the repository holds another kind of model, or the datastore does not fit this one.
+        """
+        api = HfApi(token=token)
+        if datastore is not None:
+            self._name_datastore(api, datastore)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        source = Path(self.name_or_path) if self.name_or_path else None
+        if tokenizer is None and source is not None and (source / "tokenizer_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        branch = None if create_pr else revision
+        present = _root_files(api, repo_id, branch)
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            for name in (CARD_NAME, EVALUATION_NAME):
+                if name in present:
+                    shutil.copy(api.hf_hub_download(repo_id, name, revision=branch), folder / name)
+                if source is not None and (source / name).is_file():
+                    shutil.copy(source / name, folder / name)
+            self.save_pretrained(folder, retrofit_only=retrofit_only, max_shard_size=max_shard_size)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            if read_evaluation(folder) is None:
+                (folder / EVALUATION_NAME).unlink(missing_ok=True)
+            save_model_card(folder, name=repo_id, license=license, tags=tags)
+            # Not `upload_folder`: it may take several commits, and a model must not be seen half.
+            files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+            stale = {name for name in present if ".safetensors" in name or name == EVALUATION_NAME} - set(files)
+            return api.create_commit(
+                repo_id,
+                [CommitOperationAdd(name, file) for name, file in sorted(files.items())]
+                + [CommitOperationDelete(name) for name in sorted(stale)],
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def _name_datastore(self, api: HfApi, datastore: str) -> None:
+        commit = api.dataset_info(datastore).sha
+        if not api.file_exists(datastore, MANIFEST_NAME, repo_type="dataset", revision=commit):
+            raise ValueError(f"{datastore} is not a datastore: it has no {MANIFEST_NAME}")
+        file = api.hf_hub_download(datastore, MANIFEST_NAME, repo_type="dataset", revision=commit)
+        check_model(read_manifest(Path(file).parent), datastore, self.config)
+        self.config.datastore_name_or_path, self.config.datastore_revision = datastore, commit
+
+
+def _root_files(api: HfApi, repo_id: str, revision: str | None) -> set[str]:
+    """Names of the files of a repository, without those in folders. One that holds another model is refused."""
+    files = {file.rfilename for file in api.model_info(repo_id, revision=revision).siblings}
+    files = {name for name in files if "/" not in name}
+    model_type = None
+    if "config.json" in files:
+        file = api.hf_hub_download(repo_id, "config.json", revision=revision)
+        model_type = json.loads(Path(file).read_text(encoding="utf-8")).get("model_type")
+    others = sorted(name for name in files if name == "config.json" or ".safetensors" in name)
+    if others and model_type not in CONFIG_CLASSES:
+        raise ValueError(f"{repo_id} holds another model than a RETRO model ({others[0]}); choose another name")
+    return files
+
+
+__all__ = ["RetroSharingMixin"]

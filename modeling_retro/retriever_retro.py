@@ -1,0 +1,269 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Search in a datastore, and the retriever that joins the datastore with the encoder of its chunks.
+
+```python
+from modeling_retro import RetroDatastore, RetroRetriever
+
+datastore = RetroDatastore.from_pretrained("datastore")
+retriever = RetroRetriever(datastore)
+chunks = torch.from_numpy(datastore.chunks.take([0, 1])[0])  # int64 [2, 64]
+neighbors = retriever.retrieve(chunks, k=2, exclude_document_ids=datastore.chunks.document_id[:2])
+neighbors.neighbor_input_ids.shape  # [2, 2, 128]
+```
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .chunk_encoder_retro import ChunkEncoder
+from .configuration_retro import RetroConfig
+from .datastore_retro import (  # faiss from there: the error without it names the extras
+    ChunkTable,
+    RetroDatastore,
+    faiss,
+)
+
+
+# The most results of a query that a GPU index can return.
+_MOST_ON_GPU = 2048
+
+
+def search(
+    index: faiss.Index,
+    queries: np.ndarray,
+    k: int,
+    unwanted: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] | None = None,
+    fetch: int | None = None,
+    wide_index: faiss.Index | None = None,
+    max_results: int = 1 << 22,
+) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """
+    Searches for k wanted results, fetching more and more until they are found or the index is exhausted.
+
+    Args:
+        index (`faiss.Index`): The index.
+        queries (`np.ndarray`): float32 [n, dim].
+        k (`int`): Number of results of a query.
+        unwanted (`Mapping[str, Callable]`, *optional*):
+            Functions (rows of queries [q], ids [q, width]) -> bool [q, width] of results that must not be returned,
+            by the reason that is counted.
+        fetch (`int`, *optional*): Results of the first fetch. Defaults to 2 k + 8, or to k if nothing is unwanted.
+        wide_index (`faiss.Index`, *optional*): Searched instead where a GPU index cannot return as many results.
+        max_results (`int`, *optional*, defaults to 4,194,304): Results held in memory at once.
+
+    Returns:
+        `tuple`: ids int64 [n, k] (-1 absent; best first, equal scores by id), scores float32 [n, k] (0 where absent),
+        and counts: `refetched` queries, `short` queries with fewer than k results, results dropped for each reason.
+    """
+    unwanted = unwanted or {}
+    ids = np.full((len(queries), k), -1, dtype=np.int64)
+    scores = np.zeros((len(queries), k), dtype=np.float32)
+    counts = {"refetched": 0, "short": 0, **dict.fromkeys(unwanted, 0)}
+    pending = np.arange(len(queries) if k and index.ntotal else 0)
+    width, factor = min(fetch or (2 * k + 8 if unwanted else k), index.ntotal), 1
+    while len(pending):
+        used = wide_index if wide_index is not None and width > _MOST_ON_GPU else index
+        short = []
+        with _probing(used, factor) as all_lists:
+            for start in range(0, len(pending), max(1, max_results // width)):
+                rows = pending[start : start + max(1, max_results // width)]
+                ids[rows], scores[rows], dropped = _search_block(used, queries, rows, k, width, unwanted)
+                done = (ids[rows, -1] >= 0) | (all_lists and width == index.ntotal)
+                for reason, number in dropped.items():
+                    counts[reason] += int(number[done].sum())
+                short.append(rows[~done])
+        pending = np.concatenate(short)
+        counts["refetched"] += len(pending)
+        width, factor = min(4 * width, index.ntotal), 4 * factor
+    counts["short"] = int((ids[:, k - 1 :] < 0).any(axis=1).sum())
+    return ids, scores, counts
+
+
+@contextmanager
+def _probing(index: faiss.Index, factor: int) -> Iterator[bool]:
+    """Multiplies nprobe of an inverted file for a while; yields whether all of the index is searched then."""
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is None:
+        yield True
+        return
+    nprobe = ivf.nprobe
+    ivf.nprobe = min(factor * nprobe, ivf.nlist)
+    try:
+        yield ivf.nprobe == ivf.nlist
+    finally:
+        ivf.nprobe = nprobe
+
+
+def _search_block(
+    index: faiss.Index,
+    queries: np.ndarray,
+    rows: np.ndarray,
+    k: int,
+    width: int,
+    unwanted: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """The first k wanted ids and scores [q, k] of `width` results, and how many were dropped for each reason [q]."""
+    found_scores, found = index.search(np.ascontiguousarray(queries[rows], dtype=np.float32), width)
+    wanted = found >= 0
+    dropped = {}
+    for reason, function in unwanted.items():
+        drop = wanted & function(rows, found)
+        dropped[reason] = drop.sum(axis=1)
+        wanted &= ~drop
+    sign = -1 if index.metric_type == faiss.METRIC_INNER_PRODUCT else 1
+    order = np.lexsort((found, sign * found_scores, ~wanted), axis=-1)[:, :k]
+    found = np.take_along_axis(np.where(wanted, found, -1), order, axis=1)
+    found_scores = np.where(found >= 0, np.take_along_axis(found_scores, order, axis=1), 0)
+    missing = ((0, 0), (0, k - found.shape[1]))
+    return np.pad(found, missing, constant_values=-1), np.pad(found_scores, missing), dropped
+
+
+def other_document_filter(chunks: ChunkTable, documents: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """
+    A filter for [`search`] that drops results of the query's own document.
+
+    Args:
+        chunks ([`ChunkTable`]): The searched chunks.
+        documents (`np.ndarray`): int64 [n], the document of each query; -1 for a text outside the datastore.
+
+    Returns:
+        `Callable`: (rows [q], ids [q, width]) -> bool [q, width].
+    """
+
+    def is_own(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        return (chunks.gather("document_id", ids) == documents[rows, None]) & (ids >= 0)
+
+    return is_own
+
+
+@dataclass
+class RetrievedNeighbors:
+    """
+    What a retriever returns for n chunks.
+
+    Args:
+        neighbor_input_ids (`torch.LongTensor`): [n, k, r] token ids of each neighbor and its continuation.
+        neighbor_attention_mask (`torch.BoolTensor`): [n, k, r], False at padding and absent neighbors.
+        scores (`torch.FloatTensor`, *optional*): [n, k] in the metric of the index.
+        chunk_ids (`torch.LongTensor`, *optional*): [n, k] global chunk ids, -1 for absent neighbors.
+        document_ids (`torch.LongTensor`, *optional*): [n, k], -1 for absent neighbors.
+    """
+
+    neighbor_input_ids: torch.Tensor
+    neighbor_attention_mask: torch.Tensor
+    scores: torch.Tensor | None = None
+    chunk_ids: torch.Tensor | None = None
+    document_ids: torch.Tensor | None = None
+
+
+class RetroRetriever:
+    """
+    Looks chunks up in a datastore. The same object serves data preparation, evaluation and generation.
+
+    Args:
+        datastore ([`RetroDatastore`]): What is searched.
+        encoder ([`ChunkEncoder`], *optional*): Defaults to the encoder of the datastore.
+        device (`str` or `torch.device`, *optional*): Where that encoder runs. Defaults to the first GPU, else the CPU.
+        dtype (`str` or `torch.dtype`, *optional*): Its computing type.
+    """
+
+    def __init__(
+        self,
+        datastore: RetroDatastore,
+        encoder: ChunkEncoder | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ):
+        if encoder is None:
+            name, revision = datastore.encoder_source()
+            record = datastore.manifest["encoder"]
+            encoder = ChunkEncoder.from_pretrained(
+                name, revision, pooling=record["pooling"], normalize=record["normalize"], device=device, dtype=dtype
+            )
+        datastore.check_encoder(encoder)
+        self.datastore = datastore
+        self.encoder = encoder
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None, **kwargs) -> "RetroRetriever":
+        """Opens a datastore by [`RetroDatastore.from_pretrained`] and its encoder; `kwargs` go to the constructor."""
+        return cls(RetroDatastore.from_pretrained(name_or_path, revision=revision), **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RetroRetriever":
+        # transformers deep-copies keyword arguments; an index is shared, never copied.
+        return self
+
+    def check_model(self, config: RetroConfig) -> None:
+        """Raises a `ValueError` unless a model of this configuration can read what is retrieved."""
+        self.datastore.check_model(config)
+
+    def retrieve(
+        self, chunk_input_ids: torch.Tensor, k: int, exclude_document_ids: Any | None = None
+    ) -> RetrievedNeighbors:
+        """
+        Looks up full chunks.
+
+        Args:
+            chunk_input_ids (`torch.LongTensor`): [n, m] token ids; special tokens are dropped from the query text.
+            k (`int`): Number of neighbors of a chunk.
+            exclude_document_ids (`torch.LongTensor` or `np.ndarray`, *optional*):
+                [n] a document that must not be returned for each chunk; -1 for none.
+
+        Returns:
+            [`RetrievedNeighbors`]: on the device of `chunk_input_ids`.
+        """
+        if chunk_input_ids.ndim != 2 or chunk_input_ids.shape[1] != self.datastore.chunk_size:
+            raise ValueError(
+                f"chunk_input_ids must have shape [n, {self.datastore.chunk_size}], got {list(chunk_input_ids.shape)}"
+            )
+        input_ids = chunk_input_ids.cpu().numpy()
+        mask = np.ones_like(input_ids, dtype=bool)
+        queries = self.encoder.encode_chunks(input_ids, mask, self.datastore.tokenizer)
+        unwanted = {}
+        if exclude_document_ids is not None:
+            excluded = np.asarray(exclude_document_ids)
+            unwanted["own_document"] = other_document_filter(self.datastore.chunks, excluded)
+        ids, scores, _ = search(self.datastore.index, queries, k, unwanted)
+        neighbors, neighbor_mask = self.datastore.take_neighbors(ids)
+        documents = np.where(ids >= 0, self.datastore.chunks.gather("document_id", ids), -1)
+        arrays = (neighbors, neighbor_mask, scores, ids, documents)
+        return RetrievedNeighbors(*(torch.from_numpy(array).to(chunk_input_ids.device) for array in arrays))
+
+    def pad_to_chunks(self, prompt_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """
+        Pads a prompt on the left to whole chunks, so that its end closes a chunk and is looked up at once.
+
+        The pads are real tokens: they are counted by positions and attended (mask 1); only the query text drops them.
+
+        Args:
+            prompt_ids (`Sequence[int]` or `torch.LongTensor`): Token ids [T] or [B, T].
+
+        Returns:
+            `torch.LongTensor`: [T'] or [B, T'], T' the next multiple of the chunk size.
+        """
+        prompt_ids = torch.as_tensor(prompt_ids, dtype=torch.long)
+        tokenizer = self.datastore.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if pad is None:
+            raise ValueError("the tokenizer of the datastore has neither a pad nor an EOS token to pad a prompt with")
+        missing = -prompt_ids.shape[-1] % self.datastore.chunk_size
+        return torch.nn.functional.pad(prompt_ids, (missing, 0), value=pad)
