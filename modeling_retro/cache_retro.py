@@ -13,7 +13,7 @@
 # limitations under the License.
 """Caches of RETRO decoders: keys and values of the decoder, and the state of its retrieval"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -41,6 +41,32 @@ def prepend_slot(first: torch.Tensor, others: torch.Tensor | None, dim: tuple[in
     return torch.cat([pad_to_shape(first, length), pad_to_shape(others, length)], dim=1)
 
 
+def _insert_zeros(tensor: torch.Tensor, dim: int, index: int, number: int) -> torch.Tensor:
+    """Puts `number` zeros at `index` of a dimension."""
+    shape = list(tensor.shape)
+    shape[dim] = number
+    before, after = tensor.split([index, tensor.shape[dim] - index], dim)
+    return torch.cat([before, tensor.new_zeros(shape), after], dim)
+
+
+def _stack_rows(tensors: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> torch.Tensor | None:
+    """
+    Tensors `(sizes[i], ...)` below each other, padded with zeros behind to the largest; zeros for `None`. `None` if all
+    are.
+    """
+    known = [tensor for tensor in tensors if tensor is not None]
+    if not known:
+        return None
+    shape = [0, *(max(lengths) for lengths in zip(*(tensor.shape[1:] for tensor in known)))]
+    empty = [(size, *shape[1:]) for size in sizes]
+    return torch.cat(
+        [
+            known[0].new_zeros(zeros) if tensor is None else pad_to_shape(tensor, shape)
+            for tensor, zeros in zip(tensors, empty)
+        ]
+    )
+
+
 class RetrievalCache(DynamicCache):
     """
     A [`~transformers.DynamicCache`] with one layer per decoder layer that also holds what every kind of RETRO model
@@ -56,10 +82,17 @@ class RetrievalCache(DynamicCache):
     """
 
     _row_tensors = ("input_ids", "neighbor_input_ids", "neighbor_attention_mask")
+    # Of these, the ones with a column for each token of the row.
+    _column_tensors = ("input_ids",)
 
     def __init__(self, config: PreTrainedConfig | None = None, **kwargs):
         super().__init__(config=config, **kwargs)
         self._reset_retrieval()
+
+    @property
+    def front_length(self) -> int:
+        """`int`: Number of keys that stand in front of those of the row's tokens."""
+        return 0
 
     def _reset_retrieval(self) -> None:
         self.input_ids: torch.LongTensor | None = None
@@ -142,6 +175,54 @@ class RetrievalCache(DynamicCache):
         super().batch_select_indices(indices)
         self._map_retrieval(lambda tensor: tensor[indices.to(tensor.device)])
 
+    def add_rows(self, others: "Sequence[RetrievalCache]") -> None:
+        """
+        Puts the rows of other caches below those of this one, so that they go on in one batch. Rows are padded on the
+        left to the longest; the attention mask of later calls has zeros there.
+
+        Args:
+            others (`Sequence[RetrievalCache]`):
+                Filled caches of the same model, from which no tokens were cropped since their last call.
+        """
+        caches = [self, *others]
+        length = max(cache.get_seq_length() for cache in caches)
+        front = max(cache.front_length for cache in caches)
+        for layers in zip(*(cache.layers for cache in caches), strict=True):
+            if not layers[0].is_initialized:  # some decoders have layers that share the keys of others
+                continue
+            for name in ("keys", "values"):
+                # Behind what stands in front and in front of the row: padding of both.
+                padded = [
+                    _insert_zeros(states, -2, cache.front_length, front + length - states.shape[-2])
+                    for cache, states in zip(caches, (getattr(layer, name) for layer in layers))
+                ]
+                setattr(layers[0], name, torch.cat(padded))
+        self._add_retrieval(others, length)
+
+    def _add_retrieval(self, others: "Sequence[RetrievalCache]", length: int) -> None:
+        caches = [self, *others]
+        sizes = [cache.input_ids.shape[0] for cache in caches]
+        for name in self._row_tensors:
+            tensors = [getattr(cache, name) for cache in caches]
+            if name in self._column_tensors:
+                merged = torch.cat([_insert_zeros(tensor, 1, 0, length - tensor.shape[1]) for tensor in tensors])
+            else:
+                merged = _stack_rows(tensors, sizes)
+            setattr(self, name, merged)
+
+    def drop_columns(self, num_columns: int) -> None:
+        """Removes the first columns of all rows, in which nothing but padding stands."""
+        for layer in self.layers:
+            if layer.is_initialized and num_columns > 0:
+                cut = self.front_length
+                for name in ("keys", "values"):
+                    states = getattr(layer, name)
+                    kept = torch.cat([states[..., :cut, :], states[..., cut + num_columns :, :]], dim=-2)
+                    setattr(layer, name, kept)
+        for name in self._column_tensors:
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, tensor[:, num_columns:])
+
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens (a negative number), across ends of chunks too."""
         super().crop(tokens_to_remove)
@@ -170,6 +251,7 @@ class RetroCache(RetrievalCache):
     """
 
     _row_tensors = (*RetrievalCache._row_tensors, "chunk_states", "current_attention_mask")
+    _column_tensors = (*RetrievalCache._column_tensors, "chunk_states")
 
     def _reset_retrieval(self) -> None:
         super()._reset_retrieval()
@@ -222,6 +304,19 @@ class RetroCache(RetrievalCache):
         self.current_key_values = {
             layer_idx: (function(keys), function(values))
             for layer_idx, (keys, values) in self.current_key_values.items()
+        }
+
+    def _add_retrieval(self, others: "Sequence[RetroCache]", length: int) -> None:
+        caches = [self, *others]
+        sizes = [cache.input_ids.shape[0] for cache in caches]
+        super()._add_retrieval(others, length)
+        layers = {layer_idx: None for cache in caches for layer_idx in cache.current_key_values}
+        self.current_key_values = {
+            layer_idx: tuple(
+                _stack_rows([cache.current_key_values.get(layer_idx, (None, None))[i] for cache in caches], sizes)
+                for i in (0, 1)
+            )
+            for layer_idx in layers
         }
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -314,6 +409,10 @@ class RetroJointCache(RetrievalCache):
             )
             for layer, states in zip(self.layers, key_values)
         ]
+
+    def _add_retrieval(self, others: "Sequence[RetroJointCache]", length: int) -> None:
+        super()._add_retrieval(others, length)
+        self.is_packed = any(cache.is_packed for cache in (self, *others))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens (a negative number), across ends of chunks too."""

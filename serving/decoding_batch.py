@@ -1,0 +1,201 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Rows that a model continues together, each as if it were alone"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+
+@dataclass
+class RetrievedChunk:
+    """
+    What was found for one chunk of a row.
+
+    Args:
+        index (`int`):
+            Number of the chunk in its row.
+        input_ids (`list[list[int]]`):
+            Tokens of the neighbors with their continuations, best first, without padding.
+        scores (`list[float]`):
+            Their scores.
+        document_ids (`list[int]`):
+            The documents they are from; -1 where the retriever does not know.
+        chunk_ids (`list[int]`):
+            Their global chunk ids; -1 where the retriever does not know.
+    """
+
+    index: int
+    input_ids: list[list[int]]
+    scores: list[float]
+    document_ids: list[int]
+    chunk_ids: list[int]
+
+
+@dataclass
+class Row:
+    """
+    One document that grows.
+
+    Args:
+        tokens (`list[int]`):
+            Its tokens: the prompt, at least one, and what came after it.
+        num_neighbors (`int`):
+            Neighbors that are looked up for each chunk; 0 switches retrieval off.
+        retrieved (`list[RetrievedChunk]`):
+            What was found for each whole chunk.
+    """
+
+    tokens: list[int]
+    num_neighbors: int
+    retrieved: list[RetrievedChunk] = field(default_factory=list)
+
+
+class DecodingBatch:
+    """
+    Rows of a RETRO model that are decoded together, with one forward pass a token. A row joins when its prompt has
+    passed through the model alone, and leaves at any time; what it computes does not depend on the others.
+
+    Args:
+        model ([`RetroForCausalLM`] or [`RetroJointForCausalLM`]):
+            The model, in evaluation mode.
+        retriever:
+            What neighbors are looked up with, see [`RetroGenerationMixin`].
+    """
+
+    def __init__(self, model: PreTrainedModel, retriever: Any):
+        self.model = model
+        self.retriever = retriever
+        self.rows: list[Row] = []
+        self._cache = None
+        self._cached: list[int] = []  # number of tokens of each row in the cache, where rows stand at the right
+
+    @torch.inference_mode()
+    def add(self, rows: Sequence[Row]) -> torch.Tensor:
+        """
+        Reads the prompts of new rows and puts them below the others.
+
+        Args:
+            rows (`Sequence[Row]`): The rows, each with at least one token.
+
+        Returns:
+            `torch.FloatTensor` of shape `(len(rows), vocab_size)`: what comes next in each of them.
+        """
+        size, device = self.model.config.chunk_size, self.model.device
+        chunks = [
+            (n, row.tokens[start : start + size])
+            for n, row in enumerate(rows)
+            if row.num_neighbors > 0
+            for start in range(0, len(row.tokens) - size + 1, size)
+        ]
+        found_ids, found_mask = self._look_up(rows, chunks)
+        caches, logits = [], []
+        for n, row in enumerate(rows):
+            neighbors = {}
+            own = [i for i, (owner, _) in enumerate(chunks) if owner == n]
+            if own:
+                # No wider than alone: the others may ask for more neighbors.
+                neighbors = {
+                    "neighbor_input_ids": found_ids[own][None, :, : row.num_neighbors],
+                    "neighbor_attention_mask": found_mask[own][None, :, : row.num_neighbors],
+                }
+            caches.append(self.model.cache_class(config=self.model.config))
+            with self.model.retrieval(False):
+                outputs = self.model(
+                    input_ids=torch.tensor([row.tokens], device=device),
+                    past_key_values=caches[-1],
+                    use_cache=True,
+                    logits_to_keep=1,
+                    **neighbors,
+                )
+            logits.append(outputs.logits[:, -1])
+        if self._cache is not None:
+            caches.insert(0, self._cache)
+        caches[0].add_rows(caches[1:])
+        self._cache = caches[0]
+        self.rows += rows
+        self._cached += [len(row.tokens) for row in rows]
+        return torch.cat(logits).float()
+
+    @torch.inference_mode()
+    def step(self) -> torch.Tensor:
+        """
+        Reads the last token of each row, the one that was appended since the last call.
+
+        Returns:
+            `torch.FloatTensor` of shape `(len(self.rows), vocab_size)`: what comes next.
+        """
+        size, device = self.model.config.chunk_size, self.model.device
+        chunks = [
+            (n, row.tokens[-size:])
+            for n, row in enumerate(self.rows)
+            if row.num_neighbors > 0 and len(row.tokens) % size == 0
+        ]
+        neighbors = {}
+        if chunks:
+            found_ids, found_mask = self._look_up(self.rows, chunks)
+            shape, owners = (len(self.rows), 1, *found_ids.shape[1:]), [n for n, _ in chunks]
+            all_ids, all_masks = found_ids.new_zeros(shape), found_mask.new_zeros(shape)
+            all_ids[owners, 0], all_masks[owners, 0] = found_ids, found_mask
+            neighbors = {"neighbor_input_ids": all_ids, "neighbor_attention_mask": all_masks}
+        self._cached = [length + 1 for length in self._cached]
+        lengths = torch.tensor(self._cached, device=device)
+        columns = torch.arange(max(self._cached), device=device)
+        with self.model.retrieval(False):
+            outputs = self.model(
+                input_ids=torch.tensor([row.tokens[-1:] for row in self.rows], device=device),
+                attention_mask=(columns >= len(columns) - lengths[:, None]).long(),
+                position_ids=lengths[:, None] - 1,
+                past_key_values=self._cache,
+                use_cache=True,
+                **neighbors,
+            )
+        return outputs.logits[:, -1].float()
+
+    @torch.inference_mode()
+    def keep(self, indices: Sequence[int]) -> None:
+        """Keeps the rows `indices` and lets the others go, with the padding that only they needed."""
+        longest = max(self._cached, default=0)
+        self.rows = [self.rows[n] for n in indices]
+        self._cached = [self._cached[n] for n in indices]
+        if not self.rows:
+            self._cache = None
+            return
+        self._cache.batch_select_indices(torch.tensor(indices, device=self.model.device))
+        self._cache.drop_columns(longest - max(self._cached))
+
+    def _look_up(
+        self, rows: Sequence[Row], chunks: Sequence[tuple[int, list[int]]]
+    ) -> tuple[torch.LongTensor | None, torch.BoolTensor | None]:
+        """
+        Neighbors `(len(chunks), k, neighbor_length)` of chunks, given with the number of their row, and their mask,
+        by one call of the retriever; those beyond the number that a row wants are masked.
+        """
+        if not chunks:
+            return None, None
+        k = max(rows[n].num_neighbors for n, _ in chunks)
+        found = self.retriever.retrieve(torch.tensor([chunk for _, chunk in chunks]), k)
+        ids, mask = found.neighbor_input_ids, found.neighbor_attention_mask.bool().clone()
+        for i, (n, _) in enumerate(chunks):
+            mask[i, rows[n].num_neighbors :] = False
+            present = mask[i].any(-1).nonzero()[:, 0].tolist()
+            names = ("scores", "document_ids", "chunk_ids")
+            values = [getattr(found, name, None) for name in names]
+            known = [[-1] * len(present) if value is None else value[i, present].tolist() for value in values]
+            neighbors = [ids[i, j, mask[i, j]].tolist() for j in present]
+            rows[n].retrieved.append(RetrievedChunk(len(rows[n].retrieved), neighbors, *known))
+        return ids.to(self.model.device), mask.to(self.model.device)

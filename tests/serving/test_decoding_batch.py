@@ -1,0 +1,144 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A row that is decoded among others computes what it computes alone, whoever joins and leaves."""
+
+import random
+
+import pytest
+import torch
+from test_generation_retro import HashRetriever
+from test_modeling_retro import CHUNK, VOCAB, assert_close, make_model
+from tiny_joint import make_joint
+
+from serving.decoding_batch import DecodingBatch, Row
+
+
+MAKERS = {
+    "cross": make_model,
+    "joint": make_joint,
+    "joint-sliding": lambda: make_joint("gemma3"),
+}
+
+
+class TopRetriever(HashRetriever):
+    """Finds the same first neighbors however many are asked for, as a search does."""
+
+    def retrieve(self, chunk_input_ids, k):
+        found = super().retrieve(chunk_input_ids, 3)
+        for name, value in vars(found).items():
+            setattr(found, name, value[:, :k])
+        return found
+
+
+def make_prompt(length, seed):
+    return random.Random(seed).choices(range(1, VOCAB), k=length)
+
+
+def logits_alone(model, row):
+    """Logits after each token of a row by one uncached forward pass, with its neighbors looked up chunk by chunk."""
+    inputs = {}
+    chunks = torch.tensor(row.tokens[: len(row.tokens) // CHUNK * CHUNK]).view(-1, CHUNK)
+    if row.num_neighbors > 0 and len(chunks) > 0:
+        found = TopRetriever().retrieve(chunks, row.num_neighbors)
+        inputs["neighbor_input_ids"] = found.neighbor_input_ids[None]
+        inputs["neighbor_attention_mask"] = found.neighbor_attention_mask[None]
+    with torch.no_grad():
+        return model(torch.tensor([row.tokens]), **inputs).logits[0].float()
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_rows_that_join_and_leave_compute_what_they_compute_alone(kind):
+    model = MAKERS[kind]()
+    batch = DecodingBatch(model, TopRetriever())
+    generator = random.Random(0)
+    # (step at which a row joins, length of its prompt, its neighbors, tokens until it leaves)
+    plans = [(0, 3, 2, 9), (0, 2 * CHUNK, 2, 30), (0, 5, 0, 20), (2, 21, 1, 6), (2, 1, 3, 26), (11, 7, 2, 14)]
+    plans += [(12, 4 * CHUNK - 1, 2, 3), (40, 6, 2, 5)]  # the last one comes to an empty batch
+    rows = [Row(make_prompt(length, n), k) for n, (_, length, k, _) in enumerate(plans)]
+    prompts = [list(row.tokens) for row in rows]
+    seen = [[] for _ in rows]
+    left = [plan[3] for plan in plans]
+
+    def advance(numbers, logits):
+        for n, row_logits in zip(numbers, logits, strict=True):
+            seen[n].append(row_logits)
+            rows[n].tokens.append(generator.randrange(1, VOCAB))
+            left[n] -= 1
+
+    for step in range(50):
+        active = [rows.index(row) for row in batch.rows]
+        kept = [i for i, n in enumerate(active) if left[n] > 0]
+        if len(kept) < len(active):
+            batch.keep(kept)
+        if batch.rows:
+            logits = batch.step()
+            advance([rows.index(row) for row in batch.rows], logits)
+        joining = [n for n, plan in enumerate(plans) if plan[0] == step]
+        if joining:
+            advance(joining, batch.add([rows[n] for n in joining]))
+    assert not batch.rows and all(n == 0 for n in left)
+    for row, prompt, found, plan in zip(rows, prompts, seen, plans, strict=True):
+        assert len(found) == plan[3]
+        expected = logits_alone(model, row)[len(prompt) - 1 : -1]
+        assert_close(torch.stack(found), expected, 1e-6)
+        read = (len(row.tokens) - 1) // CHUNK  # the last token was never read
+        assert [chunk.index for chunk in row.retrieved] == (list(range(read)) if row.num_neighbors else [])
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_greedy_rows_equal_generate_in_single_precision(kind):
+    model = MAKERS[kind]().float()
+    model.set_retriever(TopRetriever())
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+    rows = [Row(make_prompt(length, length), 2) for length in (2, 9, 17, 4)]
+    expected = []
+    for row in rows:
+        ids = torch.tensor([row.tokens])
+        output = model.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
+        expected.append((output.sequences[0].tolist(), output.retrieved_chunk_ids[0].tolist()))
+    batch = DecodingBatch(model, TopRetriever())
+    logits = batch.add(rows)
+    for step in range(20):
+        for row, best in zip(rows, logits.argmax(-1).tolist(), strict=True):
+            row.tokens.append(best)
+        if step < 19:
+            logits = batch.step()
+    for row, (tokens, chunk_ids) in zip(rows, expected, strict=True):
+        assert row.tokens == tokens
+        for chunk, ids in zip(row.retrieved, chunk_ids[: len(row.retrieved)], strict=True):
+            assert set(chunk.chunk_ids) <= set(ids)
+
+
+def test_one_call_of_the_retriever_serves_all_rows():
+    model = make_joint()
+    retriever = TopRetriever()
+    batch = DecodingBatch(model, retriever)
+    batch.add([Row(make_prompt(2 * CHUNK - 1, n), 2) for n in range(3)])
+    assert retriever.calls == 1 and len(retriever.chunks) == 3
+    for row in batch.rows:
+        row.tokens.append(1)
+    batch.step()
+    assert retriever.calls == 2 and len(retriever.chunks) == 6
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_batch_is_as_wide_as_its_longest_row(kind):
+    batch = DecodingBatch(MAKERS[kind](), TopRetriever())
+    batch.add([Row(make_prompt(length, length), 2) for length in (30, 3, 7)])
+    cache = batch._cache
+    assert cache.get_seq_length() == 30
+    batch.keep([1, 2])
+    assert cache.get_seq_length() == 7 and cache.input_ids.shape == (2, 7)
+    batch.keep([])
+    assert batch._cache is None and batch.rows == []
