@@ -22,6 +22,8 @@ retro embed --datastore datastore --split validation
 Many processes share the shards: `accelerate launch -m data_prep.embed ...`, one for each GPU.
 """
 
+import itertools
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -70,6 +72,9 @@ class EmbedArguments:
         default=None, metadata={"help": "By default what the encoder's files say.", "choices": ["mean", "cls"]}
     )
     normalize: bool | None = field(default=None, metadata={"help": "By default what the encoder's files say."})
+    truncate_dim: int | None = field(
+        default=None, metadata={"help": "Leading dimensions that are kept, for Matryoshka encoders."}
+    )
     dtype: str = field(
         default="float32", metadata={"help": "Computing type.", "choices": ["float32", "bfloat16", "float16"]}
     )
@@ -84,6 +89,7 @@ def embed_chunks(
     split: str = TRAIN_SPLIT,
     pooling: str | None = None,
     normalize: bool | None = None,
+    truncate_dim: int | None = None,
     dtype: str = "float32",
     tokens_per_batch: int = 4096,
     force: bool = False,
@@ -98,6 +104,7 @@ def embed_chunks(
         split (`str`, *optional*, defaults to `"train"`): The split.
         pooling (`str`, *optional*): `"mean"` or `"cls"`. Defaults to what the encoder's files say.
         normalize (`bool`, *optional*): Whether embeddings get length 1. Defaults to what the encoder's files say.
+        truncate_dim (`int`, *optional*): Leading dimensions that are kept, for Matryoshka encoders.
         dtype (`str`, *optional*, defaults to `"float32"`): Computing type.
         tokens_per_batch (`int`, *optional*, defaults to 4096): Tokens of a batch, padding included.
         force (`bool`, *optional*, defaults to `False`): Embed the split anew.
@@ -116,7 +123,7 @@ def embed_chunks(
             # Another encoder for what is searched is another encoder for what searches it.
             for name in manifest["splits"] if split == TRAIN_SPLIT else [split]:
                 discard(path, manifest, name, "embeddings")
-        encoder = _open_encoder(path, manifest, encoder, revision, pooling, normalize, dtype)
+        encoder = _open_encoder(path, manifest, encoder, revision, pooling, normalize, truncate_dim, dtype)
         chunk_shards = manifest["splits"][split]["chunks"]["shards"]
         options = {"dtype": dtype}
         stage = manifest["splits"][split].setdefault("embeddings", {"options": options, "shards": []})
@@ -170,18 +177,18 @@ def _open_encoder(
     revision: str | None,
     pooling: str | None,
     normalize: bool | None,
+    truncate_dim: int | None,
     dtype: str,
 ) -> ChunkEncoder:
     """Loads the encoder; the first one is recorded (and kept, unless it is on the Hub), others must equal it."""
     datastore = RetroDatastore(path, manifest)
     recorded = manifest.get("encoder")
     state = process_state()
+    device = state.device if torch.cuda.is_available() else "cpu"
     if encoder is None:
-        encoder, revision = datastore.encoder_source()
-        pooling, normalize = recorded["pooling"], recorded["normalize"]
-    if not isinstance(encoder, ChunkEncoder):
-        device = state.device if torch.cuda.is_available() else "cpu"
-        encoder = ChunkEncoder.from_pretrained(encoder, revision, pooling, normalize, device, dtype)
+        encoder = datastore.open_encoder(device, dtype)
+    elif not isinstance(encoder, ChunkEncoder):
+        encoder = ChunkEncoder.from_pretrained(encoder, revision, pooling, normalize, device, dtype, truncate_dim)
     if recorded is not None and any("embeddings" in record for record in manifest["splits"].values()):
         datastore.check_encoder(encoder)
         return encoder
@@ -195,8 +202,11 @@ def _open_encoder(
 
 def copy_encoder(source: Path, target: Path) -> None:
     """Copies what loads the encoder: weights, configs and tokenizer, not the checkpoints of a training run."""
-    for pattern in ("*.safetensors", "*.json", "*.txt", "*.model", "*_*/config.json"):
-        for file in sorted(source.glob(pattern)):
+    modules = source / "modules.json"  # of sentence-transformers; a module may stand in a folder of its own
+    paths = [module["path"] for module in json.loads(modules.read_text(encoding="utf-8"))] if modules.is_file() else []
+    folders = {source, *(source / path for path in paths)}
+    for folder, pattern in itertools.product(sorted(folders), ("*.safetensors", "*.json", "*.txt", "*.model")):
+        for file in sorted(folder.glob(pattern)):
             copy = target / file.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)

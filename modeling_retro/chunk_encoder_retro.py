@@ -15,7 +15,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,15 @@ def weights_fingerprint(model: torch.nn.Module, missing: Sequence[str] = ()) -> 
     Returns:
         `str`: The hexadecimal digest.
     """
+    return tensors_fingerprint({name: value for name, value in model.state_dict().items() if name not in missing})
+
+
+def tensors_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Sha256 over the names and values of tensors."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name not in missing:
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -117,6 +121,8 @@ class ChunkEncoder:
         name (`str`, *optional*): Name or path it was loaded from.
         revision (`str`, *optional*): Revision it was loaded from.
         sha256 (`str`, *optional*): Fingerprint of the weights. Defaults to that of the weights as they are now.
+        prompt (`str`, *optional*): What stands in front of every text.
+        truncate_dim (`int`, *optional*): Number of leading dimensions that are kept, for Matryoshka encoders.
     """
 
     def __init__(
@@ -129,17 +135,21 @@ class ChunkEncoder:
         name: str | None = None,
         revision: str | None = None,
         sha256: str | None = None,
+        prompt: str | None = None,
+        truncate_dim: int | None = None,
     ):
         if pooling not in ("mean", "cls"):
             raise ValueError(f"pooling must be 'mean' or 'cls', got {pooling!r}")
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.pooling = pooling
-        self.normalize = normalize
         self.max_length = max_length or longest_input(model, tokenizer)
         self.name = name or model.name_or_path
         self.revision = revision
-        self.dim: int = model.config.hidden_size
+        self.pooling = pooling
+        self.normalize = normalize
+        self.prompt = prompt or ""
+        self.dim = kept_dimensions(model.config.hidden_size, truncate_dim)
+        self.truncate_dim = truncate_dim
         self.sha256 = sha256 or weights_fingerprint(model)
 
     @classmethod
@@ -151,23 +161,36 @@ class ChunkEncoder:
         normalize: bool | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        truncate_dim: int | None = None,
     ) -> "ChunkEncoder":
         """
-        Loads any `AutoModel` encoder or a sentence-transformers model with its own pooling.
+        Loads any `AutoModel` encoder or any sentence-transformers model, with its own pooling and prompt.
+
+        Static models (a `StaticEmbedding`, model2vec) become a [`StaticChunkEncoder`], stacks of modules that are
+        neither that nor a transformer with mean or cls pooling a [`ModulesChunkEncoder`].
 
         Args:
             name_or_path (`str` or `Path`): Folder or Hub id.
             revision (`str`, *optional*): Revision on the Hub.
-            pooling (`str`, *optional*): Overrides the pooling of the model's files (`"mean"` where they say nothing).
+            pooling (`str`, *optional*):
+                Overrides the pooling of a transformer's files (`"mean"` where they say nothing). Static models know
+                `"mean"` only, other stacks of modules `"modules"`.
             normalize (`bool`, *optional*): Overrides the normalisation of its files (`True` where they say nothing).
             device (`str` or `torch.device`, *optional*): Defaults to the first GPU, else the CPU.
             dtype (`str` or `torch.dtype`, *optional*): Computing type, such as `"bfloat16"`. Defaults to float32.
+            truncate_dim (`int`, *optional*): Number of leading dimensions that are kept, for Matryoshka encoders.
 
         Raises:
-            ValueError: If the model's files ask for a pooling or module that is not supported.
+            ValueError: If the model has no such pooling or not as many dimensions.
+            ImportError: If its modules need sentence-transformers and that is not installed.
         """
         name = str(name_or_path)
         files = sentence_transformers_config(name, revision)
+        if files["kind"] != "transformer":
+            from .static_encoder_retro import ModulesChunkEncoder, StaticChunkEncoder
+
+            subclass = StaticChunkEncoder if files["kind"] == "static" else ModulesChunkEncoder
+            return subclass.from_files(name, revision, files, pooling, normalize, device, dtype, truncate_dim)
         model, loading = load_text_encoder(
             name, revision=revision, dtype="auto", use_safetensors=True, output_loading_info=True
         )
@@ -184,15 +207,19 @@ class ChunkEncoder:
             name=name,
             revision=revision,
             sha256=sha256,
+            prompt=files["prompt"],
+            truncate_dim=truncate_dim,
         )
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest records: `name`, `revision`, `pooling`, `normalize`, `dim`, `sha256` of the weights."""
+        """What the manifest records: what loads the encoder again, and the sha256 of its weights."""
         return {
             "name": self.name,
             "revision": self.revision,
             "pooling": self.pooling,
             "normalize": self.normalize,
+            "prompt": self.prompt,
+            "truncate_dim": self.truncate_dim,
             "dim": self.dim,
             "sha256": self.sha256,
         }
@@ -213,7 +240,7 @@ class ChunkEncoder:
         embeddings = np.zeros((len(texts), self.dim), dtype=np.float32)
         for start in range(0, len(texts), window):
             encoded = self.tokenizer(
-                list(texts[start : start + window]),
+                [self.prompt + text for text in texts[start : start + window]],
                 truncation=True,
                 max_length=self.max_length,
                 # Text that spells a special token, such as [SEP], stays text.
@@ -253,7 +280,7 @@ class ChunkEncoder:
         input_ids = torch.from_numpy(input_ids).to(self.model.device)
         mask = torch.from_numpy(mask).to(self.model.device)
         hidden = self.model(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state  # [b, t, dim]
-        pooled = pool_hidden_states(hidden, mask, self.pooling)
+        pooled = pool_hidden_states(hidden, mask, self.pooling)[:, : self.dim]
         if self.normalize:
             pooled = torch.nn.functional.normalize(pooled, dim=-1)
         return pooled.cpu().numpy()
@@ -272,44 +299,60 @@ def _batches(order: np.ndarray, lengths: np.ndarray, tokens_per_batch: int) -> l
 def decode_chunks(input_ids: Any, mask: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of chunks [n, m] as keys and queries see it: padding and special tokens dropped, nothing cleaned up."""
     rows = [row[real].tolist() for row, real in zip(np.asarray(input_ids), np.asarray(mask, dtype=bool), strict=True)]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    # What `tokenizer.batch_decode` calls row by row, here in parallel.
+    return tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=True)
+
+
+def kept_dimensions(dim: int, truncate_dim: int | None) -> int:
+    """Number of dimensions that are left of `dim`; a `ValueError` if there are fewer than asked for."""
+    if truncate_dim is not None and not 1 <= truncate_dim <= dim:
+        raise ValueError(f"truncate_dim must lie between 1 and the {dim} dimensions of the encoder, got {truncate_dim}")
+    return truncate_dim or dim
+
+
+def load_json(name: str, file: str, revision: str | None = None) -> Any:
+    """Contents of a JSON file of a model's folder or Hub repository, None if it has no such file."""
+    path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def sentence_transformers_config(name: str, revision: str | None = None) -> dict[str, Any]:
     """
-    Pooling, normalisation and longest input of a sentence-transformers model, from its files.
+    Kind, pooling, normalization, prompt and longest input of an encoder, from its files.
 
     Args:
         name (`str`): Folder or Hub id.
         revision (`str`, *optional*): Revision on the Hub.
 
     Returns:
-        `dict`: `pooling`, `normalize`, and `max_length` if given; empty for a model without `modules.json`.
+        `dict`: `kind` (`"transformer"`, which this file computes, `"static"`, or `"modules"` for every other stack of
+        sentence-transformers modules) and `prompt`; where the files say so `pooling`, `normalize`, `max_length`, and
+        the `path` of a static module.
     """
-
-    def load(file: str) -> Any:
-        path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-
-    modules = load("modules.json")
+    modules = load_json(name, "modules.json", revision)
     if modules is None:
-        return {}
-    config: dict[str, Any] = {"normalize": False}
-    for module in modules:
-        kind = module["type"].rsplit(".", 1)[-1]
-        if kind == "Pooling":
-            pooling = load(f"{module['path']}/config.json")
-            modes = {mode for mode, on in pooling.items() if mode.startswith("pooling_mode_") and on}
-            mode = pooling.get("pooling_mode") or "+".join(
-                sorted(mode.removeprefix("pooling_mode_") for mode in modes)
-            )
-            names = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls": "cls"}
-            if mode not in names:
-                raise ValueError(f"{name} pools by {mode!r}; only mean and cls pooling are supported")
-            config["pooling"] = names[mode]
-        elif kind == "Normalize":
-            config["normalize"] = True
-        elif kind != "Transformer":
-            raise ValueError(f"{name} has a {kind} module; only Transformer, Pooling and Normalize are supported")
-    max_length = (load("sentence_bert_config.json") or {}).get("max_seq_length")
-    return config if max_length is None else {**config, "max_length": max_length}
+        config = load_json(name, "config.json", revision) or {}
+        if config.get("model_type") == "model2vec":
+            return {"kind": "static", "prompt": None, "path": "", "normalize": config.get("normalize", False)}
+        return {"kind": "transformer", "prompt": None}
+    common = load_json(name, "config_sentence_transformers.json", revision) or {}
+    prompt = (common.get("prompts") or {}).get(common.get("default_prompt_name"))
+    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    config = {"kind": "transformer", "prompt": prompt, "normalize": kinds[-1] == "Normalize"}
+    if kinds[-1] == "Normalize":
+        kinds = kinds[:-1]
+    if kinds == ["StaticEmbedding"]:
+        path = modules[0]["path"].strip("./")
+        return {**config, "kind": "static", "path": f"{path}/" if path else ""}
+    max_length = (load_json(name, "sentence_bert_config.json", revision) or {}).get("max_seq_length")
+    if max_length is not None:
+        config["max_length"] = max_length
+    if kinds == ["Transformer"]:
+        return config
+    pooling = load_json(name, f"{modules[1]['path']}/config.json", revision) if kinds[1:] == ["Pooling"] else {}
+    flags = [flag for flag, on in pooling.items() if flag.startswith("pooling_mode_") and on]
+    mode = pooling.get("pooling_mode") or "+".join(flags).removeprefix("pooling_mode_")
+    known = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls": "cls"}
+    if kinds[0] == "Transformer" and mode in known and (not prompt or pooling.get("include_prompt", True)):
+        return {**config, "pooling": known[mode]}
+    return {**config, "kind": "modules"}

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from huggingface_hub import CommitInfo
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -437,11 +438,11 @@ class RetroDatastore:
         expected, found = self.manifest.get("encoder"), encoder.describe()
         if expected is None:
             raise ValueError(f"{self.path} has no embeddings; run `retro embed`")
-        for key in ("sha256", "dim", "pooling", "normalize"):
-            if found[key] != expected[key]:
+        for key in ("sha256", "dim", "pooling", "normalize", "prompt"):
+            if found[key] != expected.get(key, ""):  # the prompt is not in older manifests
                 raise ValueError(
                     f"the encoder {found['name']} is not the encoder of {self.path} ({expected['name']}): "
-                    f"its {key} is {found[key]}, expected {expected[key]}"
+                    f"its {key} is {found[key]}, expected {expected.get(key)}"
                 )
 
     def encoder_source(self) -> tuple[str, str | None]:
@@ -451,6 +452,21 @@ class RetroDatastore:
         if "encoder" not in self.manifest:
             raise ValueError(f"{self.path} has no embeddings; run `retro embed`")
         return self.manifest["encoder"]["name"], self.manifest["encoder"]["revision"]
+
+    def open_encoder(
+        self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    ) -> ChunkEncoder:
+        """
+        Loads the encoder of the datastore.
+
+        Args:
+            device (`str` or `torch.device`, *optional*): Defaults to the first GPU, else the CPU.
+            dtype (`str` or `torch.dtype`, *optional*): Computing type. Defaults to float32.
+        """
+        name, revision = self.encoder_source()
+        record = self.manifest["encoder"]
+        options = {key: record.get(key) for key in ("pooling", "normalize", "truncate_dim")}
+        return ChunkEncoder.from_pretrained(name, revision, device=device, dtype=dtype, **options)
 
     def take_neighbors(self, chunk_ids: Any) -> tuple[np.ndarray, np.ndarray]:
         """

@@ -194,11 +194,7 @@ class RetroRetriever:
         dtype: str | torch.dtype | None = None,
     ):
         if encoder is None:
-            name, revision = datastore.encoder_source()
-            record = datastore.manifest["encoder"]
-            encoder = ChunkEncoder.from_pretrained(
-                name, revision, pooling=record["pooling"], normalize=record["normalize"], device=device, dtype=dtype
-            )
+            encoder = datastore.open_encoder(device, dtype)
         datastore.check_encoder(encoder)
         self.datastore = datastore
         self.encoder = encoder

@@ -75,10 +75,6 @@ def test_sentence_transformers_files_decide_pooling(tiny_encoder_dir, tmp_path):
     (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 17}))
     encoder = ChunkEncoder.from_pretrained(folder, device="cpu")
     assert (encoder.pooling, encoder.normalize, encoder.max_length) == ("cls", False, 17)
-    pooling["pooling_mode_max_tokens"] = True
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    with pytest.raises(ValueError, match="only mean and cls"):
-        ChunkEncoder.from_pretrained(folder)
 
 
 def test_the_encoder_is_known_by_its_weights_whatever_the_dtype(datastore, tiny_encoder_dir):

@@ -1,0 +1,284 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Encoders of chunks that are no transformer: the mean of token vectors (sentence-transformers' `StaticEmbedding`,
+model2vec), and any other stack of sentence-transformers modules. [`ChunkEncoder.from_pretrained`] chooses among them.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from transformers.utils import cached_file
+
+from .chunk_encoder_retro import ChunkEncoder, kept_dimensions, tensors_fingerprint
+
+
+# What ends a word for the tokenizers of `_cuts_at_spaces`. Python's own white space holds characters that end none.
+_SPACES = str.maketrans(dict.fromkeys("\t\n\r", " "))
+_MOST_WORDS = 1_000_000
+
+
+class StaticChunkEncoder(ChunkEncoder):
+    """
+    The mean of the vectors of a text's tokens, as `StaticEmbedding` of sentence-transformers computes it.
+
+    Nearly all the time goes into tokenization. Where words are tokenized one by one (BERT's tokenizer does so), each
+    word is tokenized once and its ids are kept.
+
+    Args:
+        embeddings (`torch.Tensor`): [vocabulary, dim], one vector for each token id, computed with in float32.
+        tokenizer (`tokenizers.Tokenizer`): Its tokenizer; padding is turned off.
+        normalize (`bool`, *optional*, defaults to `True`): Whether embeddings get length 1.
+        name (`str`, *optional*): Name or path it was loaded from.
+        revision (`str`, *optional*): Revision it was loaded from.
+        sha256 (`str`, *optional*): Fingerprint of the weights. Defaults to that of `embeddings`.
+        prompt (`str`, *optional*): What stands in front of every text.
+        truncate_dim (`int`, *optional*): Number of leading dimensions that are kept.
+
+    Raises:
+        ValueError: If there are fewer vectors than tokens, or fewer dimensions than `truncate_dim`.
+    """
+
+    def __init__(
+        self,
+        embeddings: torch.Tensor,
+        tokenizer: Tokenizer,
+        normalize: bool = True,
+        name: str = "",
+        revision: str | None = None,
+        sha256: str | None = None,
+        prompt: str | None = None,
+        truncate_dim: int | None = None,
+    ):
+        if len(embeddings) < tokenizer.get_vocab_size():
+            raise ValueError(
+                f"the tokenizer of {name} has {tokenizer.get_vocab_size()} tokens, its embeddings {len(embeddings)} rows"
+            )
+        self.dim = kept_dimensions(embeddings.shape[1], truncate_dim)
+        self.truncate_dim = truncate_dim
+        self.embeddings = embeddings[:, : self.dim].float().contiguous()
+        self.sha256 = sha256 or tensors_fingerprint({"embeddings": embeddings})
+        self.max_length = tokenizer.truncation["max_length"] if tokenizer.truncation else None
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        # Text that spells a special token, such as [SEP], stays text.
+        tokenizer.encode_special_tokens = True
+        self.tokenizer = tokenizer
+        self.pooling = "mean"
+        self.normalize = normalize
+        self.prompt = prompt or ""
+        self.name = name
+        self.revision = revision
+        self._by_word = _cuts_at_spaces(tokenizer)
+        self._words: dict[str, list[int]] = {}
+
+    @classmethod
+    def from_files(
+        cls,
+        name: str,
+        revision: str | None,
+        files: Mapping[str, Any],
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        truncate_dim: int | None = None,
+    ) -> "StaticChunkEncoder":
+        """Loads what `files` describes; the arguments are those of [`ChunkEncoder.from_pretrained`]."""
+        if pooling not in (None, "mean"):
+            raise ValueError(f"{name} is a static encoder, which pools by 'mean', not {pooling!r}")
+        tensors = load_file(cached_file(name, files["path"] + "model.safetensors", revision=revision))
+        tokenizer = Tokenizer.from_file(cached_file(name, files["path"] + "tokenizer.json", revision=revision))
+        return cls(
+            token_vectors(tensors),
+            tokenizer,
+            normalize=files["normalize"] if normalize is None else normalize,
+            name=name,
+            revision=revision,
+            sha256=tensors_fingerprint(tensors),
+            prompt=files["prompt"],
+            truncate_dim=truncate_dim,
+        )
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str], tokens_per_batch: int = 4096, window: int = 8192) -> np.ndarray:
+        """
+        Embeds texts.
+
+        Args:
+            texts (`Sequence[str]`): The texts.
+            tokens_per_batch (`int`, *optional*, defaults to 4096): Not used: nothing is padded.
+            window (`int`, *optional*, defaults to 8192): Number of texts that are tokenized together.
+
+        Returns:
+            `np.ndarray`: float32 [n, dim], in the order of `texts`; zeros for a text without tokens.
+        """
+        embeddings = np.empty((len(texts), self.dim), dtype=np.float32)
+        for start in range(0, len(texts), window):
+            ids, lengths = self._tokenize([self.prompt + text for text in texts[start : start + window]])
+            offsets = np.cumsum(lengths) - lengths
+            bags = torch.nn.functional.embedding_bag(
+                torch.from_numpy(ids), self.embeddings, torch.from_numpy(offsets), mode="mean"
+            )
+            if self.normalize:
+                bags = torch.nn.functional.normalize(bags, dim=-1)
+            embeddings[start : start + window] = bags.numpy()
+        return embeddings
+
+    def _tokenize(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of all texts one after another, int64 [tokens], and the number of tokens of each, int64 [n]."""
+        if self._by_word:
+            rows = self._rows_by_word([text.translate(_SPACES).split(" ") for text in texts])
+        else:
+            rows = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        if self.max_length is not None:
+            rows = [row[: self.max_length] for row in rows]
+        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        return np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum())), lengths
+
+    def _rows_by_word(self, texts: list[list[str]]) -> list[list[int]]:
+        new = list(set(chain.from_iterable(texts)).difference(self._words))
+        if len(self._words) + len(new) > _MOST_WORDS:
+            self._words.clear()
+            new = list(set(chain.from_iterable(texts)))
+        encodings = self.tokenizer.encode_batch_fast(new, add_special_tokens=False)
+        self._words.update(zip(new, (encoding.ids for encoding in encodings), strict=True))
+        ids_of = self._words.__getitem__
+        return [list(chain.from_iterable(map(ids_of, words))) for words in texts]
+
+
+class ModulesChunkEncoder(ChunkEncoder):
+    """
+    Any other stack of sentence-transformers modules, computed by that library.
+
+    Args:
+        model (`sentence_transformers.SentenceTransformer`): The model.
+        normalize (`bool`): Whether embeddings get length 1.
+        name (`str`): Name or path it was loaded from.
+        revision (`str`, *optional*): Revision it was loaded from.
+        sha256 (`str`, *optional*): Fingerprint of the weights. Defaults to that of the weights as they are now.
+        truncate_dim (`int`, *optional*): Number of leading dimensions that are kept.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        normalize: bool,
+        name: str,
+        revision: str | None = None,
+        sha256: str | None = None,
+        truncate_dim: int | None = None,
+    ):
+        self.model = model.eval()
+        self.tokenizer = model.tokenizer
+        self.pooling = "modules"
+        self.normalize = normalize
+        self.prompt = model.prompts.get(model.default_prompt_name) or ""
+        self.dim = kept_dimensions(model.get_embedding_dimension(), truncate_dim)
+        self.truncate_dim = truncate_dim
+        self.name = name
+        self.revision = revision
+        self.sha256 = sha256 or tensors_fingerprint(model.state_dict())
+
+    @classmethod
+    def from_files(
+        cls,
+        name: str,
+        revision: str | None,
+        files: Mapping[str, Any],
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        truncate_dim: int | None = None,
+    ) -> "ModulesChunkEncoder":
+        """Loads what `files` describes; the arguments are those of [`ChunkEncoder.from_pretrained`]."""
+        if pooling not in (None, "modules"):
+            raise ValueError(
+                f"{name} is a stack of modules with a pooling of its own; pooling must be 'modules' or not be given, "
+                f"got {pooling!r}"
+            )
+        if files["normalize"] and normalize is False:
+            raise ValueError(f"the last module of {name} normalizes; normalize=False cannot undo that")
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise ImportError(
+                f"the modules of {name} are computed by sentence-transformers: `pip install sentence-transformers`"
+            ) from error
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = SentenceTransformer(name, revision=revision, device=str(device))
+        sha256 = tensors_fingerprint(model.state_dict())
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        model = model.to(dtype or torch.float32)
+        return cls(model, files["normalize"] or bool(normalize), name, revision, sha256, truncate_dim)
+
+    def encode(self, texts: Sequence[str], tokens_per_batch: int = 4096, window: int = 8192) -> np.ndarray:
+        """
+        Embeds texts.
+
+        Args:
+            texts (`Sequence[str]`): The texts.
+            tokens_per_batch (`int`, *optional*, defaults to 4096): A batch has one text for each 128 of these tokens.
+            window (`int`, *optional*, defaults to 8192): Not used: the library sorts the texts.
+
+        Returns:
+            `np.ndarray`: float32 [n, dim], in the order of `texts`.
+        """
+        if not len(texts):
+            return np.zeros((0, self.dim), dtype=np.float32)
+        vectors = self.model.encode(
+            list(texts),
+            batch_size=max(1, tokens_per_batch // 128),
+            show_progress_bar=False,
+            normalize_embeddings=self.normalize,
+            truncate_dim=self.truncate_dim,
+        )
+        return vectors.astype(np.float32)
+
+
+def token_vectors(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """
+    One vector for each token id, from the tensors of a `StaticEmbedding` or of a model2vec model.
+
+    Args:
+        tensors (`Mapping[str, torch.Tensor]`):
+            `embedding.weight`, or `embeddings` with optional `mapping` [vocabulary] (row of a token) and `weights`
+            [vocabulary] (factor of a token).
+
+    Returns:
+        `torch.Tensor`: [vocabulary, dim].
+    """
+    if "embedding.weight" in tensors:
+        return tensors["embedding.weight"]
+    vectors = tensors["embeddings"]
+    if "mapping" in tensors:
+        vectors = vectors[tensors["mapping"].long()]
+    if "weights" in tensors:
+        vectors = vectors.float() * tensors["weights"][:, None]
+    return vectors
+
+
+def _cuts_at_spaces(tokenizer: Tokenizer) -> bool:
+    """Whether the tokens of a text are those of its words between spaces, one after another, as with BERT's."""
+    parts = json.loads(tokenizer.to_str())
+    kinds = {name: (parts[name] or {}).get("type") for name in ("normalizer", "pre_tokenizer")}
+    plain = all(token["special"] for token in parts["added_tokens"])
+    return plain and kinds["pre_tokenizer"] == "BertPreTokenizer" and kinds["normalizer"] in ("BertNormalizer", None)
