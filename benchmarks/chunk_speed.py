@@ -84,7 +84,7 @@ def retro_chunk(file: Path, tokenizer: str, processes: int) -> np.ndarray:
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
         command += ["--multi_gpu"] if processes > 1 else []  # several processes, on CPUs too
-        command += ["-m", "data_prep.chunk", "--input", str(file), "--tokenizer", tokenizer]
+        command += ["-m", "data_prep.scripts.chunk", "--input", str(file), "--tokenizer", tokenizer]
         command += ["--output-dir", f"{folder}/datastore", "--shard-bytes", "4000000", "--on-bad-record", "skip"]
         begin = now(resource.RUSAGE_CHILDREN)
         subprocess.run(command, check=True, capture_output=True)

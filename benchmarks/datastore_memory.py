@@ -46,7 +46,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.input.parent) as folder:
             documents = Path(folder) / "documents.jsonl"
             repeat(arguments.input, documents, megabytes * 1_000_000)
-            command = [sys.executable, "-m", "data_prep.chunk", "--input", str(documents)]
+            command = [sys.executable, "-m", "data_prep.scripts.chunk", "--input", str(documents)]
             command += ["--tokenizer", arguments.tokenizer, "--output-dir", str(Path(folder) / "datastore")]
             begin = time.perf_counter()
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

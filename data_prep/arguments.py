@@ -18,10 +18,13 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import HfArgumentParser
+
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -48,6 +51,9 @@ def parse_arguments(
     Returns:
         `tuple`: one instance for each class, in order.
     """
+    # It costs half a second, which `retro --help` need not pay.
+    from transformers import HfArgumentParser
+
     parser = HfArgumentParser(argument_classes, description=description, prog=prog, formatter_class=_HelpFormatter)
     parser.add_argument("--config", metavar="FILE", default=None, help="YAML or JSON file with values of the options.")
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -58,7 +64,7 @@ def parse_arguments(
     return parser.parse_args_into_dataclasses(args=argv, args_file_flag=None)[: len(argument_classes)]
 
 
-def _set_defaults_from_file(parser: HfArgumentParser, path: Path) -> None:
+def _set_defaults_from_file(parser: "HfArgumentParser", path: Path) -> None:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)

@@ -14,20 +14,15 @@
 """
 Documents to chunks of m tokens: the first stage of a datastore.
 
-```bash
-retro chunk --input documents.jsonl --output-dir datastore --tokenizer HuggingFaceTB/SmolLM2-135M
-retro chunk --input held_out.jsonl --output-dir datastore --tokenizer HuggingFaceTB/SmolLM2-135M --split validation
-```
-
-Many processes share the work (`accelerate launch -m data_prep.chunk ...`), and the same command goes on after an
-interruption. A chunk never crosses documents; the last one of a document is padded.
+Many processes share the work (`accelerate launch -m data_prep.scripts.chunk ...`), and the same command goes on after
+an interruption. A chunk never crosses documents; the last one of a document is padded.
 """
 
 import json
 import os
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -40,7 +35,6 @@ from tokenizers import Encoding, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from data_prep.arguments import parse_arguments, run_command
 from data_prep.documents import (
     SPOOL,
     BadRecord,
@@ -55,7 +49,6 @@ from data_prep.documents import (
     record_location,
     spool_streams,
 )
-from data_prep.memory import keep_freed_memory
 from data_prep.stage_files import (
     check_options,
     clear_records,
@@ -76,43 +69,6 @@ from modeling_retro.datastore_retro import chunks_fingerprint, split_path, token
 logger = logging.get_logger(__name__)
 
 _BATCH_CHARACTERS = 1 << 20
-
-
-@dataclass
-class ChunkArguments:
-    """Options of `retro chunk`."""
-
-    output_dir: str = field(metadata={"help": "The datastore; made if it does not exist."})
-    tokenizer: str = field(metadata={"help": "Folder or Hub id of a fast tokenizer."})
-    input: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Files, folders or globs of .jsonl[.gz|.zst], .parquet or text; - reads jsonl from stdin."},
-    )
-    dataset: str | None = field(default=None, metadata={"help": "Or a dataset: Hub id or folder."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    streaming: bool = field(default=False, metadata={"help": "Stream the dataset instead of downloading it whole."})
-    split: str = field(default=TRAIN_SPLIT, metadata={"help": "train is what is searched; other names only query."})
-    chunk_size: int = field(default=64, metadata={"help": "Tokens in a chunk."})
-    continuation_chunks: int = field(default=1, metadata={"help": "Chunks of the same document a neighbor goes on."})
-    text_column: str = field(default="text", metadata={"help": "Key of the text in a record; a.b reaches inside."})
-    id_column: str | None = field(default=None, metadata={"help": "Key of your own id; kept in documents/."})
-    filter: str | None = field(
-        default=None, metadata={"help": "As in 'meta.set == \"Wikipedia (en)\"': records to keep."}
-    )
-    on_bad_record: str = field(
-        default="error", metadata={"help": "error stops; skip writes it to quarantine/.", "choices": ["error", "skip"]}
-    )
-    max_documents: int | None = field(default=None, metadata={"help": "Stop after so many documents."})
-    max_chunks: int | None = field(default=None, metadata={"help": "Stop before the document that goes over it."})
-    max_document_bytes: int = field(default=50_000_000, metadata={"help": "Longer records are bad records."})
-    allow_control_tokens: bool = field(
-        default=False,
-        metadata={"help": "Turn text such as <|endoftext|> into the control token that it spells, not into text."},
-    )
-    shard_bytes: int = field(default=32_000_000, metadata={"help": "Bytes of input in a shard."})
-    append: bool = field(default=False, metadata={"help": "Add the inputs that the split does not hold yet."})
-    force: bool = field(default=False, metadata={"help": "Rebuild the split from nothing."})
 
 
 def chunk_features(chunk_size: int, vocab_size: int) -> Features:
@@ -172,12 +128,7 @@ class DocumentChunker:
             number of chunks of each document (int64; 0 for a document without any token).
         """
         m = self.chunk_size
-        # Where the bytes of each token are known, nobody needs the offsets, which take up to a quarter of the time.
-        encode = self._backend.encode_batch if self._token_bytes is None else self._backend.encode_batch_fast
-        encodings = encode([document.text for document in documents], add_special_tokens=False)
-        rows = [np.fromiter(encoding.ids, dtype=self.dtype, count=len(encoding)) for encoding in encodings]
-        if self._unwanted:
-            rows = [self._without_control_tokens(row) for row in rows]
+        rows, encodings = self._encode([document.text for document in documents])
         added = len(self.prefix) + len(self.suffix)
         tokens = np.array([len(row) + added if len(row) else 0 for row in rows], dtype=np.int64)
         chunks = -(-tokens // m)
@@ -205,6 +156,30 @@ class DocumentChunker:
             "num_bytes": np.concatenate([np.zeros(0, dtype=np.int64), *num_bytes]),
         }
         return columns, chunks
+
+    def encode(self, text: str) -> np.ndarray:
+        """
+        Token ids of a text as they stand in a document, without the tokens that begin and end one.
+
+        Args:
+            text (`str`): The text.
+
+        Returns:
+            `np.ndarray`: `[T]`.
+
+        Raises:
+            ValueError: If the text spells a control token that the tokenizer cannot split.
+        """
+        return self._encode([text])[0][0]
+
+    def _encode(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[Encoding]]:
+        # Where the bytes of each token are known, nobody needs the offsets, which take up to a quarter of the time.
+        encode = self._backend.encode_batch if self._token_bytes is None else self._backend.encode_batch_fast
+        encodings = encode(list(texts), add_special_tokens=False)
+        rows = [np.fromiter(encoding.ids, dtype=self.dtype, count=len(encoding)) for encoding in encodings]
+        if self._unwanted:
+            rows = [self._without_control_tokens(row) for row in rows]
+        return rows, encodings
 
     def _without_control_tokens(self, row: np.ndarray) -> np.ndarray:
         is_unwanted = np.isin(row, self._unwanted)
@@ -592,25 +567,3 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    (arguments,) = parse_arguments(ChunkArguments, argv=argv, description=__doc__, prog="retro chunk")
-    keep_freed_memory()
-    options = vars(arguments)
-    inputs = options.pop("input")
-    names = {"dataset": "dataset", "dataset_config": "config", "dataset_split": "split", "streaming": "streaming"}
-    dataset = {name: options.pop(option) for option, name in names.items()}
-    if dataset["dataset"] is not None:
-        inputs = [*inputs, dataset]
-    stage = chunk_documents(inputs, **options)
-    if process_state().is_main_process:
-        print(
-            f"{stage['num_chunks']} chunks of {stage['num_documents']} documents "
-            f"({stage['num_tokens']} tokens, {stage['num_bytes']} bytes); dropped: "
-            + ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in stage["dropped"].items())
-        )
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -14,10 +14,6 @@
 """
 Removes the training documents that nearly equal a held-out document: 13-gram Jaccard similarity of at least 0.8.
 
-```bash
-retro deduplicate --datastore datastore
-```
-
 Runs after `chunk` of all splits and before `embed`. Candidates come from MinHash signatures (Broder 1997), each is
 verified on the n-grams of token ids themselves. What was removed is listed in `duplicates.jsonl`.
 """
@@ -27,7 +23,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,7 +31,6 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 from transformers.utils import logging
 
-from data_prep.arguments import parse_arguments, run_command
 from data_prep.chunk import chunk_features, set_shards
 from data_prep.stage_files import (
     directory_lock,
@@ -59,19 +53,6 @@ _SIGNATURE_SIZE = 128
 # Candidates are taken from a lower similarity on: missing a duplicate is worse than verifying one in vain.
 _MARGIN = 0.6
 _WORK = ".deduplicated-"
-
-
-@dataclass
-class DeduplicateArguments:
-    """Options of `retro deduplicate`."""
-
-    datastore: str = field(metadata={"help": "The datastore."})
-    against: list[str] = field(
-        default_factory=list, metadata={"help": "Splits of held-out documents; by default all but train."}
-    )
-    threshold: float = field(default=0.8, metadata={"help": "Jaccard similarity from which a document is removed."})
-    ngram: int = field(default=13, metadata={"help": "Tokens in an n-gram."})
-    force: bool = field(default=False, metadata={"help": "Also remove embeddings and neighbors that become stale."})
 
 
 class NearDuplicates:
@@ -292,14 +273,3 @@ def _finish(path: Path, stage: dict[str, Any]) -> None:
         for leftover in path.glob(f"{_WORK}*"):
             remove(leftover)
     state.wait_for_everyone()
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    (arguments,) = parse_arguments(DeduplicateArguments, argv=argv, description=__doc__, prog="retro deduplicate")
-    report = deduplicate(**vars(arguments))
-    if process_state().is_main_process:
-        print(f"removed {report['documents']} near duplicates of held-out documents ({report['chunks']} chunks)")
-
-
-if __name__ == "__main__":
-    run_command(main)

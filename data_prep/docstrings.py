@@ -11,36 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-Real text without a download: the docstrings of installed packages, one document a module.
-
-    python -m data_prep.docstrings --packages transformers --output_file docstrings.jsonl
-"""
+"""Real text without a download: the docstrings of installed packages, one document a module."""
 
 import ast
 import hashlib
 import importlib.util
-import json
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm.auto import tqdm
-
-from .arguments import parse_arguments, run_command
-
-
-@dataclass
-class DocstringsArguments:
-    """
-    Arguments of `python -m data_prep.docstrings`.
-    """
-
-    output_file: str = field(metadata={"help": "Jsonl file to write, one document a line."})
-    packages: list[str] = field(
-        default_factory=lambda: ["transformers"], metadata={"help": "Names of installed packages to read."}
-    )
 
 
 def read_docstrings(packages: Sequence[str], show_progress: bool = True) -> Iterator[dict[str, str]]:
@@ -109,20 +88,3 @@ def _module_docstrings(path: Path) -> str:
     docstrings = (ast.get_docstring(node) for node in nodes)
     # A lone surrogate escaped in a source has no UTF-8 form.
     return "\n\n".join(filter(None, docstrings)).encode("utf-8", errors="replace").decode("utf-8")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    (arguments,) = parse_arguments(
-        DocstringsArguments, argv=argv, description=__doc__, prog="python -m data_prep.docstrings"
-    )
-    output_file = Path(arguments.output_file)
-    output_file.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = output_file.with_name(output_file.name + ".partial")
-    with partial_file.open("w", encoding="utf-8") as stream:
-        for document in read_docstrings(arguments.packages):
-            stream.write(json.dumps(document, ensure_ascii=False) + "\n")
-    os.replace(partial_file, output_file)
-
-
-if __name__ == "__main__":
-    run_command(main)

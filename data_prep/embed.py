@@ -14,19 +14,12 @@
 """
 Embeddings of the chunks of a datastore, float16, one file a shard.
 
-```bash
-retro embed --datastore datastore --encoder sentence-transformers/all-MiniLM-L6-v2
-retro embed --datastore datastore --split validation
-```
-
-Many processes share the shards: `accelerate launch -m data_prep.embed ...`, one for each GPU.
+Many processes share the shards: `accelerate launch -m data_prep.scripts.embed ...`, one for each GPU.
 """
 
 import itertools
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +28,6 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from data_prep.arguments import parse_arguments, run_command
-from data_prep.memory import keep_freed_memory
 from data_prep.stage_files import (
     check_options,
     clear_records,
@@ -56,30 +47,6 @@ from modeling_retro.datastore_retro import RetroDatastore, split_path, verify_fi
 logger = logging.get_logger(__name__)
 
 _WINDOW = 8192
-
-
-@dataclass
-class EmbedArguments:
-    """Options of `retro embed`."""
-
-    datastore: str = field(metadata={"help": "The datastore."})
-    encoder: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the encoder; by default the datastore's own."}
-    )
-    revision: str | None = field(default=None, metadata={"help": "Revision of the encoder on the Hub."})
-    split: str = field(default=TRAIN_SPLIT, metadata={"help": "The split to embed."})
-    pooling: str | None = field(
-        default=None, metadata={"help": "By default what the encoder's files say.", "choices": ["mean", "cls"]}
-    )
-    normalize: bool | None = field(default=None, metadata={"help": "By default what the encoder's files say."})
-    truncate_dim: int | None = field(
-        default=None, metadata={"help": "Leading dimensions that are kept, for Matryoshka encoders."}
-    )
-    dtype: str = field(
-        default="float32", metadata={"help": "Computing type.", "choices": ["float32", "bfloat16", "float16"]}
-    )
-    tokens_per_batch: int = field(default=4096, metadata={"help": "Tokens of a batch, padding included."})
-    force: bool = field(default=False, metadata={"help": "Embed the split anew."})
 
 
 def embed_chunks(
@@ -210,15 +177,3 @@ def copy_encoder(source: Path, target: Path) -> None:
             copy = target / file.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    (arguments,) = parse_arguments(EmbedArguments, argv=argv, description=__doc__, prog="retro embed")
-    keep_freed_memory()
-    stage = embed_chunks(**vars(arguments))
-    if process_state().is_main_process:
-        print(f"{sum(record['rows'] for record in stage['shards'])} embeddings in {len(stage['shards'])} shards")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -14,16 +14,10 @@
 """
 The nearest neighbors of each chunk outside its own document.
 
-```bash
-retro neighbors --datastore datastore --num-neighbors 4
-retro neighbors --datastore datastore --num-neighbors 4 --split validation
-```
-
-Many processes share the shards: `accelerate launch -m data_prep.neighbors ...`.
+Many processes share the shards: `accelerate launch -m data_prep.scripts.neighbors ...`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +25,6 @@ import numpy as np
 from datasets import Features, List, Value
 from transformers.utils import logging
 
-from data_prep.arguments import parse_arguments, run_command
 from data_prep.index import read_embeddings, to_gpus
 from data_prep.stage_files import (
     check_options,
@@ -39,7 +32,6 @@ from data_prep.stage_files import (
     directory_lock,
     discard,
     open_manifest,
-    process_state,
     run_shards,
     save_shard,
     write_manifest,
@@ -53,21 +45,6 @@ logger = logging.get_logger(__name__)
 
 _QUERIES = 4096
 _PAIRS = 4096
-
-
-@dataclass
-class NeighborsArguments:
-    """Options of `retro neighbors`."""
-
-    datastore: str = field(metadata={"help": "The datastore."})
-    num_neighbors: int = field(default=4, metadata={"help": "Neighbors of a chunk."})
-    split: str = field(default=TRAIN_SPLIT, metadata={"help": "The split whose chunks are the queries."})
-    drop_near_duplicates: float | None = field(
-        default=None, metadata={"help": "Drop neighbors that hold more than this share of the chunk's tokens."}
-    )
-    use_gpus: bool = field(default=False, metadata={"help": "Search on GPUs."})
-    shard_index: bool = field(default=False, metadata={"help": "Split the index over GPUs instead of copying it."})
-    force: bool = field(default=False, metadata={"help": "Search anew."})
 
 
 def neighbor_features(num_neighbors: int) -> Features:
@@ -212,17 +189,3 @@ def near_duplicate_filter(
         return (share > threshold).reshape(ids.shape)
 
     return is_near_duplicate
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    (arguments,) = parse_arguments(NeighborsArguments, argv=argv, description=__doc__, prog="retro neighbors")
-    stage = find_neighbors(**vars(arguments))
-    if process_state().is_main_process:
-        print(
-            f"{stage['options']['num_neighbors']} neighbors of {sum(r['rows'] for r in stage['shards'])} chunks; "
-            + ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in stage["counts"].items())
-        )
-
-
-if __name__ == "__main__":
-    run_command(main)

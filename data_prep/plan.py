@@ -11,43 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-What a datastore will need: chunks, bytes of every artifact, memory of the index, hours of the encoder.
+"""What a datastore will need: chunks, bytes of every artifact, memory of the index, hours of the encoder."""
 
-```bash
-retro plan --tokens 1.75T
-retro plan --tokens 40M --max-index-memory 2 --chunks-per-second 100
-```
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-from data_prep.arguments import parse_arguments, run_command
 from data_prep.index import index_bytes, suggest_factory
 
 
 _UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
-
-
-@dataclass
-class PlanArguments:
-    """Options of `retro plan`."""
-
-    tokens: str = field(metadata={"help": "Tokens of the corpus, such as 1.75T, 40B, 10M."})
-    chunk_size: int = field(default=64, metadata={"help": "Tokens in a chunk."})
-    dim: int = field(default=384, metadata={"help": "Dimensions of the encoder."})
-    vocab_size: int = field(
-        default=49152, metadata={"help": "Vocabulary of the tokenizer; above 65536, 4 bytes an id."}
-    )
-    tokens_per_document: int = field(default=800, metadata={"help": "Mean length of a document."})
-    num_neighbors: int = field(default=4, metadata={"help": "Neighbors kept of a chunk."})
-    factory: str = field(default="auto", metadata={"help": "A faiss factory string, or auto."})
-    max_index_memory: float | None = field(default=None, metadata={"help": "GB the index may take."})
-    chunks_per_second: float = field(
-        default=4000.0, metadata={"help": "Rate of the encoder on one GPU; measure yours with `retro embed`."}
-    )
-    num_gpus: int = field(default=1, metadata={"help": "GPUs that embed."})
 
 
 def parse_number(text: str) -> int:
@@ -122,27 +91,9 @@ def plan_datastore(
     }
 
 
-def _human(number: float) -> str:
+def human_bytes(number: float) -> str:
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if number < 1000 or unit == "TB":
             return f"{number:.3g} {unit}"
         number /= 1000
     return ""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    (arguments,) = parse_arguments(PlanArguments, argv=argv, description=__doc__, prog="retro plan")
-    options = vars(arguments)
-    plan = plan_datastore(parse_number(options.pop("tokens")), **options)
-    print(f"{'chunks':<24}{plan['chunks']:,}")
-    for name in ("chunks", "embeddings", "neighbors"):
-        print(f"{name + '/':<24}{_human(plan[f'{name}_bytes'])}")
-    print(f"{'index.faiss':<24}{_human(plan['index_bytes'])}   {plan['factory']}")
-    print(
-        f"{'encoder':<24}{plan['encoder_gpu_hours']:,.1f} GPU-hours at {arguments.chunks_per_second:g} chunks/s, "
-        f"{plan['encoder_hours']:,.1f} hours on {arguments.num_gpus}"
-    )
-
-
-if __name__ == "__main__":
-    run_command(main)

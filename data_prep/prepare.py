@@ -14,11 +14,6 @@
 """
 All stages of a datastore from one recipe: chunk, deduplicate, embed, index, neighbors.
 
-```bash
-retro prepare --recipe own_documents.yaml --output-dir datastore
-accelerate launch --num_processes 8 -m data_prep.prepare --recipe massive_open_text.yaml --output-dir datastore
-```
-
 A recipe is a YAML file, either your own or the name of one that comes with the package (see `data_prep/recipes`). The
 same command goes on after an interruption; a recipe that gained inputs adds them with `--append`.
 """
@@ -27,19 +22,16 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers.utils import logging
 
-from data_prep.arguments import parse_arguments, run_command
 from data_prep.chunk import chunk_documents, chunk_features, set_shards
 from data_prep.deduplicate import deduplicate
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index, read_embeddings
-from data_prep.memory import keep_freed_memory
 from data_prep.neighbors import find_neighbors
 from data_prep.stage_files import (
     clear_records,
@@ -60,17 +52,6 @@ logger = logging.get_logger(__name__)
 
 _RECIPES = Path(__file__).parent / "recipes"
 _KEYS = {"tokenizer", "encoder", "splits", "chunk", "deduplicate", "embed", "index", "neighbors", "search_all"}
-
-
-@dataclass
-class PrepareArguments:
-    """Options of `retro prepare`."""
-
-    recipe: str = field(metadata={"help": "A YAML file, or the name of a recipe of the package."})
-    output_dir: str = field(metadata={"help": "The datastore."})
-    data_dir: str = field(default=".", metadata={"help": "Folder that relative inputs of the recipe stand in."})
-    append: bool = field(default=False, metadata={"help": "Add the inputs that the datastore does not hold yet."})
-    force: bool = field(default=False, metadata={"help": "Rebuild everything."})
 
 
 def read_recipe(recipe: str | Path) -> dict[str, Any]:
@@ -287,22 +268,3 @@ class _timed:
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is None and process_state().is_main_process:
             print(f"{self.name}: {time.perf_counter() - self.start:.1f} s", flush=True)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    (arguments,) = parse_arguments(PrepareArguments, argv=argv, description=__doc__, prog="retro prepare")
-    keep_freed_memory()
-    manifest = prepare_datastore(**vars(arguments))
-    if process_state().is_main_process:
-        for name, record in manifest["splits"].items():
-            counts = {**record["chunks"]["dropped"], **record["neighbors"]["counts"]} if "neighbors" in record else {}
-            print(
-                f"{name}: {record['chunks']['num_chunks']} chunks of {record['chunks']['num_documents']} documents; "
-                + ", ".join(f"{number} {key.replace('_', ' ')}" for key, number in counts.items())
-            )
-        index = manifest["index"]
-        print(f"index: {index['factory']}, recall@10 {index['recall']['recall@10']:.3f}, {index['search_parameters']}")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -14,12 +14,6 @@
 """
 Turns a StackExchange dump into pairs for the retriever.
 
-```bash
-retro stackexchange --inputs astronomy.stackexchange.com.7z --output_dir astronomy
-retro stackexchange --inputs stackoverflow.com-Posts.7z stackoverflow.com-PostLinks.7z --output_dir stackoverflow
-retro stackexchange --inputs Posts.xml PostLinks.xml --output_dir site --min_answer_score 3
-```
-
 Writes `title_body.jsonl.gz`, `title_answer.jsonl.gz` (the best answer of a question) and `duplicates.jsonl.gz` (titles
 of a question and of the one it repeats), with lines `["anchor", "positive"]`.
 
@@ -32,14 +26,12 @@ import json
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 from xml.parsers import expat
 
 from tqdm.auto import tqdm
 
-from .arguments import parse_arguments, run_command
 from .stage_files import whole
 
 
@@ -280,31 +272,3 @@ def stackexchange_pairs(
         stack.close()
         database.unlink()
     return {name: file.pairs for name, file in files.items()}
-
-
-@dataclass
-class StackExchangeArguments:
-    """
-    Arguments of `retro stackexchange`.
-    """
-
-    inputs: list[str] = field(metadata={"help": "Archives .7z, or Posts.xml and PostLinks.xml, of one site."})
-    output_dir: str = field(metadata={"help": "Folder for the files of pairs."})
-    min_question_score: int = field(default=0, metadata={"help": "Questions with a lower score are left out."})
-    min_answer_score: int = field(default=1, metadata={"help": "Answers with a lower score are left out."})
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    (arguments,) = parse_arguments(StackExchangeArguments, argv=argv, description=__doc__, prog="retro stackexchange")
-    counts = stackexchange_pairs(
-        arguments.inputs,
-        arguments.output_dir,
-        min_question_score=arguments.min_question_score,
-        min_answer_score=arguments.min_answer_score,
-    )
-    for name, pairs in counts.items():
-        print(f"{arguments.output_dir}/{name}.jsonl.gz: {pairs} pairs")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -11,66 +11,17 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-Writes the texts of a data set, one JSON object `{"text": ...}` a line and one file a split:
-
-    retro wikitext --output_dir data/
-    retro chunk --input data/wikitext_train.jsonl ...
-
-Any text set of the Hub or of the disk will do in place of WikiText:
-
-    retro wikitext --source my_texts/ --name mine --output_dir data/
-"""
+"""Texts of a data set, such as WikiText, as one JSON object `{"text": ...}` a line and one file a split."""
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 
 from datasets import IterableDataset
 from tqdm.auto import tqdm
 
-from data_prep.arguments import parse_arguments, run_command
-from data_prep.span_corruption_tasks import open_texts
 from data_prep.stage_files import whole
-
-
-@dataclass
-class WikitextArguments:
-    """
-    Arguments of `retro wikitext`.
-
-    Args:
-        output_dir (`str`):
-            Folder of `{name}_{split}.jsonl`.
-        source (`str`, *optional*, defaults to `"Salesforce/wikitext"`):
-            Name of a data set on the Hub, or a file or folder of text, jsonl, csv or parquet files.
-        dataset_config (`str`, *optional*):
-            Configuration of the data set. Defaults to `"wikitext-103-raw-v1"` for WikiText, else to none.
-        splits (`list[str]`, *optional*):
-            Which splits to write. Defaults to all there are.
-        text_column (`str`, *optional*, defaults to `"text"`):
-            Column that holds the text.
-        longer_than (`int`, *optional*, defaults to 100):
-            Only rows of more characters are written; WikiText's shorter ones are headings and blank lines.
-        name (`str`, *optional*, defaults to `"wikitext"`):
-            First part of the names of the files.
-    """
-
-    output_dir: str = field(metadata={"help": "Folder of the files {name}_{split}.jsonl."})
-    source: str = field(
-        default="Salesforce/wikitext",
-        metadata={"help": "Name of a data set on the Hub, or a file or folder of text, jsonl, csv or parquet files."},
-    )
-    dataset_config: str | None = field(
-        default=None,
-        metadata={"help": "Configuration of the data set; wikitext-103-raw-v1 for WikiText, else none."},
-    )
-    splits: list[str] | None = field(default=None, metadata={"help": "Splits to write; all there are if not given."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    longer_than: int = field(default=100, metadata={"help": "Only rows of more characters are written."})
-    name: str = field(default="wikitext", metadata={"help": "First part of the names of the files."})
 
 
 def write_texts(
@@ -118,22 +69,3 @@ def write_texts(
                     file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
                     written[split] += 1
     return written
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    (args,) = parse_arguments(WikitextArguments, argv=argv, description=__doc__, prog="retro wikitext")
-    config = args.dataset_config
-    if config is None and args.source == WikitextArguments.source:
-        config = "wikitext-103-raw-v1"
-    splits = open_texts(args.source, config)
-    if args.splits is not None:
-        if missing := [split for split in args.splits if split not in splits]:
-            raise ValueError(f"{args.source} has no split {', '.join(missing)}; it has {', '.join(splits)}")
-        splits = {split: splits[split] for split in args.splits}
-    written = write_texts(splits, args.output_dir, args.name, args.text_column, args.longer_than)
-    for split, count in written.items():
-        print(f"{Path(args.output_dir, f'{args.name}_{split}.jsonl')}: {count:,} rows")
-
-
-if __name__ == "__main__":
-    run_command(main)

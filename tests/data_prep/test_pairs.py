@@ -20,7 +20,8 @@ import pytest
 from loopback_hub import Repository, StoredFile, loopback_hub
 
 from data_prep.pair_collections import RECIPE_PATH, read_recipe
-from data_prep.pairs import load_pairs, main, pair_columns
+from data_prep.pairs import load_pairs, pair_columns
+from data_prep.scripts.pairs import main
 
 
 def write_lines(path, records):
@@ -150,7 +151,7 @@ def test_broken_recipe_is_refused(tmp_path):
 
 DOWNLOAD = """
 import sys
-from data_prep.pairs import main
+from data_prep.scripts.pairs import main
 main(["--download", "first", "second", "--recipe", sys.argv[1], "--output_dir", sys.argv[2]])
 """
 

@@ -18,7 +18,8 @@ import py7zr
 import pytest
 
 from data_prep.pairs import load_pairs
-from data_prep.stackexchange import html_to_text, main, stackexchange_pairs
+from data_prep.scripts.stackexchange import main
+from data_prep.stackexchange import html_to_text, stackexchange_pairs
 
 
 def row(**attributes):

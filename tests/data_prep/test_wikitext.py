@@ -18,7 +18,8 @@ import json
 import pytest
 from datasets import IterableDataset, IterableDatasetDict
 
-from data_prep.wikitext import main, write_texts
+from data_prep.scripts.wikitext import main
+from data_prep.wikitext import write_texts
 
 
 def read(path):

@@ -1,0 +1,92 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Documents to chunks of m tokens: the first stage of a datastore.
+
+```bash
+retro chunk --input documents.jsonl --output-dir datastore --tokenizer HuggingFaceTB/SmolLM2-135M
+retro chunk --input held_out.jsonl --output-dir datastore --tokenizer HuggingFaceTB/SmolLM2-135M --split validation
+```
+
+Many processes share the work (`accelerate launch -m data_prep.scripts.chunk ...`), and the same command goes on after
+an interruption. A chunk never crosses documents; the last one of a document is padded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from data_prep.arguments import parse_arguments, run_command
+from data_prep.memory import keep_freed_memory
+
+
+@dataclass
+class ChunkArguments:
+    """Options of `retro chunk`."""
+
+    output_dir: str = field(metadata={"help": "The datastore; made if it does not exist."})
+    tokenizer: str = field(metadata={"help": "Folder or Hub id of a fast tokenizer."})
+    input: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Files, folders or globs of .jsonl[.gz|.zst], .parquet or text; - reads jsonl from stdin."},
+    )
+    dataset: str | None = field(default=None, metadata={"help": "Or a dataset: Hub id or folder."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    streaming: bool = field(default=False, metadata={"help": "Stream the dataset instead of downloading it whole."})
+    split: str = field(default="train", metadata={"help": "train is what is searched; other names only query."})
+    chunk_size: int = field(default=64, metadata={"help": "Tokens in a chunk."})
+    continuation_chunks: int = field(default=1, metadata={"help": "Chunks of the same document a neighbor goes on."})
+    text_column: str = field(default="text", metadata={"help": "Key of the text in a record; a.b reaches inside."})
+    id_column: str | None = field(default=None, metadata={"help": "Key of your own id; kept in documents/."})
+    filter: str | None = field(
+        default=None, metadata={"help": "As in 'meta.set == \"Wikipedia (en)\"': records to keep."}
+    )
+    on_bad_record: str = field(
+        default="error", metadata={"help": "error stops; skip writes it to quarantine/.", "choices": ["error", "skip"]}
+    )
+    max_documents: int | None = field(default=None, metadata={"help": "Stop after so many documents."})
+    max_chunks: int | None = field(default=None, metadata={"help": "Stop before the document that goes over it."})
+    max_document_bytes: int = field(default=50_000_000, metadata={"help": "Longer records are bad records."})
+    allow_control_tokens: bool = field(
+        default=False,
+        metadata={"help": "Turn text such as <|endoftext|> into the control token that it spells, not into text."},
+    )
+    shard_bytes: int = field(default=32_000_000, metadata={"help": "Bytes of input in a shard."})
+    append: bool = field(default=False, metadata={"help": "Add the inputs that the split does not hold yet."})
+    force: bool = field(default=False, metadata={"help": "Rebuild the split from nothing."})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (arguments,) = parse_arguments(ChunkArguments, argv=argv, description=__doc__, prog="retro chunk")
+    from data_prep.chunk import chunk_documents
+    from data_prep.stage_files import process_state
+
+    keep_freed_memory()
+    options = vars(arguments)
+    inputs = options.pop("input")
+    names = {"dataset": "dataset", "dataset_config": "config", "dataset_split": "split", "streaming": "streaming"}
+    dataset = {name: options.pop(option) for option, name in names.items()}
+    if dataset["dataset"] is not None:
+        inputs = [*inputs, dataset]
+    stage = chunk_documents(inputs, **options)
+    if process_state().is_main_process:
+        print(
+            f"{stage['num_chunks']} chunks of {stage['num_documents']} documents "
+            f"({stage['num_tokens']} tokens, {stage['num_bytes']} bytes); dropped: "
+            + ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in stage["dropped"].items())
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)

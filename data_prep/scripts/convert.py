@@ -1,0 +1,65 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+r"""
+Datasets of other RETRO implementations to a datastore, so that nobody tokenizes and embeds twice.
+
+```bash
+retro import --format norlund --source index.spec.json --output-dir datastore --tokenizer google-t5/t5-base \
+    --encoder sentence-transformers/all-MiniLM-L6-v2
+retro import --format retro_pytorch --source train.chunks.dat --output-dir datastore \
+    --tokenizer google-bert/bert-base-cased
+```
+
+`norlund` takes an `index.spec.json`, or a `data.spec.json` that also has neighbors. `retro_pytorch` takes the memory
+map of the chunks; `*.doc_ids.dat`, `*.chunks.knn.dat` and the sizes in `*.stats.json` are found beside it or given.
+What the files lack (embeddings, index, neighbors) the other stages make as usual.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from data_prep.arguments import parse_arguments, run_command
+
+
+@dataclass
+class ImportArguments:
+    """Options of `retro import`."""
+
+    format: str = field(metadata={"help": "Where the files come from.", "choices": ["norlund", "retro_pytorch"]})
+    source: str = field(metadata={"help": "index.spec.json or data.spec.json; or the memory map of the chunks."})
+    output_dir: str = field(metadata={"help": "The datastore; made if it does not exist."})
+    tokenizer: str = field(metadata={"help": "Folder or Hub id of the tokenizer that made the token ids."})
+    encoder: str | None = field(default=None, metadata={"help": "The encoder that made the embeddings."})
+    split: str = field(default="train", metadata={"help": "Split to import to; train is what is searched."})
+    doc_ids: str | None = field(default=None, metadata={"help": "retro_pytorch: memory map of the document ids."})
+    knn: str | None = field(default=None, metadata={"help": "retro_pytorch: memory map of the neighbors."})
+    stats: str | None = field(default=None, metadata={"help": "retro_pytorch: json with the number of chunks."})
+    chunk_size: int = field(default=64, metadata={"help": "retro_pytorch: tokens in a chunk."})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (arguments,) = parse_arguments(ImportArguments, argv=argv, description=__doc__, prog="retro import")
+    from data_prep.convert import import_datastore
+    from data_prep.stage_files import process_state
+
+    manifest = import_datastore(**vars(arguments))
+    if process_state().is_main_process:
+        record = manifest["splits"][arguments.split]
+        stage = record["chunks"]
+        parts = ", ".join(name for name in ("chunks", "embeddings", "neighbors") if name in record)
+        print(f"imported {stage['num_chunks']} chunks of {stage['num_documents']} documents: {parts}")
+
+
+if __name__ == "__main__":
+    run_command(main)

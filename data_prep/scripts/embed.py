@@ -1,0 +1,68 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Embeddings of the chunks of a datastore, float16, one file a shard.
+
+```bash
+retro embed --datastore datastore --encoder sentence-transformers/all-MiniLM-L6-v2
+retro embed --datastore datastore --split validation
+```
+
+Many processes share the shards: `accelerate launch -m data_prep.scripts.embed ...`, one for each GPU.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from data_prep.arguments import parse_arguments, run_command
+from data_prep.memory import keep_freed_memory
+
+
+@dataclass
+class EmbedArguments:
+    """Options of `retro embed`."""
+
+    datastore: str = field(metadata={"help": "The datastore."})
+    encoder: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the encoder; by default the datastore's own."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Revision of the encoder on the Hub."})
+    split: str = field(default="train", metadata={"help": "The split to embed."})
+    pooling: str | None = field(
+        default=None, metadata={"help": "By default what the encoder's files say.", "choices": ["mean", "cls"]}
+    )
+    normalize: bool | None = field(default=None, metadata={"help": "By default what the encoder's files say."})
+    truncate_dim: int | None = field(
+        default=None, metadata={"help": "Leading dimensions that are kept, for Matryoshka encoders."}
+    )
+    dtype: str = field(
+        default="float32", metadata={"help": "Computing type.", "choices": ["float32", "bfloat16", "float16"]}
+    )
+    tokens_per_batch: int = field(default=4096, metadata={"help": "Tokens of a batch, padding included."})
+    force: bool = field(default=False, metadata={"help": "Embed the split anew."})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (arguments,) = parse_arguments(EmbedArguments, argv=argv, description=__doc__, prog="retro embed")
+    from data_prep.embed import embed_chunks
+    from data_prep.stage_files import process_state
+
+    keep_freed_memory()
+    stage = embed_chunks(**vars(arguments))
+    if process_state().is_main_process:
+        print(f"{sum(record['rows'] for record in stage['shards'])} embeddings in {len(stage['shards'])} shards")
+
+
+if __name__ == "__main__":
+    run_command(main)
