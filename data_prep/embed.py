@@ -36,12 +36,12 @@ from data_prep.stage_files import (
     open_manifest,
     process_state,
     run_shards,
-    whole,
     write_manifest,
 )
 from modeling_retro.chunk_encoder_retro import ChunkEncoder
 from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
 from modeling_retro.datastore_retro import RetroDatastore, split_path, verify_file
+from modeling_retro.durable_files_retro import whole
 
 
 logger = logging.get_logger(__name__)

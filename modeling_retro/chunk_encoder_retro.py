@@ -306,7 +306,9 @@ def decode_chunks(input_ids: Any, mask: Any, tokenizer: PreTrainedTokenizerBase)
 def kept_dimensions(dim: int, truncate_dim: int | None) -> int:
     """Number of dimensions that are left of `dim`; a `ValueError` if there are fewer than asked for."""
     if truncate_dim is not None and not 1 <= truncate_dim <= dim:
-        raise ValueError(f"truncate_dim must lie between 1 and the {dim} dimensions of the encoder, got {truncate_dim}")
+        raise ValueError(
+            f"truncate_dim must lie between 1 and the {dim} dimensions of the encoder, got {truncate_dim}"
+        )
     return truncate_dim or dim
 
 

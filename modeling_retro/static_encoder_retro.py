@@ -69,7 +69,8 @@ class StaticChunkEncoder(ChunkEncoder):
     ):
         if len(embeddings) < tokenizer.get_vocab_size():
             raise ValueError(
-                f"the tokenizer of {name} has {tokenizer.get_vocab_size()} tokens, its embeddings {len(embeddings)} rows"
+                f"the tokenizer of {name} has {tokenizer.get_vocab_size()} tokens, "
+                f"its embeddings {len(embeddings)} rows"
             )
         self.dim = kept_dimensions(embeddings.shape[1], truncate_dim)
         self.truncate_dim = truncate_dim

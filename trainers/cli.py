@@ -44,6 +44,7 @@ COMMANDS = {
     "train-retriever": ("trainers.scripts.train_retriever", "train the encoder that finds neighbors"),
     "evaluate-retriever": ("trainers.scripts.evaluate_retriever", "measure a retriever"),
     "mine-negatives": ("trainers.scripts.mine_negatives", "find hard negatives for retriever training"),
+    "distill-encoder": ("trainers.scripts.distill_encoder", "make a static encoder, many times faster, of an encoder"),
     "train-span-corruption": ("trainers.scripts.train_span_corruption", "train on corrupted spans"),
 }
 

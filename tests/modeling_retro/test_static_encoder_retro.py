@@ -68,9 +68,7 @@ def expected(folder, texts, **kwargs):
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("kind", ["word", "byte"])
-def test_static_encoder_equals_sentence_transformers(
-    tmp_path, texts, word_tokenizer, tiny_tokenizer, normalize, kind
-):
+def test_static_encoder_equals_sentence_transformers(tmp_path, texts, word_tokenizer, tiny_tokenizer, normalize, kind):
     tokenizer = word_tokenizer if kind == "word" else tiny_tokenizer.backend_tokenizer
     folder = save_static(tmp_path, tokenizer, normalize)
     encoder = ChunkEncoder.from_pretrained(folder)
