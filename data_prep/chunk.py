@@ -59,11 +59,11 @@ from data_prep.stage_files import (
     process_state,
     run_shards,
     save_shard,
-    whole,
     write_manifest,
 )
 from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, allows_control_tokens
 from modeling_retro.datastore_retro import chunks_fingerprint, split_path, tokenizer_fingerprint
+from modeling_retro.durable_files_retro import whole
 
 
 logger = logging.get_logger(__name__)

@@ -38,12 +38,12 @@ from data_prep.stage_files import (
     process_state,
     run_shards,
     save_shard,
-    whole,
     write_manifest,
 )
 from modeling_retro.chunk_encoder_retro import ChunkEncoder, decode_chunks
 from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, read_manifest
 from modeling_retro.datastore_retro import RetroDatastore, split_path, tokenizer_fingerprint
+from modeling_retro.durable_files_retro import whole
 
 
 # Cosine that embeddings of another program must reach with those of the encoder that is said to have made them.

@@ -37,14 +37,13 @@ from data_prep.stage_files import (
     discard,
     open_manifest,
     process_state,
-    remove,
     run_shards,
     save_shard,
-    whole,
     write_manifest,
 )
 from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
 from modeling_retro.datastore_retro import ChunkTable, RetroDatastore, verify_file
+from modeling_retro.durable_files_retro import remove, replace, whole
 
 
 logger = logging.get_logger(__name__)
@@ -268,8 +267,7 @@ def _finish(path: Path, stage: dict[str, Any]) -> None:
         if work.exists():
             for file in work.glob(".shard-*.json"):
                 file.unlink()
-            remove(path / "chunks")
-            os.replace(work, path / "chunks")
+            replace(work, path / "chunks")
         for leftover in path.glob(f"{_WORK}*"):
             remove(leftover)
     state.wait_for_everyone()

@@ -38,7 +38,8 @@ import pyarrow.parquet as pq
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 
-from data_prep.stage_files import process_state, whole
+from data_prep.stage_files import process_state
+from modeling_retro.durable_files_retro import whole
 
 
 _RECORD_SUFFIXES = (".jsonl", ".json", ".ndjson")

@@ -21,7 +21,6 @@ for HNSW) that reaches the target. Many processes fill shards: `accelerate launc
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -38,10 +37,7 @@ from data_prep.stage_files import (
     discard,
     open_manifest,
     process_state,
-    remove,
     run_shards,
-    whole,
-    write_json,
     write_manifest,
 )
 from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
@@ -53,6 +49,7 @@ from modeling_retro.datastore_retro import (  # faiss from here: the error witho
     split_path,
     verify_file,
 )
+from modeling_retro.durable_files_retro import make_folder, remove, replace, sync, whole, write_json
 
 
 logger = logging.get_logger(__name__)
@@ -216,7 +213,7 @@ class _IndexBuild:
             for other in path.glob(f"{_WORK}*"):
                 if other != work:
                     remove(other)
-            work.mkdir(parents=True, exist_ok=True)
+            make_folder(work)
         self.state.wait_for_everyone()
 
     def _choose_factory(self) -> str:
@@ -276,6 +273,7 @@ class _IndexBuild:
                     self._add(index, shard)
             elif self._on_disk:
                 merge_on_disk(index, files, self.work / "index.ivfdata")
+                sync(self.work / "index.ivfdata")
             else:
                 for file in files:
                     index.merge_from(faiss.read_index(str(file)), 0)
@@ -321,7 +319,7 @@ class _IndexBuild:
         if self.state.is_main_process:
             for name in ("index.ivfdata", "index.faiss"):
                 if (self.work / name).exists():
-                    os.replace(self.work / name, self.path / name)
+                    replace(self.work / name, self.path / name)
             if "index.ivfdata" not in record["sha256"]:
                 remove(self.path / "index.ivfdata")
         self.manifest["index"] = record

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The write side of `datastore.json`: locks, whole-or-nothing files, and shards that are made once by many processes.
+The write side of `datastore.json`: locks, and shards that are made once by many processes.
 
 A stage hands its shards to [`run_shards`]; each process makes some of them, each appears by a rename and is
 recorded with its checksum, so a run that is killed goes on where it stopped and ends with the same bytes.
@@ -23,7 +23,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -40,12 +39,12 @@ from transformers.utils import logging
 
 from modeling_retro.datastore_manifest_retro import FORMAT_VERSION, MANIFEST_NAME, TRAIN_SPLIT, read_manifest
 from modeling_retro.datastore_retro import checksum, split_path
+from modeling_retro.durable_files_retro import make_folder, recover_all, remove, whole, write_json
 
 
 logger = logging.get_logger(__name__)
 
 STAGES = ("chunks", "embeddings", "neighbors")
-_TEMPORARY = ".tmp-"
 _LOCK_NAME = ".lock"
 _locks: dict[Path, int] = {}
 
@@ -71,7 +70,7 @@ def directory_lock(path: Path) -> Iterator[None]:
         yield
         return
     state = process_state()
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     handle = os.open(path / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if state.is_main_process:
@@ -79,8 +78,7 @@ def directory_lock(path: Path) -> Iterator[None]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"another run is writing to {path}; wait for it to end or stop it") from None
-            for leftover in path.rglob(f"{_TEMPORARY}*"):
-                remove(leftover)
+            recover_all(path)
         state.wait_for_everyone()
         # Shared from here on: while any process of this run lives, no other run gets the exclusive lock.
         fcntl.flock(handle, fcntl.LOCK_SH)
@@ -90,40 +88,6 @@ def directory_lock(path: Path) -> Iterator[None]:
     finally:
         _locks.pop(path, None)
         os.close(handle)
-
-
-def remove(path: Path) -> None:
-    """Removes a file or a folder, if it exists."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """
-    Yields a temporary sibling of `path` to write a file or folder to, which takes the name `path` when all went well.
-
-    Args:
-        path (`Path`): Where the finished file or folder will stand; what stands there is replaced.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{_TEMPORARY}{os.uname().nodename}-{os.getpid()}-{path.name}")
-    remove(temporary)
-    try:
-        yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    finally:
-        remove(temporary)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON with sorted keys, whole or not at all."""
-    with whole(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def open_manifest(path: Path, create: bool = False) -> dict[str, Any]:

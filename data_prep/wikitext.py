@@ -21,7 +21,7 @@ from pathlib import Path
 from datasets import IterableDataset
 from tqdm.auto import tqdm
 
-from data_prep.stage_files import whole
+from modeling_retro.durable_files_retro import whole
 
 
 def write_texts(

@@ -22,6 +22,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from .durable_files_retro import remove, whole_files
+
 
 RETROFIT_WEIGHTS_NAME = "retrofit.safetensors"
 ADAPTER_SAFE_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -75,7 +77,8 @@ class RetroBaseModelMixin:
 
     def save_pretrained(self, save_directory: str | os.PathLike, retrofit_only: bool = False, **kwargs) -> None:
         """
-        Saves the model as [`~transformers.PreTrainedModel.save_pretrained`] does.
+        Saves the model as [`~transformers.PreTrainedModel.save_pretrained`] does, but so that a power cut leaves each
+        file as it was before or as it is now.
 
         Args:
             save_directory (`str` or `os.PathLike`):
@@ -85,8 +88,18 @@ class RetroBaseModelMixin:
                 the checksum of that decoder. `from_pretrained` puts the two together and refuses another decoder. The
                 decoder must have been frozen (see `freeze_decoder`).
         """
-        if not retrofit_only:
+        if not retrofit_only and (kwargs.get("push_to_hub") or not kwargs.get("is_main_process", True)):
             super().save_pretrained(save_directory, **kwargs)
+            return
+        if not retrofit_only:
+            directory = Path(save_directory)
+            with whole_files(directory) as temporary:
+                super().save_pretrained(temporary, **kwargs)
+                names = {file.name for file in temporary.iterdir()}
+            # Weights of an earlier save, in other shards: a folder that has both is read as the earlier ones.
+            for file in directory.glob("model*.safetensors*"):
+                if file.name not in names:
+                    remove(file)
             return
         if self.config.base_model_sha256 is None:
             raise ValueError("`retrofit_only=True` is for models made by `from_decoder_pretrained`; this one was not.")
@@ -100,18 +113,15 @@ class RetroBaseModelMixin:
                 f"`retrofit_only=True` leaves out the decoder, but its weights were trainable ({trainable[0]}, …) and "
                 "may have changed: call `freeze_decoder()` before training, or save the whole model."
             )
-        directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        custom_object_save(self, directory, config=self.config)
-        self.generation_config.save_pretrained(directory)
-        self.config.architectures = [type(self).__name__]
-        self.config.save_pretrained(directory)
         weights = {
             name: tensor.contiguous() for name, tensor in self.state_dict().items() if self.is_added_weight(name)
         }
-        partial = directory / f"{RETROFIT_WEIGHTS_NAME}.partial"
-        save_file(weights, partial, metadata={"format": "pt"})
-        partial.replace(directory / RETROFIT_WEIGHTS_NAME)
+        with whole_files(Path(save_directory)) as directory:
+            custom_object_save(self, directory, config=self.config)
+            self.generation_config.save_pretrained(directory)
+            self.config.architectures = [type(self).__name__]
+            self.config.save_pretrained(directory)
+            save_file(weights, directory / RETROFIT_WEIGHTS_NAME, metadata={"format": "pt"})
 
     @classmethod
     def from_pretrained(

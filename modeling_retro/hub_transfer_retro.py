@@ -43,6 +43,7 @@ from tqdm.auto import tqdm
 from transformers.utils import is_datasets_available
 
 from .datastore_manifest_retro import MANIFEST_NAME, TRAIN_SPLIT, public_name, read_manifest
+from .durable_files_retro import sync, sync_file
 
 
 if is_datasets_available():  # if not, datastore_retro has said what to install
@@ -216,8 +217,10 @@ def download_datastore(repo_id: str, revision: str | None = None, **hub_kwargs) 
                 raise ValueError(f"{MANIFEST_NAME} of {repo_id} names {name!r}, which is outside the datastore")
             _install(snapshot / name, sha256, temporary / name)
         shutil.copy(snapshot / MANIFEST_NAME, temporary / MANIFEST_NAME)
+        sync(temporary)
         try:
             os.replace(temporary, target)
+            sync_file(target.parent)
         except OSError:  # another process was faster
             if not (target / MANIFEST_NAME).is_file():
                 raise

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from .configuration_retro import RetroConfig
 from .configuration_retro_joint import RetroJointConfig
+from .durable_files_retro import whole
 
 
 logger = logging.get_logger(__name__)
@@ -135,9 +136,8 @@ def save_model_card(
             kept = {key: value for key, value in old.items() if key not in (*new, "model-index")}
             for key, value in kept.items():
                 card.data[key] = value
-    partial = folder / f"{CARD_NAME}.partial"
-    card.save(partial)
-    partial.replace(file)
+    with whole(file) as temporary:
+        card.save(temporary)
 
 
 def create_model_card(

@@ -33,6 +33,7 @@ from data_prep.chunk import chunk_documents  # noqa: E402
 from data_prep.embed import embed_chunks  # noqa: E402
 from data_prep.index import build_index  # noqa: E402
 from data_prep.neighbors import find_neighbors  # noqa: E402
+from modeling_retro import durable_files_retro  # noqa: E402
 
 
 TINY_CHUNK_SIZE = 8
@@ -124,3 +125,65 @@ def tiny_datastore_dir(
     for split in inputs:
         find_neighbors(datastore, num_neighbors=4, split=split)
     return datastore
+
+
+class DiskLog:
+    """
+    Records the system calls that flush and rename, and what stood in the file system when they were made.
+
+    `check()` says that each file and folder was flushed, as it was then, before it took its name; that the folder
+    that holds the new name was flushed before anything else was renamed; and that no folder was ever away. It returns
+    the number of renames.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.problems: list[str] = []
+        self.renames = 0
+        self.flushed: dict[int, tuple[int, int]] = {}
+        self.waiting: list[Path] = []
+        fsync, rename, exchange = os.fsync, os.replace, durable_files_retro._exchange
+
+        def logged_fsync(handle: int) -> None:
+            fsync(handle)
+            status = os.fstat(handle)
+            self.flushed[status.st_ino] = (status.st_size, status.st_mtime_ns)
+            path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+            self.waiting = [folder for folder in self.waiting if folder != path]
+
+        def logged_rename(source: str | Path, target: str | Path) -> None:
+            self._before_rename(Path(source), Path(target))
+            if Path(target).is_dir():
+                self.problems.append(f"{target} was replaced in several steps")
+            rename(source, target)
+            self.waiting.append(Path(target).resolve().parent)
+
+        def logged_exchange(source: Path, target: Path) -> bool:
+            self._before_rename(source, target)
+            self.waiting.append(target.resolve().parent)
+            return exchange(source, target)
+
+        monkeypatch.setattr(os, "fsync", logged_fsync)
+        monkeypatch.setattr(os, "replace", logged_rename)
+        monkeypatch.setattr(os, "rename", logged_rename)
+        monkeypatch.setattr(durable_files_retro, "_exchange", logged_exchange)
+
+    def _before_rename(self, source: Path, target: Path) -> None:
+        self.renames += 1
+        if self.waiting:
+            self.problems.append(f"{self.waiting[0]} was not flushed before {target} was renamed")
+        for path in [source, *(source.rglob("*") if source.is_dir() else [])]:
+            status = path.stat()
+            if self.flushed.get(status.st_ino) != (status.st_size, status.st_mtime_ns):
+                self.problems.append(f"{path} was not flushed before it was renamed to {target}")
+
+    def check(self) -> int:
+        """The number of renames, all of which were in order."""
+        assert not self.problems, "\n".join(self.problems)
+        assert not self.waiting, f"{self.waiting[0]} was not flushed after the last rename"
+        return self.renames
+
+
+@pytest.fixture
+def disk_log(monkeypatch: pytest.MonkeyPatch) -> DiskLog:
+    """A log of what is flushed and renamed during the test."""
+    return DiskLog(monkeypatch)

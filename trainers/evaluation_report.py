@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from modeling_retro.durable_files_retro import write_text
 from modeling_retro.model_card_retro import evaluation_tables
 
 
@@ -181,8 +182,8 @@ class RetroEvaluation:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         numbers = {**self.to_dict(), **(facts or {})}
-        (directory / "evaluation.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-        (directory / "evaluation.md").write_text(evaluation_tables(numbers), encoding="utf-8")
+        write_text(directory / "evaluation.json", json.dumps(numbers, indent=2) + "\n")
+        write_text(directory / "evaluation.md", evaluation_tables(numbers))
         self.plot(directory / "evaluation.png")
         if self.overlap is not None:
             self.plot_overlap(directory / "overlap.png")

@@ -18,6 +18,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,9 @@ from transformers.utils import logging
 
 from data_prep.pairs import PairMixture, hash_pairs, hash_texts, pair_columns
 from modeling_retro.chunk_encoder_retro import longest_input, pool_hidden_states
+from modeling_retro.durable_files_retro import sync
 
+from .durable_checkpoints import DurableCheckpointsMixin
 from .losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss, split_by_length
 from .retriever_config import RetrieverTrainingArguments
 from .retriever_evaluation import retrieval_metrics
@@ -277,7 +280,7 @@ class _SamplerEpoch(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch or 0))
 
 
-class RetrieverTrainer(Trainer):
+class RetrieverTrainer(DurableCheckpointsMixin, Trainer):
     """
     Trainer of a text encoder on pairs, with the other pairs of the batch as negatives.
 
@@ -425,6 +428,7 @@ class RetrieverTrainer(Trainer):
                 normalized=self.args.similarity == "cosine",
                 max_length=self.max_length,
             )
+            sync(Path(output_dir or self.args.output_dir))
 
     def create_model_card(self, model_name: str | None = None, tags: str | list[str] | None = None, **kwargs) -> None:
         """Writes `README.md` into the output folder: how to load the encoder, how it was trained, how it retrieves."""

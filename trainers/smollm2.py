@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.stage_files import checksum
+from modeling_retro.durable_files_retro import whole
 
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -70,8 +71,7 @@ def find_smollm2(folder: str | os.PathLike, dtype: torch.dtype = torch.bfloat16)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantised.state_dict())
     model.to(dtype)
-    partial = folder.with_name(f"{folder.name}.partial")
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE).save_pretrained(partial)
-    partial.rename(folder)
+    with whole(folder) as temporary:
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE).save_pretrained(temporary)
     return str(folder)

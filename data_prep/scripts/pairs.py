@@ -73,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from data_prep.corpus_pairs import pairs_from_datastore
     from data_prep.pair_collections import RECIPE_PATH, download_pairs
     from data_prep.pairs import load_pairs
-    from data_prep.stage_files import whole
     from modeling_retro import RetroDatastore
+    from modeling_retro.durable_files_retro import whole
 
     if sum(given is not None for given in (arguments.sources, arguments.download, arguments.datastore)) != 1:
         raise ValueError("give one of --sources, --download and --datastore")

@@ -1,0 +1,192 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Files that survive a power cut, and not only a killed process.
+
+What is written takes its name when it is on the disk: first the contents are flushed, then they are renamed, then the
+folder that holds the new name is flushed. A folder that is replaced is exchanged with its successor in one step, so
+that at every moment the old one or the new one stands there.
+"""
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+TEMPORARY = ".tmp-"
+# The name of a folder while its successor takes its place, where both cannot be exchanged in one step.
+REPLACED = ".old-"
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+# What a file system says that cannot exchange two names, or cannot flush a folder.
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """
+    Yields a temporary sibling of `path` to write a file or folder to, which takes the name `path` when all went well.
+
+    Args:
+        path (`Path`): Where the finished file or folder will stand; what stands there is replaced.
+    """
+    make_folder(path.parent)
+    recover(path)
+    temporary = path.with_name(f"{TEMPORARY}{os.uname().nodename}-{os.getpid()}-{path.name}")
+    remove(temporary)
+    try:
+        yield temporary
+        replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+@contextlib.contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """
+    Yields a temporary folder to write files to, which then take the places of those with the same names in `folder`,
+    each by itself; other files of `folder` stay. The temporary folder stands in `folder`, which is made if need be.
+    """
+    make_folder(folder)
+    temporary = folder / f"{TEMPORARY}{os.uname().nodename}-{os.getpid()}"
+    remove(temporary)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for source in sorted(temporary.iterdir()):
+            replace(source, folder / source.name)
+    finally:
+        remove(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON with sorted keys, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def replace(source: Path, target: Path) -> None:
+    """
+    Flushes a file or folder and gives it the name `target`; what stood there is removed afterwards.
+
+    Args:
+        source (`Path`): A file or a folder.
+        target (`Path`): Its new name, on the same file system.
+    """
+    sync(source)
+    if not target.is_dir() or target.is_symlink():
+        os.replace(source, target)
+        _sync_parents(source, target)
+    elif _exchange(source, target):
+        _sync_parents(source, target)
+        remove(source)
+    else:
+        old = target.with_name(REPLACED + target.name)
+        os.replace(target, old)
+        _sync_parents(target, old)
+        os.replace(source, target)
+        _sync_parents(source, target)
+        remove(old)
+
+
+def recover(path: Path) -> None:
+    """Gives a folder its name back if a power cut came while its successor was to take it (see `replace`)."""
+    old = path.with_name(REPLACED + path.name)
+    if not old.is_dir():
+        return
+    if path.exists():
+        remove(old)
+    else:
+        os.replace(old, path)
+    _sync_parents(path, path)
+
+
+def recover_all(folder: Path) -> None:
+    """Removes what interrupted runs left anywhere in a folder that nobody else writes to, and recovers the rest."""
+    for leftover in list(folder.rglob(f"{TEMPORARY}*")):
+        remove(leftover)
+    for old in list(folder.rglob(f"{REPLACED}*")):
+        recover(old.with_name(old.name.removeprefix(REPLACED)))
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it; their names are on the disk when it returns."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_file(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Flushes a file, or all files and folders of a folder, to the disk."""
+    if path.is_dir():
+        for entry in path.iterdir():
+            sync(entry)
+    sync_file(path)
+
+
+def sync_file(path: Path) -> None:
+    """Flushes one file, or the names that a folder holds."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems flush files, but no folders.
+        if error.errno not in _UNSUPPORTED or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def _sync_parents(source: Path, target: Path) -> None:
+    for folder in {source.parent, target.parent}:
+        sync_file(folder)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchanges the names of two files or folders in one step; False where that is not possible."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # another system than Linux, or an old C library
+        return False
+    names = (os.fsencode(path) for path in (first, second))
+    if renameat2(_AT_FDCWD, next(names), _AT_FDCWD, next(names), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _UNSUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), str(second))
+
+
+__all__ = ["whole", "whole_files", "write_json", "write_text"]

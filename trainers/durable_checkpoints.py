@@ -1,0 +1,42 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Checkpoints that survive a power cut"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from modeling_retro.durable_files_retro import sync, whole
+
+
+class DurableCheckpointsMixin:
+    """
+    Makes a `Trainer` write its state, by which [`last_complete_checkpoint`] knows a whole checkpoint, after all else
+    of the checkpoint is on the disk. Only then are older checkpoints removed.
+    """
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        state = self.state
+
+        def save_to_json(json_path: str) -> None:
+            sync(Path(json_path).parent)
+            with whole(Path(json_path)) as temporary:
+                type(state).save_to_json(state, str(temporary))
+
+        state.save_to_json = save_to_json
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            del state.save_to_json
