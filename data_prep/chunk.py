@@ -61,7 +61,7 @@ from data_prep.stage_files import (
     save_shard,
     write_manifest,
 )
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, allows_control_tokens
+from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, allows_control_tokens, check_split_name, public_name
 from modeling_retro.datastore_retro import chunks_fingerprint, split_path, tokenizer_fingerprint
 from modeling_retro.durable_files_retro import whole
 
@@ -296,6 +296,7 @@ def chunk_documents(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if continuation_chunks < 0:
         raise ValueError(f"continuation_chunks must not be negative, got {continuation_chunks}")
+    check_split_name(split)
     if append and (max_documents is not None or max_chunks is not None):
         raise ValueError("append takes all of the new inputs; leave out max_documents and max_chunks")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -344,7 +345,7 @@ def _set_vocabulary(
                 f"({manifest['tokenizer']['name']}); use that one, or --force to rebuild"
             )
         return
-    manifest |= shared | {"tokenizer": {"name": tokenizer.name_or_path, **fingerprint}}
+    manifest |= shared | {"tokenizer": {"name": public_name(tokenizer.name_or_path), **fingerprint}}
     write_manifest(path, manifest)
     state = process_state()
     if state.is_main_process:
@@ -541,7 +542,8 @@ class _ShardWriter:
                 pq.write_table(table, file)
         if self.dropped.bad:
             with whole(self.root / "quarantine" / f"{self.name}.jsonl") as file:
-                file.write_text("".join(json.dumps(asdict(bad)) + "\n" for bad in self.dropped.bad), encoding="utf-8")
+                bad = [{**asdict(bad), "file": self.source.public(bad.file)} for bad in self.dropped.bad]
+                file.write_text("".join(json.dumps(record) + "\n" for record in bad), encoding="utf-8")
         return {
             "rows": len(columns["length"]),
             "documents": len(self.documents),

@@ -51,8 +51,8 @@ def _insert_zeros(tensor: torch.Tensor, dim: int, index: int, number: int) -> to
 
 def _stack_rows(tensors: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> torch.Tensor | None:
     """
-    Tensors `(sizes[i], ...)` below each other, padded with zeros behind to the largest; zeros for `None`. `None` if all
-    are.
+    Tensors `(sizes[i], ...)` below each other, padded with zeros behind to the largest; zeros for `None`, and `None`
+    if all are.
     """
     known = [tensor for tensor in tensors if tensor is not None]
     if not known:

@@ -1,0 +1,86 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What stands in front of every request: the key, the length of the body, the counting"""
+
+import secrets
+
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .answers import error_body
+from .metrics import Metrics
+
+
+class Guard:
+    """
+    Refuses requests under `/v1` without the key and those with too long a body, before anything of them is read.
+
+    Args:
+        app (`ASGIApp`): What it stands in front of.
+        metrics ([`Metrics`]): Where requests are counted.
+        api_key (`str`, *optional*): The key; without one everybody may ask.
+        max_body_bytes (`int`): Longest body.
+        paths (`frozenset[str]`): Paths that are counted by their name.
+    """
+
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, api_key: str | None, max_body_bytes: int, paths: frozenset[str]
+    ):
+        self.app = app
+        self.metrics = metrics
+        self.api_key = api_key
+        self.max_body_bytes = max_body_bytes
+        self.paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on, or answers it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"] if scope["path"] in self.paths else "other"
+
+        async def counting_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.metrics.requests.labels(path, message["status"]).inc()
+            await send(message)
+
+        headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
+        refusal = self._refusal(scope["path"], headers)
+        if refusal is not None:
+            await refusal(scope, receive, counting_send)
+            return
+        received = 0
+
+        async def limited_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_body_bytes:
+                raise ValueError(f"the body of the request is longer than {self.max_body_bytes} bytes")
+            return message
+
+        await self.app(scope, limited_receive, counting_send)
+
+    def _refusal(self, path: str, headers: dict[str, str]) -> JSONResponse | None:
+        if self.api_key is not None and path.startswith("/v1"):
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not secrets.compare_digest(key.strip().encode(), self.api_key.encode()):
+                message = "the API key is missing or wrong; send it as `Authorization: Bearer KEY`"
+                body = error_body(message, "invalid_request_error", code="invalid_api_key")
+                return JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > self.max_body_bytes:
+            message = f"the body of the request is longer than {self.max_body_bytes} bytes"
+            return JSONResponse(error_body(message, "invalid_request_error", code="request_too_large"), 413)
+        return None

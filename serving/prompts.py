@@ -1,0 +1,99 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Prompts to tokens, in which only the server's own template can put control tokens"""
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from data_prep.chunk import DocumentChunker
+
+
+class PromptEncoder:
+    """
+    Makes token ids of prompts and conversations. What a user writes stays text where it spells a control token, such
+    as `<|im_end|>`, as the text of documents does.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            A fast tokenizer, with a chat template if there are to be conversations.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self._plain = DocumentChunker(tokenizer, chunk_size=1)
+        control = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._control_ids = set(control)
+        # Of two that begin alike the longer one is meant. Without any, a pattern that is found nowhere.
+        spellings = sorted(control.values(), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
+
+    def encode_text(self, text: str) -> list[int]:
+        """
+        Tokens of the beginning of a document.
+
+        Args:
+            text (`str`): The text.
+
+        Returns:
+            `list[int]`: the ids, with a BOS in front if the tokenizer puts one there.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        ids = [*self._plain.prefix, *self._plain.encode(text).tolist()]
+        if not ids:
+            raise ValueError("the prompt is empty; give some text to continue")
+        return ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """
+        Tokens of a conversation in the tokenizer's chat template, up to where the assistant speaks.
+
+        Args:
+            messages (`Sequence[Mapping[str, str]]`): What was said, each with a `role` and a `content`.
+
+        Returns:
+            `list[int]`: the ids.
+
+        Raises:
+            ValueError: If the tokenizer has no chat template, or its template refuses the messages.
+        """
+        if self.tokenizer.chat_template is None:
+            raise ValueError("the model's tokenizer has no chat template; use /v1/completions")
+        # What spells a control token is hidden from the template behind a word that nobody can guess.
+        word, spelled = secrets.token_hex(16), []
+
+        def hide(match: re.Match) -> str:
+            spelled.append(match[0])
+            return f"{word}{len(spelled) - 1}."
+
+        hidden = [{**message, "content": self._control.sub(hide, message["content"])} for message in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(hidden, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"the chat template of the model refuses the messages: {error}") from error
+        ids = []
+        for number, piece in enumerate(re.split(rf"{word}(\d+)\.", text)):
+            if number % 2:
+                ids += self._plain.encode(spelled[int(piece)]).tolist()
+            else:
+                ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        # A normalizer may make a control token of text that does not spell one.
+        if sum(id in self._control_ids for id in ids) != len(self._control.findall(text)):
+            raise ValueError("a message makes a control token of the model's tokenizer; leave such text out")
+        return ids

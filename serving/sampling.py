@@ -1,0 +1,118 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which token comes next"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+
+
+@dataclass(frozen=True)
+class SamplingParameters:
+    """
+    How the tokens of a completion are chosen.
+
+    Args:
+        temperature (`float`, *optional*, defaults to 1.0):
+            Divides the logits; 0 takes the likeliest token.
+        top_p (`float`, *optional*, defaults to 1.0):
+            Share of the probability to sample from.
+        seed (`int`, *optional*):
+            Seed of the sampling; any when unset.
+        presence_penalty (`float`, *optional*, defaults to 0.0):
+            Taken from the logit of each token that was generated before.
+        frequency_penalty (`float`, *optional*, defaults to 0.0):
+            Taken from it once for each time.
+        logit_bias (`Mapping[int, float]`, *optional*):
+            Added to the logits of some tokens.
+        num_logprobs (`int`, *optional*, defaults to 0):
+            Number of likeliest tokens that are reported with each token.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    num_logprobs: int = 0
+
+
+@dataclass
+class ChosenToken:
+    """
+    A token and what the model thought of it, before temperature, penalties and biases.
+
+    Args:
+        id (`int`):
+            The token.
+        logprob (`float`):
+            The natural logarithm of its probability.
+        top (`list[tuple[int, float]]`):
+            The likeliest tokens with theirs, best first.
+    """
+
+    id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Sampler:
+    """
+    Chooses the tokens of one completion, one after the other. What it draws depends on its seed alone.
+
+    Args:
+        parameters ([`SamplingParameters`]): How to choose.
+    """
+
+    def __init__(self, parameters: SamplingParameters):
+        self.parameters = parameters
+        self._counts: Counter[int] = Counter()
+        self._generator = torch.Generator()
+        if parameters.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(parameters.seed)
+
+    def choose(self, logits: torch.Tensor, logprobs: torch.Tensor) -> ChosenToken:
+        """
+        Args:
+            logits (`torch.FloatTensor` of shape `(vocab_size,)`): What the model says, on the CPU.
+            logprobs (`torch.FloatTensor` of shape `(vocab_size,)`): Their logarithmic softmax.
+        """
+        parameters = self.parameters
+        changes = dict(parameters.logit_bias)
+        if parameters.presence_penalty or parameters.frequency_penalty:
+            for token, count in self._counts.items():
+                penalty = parameters.presence_penalty + count * parameters.frequency_penalty
+                changes[token] = changes.get(token, 0.0) - penalty
+        if changes:
+            logits = logits.clone()
+            logits[list(changes)] += torch.tensor(list(changes.values()))
+        token = int(logits.argmax()) if parameters.temperature == 0 else self._draw(logits / parameters.temperature)
+        self._counts[token] += 1
+        top = torch.topk(logprobs, parameters.num_logprobs)
+        return ChosenToken(token, float(logprobs[token]), list(zip(top.indices.tolist(), top.values.tolist())))
+
+    def _draw(self, logits: torch.Tensor) -> int:
+        probabilities = logits.softmax(-1)
+        if self.parameters.top_p < 1:
+            values, order = probabilities.sort(descending=True)
+            # The token that reaches the share still belongs to it.
+            values[values.cumsum(-1) - values >= self.parameters.top_p] = 0
+            return int(order[torch.multinomial(values, 1, generator=self._generator)])
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
