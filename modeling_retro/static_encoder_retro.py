@@ -87,8 +87,7 @@ class StaticChunkEncoder(ChunkEncoder):
         self.prompt = prompt or ""
         self.name = name
         self.revision = revision
-        self._by_word = _cuts_at_spaces(tokenizer)
-        self._words: dict[str, list[int]] = {}
+        self._word_ids = _WordIds(tokenizer) if _cuts_at_spaces(tokenizer) else None
 
     @classmethod
     def from_files(
@@ -145,24 +144,52 @@ class StaticChunkEncoder(ChunkEncoder):
 
     def _tokenize(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of all texts one after another, int64 [tokens], and the number of tokens of each, int64 [n]."""
-        if self._by_word:
-            rows = self._rows_by_word([text.translate(_SPACES).split(" ") for text in texts])
+        if self._word_ids is not None:
+            words = [text.translate(_SPACES).split(" ") for text in texts]  # at least one each, if only ""
+            ids, counts = self._word_ids.look_up(list(chain.from_iterable(words)))
+            sizes = np.fromiter(map(len, words), dtype=np.int64, count=len(words))
+            lengths = np.add.reduceat(counts, np.cumsum(sizes) - sizes)
         else:
-            rows = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        if self.max_length is not None:
-            rows = [row[: self.max_length] for row in rows]
-        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-        return np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum())), lengths
+            ids, lengths = _flat_ids(self.tokenizer, texts)
+        if self.max_length is not None and lengths.max() > self.max_length:
+            place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            ids, lengths = ids[place < self.max_length], np.minimum(lengths, self.max_length)
+        return ids, lengths
 
-    def _rows_by_word(self, texts: list[list[str]]) -> list[list[int]]:
-        new = list(set(chain.from_iterable(texts)).difference(self._words))
-        if len(self._words) + len(new) > _MOST_WORDS:
-            self._words.clear()
-            new = list(set(chain.from_iterable(texts)))
-        encodings = self.tokenizer.encode_batch_fast(new, add_special_tokens=False)
-        self._words.update(zip(new, (encoding.ids for encoding in encodings), strict=True))
-        ids_of = self._words.__getitem__
-        return [list(chain.from_iterable(map(ids_of, words))) for words in texts]
+
+def _flat_ids(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of all texts one after another, int64 [tokens], and the number of tokens of each, int64 [n]."""
+    rows = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    return np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum())), lengths
+
+
+class _WordIds:
+    """The token ids of words, each tokenized when it is met first."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self._forget()
+
+    def _forget(self) -> None:
+        self.number_of: dict[str, int] = {}
+        self.ids = np.zeros(0, dtype=np.int64)
+        self.counts = np.zeros(0, dtype=np.int64)
+
+    def look_up(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of all words one after another, int64 [tokens], and the number of tokens of each, int64 [words]."""
+        if len(self.number_of) > _MOST_WORDS:
+            self._forget()
+        new = list(set(words).difference(self.number_of))
+        if new:
+            ids, counts = _flat_ids(self.tokenizer, new)
+            self.number_of.update(zip(new, range(len(self.number_of), len(self.number_of) + len(new)), strict=True))
+            self.ids, self.counts = np.concatenate([self.ids, ids]), np.concatenate([self.counts, counts])
+        number = np.fromiter(map(self.number_of.__getitem__, words), dtype=np.int64, count=len(words))
+        counts = self.counts[number]
+        starts = (np.cumsum(self.counts) - self.counts)[number]
+        place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self.ids[np.repeat(starts, counts) + place], counts
 
 
 class ModulesChunkEncoder(ChunkEncoder):
