@@ -41,7 +41,7 @@ from data_prep.stage_files import (
     write_manifest,
 )
 from modeling_retro.chunk_encoder_retro import ChunkEncoder, decode_chunks
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, read_manifest
+from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, check_split_name, public_name, read_manifest
 from modeling_retro.datastore_retro import RetroDatastore, split_path, tokenizer_fingerprint
 from modeling_retro.durable_files_retro import whole
 
@@ -106,6 +106,7 @@ def import_datastore(
         raise ValueError(f"format must be 'norlund' or 'retro_pytorch', got {format!r}")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    check_split_name(split)
     _check_shards(shards, len(tokenizer))
     path = Path(output_dir)
     with directory_lock(path):
@@ -261,7 +262,7 @@ def _write_chunks(
     manifest |= {
         "chunk_size": m,
         "continuation_chunks": 1,
-        "tokenizer": {"name": tokenizer.name_or_path, **fingerprint},
+        "tokenizer": {"name": public_name(tokenizer.name_or_path), **fingerprint},
     }
     write_manifest(path, manifest)
     if process_state().is_main_process:
@@ -294,7 +295,11 @@ def _write_chunks(
 
     names = [f"shard-{index:05d}" for index in range(len(shards))]
     root = split_path(path, split)
-    stage = {"sources": [{"kind": "import", "path": shard.name} for shard in shards], "parts": [], "options": {}}
+    stage = {
+        "sources": [{"kind": "import", "path": Path(shard.name).name} for shard in shards],
+        "parts": [],
+        "options": {},
+    }
     set_shards(stage, run_shards(root / "chunks", [], names, make, description="Importing chunks"))
     manifest["splits"][split] = {"chunks": stage}
     write_manifest(path, manifest)
@@ -342,7 +347,7 @@ def _write_embeddings(
 
     names = [record["name"] for record in chunk_shards]
     records = run_shards(root / "embeddings", [], names, make, suffix=".npy", description="Importing embeddings")
-    manifest["encoder"] = encoder.describe()
+    manifest["encoder"] = encoder.describe() | {"name": public_name(encoder.name)}
     manifest["splits"][split]["embeddings"] = {"options": {"dtype": "float32"}, "shards": records}
     if process_state().is_main_process and Path(encoder.name).is_dir():
         with whole(path / "encoder") as temporary:

@@ -24,7 +24,9 @@ files), then read in parts that they share as well. A document's id is the posit
 
 import glob
 import io
+import itertools
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,6 +63,7 @@ class Source:
         files (`tuple[str, ...]`, *optional*): The files of a `"text"` source.
         dataset (`datasets.Dataset`, *optional*): The data of a `"dataset"` source.
         filter ([`Filter`], *optional*): Which records to keep.
+        folder (`str`, *optional*): Folder of this machine that is left out of what the manifest says.
     """
 
     kind: str
@@ -68,6 +71,11 @@ class Source:
     files: tuple[str, ...] = ()
     dataset: Dataset | None = field(default=None, compare=False, repr=False)
     filter: "Filter | None" = None
+    folder: str | None = field(default=None, compare=False)
+
+    def public(self, path: str) -> str:
+        """A path of this source without the folders of this machine above it."""
+        return path if self.folder is None else os.path.relpath(path, self.folder)
 
     def describe(self) -> dict[str, Any]:
         """What the manifest keeps, to tell whether an input is the same again."""
@@ -76,7 +84,7 @@ class Source:
         else:
             size = sum(Path(file).stat().st_size for file in self.files or (self.path,))
         # A copied stream stands in the datastore, wherever that is.
-        path = "-" if Path(self.path).name.startswith(SPOOL) else self.path
+        path = "-" if Path(self.path).name.startswith(SPOOL) else self.public(self.path)
         return {"kind": self.kind, "path": path, "bytes": size, "filter": self.filter and str(self.filter)}
 
     @property
@@ -305,6 +313,9 @@ def spool_streams(inputs: Any, folder: Path, name: str) -> Any:
 
 def _find_files(entry: str | Path) -> list[Source]:
     path = Path(entry)
+    # Names in the manifest begin with the file or folder that was named, or with the first folder of a glob.
+    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+    folder = os.path.dirname(os.path.abspath(Path(*fixed)))
     if path.is_file():
         files = [path]
     elif path.is_dir():
@@ -318,12 +329,12 @@ def _find_files(entry: str | Path) -> list[Source]:
     for file in sorted(files):
         name = file.name.removesuffix(".gz").removesuffix(".zst")
         if name.endswith(_RECORD_SUFFIXES):
-            sources.append(Source("jsonl", str(file)))
+            sources.append(Source("jsonl", str(file), folder=folder))
         elif name.endswith(".parquet"):
-            sources.append(Source("parquet", str(file)))
+            sources.append(Source("parquet", str(file), folder=folder))
         else:
             texts.append(str(file))
-    return [*sources, Source("text", str(entry), tuple(texts))] if texts else sources
+    return [*sources, Source("text", str(entry), tuple(texts), folder=folder)] if texts else sources
 
 
 def _is_hidden(path: Path) -> bool:

@@ -39,7 +39,7 @@ from data_prep.stage_files import (
     write_manifest,
 )
 from modeling_retro.chunk_encoder_retro import ChunkEncoder
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
+from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, public_name
 from modeling_retro.datastore_retro import RetroDatastore, split_path, verify_file
 from modeling_retro.durable_files_retro import whole
 
@@ -159,7 +159,7 @@ def _open_encoder(
     if recorded is not None and any("embeddings" in record for record in manifest["splits"].values()):
         datastore.check_encoder(encoder)
         return encoder
-    manifest["encoder"] = encoder.describe()
+    manifest["encoder"] = encoder.describe() | {"name": public_name(encoder.name)}
     if state.is_main_process and Path(encoder.name).is_dir():
         with whole(path / "encoder") as temporary:
             copy_encoder(Path(encoder.name), temporary)

@@ -15,7 +15,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,81 +23,190 @@ from .configuration_retro import RetroConfig
 
 
 MANIFEST_NAME = "datastore.json"
+# Of what this code writes. It reads every version up to this one and refuses later ones. A field may be added without
+# a new version where older code can do without it; the version rises when older code would take one thing for another.
 FORMAT_VERSION = 1
 TRAIN_SPLIT = "train"
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-COUNTS = ("rows", "tokens", "bytes", "documents", "ntotal", "dim")
+# A rule says what it expects of a value that breaks it, and nothing of others. A mapping has a rule for each key (one
+# with a question mark may be missing, keys it does not know may be there), or a pair of one rule for all names and one
+# for all values; a list has one rule for all elements.
+Rule = Callable[[Any], str | None] | dict[str, "Rule"] | tuple["Rule", "Rule"] | list["Rule"]
+
+
+def _number_from(lowest: int) -> Rule:
+    def check(value: Any) -> str | None:
+        is_number = isinstance(value, int) and not isinstance(value, bool) and value >= lowest
+        return None if is_number else f"a whole number from {lowest}"
+
+    return check
+
+
+def _matching(pattern: str, expected: str) -> Rule:
+    compiled = re.compile(pattern)
+    return lambda value: None if isinstance(value, str) and compiled.fullmatch(value) else expected
+
+
+def _any_of(*types: type) -> Rule:
+    names = " or ".join({str: "text", bool: "true or false", dict: "fields", type(None): "null"}[t] for t in types)
+    return lambda value: None if isinstance(value, types) else names
+
+
+def _inside(value: Any) -> str | None:
+    is_inside = isinstance(value, str) and "\\" not in value and not {"", ".", ".."} & set(value.split("/"))
+    return None if is_inside else "a path inside the datastore"
+
+
+_COUNT, _SIZE = _number_from(0), _number_from(1)
+_TEXT, _TEXT_OR_NULL, _BOOL, _FIELDS = _any_of(str), _any_of(str, type(None)), _any_of(bool), _any_of(dict)
+_NAME = _matching(PLAIN_NAME.pattern, "a name without a path")
+_SHA256 = _matching("[0-9a-f]{64}", "a sha256 of 64 hexadecimal digits")
+_COUNTS = (_TEXT, _COUNT)
+_SHARD = {"name": _NAME, "sha256": _SHA256, "rows": _COUNT}
+
+SCHEMA: Rule = {
+    "format_version": _SIZE,
+    "chunk_size": _SIZE,
+    "continuation_chunks": _COUNT,
+    "allow_control_tokens?": _BOOL,
+    "tokenizer": {"name": _TEXT, "vocab_size": _SIZE, "sha256": _SHA256},
+    "encoder?": {
+        "name": _TEXT,
+        "revision": _TEXT_OR_NULL,
+        "pooling": _TEXT,
+        "normalize": _BOOL,
+        "dim": _SIZE,
+        "sha256": _SHA256,
+    },
+    "splits": (
+        _NAME,
+        {
+            "searched?": _BOOL,
+            "chunks?": {
+                "options": _FIELDS,
+                "sources": [{"kind": _TEXT, "path": _TEXT, "bytes?": _COUNT, "filter?": _TEXT_OR_NULL}],
+                "parts": [
+                    {
+                        "source": _COUNT,
+                        "start": _COUNT,
+                        "stop": _COUNT,
+                        "offset": _COUNT,
+                        "first_document_id": _COUNT,
+                        "broken": _TEXT_OR_NULL,
+                    }
+                ],
+                "shards": [
+                    {
+                        **_SHARD,
+                        "documents": _COUNT,
+                        "tokens": _COUNT,
+                        "bytes": _COUNT,
+                        "dropped": _COUNTS,
+                        "last?": _BOOL,
+                    }
+                ],
+                "fingerprint?": _SHA256,
+                "num_chunks?": _COUNT,
+                "num_documents?": _COUNT,
+                "num_tokens?": _COUNT,
+                "num_bytes?": _COUNT,
+                "dropped?": _COUNTS,
+                "deduplicated?": {
+                    "options": _FIELDS,
+                    "run": _matching("[0-9a-f]+", "hexadecimal digits"),
+                    "shards": _COUNT,
+                    "documents": _COUNT,
+                    "chunks": _COUNT,
+                },
+            },
+            "embeddings?": {"options": _FIELDS, "shards": [{**_SHARD, "chunks_sha256": _SHA256}]},
+            "neighbors?": {
+                "options": {"num_neighbors": _SIZE},
+                "shards": [{**_SHARD, "chunks_sha256": _SHA256, "counts": _COUNTS}],
+                "counts?": _COUNTS,
+            },
+        },
+    ),
+    "index?": {
+        "options": _FIELDS,
+        "factory": _TEXT,
+        "metric": _matching("inner_product|l2", "inner_product or l2"),
+        "ntotal": _COUNT,
+        "shards": _COUNT,
+        "encoder_sha256": _SHA256,
+        "search_parameters": (_TEXT, _SIZE),
+        "fingerprint": _SHA256,
+        "sha256": (_NAME, _SHA256),
+    },
+    "extends?": (_NAME, _SHA256),
+    "files?": (_inside, _SHA256),
+}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """
-    Reads `datastore.json` of a folder.
+    Reads `datastore.json` of a folder and compares it with its schema, before any file that it names is asked for.
+
+    Args:
+        path (`Path`): The folder.
 
     Raises:
-        ValueError: If the file is missing, is not JSON, has a format version this code does not know, or holds a value
-            that no datastore has.
+        ValueError: If the file is missing, is not JSON, was made by newer code, or holds a value that no datastore
+            has; the field is named.
     """
     file = path / MANIFEST_NAME
     if not file.is_file():
         raise ValueError(f"{path} is not a datastore: it has no {MANIFEST_NAME}")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{file} has format version {version}, this code reads version {FORMAT_VERSION}")
-    for name, problem in _problems(manifest):
+    if _SIZE(version):
+        raise ValueError(f"{file} is no manifest of a datastore: its format_version is {version!r}")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format version {version}, this code reads versions up to {FORMAT_VERSION}: the datastore was "
+            "made by a newer release of retro-transformers, install that"
+        )
+    for name, problem in _problems(manifest, SCHEMA, ""):
         raise ValueError(f"{file} is damaged or was altered: {name} {problem}; make or download the datastore again")
     return manifest
 
 
-def _problems(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The fields of a manifest that hold what no datastore has, and what is wrong with each."""
-    for name, lowest in (("chunk_size", 1), ("continuation_chunks", 0)):
-        if name in manifest and not _is_count(manifest[name], lowest):
-            yield name, f"is {manifest[name]!r}, expected a whole number from {lowest}"
-    splits = manifest.get("splits", {})
-    for name, expected in (("splits", dict), ("tokenizer", dict), ("encoder", dict), ("index", dict)):
-        if not isinstance(manifest.get(name, {}), expected):
-            yield name, f"is {manifest[name]!r}, expected fields"
-            return
-    for split, stages in splits.items():
-        if not PLAIN_NAME.fullmatch(split):
-            yield "splits", f"has the split {split!r}, whose name leads out of the folder"
-        if not isinstance(stages, dict):
-            yield f"splits.{split}", f"is {stages!r}, expected fields"
-            return
-    yield from _problems_inside(manifest, "")
-    for file in manifest.get("index", {}).get("sha256") or {}:
-        if not PLAIN_NAME.fullmatch(file):
-            yield "index.sha256", f"names the file {file!r}, which leads out of the folder"
+def check_split_name(split: str) -> None:
+    """Raises a `ValueError` unless `split` can be the name of a folder of the datastore."""
+    if expected := _NAME(split):
+        raise ValueError(f"the name of a split must be {expected} (letters, digits, '.', '_' and '-'), got {split!r}")
 
 
-def _problems_inside(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    """Counts that are none, and shards whose names lead out of their folder, anywhere in a manifest."""
-    if isinstance(value, list):
+def _problems(value: Any, rule: Rule, name: str) -> Iterator[tuple[str, str]]:
+    """The fields of a manifest that break their rules, and how."""
+    if callable(rule):
+        if expected := rule(value):
+            yield name, f"is {value!r:.80}, expected {expected}"
+    elif isinstance(rule, list):
+        if not isinstance(value, list):
+            yield name, f"is {value!r:.80}, expected a list"
+            return
         for number, element in enumerate(value):
-            yield from _problems_inside(element, f"{name}[{number}]")
-    elif isinstance(value, dict):
+            yield from _problems(element, rule[0], f"{name}[{number}]")
+    elif not isinstance(value, dict):
+        yield name, f"is {value!r:.80}, expected fields"
+    elif isinstance(rule, tuple):
         for key, element in value.items():
-            field = f"{name}.{key}" if name else str(key)
-            if key == "options":  # what a stage was told, which it checks itself
-                continue
-            is_count = str(key).startswith("num_") or (key in COUNTS and not isinstance(element, dict))
-            if is_count and not _is_count(element, 0):
-                yield field, f"is {element!r}, expected a whole number from 0"
-            if key == "shards" and isinstance(element, list):
-                for number, shard in enumerate(element):
-                    shard_name = shard.get("name") if isinstance(shard, dict) else shard
-                    if not isinstance(shard_name, str) or not PLAIN_NAME.fullmatch(shard_name):
-                        yield f"{field}[{number}].name", f"is {shard_name!r}, expected a name without a path"
-            yield from _problems_inside(element, field)
-
-
-def _is_count(value: Any, lowest: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
+            if expected := rule[0](key):
+                yield name, f"has {key!r:.80}, expected {expected}"
+            yield from _problems(element, rule[1], f"{name}.{key}")
+    else:
+        for key, inner in rule.items():
+            key, optional = key.removesuffix("?"), key.endswith("?")
+            field = f"{name}.{key}" if name else key
+            if key in value:
+                yield from _problems(value[key], inner, field)
+            elif not optional:
+                yield field, "is missing"
 
 
 def check_model(manifest: Mapping[str, Any], name: str | Path, config: RetroConfig) -> None:
@@ -162,4 +271,5 @@ def describe_datastore(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def public_name(name: str) -> str:
     """A name of the Hub as it is; of a folder of this machine only its last part."""
-    return Path(name).name if Path(name).is_absolute() else name
+    is_folder = Path(name).is_absolute() or name[:1] in (".", "~") or Path(name).exists()
+    return Path(name).resolve().name if is_folder and name else name

@@ -26,7 +26,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import (
@@ -213,8 +213,6 @@ def download_datastore(repo_id: str, revision: str | None = None, **hub_kwargs) 
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
         for name, sha256 in tqdm(manifest["files"].items(), desc=f"Verifying {repo_id}"):
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise ValueError(f"{MANIFEST_NAME} of {repo_id} names {name!r}, which is outside the datastore")
             _install(snapshot / name, sha256, temporary / name)
         shutil.copy(snapshot / MANIFEST_NAME, temporary / MANIFEST_NAME)
         sync(temporary)
@@ -263,7 +261,8 @@ def _public_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
     for record in manifest["splits"].values():
         record.pop("embeddings", None)
         for source in record["chunks"].get("sources", []):
-            source["path"] = Path(source["path"]).name
+            if Path(source["path"]).is_absolute():  # of a datastore that was made before paths were left out
+                source["path"] = Path(source["path"]).name
     for part in ("tokenizer", "encoder"):
         manifest[part]["name"] = public_name(manifest[part]["name"])
     return manifest

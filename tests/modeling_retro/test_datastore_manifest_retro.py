@@ -11,12 +11,16 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+"""A manifest is compared with its schema as a whole before any file that it names is asked for."""
+
+import copy
 import json
 import shutil
 
 import pytest
 
-from modeling_retro import RetroDatastore
+from modeling_retro import RetroDatastore, datastore_manifest_retro
+from modeling_retro.datastore_manifest_retro import MANIFEST_NAME, read_manifest
 
 
 def set_value(manifest, path, value):
@@ -38,13 +42,20 @@ TRAIN = ("splits", "train")
         ((*TRAIN, "chunks", "shards", 0, "name"), "../../elsewhere", r"shards\[0\].name is '../../elsewhere'"),
         ((*TRAIN, "neighbors", "shards", 0, "name"), "/etc", r"neighbors.shards\[0\].name is '/etc'"),
         ((*TRAIN, "embeddings", "shards", 0, "name"), "a\\b", r"embeddings.shards\[0\].name"),
-        (("splits", "../validation"), {}, r"'../validation'.*leads out"),
+        (("splits", "../validation"), {}, r"splits has '../validation', expected a name without a path"),
         (("splits",), [], r"splits is \[\]"),
         (("chunk_size",), 0, r"chunk_size is 0, expected a whole number from 1"),
         (("continuation_chunks",), 1.5, r"continuation_chunks is 1.5"),
         (("index", "ntotal"), None, r"index.ntotal is None"),
         (("index", "sha256"), {"../index.faiss": "0"}, r"'../index.faiss'"),
         (("tokenizer",), "SmolLM2", r"tokenizer is 'SmolLM2'"),
+        (("format_version",), -1, r"its format_version is -1"),
+        (("format_version",), "1", r"its format_version is '1'"),
+        (("allow_control_tokens",), "no", r"allow_control_tokens is 'no', expected true or false"),
+        ((*TRAIN, "chunks", "shards"), {}, r"chunks.shards is \{\}, expected a list"),
+        ((*TRAIN, "chunks", "deduplicated"), {"run": "../x"}, r"deduplicated"),
+        (("index", "sha256"), {"index.faiss": 3}, r"index.sha256.index.faiss is 3, expected a sha256"),
+        (("files",), {"/etc/passwd": "0" * 64}, r"files has '/etc/passwd', expected a path inside"),
     ],
 )
 def test_an_altered_manifest_is_refused_with_the_field_named(tiny_datastore_dir, tmp_path, path, value, message):
@@ -58,3 +69,49 @@ def test_an_altered_manifest_is_refused_with_the_field_named(tiny_datastore_dir,
     shutil.rmtree(folder / "chunks")
     with pytest.raises(ValueError, match=message):
         RetroDatastore.from_pretrained(folder)
+
+
+# What stages note for themselves or for the reader; each stage checks its options when it goes on.
+FREE = {"options", "recall", "prompt", "truncate_dim", "index", "jaccard"}
+
+
+def leaves(value, path=()):
+    """The places of all single values of a manifest but the free ones."""
+    if isinstance(value, (dict, list)):
+        for key, element in value.items() if isinstance(value, dict) else enumerate(value):
+            if key not in FREE or path == ():
+                yield from leaves(element, (*path, key))
+    else:
+        yield path
+
+
+def test_every_value_of_a_manifest_has_a_type_and_a_range(tiny_datastore_dir, tmp_path):
+    manifest = json.loads((tiny_datastore_dir / MANIFEST_NAME).read_text())
+    places = list(leaves(manifest))
+    assert len(places) > 100
+    for place in places:
+        for value in (-5, {"a": 1}):
+            altered = copy.deepcopy(manifest)
+            set_value(altered, place, value)
+            (tmp_path / MANIFEST_NAME).write_text(json.dumps(altered))
+            with pytest.raises(ValueError, match=rf"{place[-1] if isinstance(place[-1], str) else place[-2]}"):
+                read_manifest(tmp_path)
+
+
+def test_a_newer_format_is_refused_and_an_older_one_is_read(tiny_datastore_dir, tmp_path, monkeypatch):
+    manifest = json.loads((tiny_datastore_dir / MANIFEST_NAME).read_text())
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(manifest | {"format_version": 2}))
+    with pytest.raises(ValueError, match="has format version 2, this code reads versions up to 1.*install that"):
+        read_manifest(tmp_path)
+    monkeypatch.setattr(datastore_manifest_retro, "FORMAT_VERSION", 3)
+    assert read_manifest(tmp_path)["format_version"] == 2
+    # Fields may be added without a new version.
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(manifest | {"mood": "good"}))
+    assert read_manifest(tmp_path)["mood"] == "good"
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{}", "null", '{"format_version": 1}', "\udcff"])
+def test_what_is_no_manifest_is_refused_in_one_sentence(tmp_path, text):
+    (tmp_path / MANIFEST_NAME).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=MANIFEST_NAME):
+        read_manifest(tmp_path)
