@@ -190,6 +190,7 @@ class Engine:
         with self._changed:
             if self._is_closed:
                 raise QueueFullError("the server is shutting down")
+            self._waiting = deque(one for one in self._waiting if not one.is_cancelled)
             free = self.max_batch_size - len(self._running) + self.max_waiting - len(self._waiting)
             if len(completions) > free:
                 raise QueueFullError(f"{len(self._waiting)} completions wait already; try again later")

@@ -113,8 +113,10 @@ class CompletionRequest(GenerationRequest):
     A request to `/v1/completions`.
 
     Args:
-        prompt (`str`, `list[str]`, `list[int]` or `list[list[int]]`): One or several texts to continue, or their tokens.
-        logprobs (`int`, *optional*): Number of likeliest tokens to report with each token; with 0 only its own.
+        prompt (`str`, `list[str]`, `list[int]` or `list[list[int]]`):
+            One or several texts to continue, or their tokens.
+        logprobs (`int`, *optional*):
+            Number of likeliest tokens to report with each token; with 0 only its own.
     """
 
     prompt: str | list[str] | list[int] | list[list[int]]

@@ -18,7 +18,8 @@ Serves a model that looks things up, with the API of OpenAI.
 
 Any client of that API can ask it, under the name of the model's folder:
 
-    curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" -d '{"model": "model", "prompt": "The"}'
+    curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
+        -d '{"model": "model", "prompt": "The class"}'
 
 A key that requests must carry is taken from the environment variable RETRO_API_KEY.
 """

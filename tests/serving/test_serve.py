@@ -16,6 +16,7 @@
 import concurrent.futures
 import json
 import threading
+import time
 
 import httpx
 import openai
@@ -342,13 +343,12 @@ def test_a_full_queue_is_answered_with_429_and_a_client_that_left_frees_its_row(
     finally:
         release.set()
         del served.engine._batch.step
-    answer = client.completions.create(**arguments, temperature=0)
-    assert answer.usage.completion_tokens == 60
     for _ in range(200):
         if served.engine.num_running == served.engine.num_waiting == 0:
             break
-        threading.Event().wait(0.05)
+        time.sleep(0.05)
     assert served.engine.num_running == served.engine.num_waiting == 0
+    assert client.completions.create(**arguments, temperature=0).usage.completion_tokens == 60
 
 
 def test_what_goes_wrong_inside_is_told_and_the_server_goes_on(client, served):
