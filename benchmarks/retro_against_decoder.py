@@ -26,7 +26,7 @@ from pathlib import Path
 from data_prep.arguments import parse_arguments, run_command
 from modeling_retro import RetroDatastore, RetroForCausalLM
 from trainers.evaluation import MODES, evaluate_retro
-from trainers.scripts.quickstart import train_model
+from trainers.quickstart import train_model
 
 
 @dataclass

@@ -46,9 +46,9 @@ from modeling_retro import RetroDatastore, RetroForCausalLM, RetroJointForCausal
 from trainers.evaluation import evaluate_retro
 from trainers.evaluation_report import RetroEvaluation
 from trainers.operations import operations_per_token
+from trainers.quickstart import find_encoder
 from trainers.retro_config import RetroTrainingArguments
 from trainers.retro_trainer import RetroTrainer, last_complete_checkpoint
-from trainers.scripts.quickstart import find_encoder
 from trainers.smollm2 import find_smollm2
 
 

@@ -15,6 +15,7 @@
 
 import argparse
 import json
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,16 +28,31 @@ if TYPE_CHECKING:
     from transformers import HfArgumentParser
 
 
+_EPILOG = """\
+The fields of transformers.TrainingArguments are options too, such as --output_dir, --num_train_epochs, --max_steps,
+--per_device_train_batch_size, --gradient_accumulation_steps, --bf16, --save_steps and --eval_strategy:
+https://huggingface.co/docs/transformers/main_classes/trainer"""
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of a script's docstring, which holds its runnable example."""
 
 
 def parse_arguments(
-    *argument_classes: type, argv: Sequence[str] | None = None, description: str | None = None, prog: str | None = None
+    *argument_classes: type,
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    prog: str | None = None,
+    training_options: type | None = None,
+    training_arguments: str | None = None,
 ) -> tuple[Any, ...]:
     """
     Parses a command line into dataclasses. `--config FILE` reads a YAML or JSON file whose keys are the names of the
-    fields; flags win over the file.
+    fields; flags win over the file. A script calls this before it imports torch or anything that does, so that
+    `--help` and a mistake in the options are answered at once.
+
+    [`~transformers.TrainingArguments`] itself imports torch. Scripts that train name their subclass of it as a string:
+    it is imported once all other options are right, and `--help` shows only those that `training_options` holds.
 
     Args:
         argument_classes (`type`):
@@ -47,24 +63,41 @@ def parse_arguments(
             Shown by `--help`: the docstring of the script.
         prog (`str`, *optional*):
             Name of the command in `--help`.
+        training_options (`type`, *optional*):
+            Dataclass of the options that the training arguments add or give another default.
+        training_arguments (`str`, *optional*):
+            `"module:Class"` of a subclass of [`~transformers.TrainingArguments`].
 
     Returns:
-        `tuple`: one instance for each class, in order.
+        `tuple`: one instance for each class, in order, and the training arguments last.
     """
+    if training_arguments is not None:
+        classes = argument_classes if training_options is None else (*argument_classes, training_options)
+        _parser(classes, argv, True, description=description, prog=prog, epilog=_EPILOG).parse_known_args(argv)
+        argument_classes = (*argument_classes, pkgutil.resolve_name(training_arguments))
+    parser = _parser(argument_classes, argv, False, description=description, prog=prog)
+    return parser.parse_args_into_dataclasses(args=argv, args_file_flag=None)[: len(argument_classes)]
+
+
+def _parser(
+    argument_classes: Sequence[type], argv: Sequence[str] | None, skip_unknown: bool, **kwargs: Any
+) -> "HfArgumentParser":
+    """A parser whose defaults are those of `--config`; `skip_unknown` leaves keys of other dataclasses alone."""
     # It costs half a second, which `retro --help` need not pay.
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(argument_classes, description=description, prog=prog, formatter_class=_HelpFormatter)
+    # An abbreviation of one option may be the whole name of another: --fsdp and --fsdp_size.
+    parser = HfArgumentParser(argument_classes, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
     parser.add_argument("--config", metavar="FILE", default=None, help="YAML or JSON file with values of the options.")
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config", default=None)
     config_path = config_parser.parse_known_args(argv)[0].config
     if config_path is not None:
-        _set_defaults_from_file(parser, Path(config_path))
-    return parser.parse_args_into_dataclasses(args=argv, args_file_flag=None)[: len(argument_classes)]
+        _set_defaults_from_file(parser, Path(config_path), skip_unknown)
+    return parser
 
 
-def _set_defaults_from_file(parser: "HfArgumentParser", path: Path) -> None:
+def _set_defaults_from_file(parser: "HfArgumentParser", path: Path, skip_unknown: bool) -> None:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -74,11 +107,13 @@ def _set_defaults_from_file(parser: "HfArgumentParser", path: Path) -> None:
         parser.error(f"--config {path} must hold a mapping of option names to values, not {type(values).__name__}")
     actions = {action.dest: action for action in parser._actions}
     unknown = sorted(set(values) - set(actions))
-    if unknown:
+    if unknown and not skip_unknown:
         parser.error(
             f"--config {path} has unknown options {', '.join(map(str, unknown))}; see --help for the known ones"
         )
     for name, value in values.items():
+        if name not in actions:
+            continue
         action = actions[name]
         action.required = False
         if action.choices is not None and value not in action.choices:

@@ -65,7 +65,7 @@ SECTIONS = {
         "trainers.in_front": ["in_front_bits"],
         "trainers.operations": ["operations_per_token"],
         "trainers.evaluation_report": ["RetroEvaluation", "bootstrap_interval"],
-        "trainers.scripts.generate": ["generate_with_neighbors"],
+        "trainers.generation": ["generate_with_neighbors"],
     },
     "Training and measuring the retriever": {
         "trainers.retriever_config": ["RetrieverTrainingArguments"],

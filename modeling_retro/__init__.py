@@ -11,48 +11,57 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The RETRO model and the read side of its datastore."""
+"""
+The RETRO models, the datastore and its retriever. `import modeling_retro` imports none of them: each comes when it is
+asked for, with torch, transformers or faiss where it needs them.
+"""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-from .cache_retro import RetroCache, RetroJointCache
-from .configuration_retro import RetroConfig
-from .configuration_retro_joint import RetroJointConfig
-from .modeling_retro import RetroForCausalLM, RetroModel, RetroNeighborEncoder, RetroPreTrainedModel
-from .modeling_retro_joint import RetroJointForCausalLM
+from .auto_classes_retro import register_auto_classes
 
 
-# Installed, these classes serve the Auto classes; saved models carry their code for those who have not.
-AutoConfig.register("retro", RetroConfig, exist_ok=True)
-AutoModel.register(RetroConfig, RetroModel, exist_ok=True)
-AutoModelForCausalLM.register(RetroConfig, RetroForCausalLM, exist_ok=True)
-AutoConfig.register("retro_joint", RetroJointConfig, exist_ok=True)
-AutoModelForCausalLM.register(RetroJointConfig, RetroJointForCausalLM, exist_ok=True)
-RetroConfig.register_for_auto_class()
-RetroModel.register_for_auto_class("AutoModel")
-RetroForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-RetroJointConfig.register_for_auto_class()
-RetroJointForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+if TYPE_CHECKING:
+    from .cache_retro import RetroCache, RetroJointCache
+    from .chunk_encoder_retro import ChunkEncoder
+    from .configuration_retro import RetroConfig
+    from .configuration_retro_joint import RetroJointConfig
+    from .datastore_retro import RetroDatastore
+    from .modeling_retro import RetroForCausalLM, RetroModel, RetroNeighborEncoder, RetroPreTrainedModel
+    from .modeling_retro_joint import RetroJointForCausalLM
+    from .retriever_retro import RetrievedNeighbors, RetroRetriever
 
-_RETRIEVAL = {
-    "ChunkEncoder": ".chunk_encoder_retro",
-    "RetrievedNeighbors": ".retriever_retro",
-    "RetroDatastore": ".datastore_retro",
-    "RetroRetriever": ".retriever_retro",
+_MODULES = {
+    "ChunkEncoder": "chunk_encoder_retro",
+    "RetrievedNeighbors": "retriever_retro",
+    "RetroCache": "cache_retro",
+    "RetroConfig": "configuration_retro",
+    "RetroDatastore": "datastore_retro",
+    "RetroForCausalLM": "modeling_retro",
+    "RetroJointCache": "cache_retro",
+    "RetroJointConfig": "configuration_retro_joint",
+    "RetroJointForCausalLM": "modeling_retro_joint",
+    "RetroModel": "modeling_retro",
+    "RetroNeighborEncoder": "modeling_retro",
+    "RetroPreTrainedModel": "modeling_retro",
+    "RetroRetriever": "retriever_retro",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Retrieval wants faiss, the model does not: its classes are imported when they are asked for."""
-    if name in _RETRIEVAL:
-        return getattr(importlib.import_module(_RETRIEVAL[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
-__all__ = [  # noqa: F822
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])
+
+
+register_auto_classes()
+
+__all__ = [
     "ChunkEncoder",
     "RetrievedNeighbors",
     "RetroCache",

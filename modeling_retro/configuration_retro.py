@@ -92,6 +92,7 @@ class RetroConfig(PreTrainedConfig):
     ```"""
 
     model_type = "retro"
+    _auto_class = "AutoConfig"  # saving copies the code along
     keys_to_ignore_at_inference = ["past_key_values"]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -206,13 +207,12 @@ class RetroConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Saves the configuration as [`~transformers.PreTrainedConfig.save_pretrained`] does, for every Auto class."""
-        if self._auto_class is not None:
-            # transformers would name only the class of the model that is saved.
-            self.auto_map = {
-                "AutoConfig": "configuration_retro.RetroConfig",
-                "AutoModel": "modeling_retro.RetroModel",
-                "AutoModelForCausalLM": "modeling_retro.RetroForCausalLM",
-            }
+        # transformers would name only the class of the model that is saved.
+        self.auto_map = {
+            "AutoConfig": "configuration_retro.RetroConfig",
+            "AutoModel": "modeling_retro.RetroModel",
+            "AutoModelForCausalLM": "modeling_retro.RetroForCausalLM",
+        }
         super().save_pretrained(save_directory, **kwargs)
 
     @property

@@ -69,6 +69,7 @@ class RetroJointConfig(PreTrainedConfig):
     ```"""
 
     model_type = "retro_joint"
+    _auto_class = "AutoConfig"  # saving copies the code along
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
     keys_to_ignore_at_inference = ["past_key_values"]
 
@@ -93,12 +94,11 @@ class RetroJointConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Saves the configuration as [`~transformers.PreTrainedConfig.save_pretrained`] does, for every Auto class."""
-        if self._auto_class is not None:
-            # transformers would name only the class of the model that is saved.
-            self.auto_map = {
-                "AutoConfig": "configuration_retro_joint.RetroJointConfig",
-                "AutoModelForCausalLM": "modeling_retro_joint.RetroJointForCausalLM",
-            }
+        # transformers would name only the class of the model that is saved.
+        self.auto_map = {
+            "AutoConfig": "configuration_retro_joint.RetroJointConfig",
+            "AutoModelForCausalLM": "modeling_retro_joint.RetroJointForCausalLM",
+        }
         super().save_pretrained(save_directory, **kwargs)
 
     @property

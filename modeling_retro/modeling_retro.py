@@ -14,7 +14,7 @@
 """RETRO model: a Llama-like decoder with chunked cross attention to retrieved neighbors (arXiv 2112.04426)"""
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -210,6 +210,33 @@ def flash_sequence_lengths(position_ids: torch.LongTensor, batch_size: int) -> d
     }
 
 
+@dataclass
+class NeighborInputs:
+    """
+    What the layers need to know of the neighbors that the tokens of a call see, made once for all layers. The call
+    encodes L slots anew; with the one that the cache may hold already there are S (see [`ChunkLayout`]).
+    """
+
+    layout: ChunkLayout
+    input_ids: torch.LongTensor | None  # [B, L, k, r], None if nothing is encoded anew
+    attention_mask: torch.BoolTensor | None  # [B, L, k, r]
+    chunk_columns: torch.LongTensor  # [B, L, m] where the tokens of the chunks that retrieved them stand
+    positions: tuple[torch.Tensor, torch.Tensor]  # cos and sin [max(r, m), D] of positions from 0
+    query_positions: tuple[torch.Tensor, torch.Tensor]  # [B, T, D] of the tokens, from the start of the chunk they see
+    cross_attention_mask: torch.Tensor | None  # [B S, 1, 1, k r]
+    has_neighbors: torch.BoolTensor  # [B, T] whether a token sees any neighbor
+
+    def to(self, *args, **kwargs) -> "NeighborInputs":
+        """Moves the tensors; accelerate calls it when the layers of a model are on several devices."""
+
+        def move(value):
+            if value is None:
+                return None
+            return tuple(map(move, value)) if isinstance(value, tuple) else value.to(*args, **kwargs)
+
+        return NeighborInputs(**{name: move(value) for name, value in vars(self).items()})
+
+
 class RetroAttention(nn.Module):
     """What self-attention, chunked cross attention and the attentions of the neighbor encoder have in common."""
 
@@ -378,21 +405,19 @@ class RetroCrossAttention(RetroAttention):
         self,
         hidden_states: torch.Tensor,
         neighbor_states: torch.Tensor | None,
-        layout: ChunkLayout,
-        has_neighbors: torch.BoolTensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        key_position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
+        neighbors: NeighborInputs,
         past_key_values: Cache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        cos, sin = position_embeddings
+        layout = neighbors.layout
+        cos, sin = neighbors.query_positions
         queries = self.project_queries(hidden_states)  # [B, T, H, D]
         queries = apply_rotary(queries, (cos.unsqueeze(2), sin.unsqueeze(2)))
         keys, values = None, None
         if neighbor_states is not None:
-            cos, sin = key_position_embeddings
+            cos, sin = neighbors.positions
+            length = neighbor_states.shape[3]
             keys, values = self.project_keys_values(neighbor_states)  # [B, L, k, r, Hkv, D]
-            keys = apply_rotary(keys, (cos.unsqueeze(1), sin.unsqueeze(1)))
+            keys = apply_rotary(keys, (cos[:length].unsqueeze(1), sin[:length].unsqueeze(1)))
             keys = keys.flatten(2, 3).transpose(2, 3)  # [B, L, Hkv, k r, D]
             values = values.flatten(2, 3).transpose(2, 3)
         if past_key_values is not None:
@@ -401,13 +426,14 @@ class RetroCrossAttention(RetroAttention):
         num_slots = keys.shape[1]
         queries = take_columns(queries, layout.query_columns)  # [B, S G, H, D]
         queries = queries.unflatten(1, (num_slots, -1)).flatten(0, 1).transpose(1, 2)  # [B S, H, G, D]
-        attn_output, attn_weights = self.attend(queries, keys.flatten(0, 1), values.flatten(0, 1), attention_mask)
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)  # [B S, Hkv, k r, D]
+        attn_output, attn_weights = self.attend(queries, keys, values, neighbors.cross_attention_mask)
         attn_output = attn_output.unflatten(0, (-1, num_slots)).flatten(1, 2)  # [B, S G, H D]
         attn_output = self.o_proj(take_columns(attn_output, layout.query_places))  # [B, T, d]
         if self.gate is not None:
             attn_output = attn_output * self.gate.tanh()
         # Tokens without neighbors get exactly nothing, not even the bias of the projection.
-        return attn_output.masked_fill(~has_neighbors[..., None], 0.0), attn_weights
+        return attn_output.masked_fill(~neighbors.has_neighbors[..., None], 0.0), attn_weights
 
 
 class RetroNeighborEncoderLayer(GradientCheckpointingLayer):
@@ -485,31 +511,35 @@ class RetroNeighborEncoder(nn.Module):
     ) -> torch.Tensor:
         r"""
         Args:
-            neighbor_embeds (`torch.Tensor` of shape `(num_chunks, k, neighbor_length, hidden_size)`):
+            neighbor_embeds (`torch.Tensor` of shape `(..., k, neighbor_length, hidden_size)`):
                 Embeddings of the neighbor tokens.
-            neighbor_attention_mask (`torch.BoolTensor` of shape `(num_chunks, k, neighbor_length)`):
+            neighbor_attention_mask (`torch.BoolTensor` of shape `(..., k, neighbor_length)`):
                 Which of them are real.
-            chunk_states (`torch.Tensor` of shape `(num_chunks, chunk_size, hidden_size)`):
+            chunk_states (`torch.Tensor` of shape `(..., chunk_size, hidden_size)`):
                 The decoder's activations of the chunks.
             position_embeddings (`tuple[torch.Tensor, torch.Tensor]`):
                 Cos and sin `(length, head_dim)` of positions from 0.
 
         Returns:
-            `torch.Tensor` of shape `(num_chunks, k, neighbor_length, neighbor_encoder_hidden_size)`.
+            `torch.Tensor` of shape `(..., k, neighbor_length, neighbor_encoder_hidden_size)`.
         """
-        num_neighbors = neighbor_embeds.shape[1]
-        hidden_states = self.embed_projection(neighbor_embeds).flatten(0, 1)  # [N k, r, E]
-        mask = neighbor_attention_mask.flatten(0, 1)  # [N k, r]
+        hidden_states = self.embed_projection(neighbor_embeds).flatten(0, -3)  # [N k, r, E]
+        mask = neighbor_attention_mask.flatten(0, -2)  # [N k, r]
         # An absent neighbor attends to its padding, which nobody reads, rather than to nothing.
         mask = mask | ~mask.any(-1, keepdim=True)
         mask = create_neighbor_mask(mask, hidden_states.dtype)
-        chunk_states = self.chunk_layernorm(chunk_states)  # [N, m, d]
+        chunk_states = self.chunk_layernorm(chunk_states).flatten(0, -3)  # [N, m, d]
         for layer in self.layers:
             hidden_states = layer(hidden_states, chunk_states, mask, position_embeddings)
-        return self.norm(hidden_states).unflatten(0, (-1, num_neighbors))  # [N, k, r, E]
+        return self.norm(hidden_states).unflatten(0, neighbor_embeds.shape[:-2])  # [..., k, r, E]
 
 
 class RetroDecoderLayer(GradientCheckpointingLayer):
+    """
+    A layer of the decoder (algorithm 1 of arXiv 2112.04426): self-attention, in some layers chunked cross attention,
+    and the MLP. The first layer with cross attention also encodes the neighbors, for itself and the later ones.
+    """
+
     def __init__(self, config: RetroConfig, layer_idx: int):
         super().__init__()
         self.self_attn = RetroSelfAttention(config, layer_idx)
@@ -527,27 +557,47 @@ class RetroDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         neighbor_states: torch.Tensor | None = None,
-        encode_neighbors: Callable[[torch.Tensor, Cache | None], torch.Tensor | None] | None = None,
-        cross_attention_inputs: dict | None = None,
+        neighbors: NeighborInputs | None = None,
+        neighbor_encoder: RetroNeighborEncoder | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        r"""
+        hidden_states (`torch.Tensor` of shape `(batch_size, seq_len, hidden_size)`):
+            H of algorithm 1.
+        neighbor_states (`torch.Tensor` of shape `(batch_size, num_slots, k, neighbor_length, ...)`, *optional*):
+            The neighbors: their embeddings up to the layer that encodes them, their encodings E from there on.
+        neighbors (`NeighborInputs`, *optional*):
+            Where the neighbors belong; without them the layer is one of a plain decoder.
+        neighbor_encoder (`RetroNeighborEncoder`, *optional*):
+            The encoder, given to the first layer with cross attention only.
+        """
+        # H <- Attn(H)
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         hidden_states, _ = self.self_attn(hidden_states, past_key_values=past_key_values, **kwargs)
         hidden_states = residual + self.dropout(hidden_states)  # [B, T, d]
 
-        # The first layer with cross attention conditions the encoder, whose output serves all of them.
-        if encode_neighbors is not None:
-            neighbor_states = encode_neighbors(hidden_states, past_key_values)  # [B, L, k, r, E]
-        if self.has_cross_attention and cross_attention_inputs is not None:
+        # E <- Encoder(Ret(C), H), once
+        if neighbor_encoder is not None:
+            row_states = hidden_states
+            if isinstance(past_key_values, RetroCache):
+                row_states = past_key_values.update_chunk_states(hidden_states)  # [B, past + T, d]
+            if neighbor_states is not None:
+                columns = neighbors.chunk_columns
+                chunk_states = take_columns(row_states, columns.flatten(1)).unflatten(1, columns.shape[1:])
+                neighbor_states = neighbor_encoder(
+                    neighbor_states, neighbors.attention_mask, chunk_states, neighbors.positions
+                ).to(hidden_states.device)  # [B, L, k, r, E]
+
+        # H <- Cca(H, E)
+        if self.has_cross_attention and neighbors is not None:
             residual = hidden_states
             hidden_states = self.cross_attn_layernorm(hidden_states)
-            hidden_states, _ = self.cross_attn(
-                hidden_states, neighbor_states, past_key_values=past_key_values, **cross_attention_inputs
-            )
+            hidden_states, _ = self.cross_attn(hidden_states, neighbor_states, neighbors, past_key_values)
             hidden_states = residual + self.dropout(hidden_states)
 
+        # H <- Ffw(H)
         residual = hidden_states
         hidden_states = self.mlp(self.post_attention_layernorm(hidden_states))
         return residual + self.dropout(hidden_states), neighbor_states
@@ -559,7 +609,7 @@ class RetroPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RetroDecoderLayer", "RetroNeighborEncoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "neighbor_encoder"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -580,6 +630,8 @@ class RetroPreTrainedModel(PreTrainedModel):
 
 @auto_docstring
 class RetroModel(RetroPreTrainedModel):
+    _auto_class = "AutoModel"  # saving copies the code along
+
     def __init__(self, config: RetroConfig):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
@@ -647,7 +699,7 @@ class RetroModel(RetroPreTrainedModel):
         is_empty = past_key_values is None or (cache is not None and past_length == 0)
         if has_explicit_positions and is_empty and is_flash_attention_requested(self.config):
             causal_mask, kwargs = None, flash_sequence_lengths(position_ids, inputs_embeds.shape[0]) | kwargs
-        cross_attention_inputs, encode_neighbors = self._prepare_retrieval(
+        neighbors = self._prepare_neighbors(
             inputs_embeds, attention_mask, position_ids, neighbor_input_ids, neighbor_attention_mask, cache
         )
         if cache is not None:
@@ -656,6 +708,8 @@ class RetroModel(RetroPreTrainedModel):
 
         hidden_states = inputs_embeds
         neighbor_states = None
+        if neighbors is not None and neighbors.input_ids is not None:
+            neighbor_states = self.embed_tokens(neighbors.input_ids)  # [B, L, k, r, d]
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         position_embeddings = (position_embeddings[0].unsqueeze(1), position_embeddings[1].unsqueeze(1))
         for layer_idx, decoder_layer in enumerate(self.layers):
@@ -663,8 +717,8 @@ class RetroModel(RetroPreTrainedModel):
             hidden_states, neighbor_states = decoder_layer(
                 hidden_states,
                 neighbor_states,
-                encode_neighbors=encode_neighbors if is_first else None,
-                cross_attention_inputs=cross_attention_inputs,
+                neighbors=neighbors,
+                neighbor_encoder=self.neighbor_encoder if is_first else None,
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
@@ -715,7 +769,7 @@ class RetroModel(RetroPreTrainedModel):
 
         return create_causal_mask(**mask_inputs, and_mask_function=same_document)
 
-    def _prepare_retrieval(
+    def _prepare_neighbors(
         self,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
@@ -723,14 +777,11 @@ class RetroModel(RetroPreTrainedModel):
         neighbor_input_ids: torch.LongTensor | None,
         neighbor_attention_mask: torch.BoolTensor | None,
         cache: RetroCache | None,
-    ) -> tuple[dict | None, Callable | None]:
-        """
-        Makes, once for all layers, what chunked cross attention needs (`None` if there are no neighbors), and the
-        function that the first layer with cross attention calls to encode neighbors and to fill the cache.
-        """
+    ) -> NeighborInputs | None:
+        """Finds out which neighbors each token sees, and records them in the cache. `None` if no token can see any."""
         has_previous_slot = cache is not None and cache.neighbor_input_ids is not None
         if neighbor_input_ids is None and not has_previous_slot:
-            return None, None if cache is None else self._encode_neighbors
+            return None
 
         chunk_size = self.config.chunk_size
         position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
@@ -748,6 +799,7 @@ class RetroModel(RetroPreTrainedModel):
             ids, present = cache.get_neighbors(layout.first_slot - 1)  # [B, k, r]
             neighbor_input_ids = prepend_slot(ids, neighbor_input_ids, dim=(2, 3))  # [B, 1 + L, k, r]
             neighbor_attention_mask = prepend_slot(present, neighbor_attention_mask, dim=(2, 3))
+        num_slots, length = (0, 0) if neighbor_input_ids is None else (neighbor_input_ids.shape[i] for i in (1, 3))
 
         slot_mask = neighbor_attention_mask.flatten(2) if neighbor_attention_mask is not None else None  # [B, L, k r]
         if cache is not None:
@@ -755,57 +807,24 @@ class RetroModel(RetroPreTrainedModel):
         group_size = layout.query_columns.shape[1] // slot_mask.shape[1]
         is_present = slot_mask.any(-1)  # [B, S]
         attendable = (slot_mask | ~is_present[:, :, None]).flatten(0, 1)  # [B S, k r]
-        cross_attention_inputs = {
-            "layout": layout,
-            "has_neighbors": layout.sees & is_present.gather(1, layout.query_places // group_size),  # [B, T]
-            "attention_mask": create_neighbor_mask(attendable, inputs_embeds.dtype),
-            "position_embeddings": self.neighbor_rotary_emb(inputs_embeds, layout.query_positions),  # [B, T, D]
-            "key_position_embeddings": None,
-        }
-        if neighbor_input_ids is None:
-            return cross_attention_inputs, self._encode_neighbors
-
-        neighbor_length = neighbor_input_ids.shape[3]
-        positions = torch.arange(max(neighbor_length, chunk_size), device=inputs_embeds.device)
-        cos, sin = self.neighbor_rotary_emb(inputs_embeds, positions)  # [max(r, m), D]
-        cross_attention_inputs["key_position_embeddings"] = (cos[:neighbor_length], sin[:neighbor_length])
-        encode_neighbors = partial(
-            self._encode_neighbors,
-            neighbor_input_ids=neighbor_input_ids,
-            neighbor_attention_mask=neighbor_attention_mask,
-            chunk_columns=layout.chunk_columns[:, -neighbor_input_ids.shape[1] :],
-            position_embeddings=(cos, sin),
+        positions = torch.arange(max(length, chunk_size), device=inputs_embeds.device)
+        return NeighborInputs(
+            layout=layout,
+            input_ids=neighbor_input_ids,
+            attention_mask=neighbor_attention_mask,
+            chunk_columns=layout.chunk_columns[:, layout.chunk_columns.shape[1] - num_slots :],
+            positions=self.neighbor_rotary_emb(inputs_embeds, positions),
+            query_positions=self.neighbor_rotary_emb(inputs_embeds, layout.query_positions),
+            cross_attention_mask=create_neighbor_mask(attendable, inputs_embeds.dtype),
+            has_neighbors=layout.sees & is_present.gather(1, layout.query_places // group_size),
         )
-        return cross_attention_inputs, encode_neighbors
-
-    def _encode_neighbors(
-        self,
-        hidden_states: torch.Tensor,
-        past_key_values: Cache | None,
-        neighbor_input_ids: torch.LongTensor | None = None,
-        neighbor_attention_mask: torch.BoolTensor | None = None,
-        chunk_columns: torch.LongTensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor | None:
-        """Encodes the neighbors, given the activations `(B, T, d)` at the first layer with cross attention."""
-        if isinstance(past_key_values, RetroCache):
-            hidden_states = past_key_values.update_chunk_states(hidden_states)  # [B, past + T, d]
-        if neighbor_input_ids is None:
-            return None
-        batch_size, num_slots = neighbor_input_ids.shape[:2]
-        chunk_states = take_columns(hidden_states, chunk_columns.flatten(1).to(hidden_states.device))
-        chunk_states = chunk_states.unflatten(1, (num_slots, -1)).flatten(0, 1)  # [B L, m, d]
-        neighbor_embeds = self.embed_tokens(neighbor_input_ids.flatten(0, 1))  # [B L, k, r, d]
-        neighbor_states = self.neighbor_encoder(
-            neighbor_embeds, neighbor_attention_mask.flatten(0, 1), chunk_states, position_embeddings
-        )
-        return neighbor_states.unflatten(0, (batch_size, num_slots)).to(hidden_states.device)  # [B, L, k, r, E]
 
 
 @auto_docstring
 class RetroForCausalLM(
     RetroGenerationMixin, RetroRetrofitMixin, RetroSharingMixin, RetroPreTrainedModel, GenerationMixin
 ):
+    _auto_class = "AutoModelForCausalLM"  # saving copies the code along
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}

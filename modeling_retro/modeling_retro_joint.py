@@ -133,6 +133,7 @@ class RetroJointPreTrainedModel(PreTrainedModel):
 class RetroJointForCausalLM(
     RetroGenerationMixin, RetroBaseModelMixin, RetroSharingMixin, RetroJointPreTrainedModel, GenerationMixin
 ):
+    _auto_class = "AutoModelForCausalLM"  # saving copies the code along
     cache_class = RetroJointCache
 
     def __init__(self, config: RetroJointConfig, decoder: PreTrainedModel | None = None):

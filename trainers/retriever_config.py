@@ -13,13 +13,15 @@
 # limitations under the License.
 """Training arguments of the retriever encoder."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
+from .training_options import RetrieverTrainingOptions
+
 
 @dataclass
-class RetrieverTrainingArguments(TrainingArguments):
+class RetrieverTrainingArguments(RetrieverTrainingOptions, TrainingArguments):
     """
     Configuration class for [`RetrieverTrainer`].
 
@@ -56,38 +58,6 @@ class RetrieverTrainingArguments(TrainingArguments):
     - `warmup_steps`: Defaults to `0.1` (of all steps) instead of `0`.
     - `remove_unused_columns`: Defaults to `False` instead of `True`. The columns hold texts, not model inputs.
     """
-
-    # Parameters whose default values differ from TrainingArguments
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Number of pairs per device in training."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Number of pairs per device in evaluation."})
-    learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate."})
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "Steps of linear warm-up; a number below 1 is a share of all steps."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must be false: the columns hold texts, not inputs of the model."}
-    )
-
-    # Parameters that control the embeddings
-    pooling: str = field(default="mean", metadata={"help": "Pooling of token states.", "choices": ["mean", "cls"]})
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "Longer texts are cut to this number of tokens. Defaults to what the encoder can take."},
-    )
-
-    # Parameters that control the loss
-    scale: float = field(default=20.0, metadata={"help": "Factor on the similarities (inverse temperature)."})
-    similarity: str = field(
-        default="cosine", metadata={"help": "Similarity of embeddings.", "choices": ["cosine", "dot"]}
-    )
-    symmetric: bool = field(default=False, metadata={"help": "Also rank the anchors for each positive."})
-    gather_across_devices: bool = field(
-        default=True, metadata={"help": "Take the texts of all processes as negatives, with gradient."}
-    )
-    mini_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Number of texts in memory at a time (GradCache). Unset, a whole batch is."},
-    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -23,6 +23,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from data_prep.pairs import hash_texts
+from modeling_retro.chunk_encoder_retro import ChunkEncoder
 from modeling_retro.datastore_retro import faiss  # faiss from here: the error without it names the extras
 
 
@@ -210,3 +211,47 @@ def _read_qrels(path: Path, queries: dict[str, str], documents: dict[str, int]) 
                 raise ValueError(f"{path}:{number}: query {query} or document {document} is in no file of the set")
             judgements.append((query, documents[document], gain))
     return judgements
+
+
+def evaluate_retriever(
+    encoder: ChunkEncoder, retrieval_set: RetrievalSet, recall_at: Sequence[int] = (1, 10, 100)
+) -> dict[str, float]:
+    """
+    Embeds a retrieval set and measures the exact search.
+
+    Args:
+        encoder ([`~modeling_retro.chunk_encoder_retro.ChunkEncoder`]):
+            The encoder.
+        retrieval_set ([`RetrievalSet`]):
+            Queries, documents and judgements.
+        recall_at (`Sequence[int]`, *optional*, defaults to `(1, 10, 100)`):
+            Depths of recall.
+
+    Returns:
+        `dict[str, float]`: see [`retrieval_metrics`].
+    """
+    return retrieval_metrics(
+        encoder.encode(retrieval_set.queries),
+        encoder.encode(retrieval_set.documents),
+        retrieval_set.relevance,
+        ks=recall_at,
+        excluded=retrieval_set.excluded,
+    )
+
+
+def read_scored_pairs(path: str | Path) -> tuple[list[str], list[str], np.ndarray]:
+    """Reads lines `{"sentence1": …, "sentence2": …, "score": …}`: first texts, second texts and scores."""
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+                rows.append((record["sentence1"], record["sentence2"], float(record["score"])))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f'{path}:{number}: expected {{"sentence1": …, "sentence2": …, "score": …}}, got {line[:80]!r}'
+                ) from error
+    if len(rows) < 2:
+        raise ValueError(f"{path} has {len(rows)} scored pairs; a correlation needs at least 2")
+    first, second, scores = zip(*rows, strict=True)
+    return list(first), list(second), np.array(scores)

@@ -13,13 +13,15 @@
 # limitations under the License.
 """Training arguments of the RETRO language model."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
+from .training_options import RetroTrainingOptions
+
 
 @dataclass
-class RetroTrainingArguments(TrainingArguments):
+class RetroTrainingArguments(RetroTrainingOptions, TrainingArguments):
     """
     Configuration class for [`RetroTrainer`].
 
@@ -43,6 +45,20 @@ class RetroTrainingArguments(TrainingArguments):
             Share of chunks whose first neighbor is replaced by a noisy piece of their own document that holds most of
             the tokens to come: a lesson in copying that natural neighbors teach only slowly.
 
+        random_share (`float`, *optional*, defaults to `0.0`):
+            Share of chunks whose neighbors become random chunks of the datastore in a training step, so that the model
+            learns not to trust every neighbor.
+
+        > Parameters that control the loss
+
+        lm_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the language modeling loss beside a teacher.
+        teacher (`str`, *optional*):
+            Folder that `retro teach` wrote: what a model with the neighbor in front of its window predicts. The
+            divergence from it becomes a part of the loss.
+        teacher_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of this divergence.
+
         > Parameters that control the optimizer
 
         use_muon (`bool`, *optional*, defaults to `False`):
@@ -64,6 +80,14 @@ class RetroTrainingArguments(TrainingArguments):
             Step in chunks between two windows. Every token is counted once, in the first window that holds it.
         eval_max_documents (`int`, *optional*):
             Number of held-out documents to evaluate on, the first ones. All when unset.
+        early_stopping_patience (`int`, *optional*):
+            Number of evaluations in a row without a better `metric_for_best_model` after which the training stops.
+            Needs `load_best_model_at_end`.
+
+        > Parameters that control what is saved
+
+        retrofit_only (`bool`, *optional*, defaults to `False`):
+            Save only what was added to a frozen decoder, with the decoder's checksum, in checkpoints too.
 
     These parameters have default values different from [`~transformers.TrainingArguments`]:
 
@@ -74,57 +98,6 @@ class RetroTrainingArguments(TrainingArguments):
     - `adam_beta2`: Defaults to `0.95` instead of `0.999`.
     - `remove_unused_columns`: Defaults to `False` instead of `True`: rows are ranges of chunks, not model inputs.
     """
-
-    # Parameters whose default values differ from TrainingArguments
-    learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use."})
-    warmup_steps: float = field(
-        default=0.02, metadata={"help": "Steps of linear warm-up; a number below 1 is a share of all steps."}
-    )
-    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of all weights but norms and biases."})
-    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must be false: rows are ranges of chunks, not inputs of the model."}
-    )
-
-    # Parameters that control the rows of tokens
-    row_chunks: int = field(default=32, metadata={"help": "Number of consecutive chunks in a row."})
-
-    # Parameters that control the neighbors
-    num_neighbors: list[int] = field(
-        default_factory=lambda: [2],
-        metadata={"help": "Number of neighbors that a chunk sees in training; of several, each row draws one."},
-    )
-    neighbor_dropout: float = field(
-        default=0.1, metadata={"help": "Share of chunks that see no neighbors in a training step."}
-    )
-    copy_share: float = field(
-        default=0.0,
-        metadata={"help": "Share of chunks whose first neighbor becomes a noisy piece of their own document."},
-    )
-
-    # Parameters that control the optimizer
-    use_muon: bool = field(
-        default=False, metadata={"help": "Optimize the linear layers with Muon and the rest with AdamW."}
-    )
-    freeze_decoder: bool = field(
-        default=False, metadata={"help": "Train only chunked cross attention and the neighbor encoder."}
-    )
-    decoder_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the decoder. `learning_rate` when unset."}
-    )
-    gate_learning_rate: float = field(
-        default=1e-2, metadata={"help": "Learning rate of the gates of a retrofitted model's cross attention."}
-    )
-
-    # Parameters that control the evaluation
-    eval_window_chunks: int = field(
-        default=32, metadata={"help": "Length in chunks of the sliding windows over a held-out document."}
-    )
-    eval_stride_chunks: int = field(default=16, metadata={"help": "Step in chunks between two windows."})
-    eval_max_documents: int | None = field(
-        default=None, metadata={"help": "Number of held-out documents to evaluate on. All when unset."}
-    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -141,5 +114,11 @@ class RetroTrainingArguments(TrainingArguments):
             raise ValueError(f"neighbor_dropout is {self.neighbor_dropout}, expected a share between 0 and 1")
         if not 0.0 <= self.copy_share <= 1.0:
             raise ValueError(f"copy_share is {self.copy_share}, expected a share between 0 and 1")
+        if not 0.0 <= self.random_share <= 1.0:
+            raise ValueError(f"random_share is {self.random_share}, expected a share between 0 and 1")
+        if self.teacher is None and self.lm_weight != 1.0:
+            raise ValueError(f"lm_weight is {self.lm_weight}, but there is no teacher beside the loss; give `teacher`")
+        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
+            raise ValueError("early_stopping_patience needs load_best_model_at_end=True")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: rows are ranges of chunks, not inputs of the model")

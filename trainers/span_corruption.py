@@ -14,13 +14,13 @@
 """T5's span corruption: contiguous spans of a text are replaced by sentinels, and the model writes the spans back."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import xxhash
-from transformers import PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -253,3 +253,22 @@ def _cut(num_items: np.ndarray, num_segments: np.ndarray, rng: np.random.Generat
     ends = np.append(begins[1:], 0)
     ends[np.cumsum(num_segments) - 1] = np.arange(len(num_items)) * len(item) + num_items
     return ends - begins
+
+
+def span_metrics(collator: DataCollatorForSpanCorruption) -> Callable[[EvalPrediction], dict[str, float]]:
+    """
+    Makes the `compute_metrics` of a Trainer: `span_accuracy`, the share of the noise tokens that the model names
+    right, sentinels and EOS not counted, and `unigram_entropy`, the loss in nats of the best model without context.
+    """
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        labels = prediction.label_ids
+        tokens = labels[labels != -100]
+        is_right = prediction.predictions[labels != -100] == tokens
+        share = np.unique(tokens, return_counts=True)[1] / len(tokens)
+        return {
+            "span_accuracy": float(is_right[~collator.is_special(tokens)].mean()),
+            "unigram_entropy": float(-(share * np.log(share)).sum()),
+        }
+
+    return compute_metrics

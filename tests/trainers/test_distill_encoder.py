@@ -27,7 +27,8 @@ from data_prep.neighbors import find_neighbors
 from modeling_retro.chunk_encoder_retro import ChunkEncoder
 from modeling_retro.datastore_retro import RetroDatastore
 from modeling_retro.retriever_retro import RetroRetriever
-from trainers.scripts.distill_encoder import distill_encoder, main
+from trainers.distillation import distill_encoder
+from trainers.scripts.distill_encoder import main
 
 
 pytest.importorskip("model2vec.distill", reason="wants the extra `static`", exc_type=ImportError)

@@ -18,7 +18,8 @@ from tiny_retriever import make_encoder, make_tokenizer
 
 from data_prep.pairs import load_pairs
 from modeling_retro.chunk_encoder_retro import ChunkEncoder
-from trainers.scripts.mine_negatives import main, mine_negatives
+from trainers.hard_negatives import mine_negatives
+from trainers.scripts.mine_negatives import main
 
 
 def make_ambiguous_pairs():

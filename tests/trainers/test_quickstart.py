@@ -23,10 +23,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from data_prep.chunk import DocumentChunker
 from data_prep.docstrings import is_held_out
 from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroJointForCausalLM, RetroRetriever
-from trainers import smollm2
+from trainers import quickstart, smollm2
 from trainers.evaluation import evaluate_retro
 from trainers.evaluation_report import Difference
-from trainers.scripts import quickstart
+from trainers.scripts.quickstart import main
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def documents(tmp_path_factory):
 
 def run(output_dir, data, *words, **options):
     options = {"output_dir": output_dir, "data": data, **options}
-    quickstart.main([*words, *(f"--{name}={value}" for name, value in options.items())])
+    main([*words, *(f"--{name}={value}" for name, value in options.items())])
 
 
 def run_from_scratch(output_dir, data, **options):

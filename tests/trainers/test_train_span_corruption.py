@@ -27,8 +27,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, Ev
 from modeling_retro.chunk_encoder_retro import ChunkEncoder, load_text_encoder
 from trainers.retriever_config import RetrieverTrainingArguments
 from trainers.retriever_trainer import RetrieverTrainer
-from trainers.scripts.train_span_corruption import main, span_metrics
-from trainers.span_corruption import DataCollatorForSpanCorruption
+from trainers.scripts.train_span_corruption import main
+from trainers.span_corruption import DataCollatorForSpanCorruption, span_metrics
 
 
 TINY = "d_model=16,d_kv=8,d_ff=16,num_layers=1,num_decoder_layers=1,num_heads=2"

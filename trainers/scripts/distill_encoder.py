@@ -23,19 +23,8 @@ Wants `pip install retro-transformers[static]`. Nothing is downloaded if the enc
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-
-import numpy as np
-from transformers import AutoTokenizer
-from transformers.utils import logging
 
 from data_prep.arguments import parse_arguments, run_command
-from modeling_retro.chunk_encoder_retro import load_text_encoder, sentence_transformers_config
-from modeling_retro.durable_files_retro import whole
-from modeling_retro.static_encoder_retro import StaticChunkEncoder
-
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -54,69 +43,12 @@ class DistillEncoderArguments:
     )
 
 
-def distill_encoder(
-    encoder: str | Path,
-    output_dir: str | Path,
-    revision: str | None = None,
-    dim: int = 256,
-    sif_coefficient: float = 1e-4,
-) -> StaticChunkEncoder:
-    """
-    Distills an encoder into one vector for each token of its vocabulary.
-
-    Each token is embedded by itself, pooled as the encoder pools; principal components keep `dim` dimensions; tokens
-    are weighted by their frequency as Zipf's law has it, in the order of the vocabulary.
-
-    Args:
-        encoder (`str` or `Path`): Folder or Hub id of a transformer with mean or cls pooling.
-        output_dir (`str` or `Path`): Folder to write, in the format of model2vec and sentence-transformers.
-        revision (`str`, *optional*): Revision of the encoder on the Hub.
-        dim (`int`, *optional*, defaults to 256): Dimensions that are kept.
-        sif_coefficient (`float`, *optional*, defaults to 1e-4): a in the weight a / (a + frequency), between 0 and 1.
-
-    Returns:
-        [`StaticChunkEncoder`]: what was written.
-
-    Raises:
-        ImportError: If model2vec is not installed.
-        ValueError: If the encoder is no transformer, or has fewer dimensions.
-    """
-    try:
-        from model2vec.distill import distill_from_model
-    except ImportError as error:
-        raise ImportError("distilling an encoder needs model2vec: `pip install retro-transformers[static]`") from error
-    name = str(encoder)
-    files = sentence_transformers_config(name, revision)
-    if files["kind"] != "transformer":
-        raise ValueError(f"{name} is no transformer with mean or cls pooling; distill one")
-    if not 0 < sif_coefficient < 1:
-        raise ValueError(f"sif_coefficient must lie between 0 and 1, got {sif_coefficient}")
-    model = load_text_encoder(name, revision=revision, use_safetensors=True)
-    if not 1 <= dim <= model.config.hidden_size:
-        raise ValueError(f"dim must lie between 1 and the {model.config.hidden_size} dimensions of {name}, got {dim}")
-    static = distill_from_model(
-        model.float(),
-        AutoTokenizer.from_pretrained(name, revision=revision),
-        pca_dims=dim,
-        sif_coefficient=sif_coefficient,
-        quantize_to="float32",
-        pooling={"mean": "mean", "cls": "first"}[files.get("pooling", "mean")],
-    )
-    # Those of the transformer mean nothing here, and padding would count.
-    static.tokenizer.no_padding()
-    static.tokenizer.no_truncation()
-    # safetensors writes the bytes of an array as they lie in memory, and those of the components lie by columns.
-    static.embedding = np.ascontiguousarray(static.embedding)
-    static.config["tokenizer_name"] = static.base_model_name
-    with whole(Path(output_dir)) as temporary:
-        static.save_pretrained(temporary)
-    return StaticChunkEncoder.from_pretrained(output_dir)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(
         DistillEncoderArguments, argv=argv, description=__doc__, prog="retro distill-encoder"
     )
+    from ..distillation import distill_encoder
+
     encoder = distill_encoder(**vars(arguments))
     print(f"{len(encoder.embeddings)} tokens of {encoder.dim} dimensions in {arguments.output_dir}")
 

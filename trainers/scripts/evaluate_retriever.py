@@ -28,13 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from data_prep.arguments import parse_arguments, run_command
-from data_prep.pairs import load_pairs
-from modeling_retro.chunk_encoder_retro import ChunkEncoder
-
-from ..retriever_evaluation import RetrievalSet, retrieval_metrics, spearman
 
 
 @dataclass
@@ -55,36 +49,15 @@ class EvaluateRetrieverArguments:
     output_file: str | None = field(default=None, metadata={"help": "File .json for the results."})
 
 
-def evaluate_retriever(
-    encoder: ChunkEncoder, retrieval_set: RetrievalSet, recall_at: Sequence[int] = (1, 10, 100)
-) -> dict[str, float]:
-    """
-    Embeds a retrieval set and measures the exact search.
-
-    Args:
-        encoder ([`~modeling_retro.chunk_encoder_retro.ChunkEncoder`]):
-            The encoder.
-        retrieval_set ([`~trainers.retriever_evaluation.RetrievalSet`]):
-            Queries, documents and judgements.
-        recall_at (`Sequence[int]`, *optional*, defaults to `(1, 10, 100)`):
-            Depths of recall.
-
-    Returns:
-        `dict[str, float]`: see [`~trainers.retriever_evaluation.retrieval_metrics`].
-    """
-    return retrieval_metrics(
-        encoder.encode(retrieval_set.queries),
-        encoder.encode(retrieval_set.documents),
-        retrieval_set.relevance,
-        ks=recall_at,
-        excluded=retrieval_set.excluded,
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(
         EvaluateRetrieverArguments, argv=argv, description=__doc__, prog="retro evaluate-retriever"
     )
+    from data_prep.pairs import load_pairs
+    from modeling_retro import ChunkEncoder
+
+    from ..retriever_evaluation import RetrievalSet, evaluate_retriever, read_scored_pairs, spearman
+
     if arguments.pairs is None and arguments.beir is None and arguments.scored_pairs is None:
         raise ValueError("give --pairs, --beir or --scored_pairs: what to measure the encoder on")
     if arguments.encoder is None and arguments.save_beir is None:
@@ -103,29 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoder = ChunkEncoder.from_pretrained(arguments.encoder, pooling=arguments.pooling)
     results = {name: evaluate_retriever(encoder, data, arguments.recall_at) for name, data in sets.items()}
     if arguments.scored_pairs is not None:
-        first, second, scores = _read_scored_pairs(arguments.scored_pairs)
+        first, second, scores = read_scored_pairs(arguments.scored_pairs)
         results["scored_pairs"] = {"spearman": spearman(encoder.encode(first), encoder.encode(second), scores)}
     for name, metrics in results.items():
         print(name, *(f"{metric} {value:.4f}" for metric, value in metrics.items()), sep="  ")
     if arguments.output_file is not None:
         Path(arguments.output_file).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_scored_pairs(path: str) -> tuple[list[str], list[str], np.ndarray]:
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line)
-                rows.append((record["sentence1"], record["sentence2"], float(record["score"])))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f'{path}:{number}: expected {{"sentence1": …, "sentence2": …, "score": …}}, got {line[:80]!r}'
-                ) from error
-    if len(rows) < 2:
-        raise ValueError(f"{path} has {len(rows)} scored pairs; a correlation needs at least 2")
-    first, second, scores = zip(*rows, strict=True)
-    return list(first), list(second), np.array(scores)
 
 
 if __name__ == "__main__":

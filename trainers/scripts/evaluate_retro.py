@@ -27,18 +27,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
-from transformers import AutoConfig
-
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.memory import keep_freed_memory
-from modeling_retro.datastore_manifest_retro import describe_datastore
-from modeling_retro.datastore_retro import RetroDatastore
-from modeling_retro.model_card_retro import save_model_card
-
-from ..evaluation import MODES, evaluate_retro
-from ..load_model import load_retro_model
 
 
 @dataclass
@@ -52,7 +42,8 @@ class EvaluateRetroArguments:
     output_dir: str = field(metadata={"help": "Folder for evaluation.json, evaluation.md and evaluation.png."})
     split: str = field(default="validation", metadata={"help": "Split of the datastore to evaluate on."})
     modes: list[str] = field(
-        default_factory=lambda: ["off", "random", "on"], metadata={"help": f"Some of {', '.join(MODES)}."}
+        default_factory=lambda: ["off", "random", "on"],
+        metadata={"help": "Some of off, random, on, neighbor, continuation, shuffled, in_front."},
     )
     num_neighbors: list[int] = field(
         default_factory=lambda: [2],
@@ -80,17 +71,31 @@ class EvaluateRetroArguments:
     model_card: bool = field(
         default=True, metadata={"help": "Write the numbers into the card of a model in a folder, too."}
     )
-    dtype: str = field(default="float32", metadata={"help": "Torch dtype of the model, such as bfloat16."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Computing type of the model.", "choices": ["float32", "bfloat16", "float16"]},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the random neighbors and of the bootstrap."})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(EvaluateRetroArguments, argv=argv, description=__doc__, prog="retro evaluate")
+    import torch
+    from accelerate import PartialState
+    from transformers import AutoConfig
+
+    from modeling_retro import RetroDatastore
+    from modeling_retro.datastore_manifest_retro import describe_datastore
+    from modeling_retro.model_card_retro import save_model_card
+
+    from ..evaluation import evaluate_retro
+    from ..load_model import load_retro_model
+
     keep_freed_memory()
     state = PartialState()
     datastore = RetroDatastore.from_pretrained(arguments.datastore)
     split = datastore.split(arguments.split)
-    dtype = _torch_dtype(arguments.dtype)
+    dtype = getattr(torch, arguments.dtype)
     options = {
         "window_chunks": arguments.window_chunks,
         "stride_chunks": arguments.stride_chunks,
@@ -120,21 +125,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if state.is_main_process:
         facts = {"split": arguments.split, "datastore": describe_datastore(datastore.manifest)}
         evaluation.save(arguments.output_dir, facts)
-        if arguments.model_card and Path(arguments.model).is_dir() and _is_retro(arguments.model):
+        if (
+            arguments.model_card
+            and Path(arguments.model).is_dir()
+            and AutoConfig.from_pretrained(arguments.model).model_type in ("retro", "retro_joint")
+        ):
             save_model_card(arguments.model, {**evaluation.to_dict(), **facts})
         print(evaluation.to_markdown())
-
-
-def _is_retro(folder: str) -> bool:
-    """Whether a folder holds a RETRO model, rather than one that was wrapped to be measured."""
-    return AutoConfig.from_pretrained(folder).model_type in ("retro", "retro_joint")
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise ValueError(f"--dtype is {name!r}, expected one of {', '.join(known)}")
-    return known[name]
 
 
 if __name__ == "__main__":

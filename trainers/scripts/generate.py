@@ -17,17 +17,10 @@ Continues a prompt with a RETRO model and shows the neighbors that each chunk us
     retro generate --model model --datastore datastore --prompt "Args:" --max_new_tokens 200 --do_sample
 """
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-from transformers import PreTrainedModel, set_seed
-
 from data_prep.arguments import parse_arguments, run_command
-from modeling_retro.retriever_retro import RetroRetriever
-
-from ..load_model import load_retro_model
 
 
 @dataclass
@@ -52,95 +45,16 @@ class GenerateArguments:
     seed: int = field(default=0, metadata={"help": "Seed of sampling."})
 
 
-@dataclass
-class GeneratedChunk:
-    """
-    One chunk of a generated text and what was retrieved with it.
-
-    Args:
-        text (`str`):
-            Text of the chunk.
-        neighbors (`list[str]`):
-            Texts of its neighbors with their continuations, best first. The tokens after the chunk use them.
-        scores (`list[float]`):
-            Their scores.
-    """
-
-    text: str
-    neighbors: list[str]
-    scores: list[float]
-
-
-@torch.inference_mode()
-def generate_with_neighbors(
-    model: PreTrainedModel, retriever: RetroRetriever, prompt: str, pad_to_chunks: bool = False, **generate_kwargs
-) -> list[GeneratedChunk]:
-    """
-    Continues a prompt with retrieval.
-
-    Args:
-        model ([`RetroForCausalLM`] or [`RetroJointForCausalLM`]):
-            The model.
-        retriever ([`RetroRetriever`]):
-            What it looks neighbors up with.
-        prompt (`str`):
-            Text to continue, not empty.
-        pad_to_chunks (`bool`, *optional*, defaults to `False`):
-            Whether to pad the prompt on the left to whole chunks, so that its end is looked up at once.
-        generate_kwargs:
-            Passed to [`~transformers.GenerationMixin.generate`].
-
-    Returns:
-        `list[GeneratedChunk]`: prompt and continuation, chunk by chunk. An incomplete last chunk has no neighbors.
-    """
-    datastore, tokenizer = retriever.datastore, retriever.datastore.tokenizer
-    input_ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    if input_ids.shape[1] == 0:
-        raise ValueError("the prompt is empty; give some text to continue")
-    if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        input_ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), input_ids], dim=1)
-    if pad_to_chunks:
-        input_ids = retriever.pad_to_chunks(input_ids)
-    model.eval()  # nothing is retrieved in training mode
-    model.set_retriever(retriever)
-    output = model.generate(
-        input_ids.to(model.device),
-        attention_mask=torch.ones_like(input_ids).to(model.device),
-        return_dict_in_generate=True,
-        **generate_kwargs,
-    )
-    tokens = output.sequences[0].cpu()
-    texts = [tokenizer.decode(chunk, skip_special_tokens=True) for chunk in tokens.split(datastore.chunk_size)]
-    chunks = [GeneratedChunk(text, [], []) for text in texts]
-    for chunk, ids, scores in zip(
-        chunks, output.get("retrieved_chunk_ids", [[]])[0], output.get("retrieved_scores", [[]])[0], strict=False
-    ):
-        found = ids >= 0
-        neighbors, masks = datastore.take_neighbors(ids[found].numpy())
-        chunk.neighbors = [
-            tokenizer.decode(neighbor[mask], skip_special_tokens=True)
-            for neighbor, mask in zip(neighbors, masks, strict=True)
-        ]
-        chunk.scores = scores[found].tolist()
-    return chunks
-
-
-def format_chunks(chunks: Sequence[GeneratedChunk], width: int = 100) -> str:
-    """The chunks with their neighbors indented below, for reading."""
-    lines = []
-    for number, chunk in enumerate(chunks):
-        lines.append(f"chunk {number}: {_shorten(chunk.text, 4 * width)}")
-        for rank, (neighbor, score) in enumerate(zip(chunk.neighbors, chunk.scores, strict=True), start=1):
-            lines.append(f"    neighbor {rank} ({score:.2f}): {_shorten(neighbor, 2 * width)}")
-    return "\n".join(lines)
-
-
-def _shorten(text: str, width: int) -> str:
-    return textwrap.shorten(text, width, placeholder=" …")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(GenerateArguments, argv=argv, description=__doc__, prog="retro generate")
+    import torch
+    from transformers import set_seed
+
+    from modeling_retro import RetroRetriever
+
+    from ..generation import format_chunks, generate_with_neighbors
+    from ..load_model import load_retro_model
+
     retriever = RetroRetriever.from_pretrained(arguments.datastore)
     model = load_retro_model(arguments.model, retriever.datastore)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -27,11 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedModel
-
 from data_prep.arguments import parse_arguments, run_command
-from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
-from modeling_retro.datastore_retro import tokenizer_fingerprint
 
 
 @dataclass
@@ -66,20 +62,13 @@ class RetrofitArguments:
     neighbor_encoder_num_hidden_layers: int = field(default=2, metadata={"help": "Layers of the neighbor encoder."})
 
 
-def retrofit(arguments: RetrofitArguments) -> PreTrainedModel:
-    """
-    Makes and saves a retrofitted model.
+def main(argv: Sequence[str] | None = None) -> None:
+    (arguments,) = parse_arguments(RetrofitArguments, argv=argv, description=__doc__, prog="retro retrofit")
+    from transformers import AutoTokenizer
 
-    Args:
-        arguments ([`RetrofitArguments`]):
-            What to make it of, and how.
+    from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
+    from modeling_retro.datastore_retro import tokenizer_fingerprint
 
-    Returns:
-        [`RetroForCausalLM`] or [`RetroJointForCausalLM`]
-
-    Raises:
-        `ValueError`: for a folder that holds something already, or a decoder that RETRO cannot represent.
-    """
     output_dir = Path(arguments.output_dir)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"--output-dir {output_dir} is not empty; choose another or delete it")
@@ -105,12 +94,6 @@ def retrofit(arguments: RetrofitArguments) -> PreTrainedModel:
     model.save_pretrained(output_dir, retrofit_only=arguments.retrofit_only)
     added = model.num_parameters(only_trainable=True)
     print(f"{output_dir}: {model.num_parameters() / 1e6:.1f} million parameters, {added / 1e6:.1f} of them new")
-    return model
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    (arguments,) = parse_arguments(RetrofitArguments, argv=argv, description=__doc__, prog="retro retrofit")
-    retrofit(arguments)
 
 
 if __name__ == "__main__":

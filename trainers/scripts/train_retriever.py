@@ -26,20 +26,23 @@ in AutoModel, and as `retro embed --encoder`. The same command run again goes on
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
-from datasets import Dataset, IterableDataset
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, set_seed
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.memory import keep_freed_memory
-from data_prep.pair_collections import read_recipe
-from data_prep.pairs import PairMixture, load_pairs
-from modeling_retro.chunk_encoder_retro import load_text_encoder
 
-from ..retriever_config import RetrieverTrainingArguments
-from ..retriever_trainer import RetrieverTrainer
-from ..retro_trainer import last_complete_checkpoint
+from ..training_options import RetrieverTrainingOptions
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import PreTrainedModel
+
+    from data_prep.pairs import PairMixture
+
+    from ..retriever_config import RetrieverTrainingArguments
 
 
 @dataclass
@@ -82,11 +85,19 @@ class TrainRetrieverArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments, training_arguments = parse_arguments(
         TrainRetrieverArguments,
-        RetrieverTrainingArguments,
         argv=argv,
         description=__doc__,
         prog="retro train-retriever",
+        training_options=RetrieverTrainingOptions,
+        training_arguments="trainers.retriever_config:RetrieverTrainingArguments",
     )
+    from transformers import AutoTokenizer
+
+    from data_prep.pairs import load_pairs
+
+    from ..retriever_trainer import RetrieverTrainer
+    from ..retro_trainer import last_complete_checkpoint
+
     keep_freed_memory()
     if arguments.tokenizer_name_or_path is None and arguments.model_name_or_path is None:
         raise ValueError("--model_config needs --tokenizer_name_or_path")
@@ -114,7 +125,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer.create_model_card()
 
 
-def _load_encoder(arguments: TrainRetrieverArguments, seed: int) -> PreTrainedModel:
+def _load_encoder(arguments: TrainRetrieverArguments, seed: int) -> "PreTrainedModel":
+    from transformers import AutoConfig, AutoModel, set_seed
+
+    from modeling_retro.chunk_encoder_retro import load_text_encoder
+
     if (arguments.model_name_or_path is None) == (arguments.model_config is None):
         raise ValueError(
             "give either --model_name_or_path (an encoder to start from) or --model_config (from scratch)"
@@ -129,8 +144,11 @@ def _load_encoder(arguments: TrainRetrieverArguments, seed: int) -> PreTrainedMo
 
 
 def _load_training_pairs(
-    arguments: TrainRetrieverArguments, training_arguments: RetrieverTrainingArguments
-) -> Dataset | IterableDataset | PairMixture:
+    arguments: TrainRetrieverArguments, training_arguments: "RetrieverTrainingArguments"
+) -> "Dataset | IterableDataset | PairMixture":
+    from data_prep.pair_collections import read_recipe
+    from data_prep.pairs import PairMixture, load_pairs
+
     if arguments.streaming and len(arguments.pairs) > 1:
         raise ValueError("--streaming takes one pair set; a mixture needs to know the sizes of its sets")
     names = [Path(source).name.removesuffix(".gz").removesuffix(".jsonl") for source in arguments.pairs]

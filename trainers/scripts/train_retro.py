@@ -16,6 +16,8 @@ Trains a RETRO language model on a datastore whose neighbors have been found.
 
     retro train --datastore datastore --model_config small.yaml --output_dir model --num_train_epochs 3
     retro train --datastore datastore --model smollm2-retro --freeze_decoder true --output_dir model
+    retro train --datastore datastore --model HuggingFaceTB/SmolLM2-135M --neighbor_adapter_rank 16 \\
+        --freeze_decoder true --retrofit_only true --teacher teacher --row_chunks 8 --output_dir reader
     retro train --datastore datastore --train_documents new.jsonl --model model --output_dir out --max_steps 10000
     retro train --accelerate-config ddp --datastore datastore --model_config small.yaml --output_dir model
     accelerate launch -m trainers.scripts.train_retro --datastore datastore --model_config small.yaml --output_dir out
@@ -28,23 +30,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
-from accelerate import PartialState
-from transformers import PreTrainedModel, set_seed
-from transformers.distributed import DistributedConfig
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.memory import keep_freed_memory
-from modeling_retro import RetroForCausalLM
-from modeling_retro.datastore_retro import RetroDatastore
-from modeling_retro.retriever_retro import RetroRetriever
 
-from ..load_model import load_retro_model
-from ..retro_config import RetroTrainingArguments
-from ..retro_trainer import RetroTrainer, config_for_datastore, last_complete_checkpoint
-from ..streaming import RetroStreamTrainer, load_document_stream
+from ..training_options import RetroTrainingOptions
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from modeling_retro import RetroDatastore, RetroForCausalLM
+
+    from ..retro_config import RetroTrainingArguments
 
 
 @dataclass
@@ -77,48 +78,102 @@ class TrainRetroArguments:
     tp_size: int = field(
         default=1, metadata={"help": "Processes that share each matrix (tensor parallel), all with the same rows."}
     )
-    retrofit_only: bool = field(
-        default=False, metadata={"help": "Save only what RETRO adds to a frozen decoder, with the decoder's checksum."}
+    neighbor_adapter_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank of a LoRA adapter that reads neighbors, for a model that is wrapped; with --freeze_decoder."
+        },
+    )
+    row_adapter_rank: int | None = field(
+        default=None,
+        metadata={"help": "Rank of a LoRA adapter of the tokens that see neighbors, for a model that is wrapped."},
+    )
+    neighbor_bias: bool = field(
+        default=False, metadata={"help": "Learn a scalar that is added to the attention scores of neighbors."}
+    )
+    train_split: str | None = field(
+        default=None, metadata={"help": "Split to train on, in place of the datastore's own chunks."}
+    )
+    eval_datastore: str | None = field(
+        default=None, metadata={"help": "Datastore that `eval_split` belongs to. --datastore when unset."}
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments, training_arguments = parse_arguments(
-        TrainRetroArguments, RetroTrainingArguments, argv=argv, description=__doc__, prog="retro train"
+        TrainRetroArguments,
+        argv=argv,
+        description=__doc__,
+        prog="retro train",
+        training_options=RetroTrainingOptions,
+        training_arguments="trainers.retro_config:RetroTrainingArguments",
     )
+    from modeling_retro import RetroDatastore, RetroRetriever
+
+    from ..retro_trainer import (
+        ChunkRows,
+        DataCollatorForRetro,
+        RetroTrainer,
+        collator_options,
+        last_complete_checkpoint,
+    )
+    from ..streaming import RetroStreamTrainer, load_document_stream
+    from ..teacher import TeacherPredictions
+
     keep_freed_memory()
     datastore = RetroDatastore.from_pretrained(arguments.datastore)
     evaluates = training_arguments.eval_strategy != "no" or training_arguments.eval_on_start
-    eval_dataset = datastore.split(arguments.eval_split) if evaluates else None
+    eval_datastore = datastore
+    if arguments.eval_datastore is not None:
+        eval_datastore = RetroDatastore.from_pretrained(arguments.eval_datastore)
+    eval_dataset = eval_datastore.split(arguments.eval_split) if evaluates else None
     if arguments.train_documents is None:
+        source = datastore if arguments.train_split is None else datastore.split(arguments.train_split)
+        row_chunks, teacher = training_arguments.row_chunks, None
+        if training_arguments.teacher is not None:
+            teacher = TeacherPredictions(training_arguments.teacher, source, row_chunks)
         model = load_model(arguments, datastore, training_arguments)
-        trainer = RetroTrainer(model, training_arguments, datastore, eval_dataset)
+        trainer = RetroTrainer(
+            model,
+            training_arguments,
+            datastore,
+            eval_dataset,
+            train_dataset=ChunkRows(len(source.chunks), row_chunks),
+            data_collator=DataCollatorForRetro(
+                datastore, source, teacher=teacher, **collator_options(training_arguments)
+            ),
+            eval_datastore=eval_datastore,
+        )
     else:
+        for name in ("train_split", "eval_datastore"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name} is for training on a datastore, not on --train_documents")
         documents, retriever = load_document_stream(arguments.train_documents), RetroRetriever(datastore)
         model = load_model(arguments, datastore, training_arguments)
         trainer = RetroStreamTrainer(model, training_arguments, retriever, documents, eval_dataset)
     checkpoint = training_arguments.resume_from_checkpoint or last_complete_checkpoint(training_arguments.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if not arguments.retrofit_only:
-        trainer.save_model()
-    elif trainer.is_world_process_zero():
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(
-            training_arguments.output_dir, retrofit_only=True
-        )
+    trainer.save_model()
     trainer.save_state()
 
 
 def load_model(
-    arguments: TrainRetroArguments, datastore: RetroDatastore, training_arguments: RetroTrainingArguments
-) -> PreTrainedModel:
+    arguments: TrainRetroArguments, datastore: "RetroDatastore", training_arguments: "RetroTrainingArguments"
+) -> "PreTrainedModel":
     """The model to start from; with `fsdp_size` or `tp_size` each process loads its share of the weights."""
+    import torch
+    from accelerate import PartialState
+    from transformers.distributed import DistributedConfig
+
+    from ..load_model import load_retro_model
+
     if (arguments.model is None) == (arguments.model_config is None):
         raise ValueError("give either --model (to go on training) or --model_config (from scratch)")
     num_shares = arguments.fsdp_size * arguments.tp_size
     if num_shares == 1:
         if arguments.model_config is not None:
             return _model_from_scratch(arguments, datastore, training_arguments.seed)
-        return load_retro_model(arguments.model, datastore, dtype=torch.float32)
+        return load_retro_model(arguments.model, datastore, dtype=torch.float32, **adapter_fields(arguments))
     state = PartialState(cpu=training_arguments.use_cpu)
     if state.num_processes != num_shares:
         raise ValueError(
@@ -136,7 +191,23 @@ def load_model(
     return load_retro_model(str(start), datastore, dtype=torch.float32, distributed_config=distributed_config)
 
 
-def _model_from_scratch(arguments: TrainRetroArguments, datastore: RetroDatastore, seed: int) -> RetroForCausalLM:
+def adapter_fields(arguments: TrainRetroArguments) -> dict[str, Any]:
+    """Fields of [`RetroJointConfig`] for what is to be trained beside a frozen decoder."""
+    fields: dict[str, Any] = {"neighbor_bias": True} if arguments.neighbor_bias else {}
+    for name in ("neighbor_adapter", "row_adapter"):
+        rank = getattr(arguments, f"{name}_rank")
+        if rank is not None:
+            fields[name] = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
+    return fields
+
+
+def _model_from_scratch(arguments: TrainRetroArguments, datastore: "RetroDatastore", seed: int) -> "RetroForCausalLM":
+    from transformers import set_seed
+
+    from modeling_retro import RetroForCausalLM
+
+    from ..retro_trainer import config_for_datastore
+
     path = Path(arguments.model_config)
     text = path.read_text(encoding="utf-8")
     try:

@@ -28,32 +28,17 @@ The same command goes on from the last checkpoint. `output_dir` then holds the m
 encoder half, which `retro train-retriever` can start from.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
-from transformers import (
-    Adafactor,
-    AutoConfig,
-    AutoModelForSeq2SeqLM,
-    AutoModelForTextEncoding,
-    AutoTokenizer,
-    ByT5Tokenizer,
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    T5Config,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer_utils import get_last_checkpoint
+from typing import TYPE_CHECKING
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.memory import keep_freed_memory
-from data_prep.span_corruption_tasks import load_mixture, read_tasks
-from trainers.span_corruption import DataCollatorForSpanCorruption
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -92,8 +77,10 @@ class SpanCorruptionArguments:
     shuffle_buffer: int = field(default=10_000, metadata={"help": "Rows to shuffle among; 0 keeps the order."})
 
 
-def load_model(args: SpanCorruptionArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(args: SpanCorruptionArguments) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The model and its tokenizer, from a checkpoint or new."""
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, T5Config
+
     if args.model_name_or_path is not None:
         if args.model_config is not None or args.config_name_or_path is not None:
             raise ValueError(
@@ -123,29 +110,21 @@ def load_model(args: SpanCorruptionArguments) -> tuple[PreTrainedModel, PreTrain
     return AutoModelForSeq2SeqLM.from_config(config), tokenizer
 
 
-def span_metrics(collator: DataCollatorForSpanCorruption) -> Callable[[EvalPrediction], dict[str, float]]:
-    """
-    Makes the `compute_metrics` of a Trainer: `span_accuracy`, the share of the noise tokens that the model names
-    right, sentinels and EOS not counted, and `unigram_entropy`, the loss in nats of the best model without context.
-    """
-
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        labels = prediction.label_ids
-        tokens = labels[labels != -100]
-        is_right = prediction.predictions[labels != -100] == tokens
-        share = np.unique(tokens, return_counts=True)[1] / len(tokens)
-        return {
-            "span_accuracy": float(is_right[~collator.is_special(tokens)].mean()),
-            "unigram_entropy": float(-(share * np.log(share)).sum()),
-        }
-
-    return compute_metrics
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args, training_args = parse_arguments(
-        SpanCorruptionArguments, TrainingArguments, argv=argv, description=__doc__, prog="retro train-span-corruption"
+        SpanCorruptionArguments,
+        argv=argv,
+        description=__doc__,
+        prog="retro train-span-corruption",
+        training_arguments="transformers:TrainingArguments",
     )
+    from transformers import Adafactor, AutoModelForTextEncoding, Trainer, set_seed
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from data_prep.span_corruption_tasks import load_mixture, read_tasks
+
+    from ..span_corruption import DataCollatorForSpanCorruption, span_metrics
+
     keep_freed_memory()
     if training_args.max_steps <= 0:
         raise ValueError(
