@@ -15,6 +15,7 @@
 
 import argparse
 import json
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
@@ -125,7 +126,14 @@ def _set_defaults_from_file(parser: "HfArgumentParser", path: Path, skip_unknown
 
 
 def run_command(main: Callable[[], Any]) -> None:
-    """Runs a script: the user's mistakes (`ValueError`, `OSError`, `ImportError`) are one line and exit code 1."""
+    """
+    Runs a script: the user's mistakes (`ValueError`, `OSError`, `ImportError`) are one line and exit code 1. Where the
+    output is not a terminal, only long work shows its progress, and once a minute.
+    """
+    if not sys.stderr.isatty():
+        # tqdm reads these when it is imported, for the bars of all libraries.
+        os.environ.setdefault("TQDM_DELAY", "30")
+        os.environ.setdefault("TQDM_MININTERVAL", "60")
     try:
         main()
     except (ValueError, OSError, ImportError) as error:

@@ -261,10 +261,12 @@ def _claim_directory(output_dir: Path, options: dict) -> None:
 
 @contextmanager
 def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    print(f"== {name}", flush=True)
+    """Prints a line when a stage begins and when it ends, which stay while bars of progress come and go."""
+    print(f"== {name} ...", flush=True)
     start_time = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - start_time
+    print(f"== {name}: done in {seconds[name]:.0f} s", flush=True)
 
 
 def split_documents(
@@ -417,7 +419,6 @@ def train_model(
         save_total_limit=1,
         seed=seed,
         bf16=_computes_in_bf16(),
-        use_cpu=not torch.cuda.is_available(),
         **{**TRAINING, **options},
     )
     trainer = RetroTrainer(model, arguments, datastore)

@@ -15,13 +15,12 @@
 
 from dataclasses import dataclass
 
-from transformers import TrainingArguments
-
+from .training_arguments import LocalTrainingArguments
 from .training_options import RetrieverTrainingOptions
 
 
 @dataclass
-class RetrieverTrainingArguments(RetrieverTrainingOptions, TrainingArguments):
+class RetrieverTrainingArguments(RetrieverTrainingOptions, LocalTrainingArguments):
     """
     Configuration class for [`RetrieverTrainer`].
 
@@ -56,6 +55,7 @@ class RetrieverTrainingArguments(RetrieverTrainingOptions, TrainingArguments):
     - `per_device_eval_batch_size`: Defaults to `64` instead of `8`.
     - `learning_rate`: Defaults to `2e-5` instead of `5e-5`.
     - `warmup_steps`: Defaults to `0.1` (of all steps) instead of `0`.
+    - `use_cpu`: Is `True` by itself where there is no accelerator.
     - `remove_unused_columns`: Defaults to `False` instead of `True`. The columns hold texts, not model inputs.
     """
 

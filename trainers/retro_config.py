@@ -15,13 +15,12 @@
 
 from dataclasses import dataclass
 
-from transformers import TrainingArguments
-
+from .training_arguments import LocalTrainingArguments
 from .training_options import RetroTrainingOptions
 
 
 @dataclass
-class RetroTrainingArguments(RetroTrainingOptions, TrainingArguments):
+class RetroTrainingArguments(RetroTrainingOptions, LocalTrainingArguments):
     """
     Configuration class for [`RetroTrainer`].
 
@@ -96,6 +95,7 @@ class RetroTrainingArguments(RetroTrainingOptions, TrainingArguments):
     - `warmup_steps`: Defaults to `0.02` (of all steps) instead of `0`.
     - `weight_decay`: Defaults to `0.1` instead of `0`. It is applied to neither norms nor biases.
     - `adam_beta2`: Defaults to `0.95` instead of `0.999`.
+    - `use_cpu`: Is `True` by itself where there is no accelerator.
     - `remove_unused_columns`: Defaults to `False` instead of `True`: rows are ranges of chunks, not model inputs.
     """
 

@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv=argv,
         description=__doc__,
         prog="retro train-span-corruption",
-        training_arguments="transformers:TrainingArguments",
+        training_arguments="trainers.training_arguments:LocalTrainingArguments",
     )
     from transformers import Adafactor, AutoModelForTextEncoding, Trainer, set_seed
     from transformers.trainer_utils import get_last_checkpoint

@@ -1,0 +1,31 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Training arguments that suit the machine."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import TrainingArguments
+
+
+@dataclass
+class LocalTrainingArguments(TrainingArguments):
+    """
+    [`~transformers.TrainingArguments`] that take the CPU by themselves where there is no accelerator. With those of
+    transformers, `bf16` ends in an error there, and every data loader warns that it cannot pin memory.
+    """
+
+    def __post_init__(self):
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
