@@ -222,11 +222,11 @@ def test_each_chunk_is_encoded_once(kind_of_model):
         pytest.skip("it counts neighbors, not chunks: see test_a_neighbor_that_comes_again_is_read_once")
     model = make_retro()
     encoded = []
-    model.model.neighbor_encoder.register_forward_hook(lambda module, args, output: encoded.append(args[0].shape[0]))
+    model.model.neighbor_encoder.register_forward_hook(lambda module, args, output: encoded.append(args[0].shape[:2]))
     ids, mask = left_padded([2 * CHUNK, CHUNK])
     model.generate(ids, attention_mask=mask, max_new_tokens=2 * CHUNK + 1, do_sample=False)
-    # Slots are chunks a call completes, times the rows of the batch: a row with fewer chunks has masked slots.
-    assert encoded == [2 * 2, 2, 2]
+    # Of each row of the batch as many slots as a call completes chunks: a row with fewer chunks has masked slots.
+    assert encoded == [(2, 2), (2, 1), (2, 1)]
 
 
 def slow_beam_search(model, prompt, num_beams, num_tokens):

@@ -228,8 +228,12 @@ def test_layers_may_be_on_several_devices():
         model.get_submodule(name).to(device).register_forward_pre_hook(move, with_kwargs=True)
 
     def check(module, args, kwargs):
-        arguments = [*args, *vars(kwargs["layout"]).values(), kwargs["has_neighbors"], kwargs["attention_mask"]]
-        assert {argument.device.type for argument in arguments if argument is not None} == {"meta"}
+        hidden_states, neighbor_states, neighbors, _ = args
+        fields = [
+            field for value in vars(neighbors).values() for field in (value if type(value) is tuple else [value])
+        ]
+        tensors = [hidden_states, neighbor_states, *fields[1:], *vars(neighbors.layout).values()]
+        assert {tensor.device.type for tensor in tensors if tensor is not None} == {"meta"}
 
     for layer in model.model.layers[1:]:
         layer.cross_attn.register_forward_pre_hook(check, with_kwargs=True)
