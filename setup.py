@@ -51,7 +51,11 @@ setup(
     keywords="retrieval language-model RETRO transformers faiss datasets",
     python_requires=">=3.11",
     packages=find_packages(include=["modeling_retro*", "data_prep*", "trainers*", "serving*"]),
-    package_data={"data_prep": ["recipes/*"], "trainers": ["accelerate_configs/*.yaml", "retro_tiny/*"]},
+    package_data={
+        "": ["py.typed"],
+        "data_prep": ["recipes/*"],
+        "trainers": ["accelerate_configs/*.yaml", "retro_tiny/*"],
+    },
     install_requires=[
         "accelerate>=1.15",
         "datasets>=5.2",
