@@ -47,6 +47,7 @@ from .generation_retro import RetroGenerationMixin, check_neighbors
 from .loss_retro import causal_lm_loss
 from .model_sharing_retro import RetroSharingMixin
 from .neighbor_states_retro import LayerStates, NeighborMemory
+from .reader_adapters_retro import NEIGHBOR_ADAPTER, ROW_ADAPTER, ReaderAdapters, is_adapter_weight
 
 
 # Neighbors that the decoder reads in one pass.
@@ -147,11 +148,15 @@ class RetroJointForCausalLM(
             config.text_config = decoder.config
         self.decoder = decoder
         self.decoder.loss_function = causal_lm_loss
+        # CODEPATH: a reader that was trained to give neighbors more or less weight than the decoder would by itself.
+        self.neighbor_bias = nn.Parameter(torch.zeros(())) if config.neighbor_bias else None
         self.neighbor_memory = NeighborMemory(MEMORY_BYTES)
         self.set_retriever(None)
 
         # Initialize weights and apply final processing
         self.post_init()
+        # Afterwards: PEFT initializes its layers itself.
+        self.adapters = ReaderAdapters(decoder, config.neighbor_adapter, config.row_adapter)
 
     @classmethod
     def from_decoder_pretrained(cls, name_or_path: str, *, retriever: Any = None, **kwargs) -> "RetroJointForCausalLM":
@@ -239,7 +244,12 @@ class RetroJointForCausalLM(
     @staticmethod
     def is_added_weight(name: str) -> bool:
         """Whether a parameter belongs to what was added to the decoder."""
-        return not name.startswith("decoder.")
+        return not name.startswith("decoder.") or is_adapter_weight(name)
+
+    def train(self, mode: bool = True) -> "RetroJointForCausalLM":
+        """Sets the training mode; the decoder's adapters are switched off until the next forward pass."""
+        self.adapters.switch(None)
+        return super().train(mode)
 
     def get_input_embeddings(self) -> nn.Module:
         """The decoder's embedding of tokens."""
@@ -352,11 +362,17 @@ class RetroJointForCausalLM(
             unknown = inputs.new_full(inputs.shape[:2], -1, dtype=torch.long)
             cache.update_input_ids(unknown if input_ids is None else input_ids)
 
-        with self._reading_cache(decoder_inputs["past_key_values"]):
+        reads = front is not None and front.mask.shape[1] > 0
+        with (
+            self._reading_cache(decoder_inputs["past_key_values"]),
+            self.adapters.active(
+                ROW_ADAPTER if reads else None, sees_front.any(-1) if reads else None, keep=self.training
+            ),
+        ):
             outputs = self.decoder(
                 **decoder_inputs, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs
             )
-        if cache is not None and front is not None and front.mask.shape[1] > 0:
+        if cache is not None and reads:
             if front.key_values:
                 cache.set_front(*front.select(next_slot))
             else:
@@ -445,7 +461,7 @@ class RetroJointForCausalLM(
             neighbor_length, head_dim)`, or `None` for a layer that has none of its own.
         """
         needs_gradient = torch.is_grad_enabled() and any(
-            parameter.requires_grad for parameter in self.decoder.parameters()
+            parameter.requires_grad for parameter in self._neighbor_parameters()
         )
         with torch.set_grad_enabled(needs_gradient):
             states = self.neighbor_memory.read(
@@ -456,13 +472,18 @@ class RetroJointForCausalLM(
             )
             return states.gather()
 
+    def _neighbor_parameters(self) -> list[nn.Parameter]:
+        """The weights that neighbors pass through."""
+        named = self.decoder.named_parameters()
+        return [parameter for name, parameter in named if not is_adapter_weight(name, ROW_ADAPTER)]
+
     def _weights_version(self) -> tuple:
         """Changes whenever a weight does, in place or by another in its place."""
         device_type = self.device.type
         autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
         parameters = tuple(
             (id(parameter), 0 if parameter.is_inference() else parameter._version)
-            for parameter in self.decoder.parameters()
+            for parameter in self._neighbor_parameters()
         )
         return (hash(parameters), self.decoder.dtype, self.device, autocast, self.training)
 
@@ -479,15 +500,20 @@ class RetroJointForCausalLM(
             # Nobody reads the padding behind a neighbor, and the causal mask keeps it from the tokens before.
             is_padded_behind = bool((mask[:, 1:] <= mask[:, :-1]).all())
             cache = DynamicCache()
-            with self._without_checkpointing():
-                self.decoder.base_model(
+            with self._without_checkpointing(), self.adapters.active(NEIGHBOR_ADAPTER):
+                outputs = self.decoder.base_model(
                     input_ids=ids,
                     attention_mask=None if is_padded_behind else mask.long(),
                     position_ids=positions.expand(len(ids), -1),
                     past_key_values=cache,
                     use_cache=True,
                 )
-            parts.append([(layer.keys, layer.values) if layer.is_initialized else None for layer in cache.layers])
+            layers = [(layer.keys, layer.values) if layer.is_initialized else None for layer in cache.layers]
+            if torch.is_grad_enabled() and NEIGHBOR_ADAPTER in self.adapters.names:
+                # Nobody reads what the last layer makes of neighbors, but its adapter stays in the graph.
+                keys, values = layers[0]
+                layers[0] = keys, values + 0 * outputs.last_hidden_state.sum()
+            parts.append(layers)
         return [
             None if layer[0] is None else tuple(torch.cat([part[i] for part in layer]) for i in (0, 1))
             for layer in zip(*parts)
@@ -518,27 +544,33 @@ class RetroJointForCausalLM(
         masks = {}
         for layer_type, window in layer_windows(self.config.text_config).items():
             seen = row_mask if window is None else row_mask & (distance < window)
-            masks[layer_type] = self._convert_mask(torch.cat([sees_front, seen], dim=-1)[:, None])  # [B, 1, T, F + N]
+            seen = torch.cat([sees_front, seen], dim=-1)[:, None]  # [B, 1, T, F + N]
+            masks[layer_type] = self._convert_mask(seen, num_neighbor_tokens=sees_front.shape[-1])
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _convert_mask(self, mask: torch.BoolTensor) -> torch.Tensor | BlockMask:
+    def _convert_mask(self, mask: torch.BoolTensor, num_neighbor_tokens: int = 0) -> torch.Tensor | BlockMask:
         implementation = self.decoder.config._attn_implementation
-        if implementation == "sdpa":
+        has_bias = self.neighbor_bias is not None and num_neighbor_tokens > 0
+        if implementation == "sdpa" and not has_bias:
             return mask
-        if implementation == "flex_attention":
+        if implementation == "flex_attention" and not has_bias:
             batch_size, _, query_length, key_length = mask.shape
 
             def sees(batch_idx: int, head_idx: int, q_idx: int, kv_idx: int) -> torch.BoolTensor:
                 return mask[batch_idx, 0, q_idx, kv_idx]
 
             return create_block_mask(sees, batch_size, None, query_length, key_length, device=mask.device)
-        if implementation != "eager":
+        if implementation not in ("sdpa", "eager", "flex_attention"):
             raise ValueError(
                 f"the decoder's attention is {implementation!r}, which takes no mask over neighbors and row; load it "
                 "with `attn_implementation` 'sdpa', 'flex_attention' or 'eager'"
             )
         dtype = self.decoder.dtype
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        scores = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        if has_bias:
+            is_neighbor = torch.arange(mask.shape[-1], device=mask.device) < num_neighbor_tokens
+            scores = torch.where(is_neighbor, self.neighbor_bias.to(scores), scores)
+        return scores.masked_fill(~mask, torch.finfo(dtype).min)
 
     @contextmanager
     def _without_checkpointing(self):

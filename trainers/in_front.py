@@ -85,19 +85,33 @@ def in_front_bits(
     return bits, num_tokens
 
 
-def _batch_bits(
+def read_in_front(
     model: PreTrainedModel,
     datastore: RetroDatastore,
     split: DatastoreSplit,
     jobs: Sequence[tuple[int, int]],
     neighbor_ids: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Bits and counted tokens of some chunks, each given with the first chunk of its window."""
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """
+    The model's predictions for some chunks, with the neighbors of the chunk before each in front of its window.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]), datastore ([`RetroDatastore`]), split ([`DatastoreSplit`]):
+            See [`in_front_bits`].
+        jobs (`Sequence[tuple[int, int]]`):
+            Each chunk with the first chunk of its window. The first chunk of a window has no neighbors.
+        neighbor_ids (`np.ndarray`):
+            Global chunk ids of the neighbors of each chunk, int64 `[chunks, k]`, -1 for absent ones.
+
+    Returns:
+        `list[tuple[torch.Tensor, torch.Tensor]]`: for each chunk logits float32 `[n, V]` and the tokens int64 `[n]`
+        that they predict: all real tokens of the chunk, but for the first one of a window, which has no context.
+    """
     rows, counts = [], []
     for chunk, start in jobs:
         tokens, mask = split.chunks.take(np.arange(start, chunk + 1))
         row = tokens[mask]
-        counts.append(mask[-1].sum())
+        counts.append(int(mask[-1].sum()))
         if chunk > start:
             neighbors, neighbor_mask = datastore.take_neighbors(neighbor_ids[chunk - 1])
             row = np.concatenate([neighbors[neighbor_mask], row])
@@ -107,15 +121,31 @@ def _batch_bits(
     kept = min(batch.shape[1], int((batch.shape[1] - lengths + counts).max()) + 1)
     with model.retrieval(False):
         logits = model(input_ids=batch, use_cache=False, logits_to_keep=kept).logits[:, :-1].float()
+    # Column 0 of the logits predicts this token.
     first = batch.shape[1] - kept + 1
-    nats = F.cross_entropy(logits.transpose(1, 2), batch[:, first:], reduction="none").double().cpu()
-    found, counted = np.zeros(len(jobs)), np.array(counts)
-    for n, ((chunk, start), row, count) in enumerate(zip(jobs, rows, counts, strict=True)):
-        end = len(row) - first
-        found[n] = nats[n, max(0, end - count) : end].sum() / math.log(2)
-        # The first token of a document has no context; a BOS is known.
-        if chunk == start and row[0] == datastore.tokenizer.bos_token_id:
-            counted[n] -= 1
-        elif chunk == start:
+    ends = [len(row) - first for row in rows]
+    return [
+        (logits[n, max(0, end - count) : end], batch[n, first:][max(0, end - count) : end])
+        for n, (end, count) in enumerate(zip(ends, counts, strict=True))
+    ]
+
+
+def _batch_bits(
+    model: PreTrainedModel,
+    datastore: RetroDatastore,
+    split: DatastoreSplit,
+    jobs: Sequence[tuple[int, int]],
+    neighbor_ids: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bits and counted tokens of some chunks, each given with the first chunk of its window."""
+    found, counted = np.zeros(len(jobs)), np.zeros(len(jobs), dtype=np.int64)
+    predictions = read_in_front(model, datastore, split, jobs, neighbor_ids)
+    for n, ((chunk, start), (logits, tokens)) in enumerate(zip(jobs, predictions, strict=True)):
+        nats = F.cross_entropy(logits, tokens, reduction="none").double()
+        found[n], counted[n] = nats.sum().item() / math.log(2), len(tokens)
+        # The first token of a window has no context; a BOS is known.
+        first_token = split.chunks.take(np.array([start]))[0][0, 0]
+        if chunk == start and first_token != datastore.tokenizer.bos_token_id:
             found[n] += math.log2(model.config.vocab_size)
+            counted[n] += 1
     return found, counted

@@ -32,7 +32,7 @@ def load_retro_model(name_or_path: str, datastore: RetroDatastore, **kwargs: Any
         datastore ([`RetroDatastore`]):
             The datastore that it is for; a wrapped model takes its chunk sizes.
         kwargs:
-            Passed to `from_pretrained`.
+            Passed to `from_pretrained`; for a model that is wrapped also fields of [`RetroJointConfig`].
 
     Returns:
         [`RetroForCausalLM`] or [`RetroJointForCausalLM`]
@@ -42,6 +42,9 @@ def load_retro_model(name_or_path: str, datastore: RetroDatastore, **kwargs: Any
     """
     config = AutoConfig.from_pretrained(name_or_path)
     classes = {RetroConfig.model_type: RetroForCausalLM, RetroJointConfig.model_type: RetroJointForCausalLM}
+    added = sorted(set(kwargs) & {"neighbor_adapter", "row_adapter", "neighbor_bias"})
+    if config.model_type in classes and added:
+        raise ValueError(f"{name_or_path} is a RETRO model already; {', '.join(added)} are for a model to be wrapped")
     if config.model_type in classes:
         model = classes[config.model_type].from_pretrained(name_or_path, **kwargs)
     else:

@@ -22,18 +22,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedModel, Trainer
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_retro import RetroConfig
+from modeling_retro.base_model_retro import RETROFIT_WEIGHTS_NAME
 from modeling_retro.datastore_retro import DatastoreSplit, RetroDatastore
 from modeling_retro.model_card_retro import save_model_card
 
+from .durable_checkpoints import DurableCheckpointsMixin
 from .evaluation import evaluate_retro
 from .muon import MuonWithAdamW
 from .retro_config import RetroTrainingArguments
+from .teacher import TeacherPredictions, teacher_loss
 
 
 def config_for_datastore(datastore: RetroDatastore, **fields: Any) -> RetroConfig:
@@ -82,6 +87,9 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
             continue
         checkpoints[step] = str(path)
     return checkpoints[max(checkpoints)] if checkpoints else None
+
+
+EVALUATED_MODES = ("off", "random", "on")
 
 
 class ChunkRows(Dataset):
@@ -163,12 +171,19 @@ class DataCollatorForRetro:
         copy_share (`float`, *optional*, defaults to `0.0`):
             Probability that the first neighbor of a chunk is replaced by a noisy piece of the chunk's own document
             that holds most of the tokens to come (see [`DataCollatorForRetro.copy_pieces`]). For training only.
+        random_share (`float`, *optional*, defaults to `0.0`):
+            Probability that the neighbors of a chunk are replaced by random chunks, from which a model learns not to
+            trust every neighbor. For training only.
+        teacher ([`~trainers.teacher.TeacherPredictions`], *optional*):
+            Adds what a teacher predicts. Where a chunk saw other neighbors than its own, the teacher says nothing of
+            the next.
         seed (`int`, *optional*, defaults to `0`):
             Seed of what is drawn; with it, the epoch and the row, that is always the same.
 
     Returns (with m the chunk size and r the neighbor length of the datastore):
         `dict[str, torch.Tensor]`: `input_ids`, `position_ids` and `labels` `int64 [B, L * m]`, `neighbor_input_ids`
-        `int64 [B, L, k, r]` and `neighbor_attention_mask` `bool [B, L, k, r]`.
+        `int64 [B, L, k, r]` and `neighbor_attention_mask` `bool [B, L, k, r]`; with a teacher `teacher_token_ids`
+        `int64 [B, L * m, K]` and `teacher_log_probs` `float32 [B, L * m, K]`.
 
     Example, with chunks of two tokens, of which the first document has three and the second one (a token and a pad):
 
@@ -190,6 +205,8 @@ class DataCollatorForRetro:
     num_neighbors: int | Sequence[int] = 2
     neighbor_dropout: float = 0.0
     copy_share: float = 0.0
+    random_share: float = 0.0
+    teacher: TeacherPredictions | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -217,15 +234,22 @@ class DataCollatorForRetro:
 
         neighbor_ids = self.source.neighbor_ids[np.where(present, chunk_ids, 0), : max(self.num_neighbors)]
         seen = np.stack([self._seen_neighbors(row) for row in rows])  # [B, L, k]
+        is_own = present & seen[..., 0]  # [B, L]: chunks that see neighbors of their own
+        if self.random_share > 0:
+            drawn = [self._draw_random(row) for row in rows]
+            is_random = np.stack([chosen for chosen, _ in drawn])
+            neighbor_ids = np.where(is_random[..., None], np.stack([ids for _, ids in drawn]), neighbor_ids)
+            is_own &= ~is_random
         neighbor_ids = np.where(present[..., None] & seen, neighbor_ids, -1)
         neighbor_input_ids, neighbor_mask = self.datastore.take_neighbors(neighbor_ids)  # [B, L, k, r]
         if self.copy_share > 0:
             for row, ids, is_seen, tokens, token_mask in zip(
-                rows, chunk_ids, present & seen[..., 0], neighbor_input_ids, neighbor_mask, strict=True
+                rows, chunk_ids, is_own, neighbor_input_ids, neighbor_mask, strict=True
             ):
                 generator = np.random.default_rng([self.seed, row["epoch"], row["start"], 1])
                 copied = is_seen & (generator.random(self.row_chunks) < self.copy_share)  # [L]
                 tokens[copied, 0], token_mask[copied, 0] = self.copy_pieces(ids[copied], generator)
+                is_seen &= ~copied
 
         batch = {
             "input_ids": input_ids.reshape(len(rows), -1),
@@ -234,6 +258,13 @@ class DataCollatorForRetro:
             "neighbor_input_ids": neighbor_input_ids,
             "neighbor_attention_mask": neighbor_mask,
         }
+        if self.teacher is not None:
+            token_ids, log_probs = self.teacher.take(np.where(present, chunk_ids, -1))  # [B, L, m, K]
+            # The teacher read the neighbors of the chunk before.
+            token_ids[:, 0] = -1
+            token_ids[:, 1:][~is_own[:, :-1]] = -1
+            batch["teacher_token_ids"] = token_ids.reshape(len(rows), -1, token_ids.shape[-1])
+            batch["teacher_log_probs"] = log_probs.reshape(len(rows), -1, log_probs.shape[-1])
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
 
     def copy_pieces(self, chunk_ids: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -267,6 +298,13 @@ class DataCollatorForRetro:
             tokens[noisy] = generator.choice(tokens[mask], np.count_nonzero(noisy))
         return tokens, mask
 
+    def _draw_random(self, row: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Which chunks of a row see random neighbors, bool `[L]`, and which, int64 `[L, k]`."""
+        generator = np.random.default_rng([self.seed, row["epoch"], row["start"], 2])
+        chosen = generator.random(self.row_chunks) < self.random_share
+        shape = (self.row_chunks, max(self.num_neighbors))
+        return chosen, generator.integers(len(self.datastore.chunks), size=shape)
+
     def _begins_document(self, chunk_ids: np.ndarray, present: np.ndarray) -> np.ndarray:
         document_ids = np.where(present, self.source.chunks.document_id[np.where(present, chunk_ids, 0)], -1)
         begins = np.ones_like(present)  # [B, L]; the first chunk of a row begins one, or what is left of one
@@ -288,7 +326,7 @@ class DataCollatorForRetro:
 
 def collator_options(args: RetroTrainingArguments) -> dict[str, Any]:
     """What the training arguments say of [`DataCollatorForRetro`]."""
-    names = ("row_chunks", "num_neighbors", "neighbor_dropout", "copy_share", "seed")
+    names = ("row_chunks", "num_neighbors", "neighbor_dropout", "copy_share", "random_share", "seed")
     return {name: getattr(args, name) for name in names}
 
 
@@ -296,7 +334,7 @@ def _is_gate(name: str) -> bool:
     return name.endswith("cross_attn.gate")
 
 
-class RetroTrainer(Trainer):
+class RetroTrainer(DurableCheckpointsMixin, Trainer):
     """
     Trains [`RetroForCausalLM`] on the chunks of a datastore, each chunk with its neighbors from other documents, and
     evaluates it in bits per byte with and without retrieval.
@@ -314,6 +352,8 @@ class RetroTrainer(Trainer):
             Rows to train on. Those of the datastore's own chunks when unset.
         data_collator (`Callable`, *optional*):
             What makes batches of these rows. [`DataCollatorForRetro`] when unset.
+        eval_datastore ([`RetroDatastore`], *optional*, defaults to `datastore`):
+            Where the neighbors of `eval_dataset` come from.
         kwargs:
             Passed to [`~transformers.Trainer`].
     """
@@ -326,9 +366,11 @@ class RetroTrainer(Trainer):
         eval_dataset: DatastoreSplit | None = None,
         train_dataset: Dataset | None = None,
         data_collator: Callable[[list], dict[str, torch.Tensor]] | None = None,
+        eval_datastore: RetroDatastore | None = None,
         **kwargs: Any,
     ):
         datastore.check_model(model.config)
+        self.eval_datastore = datastore if eval_datastore is None else eval_datastore
         # What reads the trained model tells a datastore of other tokens by it.
         model.config.tokenizer_sha256 = datastore.manifest["tokenizer"]["sha256"]
         if args.freeze_decoder:
@@ -350,10 +392,60 @@ class RetroTrainer(Trainer):
             processing_class=datastore.tokenizer,
             **kwargs,
         )
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
     def _get_train_sampler(self, train_dataset: ChunkRows | None = None) -> EpochRowSampler:
         data_seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochRowSampler(len(self.train_dataset), data_seed)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """
+        The model's loss; with a teacher the weighted sum of it and the divergence from the teacher, both averaged over
+        the same number of tokens.
+        """
+        if "teacher_token_ids" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        teacher = inputs.pop("teacher_token_ids"), inputs.pop("teacher_log_probs")
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        divergence, num_taught = teacher_loss(outputs["logits"], *teacher)
+        if num_items_in_batch is None:
+            divergence = divergence / num_taught.clamp(min=1)
+        else:
+            num_workers = self.accelerator.num_processes // self.get_tp_size()
+            scale = num_workers if self.args.average_tokens_across_devices else 1
+            divergence = divergence * scale / num_items_in_batch
+        loss = self.args.lm_weight * loss + self.args.teacher_weight * divergence
+        return (loss, outputs) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.retrofit_only:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            output_dir = self.args.output_dir if output_dir is None else output_dir
+            self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, retrofit_only=True)
+            self.processing_class.save_pretrained(output_dir)
+            torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        weights = Path(resume_from_checkpoint) / RETROFIT_WEIGHTS_NAME
+        if weights.is_file():
+            self.accelerator.unwrap_model(self.model).load_state_dict(load_file(weights), strict=False)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.args.retrofit_only:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
@@ -399,16 +491,16 @@ class RetroTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """
-        Measures bits per byte and perplexity without (`off`) and with (`on`) retrieval; `{prefix}_loss` is that with
-        retrieval, in nats per token.
+        Measures bits per byte and perplexity without neighbors (`off`), with random ones (`random`) and with those
+        that were found (`on`); `{prefix}_loss` is that of the last, in nats per token.
         """
         start_time = time.perf_counter()
         with self.accelerator.autocast():
             evaluation = evaluate_retro(
                 self.model,
-                self.datastore,
+                self.eval_datastore,
                 self.eval_dataset if eval_dataset is None else eval_dataset,
-                modes=("off", "on"),
+                modes=EVALUATED_MODES,
                 num_neighbors=max(self.args.num_neighbors),
                 window_chunks=self.args.eval_window_chunks,
                 stride_chunks=self.args.eval_stride_chunks,
@@ -417,7 +509,7 @@ class RetroTrainer(Trainer):
                 show_progress=not self.args.disable_tqdm,
             )
         metrics = {f"{metric_key_prefix}_loss": float(np.log(evaluation.perplexity("on")))}
-        for mode in ("off", "on"):
+        for mode in EVALUATED_MODES:
             metrics[f"{metric_key_prefix}_{mode}_bits_per_byte"] = evaluation.bits_per_byte(mode)
             metrics[f"{metric_key_prefix}_{mode}_perplexity"] = evaluation.perplexity(mode)
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start_time

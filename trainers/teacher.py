@@ -1,0 +1,262 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+A teacher for a model that reads neighbors: the same decoder, or a larger one of the same vocabulary, with the neighbor
+in front of its window. Its most probable next tokens are written down once, and training pulls the model towards them
+(block distillation, arXiv 2605.15913; CEPED, arXiv 2402.16617).
+"""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Features, List, Value
+from transformers import PreTrainedModel
+
+from data_prep.stage_files import directory_lock, process_state, run_shards, save_shard
+from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
+from modeling_retro.datastore_retro import DatastoreSplit, RetroDatastore, read_columns
+from modeling_retro.durable_files_retro import write_json
+
+from .in_front import read_in_front
+
+
+TEACHER_NAME = "teacher.json"
+ROWS_PER_SHARD = 32  # what is lost at most when the command is killed
+
+
+def teach(
+    datastore: str | Path,
+    model: PreTrainedModel,
+    output_dir: str | Path,
+    split: str = TRAIN_SPLIT,
+    row_chunks: int = 8,
+    num_neighbors: int = 1,
+    top_tokens: int = 50,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """
+    Writes down what a teacher predicts for each token of a split. A row of `row_chunks` chunks is a window: a chunk is
+    read with what stands before it in its row and its document, and with the neighbors of the chunk before in front.
+    The first chunk of a document or row has no neighbors and is left out.
+
+    Args:
+        datastore (`str` or `Path`):
+            The datastore, with neighbors of the split.
+        model ([`~transformers.PreTrainedModel`]):
+            The teacher: a RETRO model of either kind, which is run without retrieval.
+        output_dir (`str` or `Path`):
+            Folder to write to. One that was begun before is completed.
+        split (`str`, *optional*, defaults to `"train"`):
+            The split that is trained on.
+        row_chunks (`int`, *optional*, defaults to 8):
+            Chunks in a row of the training, `RetroTrainingArguments.row_chunks`.
+        num_neighbors (`int`, *optional*, defaults to 1):
+            Neighbors in front of the window.
+        top_tokens (`int`, *optional*, defaults to 50):
+            Number of tokens kept for each position, the most probable ones.
+        batch_size (`int`, *optional*, defaults to 8):
+            Chunks in a forward pass.
+
+    Returns:
+        `dict`: the contents of `teacher.json`.
+
+    Raises:
+        ValueError: If the folder holds another teacher, or the split has too few neighbors.
+    """
+    opened, folder = RetroDatastore.from_pretrained(datastore), Path(output_dir)
+    opened.check_model(model.config)
+    source = opened.split(split)
+    if not 1 <= num_neighbors <= source.neighbor_ids.shape[1]:
+        raise ValueError(
+            f"num_neighbors is {num_neighbors}, expected 1 to the {source.neighbor_ids.shape[1]} neighbors of a chunk "
+            "that are stored; run `retro neighbors` for more"
+        )
+    size, num_chunks = opened.chunk_size, len(source.chunks)
+    options = {
+        "split": split,
+        "chunks": source.record["chunks"]["fingerprint"],
+        "row_chunks": row_chunks,
+        "num_neighbors": num_neighbors,
+        "top_tokens": top_tokens,
+        "vocab_size": model.config.vocab_size,
+        "base": getattr(model.config, "base_model_sha256", None),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with directory_lock(folder):
+        if (folder / TEACHER_NAME).exists():
+            _check_options(folder, options)
+        _write_manifest(folder, {"options": options, "shards": []})
+        features = Features(
+            {
+                "token_ids": List(Value("int32"), length=size * top_tokens),
+                "log_probs": List(Value("float16"), length=size * top_tokens),
+            }
+        )
+        shard_chunks = row_chunks * ROWS_PER_SHARD
+        names = [f"shard-{number:05d}" for number in range(-(-num_chunks // shard_chunks))]
+        document_id = source.chunks.document_id
+
+        @torch.inference_mode()
+        def make(shard: int, temporary: Path) -> dict[str, Any]:
+            first, end = shard * shard_chunks, min((shard + 1) * shard_chunks, num_chunks)
+            token_ids = np.full((end - first, size, top_tokens), -1, dtype=np.int32)
+            log_probs = np.zeros((end - first, size, top_tokens), dtype=np.float16)
+            jobs = [
+                (chunk, start)
+                for chunk in range(first, end)
+                if (start := _window_start(document_id, chunk, row_chunks)) < chunk
+            ]
+            jobs.sort(key=lambda job: job[0] - job[1])
+            for begin in range(0, len(jobs), batch_size):
+                batch = jobs[begin : begin + batch_size]
+                for (chunk, _), (logits, _) in zip(
+                    batch,
+                    read_in_front(model, opened, source, batch, source.neighbor_ids[:, :num_neighbors]),
+                    strict=True,
+                ):
+                    top = F.log_softmax(logits, dim=-1).topk(top_tokens)
+                    token_ids[chunk - first, : len(logits)] = top.indices.cpu().numpy()
+                    log_probs[chunk - first, : len(logits)] = top.values.cpu().numpy()
+            columns = {"token_ids": token_ids, "log_probs": log_probs}
+            save_shard(
+                temporary, {name: values.reshape(end - first, -1) for name, values in columns.items()}, features
+            )
+            return {"rows": end - first}
+
+        was_training = model.training
+        model.eval()
+        shards = run_shards(folder, [], names, make, description="Teaching")
+        model.train(was_training)
+        manifest = {"options": options, "shards": shards}
+        _write_manifest(folder, manifest)
+        return manifest
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    if process_state().is_main_process:
+        write_json(folder / TEACHER_NAME, manifest)
+    process_state().wait_for_everyone()
+
+
+def _check_options(folder: Path, expected: dict[str, Any]) -> None:
+    found = json.loads((folder / TEACHER_NAME).read_text(encoding="utf-8"))["options"]
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"the teacher in {folder} was made with {name} {found.get(name)!r}, not {value!r}; write to another "
+                "folder"
+            )
+
+
+def _window_start(document_id: np.ndarray, chunk: int, row_chunks: int) -> int:
+    """The first chunk of the row of a chunk that belongs to the same document."""
+    row = chunk // row_chunks * row_chunks
+    return row + int(np.searchsorted(document_id[row : chunk + 1], document_id[chunk]))
+
+
+class TeacherPredictions:
+    """
+    What a teacher predicts for the tokens of a split, read from the files that [`teach`] wrote.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder.
+        source ([`RetroDatastore`] or [`DatastoreSplit`]):
+            What is trained on.
+        row_chunks (`int`):
+            Chunks in a row of the training.
+
+    Raises:
+        ValueError: If the folder is of another split or other rows, or not finished.
+    """
+
+    def __init__(self, folder: str | Path, source: RetroDatastore | DatastoreSplit, row_chunks: int):
+        self.folder = Path(folder)
+        path = self.folder / TEACHER_NAME
+        if not path.is_file():
+            raise ValueError(f"{folder} has no {TEACHER_NAME}; make a teacher with `retro teach`")
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        options, shards = manifest["options"], manifest["shards"]
+        source = source.split(TRAIN_SPLIT) if isinstance(source, RetroDatastore) else source
+        expected = {"chunks": source.record["chunks"]["fingerprint"], "row_chunks": row_chunks}
+        for name, value in expected.items():
+            if options[name] != value:
+                raise ValueError(
+                    f"the teacher in {folder} was made for {name} {options[name]!r}, the training has {value!r}; run "
+                    "`retro teach` for this training"
+                )
+        if sum(shard["rows"] for shard in shards) != len(source.chunks):
+            raise ValueError(f"the teacher in {folder} is not finished; run `retro teach` again")
+        self.shard_chunks = row_chunks * ROWS_PER_SHARD
+        self.shape = (source.chunks.chunk_size, options["top_tokens"])
+        self.names = [shard["name"] for shard in shards]
+        self._shard = lru_cache(maxsize=64)(lambda index: read_columns(self.folder / self.names[index]))
+
+    def take(self, chunk_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """
+        The teacher's most probable tokens in the place of each token of chunks.
+
+        Args:
+            chunk_ids (`np.ndarray`): int64 `[...]`, -1 for absent chunks.
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray]`: token ids int64 `[..., m, K]`, -1 where the teacher says nothing, and log
+            probabilities float32 `[..., m, K]`.
+        """
+        flat = np.asarray(chunk_ids, dtype=np.int64).reshape(-1)
+        token_ids = np.full((len(flat), *self.shape), -1, dtype=np.int64)
+        log_probs = np.zeros((len(flat), *self.shape), dtype=np.float32)
+        for index in np.unique(flat[flat >= 0] // self.shard_chunks):
+            chosen = (flat >= 0) & (flat // self.shard_chunks == index)
+            rows, columns = flat[chosen] - index * self.shard_chunks, self._shard(int(index))
+            token_ids[chosen] = columns["token_ids"][rows].reshape(-1, *self.shape)
+            log_probs[chosen] = columns["log_probs"][rows].reshape(-1, *self.shape)
+        shape = (*np.shape(chunk_ids), *self.shape)
+        return token_ids.reshape(shape), log_probs.reshape(shape)
+
+
+def teacher_loss(
+    logits: torch.Tensor, token_ids: torch.LongTensor, log_probs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Kullback-Leibler divergence of a model from its teacher, over the tokens that the teacher names and all others
+    taken together.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, T, V)`):
+            The model's logits.
+        token_ids (`torch.LongTensor` of shape `(batch_size, T, K)`):
+            The teacher's most probable tokens in the place of each token of the row; -1 where it says nothing.
+        log_probs (`torch.Tensor` of shape `(batch_size, T, K)`):
+            Their log probabilities.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the sum over all places with a teacher, in nats, and their number.
+    """
+    is_taught = token_ids[:, 1:, 0] >= 0  # [B, T - 1]; the logits before a token predict it
+    log_p = log_probs[:, 1:][is_taught].float()  # [N, K]
+    log_q = F.log_softmax(logits[:, :-1][is_taught].float(), dim=-1).gather(1, token_ids[:, 1:][is_taught])
+    # Rounding must not leave the rest below zero.
+    rest_p = (1 - log_p.exp().sum(-1)).clamp(min=1e-6)
+    rest_q = (1 - log_q.exp().sum(-1)).clamp(min=1e-6)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1) + rest_p * (rest_p.log() - rest_q.log())
+    return divergence.sum(), is_taught.sum()
+
+
+__all__ = ["TeacherPredictions", "teach", "teacher_loss"]
