@@ -1,0 +1,192 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from array_datastore import random_datastore
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_retro import RetroJointForCausalLM
+from modeling_retro.datastore_retro import RetroDatastore
+from trainers.retro_trainer import ChunkRows, DataCollatorForRetro
+from trainers.scripts import teach as teach_script
+from trainers.scripts import train_retro
+from trainers.teacher import TeacherPredictions, teach, teacher_loss
+
+
+ROW_CHUNKS, TOP = 3, 5
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory, tiny_tokenizer):
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.4,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher_dir(tmp_path_factory, base_dir, tiny_datastore_dir):
+    folder = tmp_path_factory.mktemp("teacher") / "teacher"
+    options = {"datastore": tiny_datastore_dir, "model": base_dir, "output_dir": folder, "row_chunks": ROW_CHUNKS}
+    teach_script.main(
+        [word for name, value in options.items() for word in (f"--{name}", str(value))] + ["--top_tokens", "5"]
+    )
+    return folder
+
+
+def test_a_teacher_says_what_the_base_does_with_the_neighbor_in_front_of_the_window(
+    teacher_dir, base_dir, tiny_datastore_dir
+):
+    datastore = RetroDatastore.from_pretrained(tiny_datastore_dir)
+    base = LlamaForCausalLM.from_pretrained(base_dir)
+    found_ids, found_log_probs = TeacherPredictions(teacher_dir, datastore, ROW_CHUNKS).take(
+        np.arange(len(datastore.chunks))
+    )
+    document_id, num_taught = datastore.chunks.document_id, 0
+    for chunk in range(0, len(datastore.chunks), 7):
+        start = max(chunk // ROW_CHUNKS * ROW_CHUNKS, int(np.flatnonzero(document_id == document_id[chunk])[0]))
+        if start == chunk:
+            assert (found_ids[chunk] == -1).all()
+            continue
+        neighbor, mask = datastore.take_neighbors(datastore.neighbor_ids[chunk - 1, :1])
+        window = [
+            tokens[real] for tokens, real in zip(*datastore.chunks.take(np.arange(start, chunk + 1)), strict=True)
+        ]
+        sequence = np.concatenate([neighbor[mask], *window])
+        with torch.no_grad():
+            log_probs = base(torch.from_numpy(sequence)[None]).logits[0].log_softmax(-1)
+        for place in range(len(window[-1])):
+            expected = log_probs[len(sequence) - len(window[-1]) + place - 1].topk(TOP)
+            assert found_ids[chunk, place].tolist() == expected.indices.tolist()
+            np.testing.assert_allclose(found_log_probs[chunk, place], expected.values, atol=2e-2)
+            num_taught += 1
+        assert (found_ids[chunk, len(window[-1]) :] == -1).all()
+    assert num_taught > 20
+
+
+def test_teacher_loss_is_the_divergence_over_the_named_tokens_and_the_rest():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 11, generator=generator, dtype=torch.float64)
+    teacher = torch.randn(2, 4, 11, generator=generator, dtype=torch.float64).log_softmax(-1)
+    log_probs, token_ids = teacher.topk(3)
+    token_ids[0, 2] = -1
+    total, number = teacher_loss(logits, token_ids, log_probs)
+    expected, count = 0.0, 0
+    for b in range(2):
+        for t in range(1, 4):
+            if (b, t) == (0, 2):
+                continue
+            q, p = logits[b, t - 1].softmax(-1), log_probs[b, t].exp()
+            q = torch.cat([q[token_ids[b, t]], 1 - q[token_ids[b, t]].sum(0, keepdim=True)])
+            p = torch.cat([p, 1 - p.sum(0, keepdim=True)])
+            expected, count = expected + (p * (p / q).log()).sum(), count + 1
+    assert number == count == 5
+    torch.testing.assert_close(total, expected.to(total.dtype), rtol=1e-5, atol=1e-6)
+
+
+def test_a_teacher_of_other_rows_or_half_made_is_refused(teacher_dir, tiny_datastore_dir, base_dir, tmp_path):
+    datastore = RetroDatastore.from_pretrained(tiny_datastore_dir)
+    with pytest.raises(ValueError, match="row_chunks 3, the training has 4"):
+        TeacherPredictions(teacher_dir, datastore, 4)
+    with pytest.raises(ValueError, match="made for chunks"):
+        TeacherPredictions(teacher_dir, datastore.split("validation"), ROW_CHUNKS)
+    model = RetroJointForCausalLM.from_decoder_pretrained(str(base_dir), chunk_size=datastore.chunk_size)
+    with pytest.raises(ValueError, match="made with top_tokens 5, not 4"):
+        teach(tiny_datastore_dir, model, teacher_dir, row_chunks=ROW_CHUNKS, top_tokens=4)
+    manifest = json.loads((teacher_dir / "teacher.json").read_text())
+    (tmp_path / "teacher.json").write_text(json.dumps(manifest | {"shards": manifest["shards"][:-1]}))
+    with pytest.raises(ValueError, match="not finished"):
+        TeacherPredictions(tmp_path, datastore, ROW_CHUNKS)
+
+
+class CountedTeacher:
+    """Says its own chunk's number for every token."""
+
+    def take(self, chunk_ids):
+        shape = (*chunk_ids.shape, 4, 1)
+        return np.broadcast_to(chunk_ids[..., None, None], shape).copy(), np.zeros(shape, dtype=np.float32)
+
+
+def test_random_neighbors_replace_a_share_and_silence_the_teacher_of_the_next_chunk():
+    datastore = random_datastore(seed=2, vocab_size=500, chunk_size=4, num_documents=300, num_neighbors=1)
+    datastore.neighbor_ids = np.abs(datastore.neighbor_ids)
+    rows = [ChunkRows(len(datastore.chunks), 4)[row] for row in range(80)]
+    plain = DataCollatorForRetro(datastore, row_chunks=4, num_neighbors=1)(rows)
+    collator = DataCollatorForRetro(
+        datastore, row_chunks=4, num_neighbors=1, random_share=0.4, teacher=CountedTeacher()
+    )
+    batch = collator(rows)
+    replaced = (batch["neighbor_input_ids"] != plain["neighbor_input_ids"]).any(-1).any(-1)  # [B, L]
+    assert 0.25 < replaced.float().mean() < 0.55
+    taught = batch["teacher_token_ids"].reshape(80, 4, 4)[..., 0] >= 0
+    assert not taught[:, 0].any()
+    assert torch.equal(taught[:, 1:], ~replaced[:, :-1])
+    assert torch.equal(collator(rows[5:7])["neighbor_input_ids"], batch["neighbor_input_ids"][5:7])
+
+
+def test_an_adapter_learns_from_its_teacher_stops_and_goes_on_to_the_same_weights(
+    teacher_dir, base_dir, tiny_datastore_dir, tmp_path
+):
+    def train(output_dir, **options):
+        options = {
+            "datastore": tiny_datastore_dir,
+            "model": base_dir,
+            "output_dir": output_dir,
+            "neighbor_adapter_rank": 2,
+            "row_adapter_rank": 2,
+            "neighbor_bias": True,
+            "freeze_decoder": True,
+            "retrofit_only": True,
+            "teacher": teacher_dir,
+            "teacher_weight": 2.0,
+            "random_share": 0.2,
+            "row_chunks": ROW_CHUNKS,
+            "num_neighbors": 1,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 6,
+            "save_steps": 2,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **options,
+        }
+        train_retro.main([word for name, value in options.items() for word in (f"--{name}", str(value))])
+        return RetroJointForCausalLM.from_pretrained(output_dir)
+
+    whole = train(tmp_path / "whole")
+    assert not list((tmp_path / "whole").rglob("model.safetensors"))
+    state = whole.state_dict()
+    base = LlamaForCausalLM.from_pretrained(base_dir)
+    assert torch.equal(state["decoder.lm_head.weight"], base.lm_head.weight)
+    assert state["neighbor_bias"] != 0
+    train(tmp_path / "halves", max_steps=4, lr_scheduler_type="constant")
+    constant = train(tmp_path / "constant", lr_scheduler_type="constant").state_dict()
+    resumed = train(tmp_path / "halves", max_steps=6, lr_scheduler_type="constant").state_dict()
+    assert resumed.keys() == constant.keys()
+    for name, value in resumed.items():
+        assert torch.equal(value, constant[name]), name
