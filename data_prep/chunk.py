@@ -22,7 +22,7 @@ import json
 import os
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,14 @@ from data_prep.stage_files import (
     write_manifest,
 )
 from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, allows_control_tokens, check_split_name, public_name
-from modeling_retro.datastore_retro import chunks_fingerprint, split_path, tokenizer_fingerprint
-from modeling_retro.durable_files_retro import whole
+from modeling_retro.datastore_retro import (
+    checksum,
+    chunks_fingerprint,
+    read_columns,
+    split_path,
+    tokenizer_fingerprint,
+)
+from modeling_retro.durable_files_retro import remove, whole
 
 
 logger = logging.get_logger(__name__)
@@ -218,6 +224,27 @@ class DocumentChunker:
         return np.diff(cuts, prepend=0, append=len(data))
 
 
+def control_tokens_inside(
+    tokenizer: PreTrainedTokenizerBase, input_ids: np.ndarray, length: np.ndarray, document_id: np.ndarray
+) -> int:
+    """
+    Number of special tokens that are neither the first nor the last of a document.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+        input_ids (`np.ndarray`): Token ids [n, m] of whole documents.
+        length (`np.ndarray`): Tokens of each chunk [n].
+        document_id (`np.ndarray`): Document of each chunk [n], ascending.
+    """
+    special = sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
+    is_special = np.isin(input_ids, special) & (np.arange(input_ids.shape[1]) < length[:, None])
+    starts = np.diff(document_id, prepend=-1) != 0
+    is_special[starts, 0] = False
+    ends = np.append(starts[1:], True)
+    is_special[ends, length[ends] - 1] = False
+    return int(is_special.sum())
+
+
 def byte_lengths(tokenizer: Tokenizer) -> np.ndarray | None:
     """
     Bytes of the text that each token of a byte-level tokenizer stands for.
@@ -344,14 +371,30 @@ def _set_vocabulary(
                 f"the tokenizer {tokenizer.name_or_path} is not the one {path} was begun with "
                 f"({manifest['tokenizer']['name']}); use that one, or --force to rebuild"
             )
+        if not _has_tokenizer(path, fingerprint):
+            _save_tokenizer(path, tokenizer)
         return
     manifest |= shared | {"tokenizer": {"name": public_name(tokenizer.name_or_path), **fingerprint}}
     write_manifest(path, manifest)
+    _save_tokenizer(path, tokenizer)
+
+
+def _save_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     state = process_state()
     if state.is_main_process:
         with whole(path / "tokenizer") as temporary:
             tokenizer.save_pretrained(temporary)
     state.wait_for_everyone()
+
+
+def _has_tokenizer(path: Path, fingerprint: dict[str, Any]) -> bool:
+    """Whether the datastore's own copy of its tokenizer is whole. All processes get the same answer."""
+    try:
+        is_whole = tokenizer_fingerprint(AutoTokenizer.from_pretrained(path / "tokenizer")) == fingerprint
+    except Exception:  # whatever a damaged file makes of the libraries that read it
+        is_whole = False
+    process_state().wait_for_everyone()
+    return is_whole
 
 
 def _plan(
@@ -471,6 +514,71 @@ def _chunk_shards(
         f"{split}: {stage['num_chunks']} chunks of {stage['num_documents']} documents, dropped {stage['dropped']}"
     )
     return stage
+
+
+def restore_shard(
+    path: Path,
+    split: str,
+    name: str,
+    inputs: str | Path | Dataset | Sequence[str | Path | Dataset],
+) -> None:
+    """
+    Makes a shard of chunks again, byte for byte, from the input that it was made from.
+
+    Args:
+        path (`Path`): The datastore.
+        split (`str`): Name of the split.
+        name (`str`): Name of the shard.
+        inputs (`str`, `Path`, `datasets.Dataset` or a sequence of them): Where its input is, among others.
+
+    Raises:
+        ValueError: If the input is not among `inputs`, or is another than it was.
+    """
+    manifest = open_manifest(path)
+    stage, root = manifest["splits"][split]["chunks"], split_path(path, split)
+    options, names = stage["options"], [record["name"] for record in stage["shards"]]
+    index = names.index(name)
+    part, record = Part(**stage["parts"][index]), stage["shards"][index]
+    wanted = stage["sources"][part.source]
+    is_none = not isinstance(inputs, (str, Path, Dataset)) and not inputs
+    for source in [] if is_none else find_sources(inputs, wanted["filter"]):
+        if _match_sources([wanted], [source.describe()]) == [0]:
+            break
+    else:
+        raise ValueError(
+            f"{root / 'chunks' / name} is made from {wanted['path']} ({wanted['bytes']} bytes); pass it as an input"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
+    chunker = DocumentChunker(tokenizer, manifest["chunk_size"], allows_control_tokens(manifest))
+    features = chunk_features(chunker.chunk_size, manifest["tokenizer"]["vocab_size"])
+    room = None
+    if options["max_chunks"] is not None:
+        room = options["max_chunks"] - sum(earlier["rows"] for earlier in stage["shards"][:index])
+    dropped = Dropped(options["on_bad_record"])
+    shard = _ShardWriter(chunker, root, name, part, source, dropped, room)
+    # One shard reads its input alone: the others of the part stand elsewhere.
+    record_format = RecordFormat(options["text_column"], options["id_column"], options["max_document_bytes"])
+    reader = RecordReader([source], record_format)
+    for batch in _batches(reader.documents(replace(part, source=0), dropped)):
+        if not shard.add(batch):
+            break
+    with whole(root / "chunks" / name) as temporary:
+        shard.save(temporary, features, options["id_column"] is not None)
+        report = path / "duplicates.jsonl"
+        if "deduplicated" in stage and report.is_file():
+            lines = report.read_text(encoding="utf-8").splitlines()
+            removed = [json.loads(line)["document_id"] for line in lines]
+            columns = read_columns(temporary)
+            keep = ~np.isin(columns["document_id"], removed)
+            if not keep.all():
+                columns = {column: values[keep] for column, values in columns.items()}
+                remove(temporary)
+                save_shard(temporary, columns, features)
+        if checksum(temporary) != record["sha256"]:
+            raise ValueError(
+                f"{source.path} no longer gives the chunks of {root / 'chunks' / name}; bring back the input as it "
+                "was, or make the split anew with `retro chunk --force`"
+            )
 
 
 def set_shards(stage: dict[str, Any], records: list[dict[str, Any]]) -> None:

@@ -27,8 +27,9 @@ from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from data_prep.chunk import chunk_features, set_shards
+from data_prep.chunk import chunk_features, control_tokens_inside, set_shards
 from data_prep.embed import copy_encoder
 from data_prep.neighbors import neighbor_features
 from data_prep.stage_files import (
@@ -41,10 +42,18 @@ from data_prep.stage_files import (
     write_manifest,
 )
 from modeling_retro.chunk_encoder_retro import ChunkEncoder, decode_chunks
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, check_split_name, public_name, read_manifest
+from modeling_retro.datastore_manifest_retro import (
+    TRAIN_SPLIT,
+    allows_control_tokens,
+    check_split_name,
+    public_name,
+    read_manifest,
+)
 from modeling_retro.datastore_retro import RetroDatastore, split_path, tokenizer_fingerprint
 from modeling_retro.durable_files_retro import whole
 
+
+logger = logging.get_logger(__name__)
 
 # Cosine that embeddings of another program must reach with those of the encoder that is said to have made them.
 _AGREEMENT = 0.98
@@ -256,12 +265,28 @@ def _write_chunks(
 ) -> None:
     m = shards[0].chunks.shape[1]
     fingerprint = tokenizer_fingerprint(tokenizer)
+    control_tokens = sum(
+        control_tokens_inside(tokenizer, shard.chunks, _lengths(shard), shard.document_id) for shard in shards
+    )
+    allow_control_tokens = control_tokens > 0
     if manifest["splits"]:
         RetroDatastore(path, manifest).check_tokenizer(tokenizer)
         RetroDatastore(path, manifest).check_chunk_size(m)
+        if allow_control_tokens and not allows_control_tokens(manifest):
+            raise ValueError(
+                f"{shards[0].name} has control tokens inside documents ({control_tokens} in all), and {path} was "
+                "begun without; choose another directory"
+            )
+        allow_control_tokens = allows_control_tokens(manifest)
+    elif allow_control_tokens:
+        logger.warning(
+            f"{shards[0].name} has control tokens inside documents ({control_tokens} in all): they can end a text or "
+            "speak as another role of a chat"
+        )
     manifest |= {
         "chunk_size": m,
         "continuation_chunks": 1,
+        "allow_control_tokens": allow_control_tokens,
         "tokenizer": {"name": public_name(tokenizer.name_or_path), **fingerprint},
     }
     write_manifest(path, manifest)

@@ -95,8 +95,9 @@ def embed_chunks(
         options = {"dtype": dtype}
         stage = manifest["splits"][split].setdefault("embeddings", {"options": options, "shards": []})
         check_options("embed", options, stage["options"])
-        for record, source in zip(stage["shards"], chunk_shards, strict=False):
-            if record["chunks_sha256"] != source["sha256"]:
+        sources = {source["name"]: source["sha256"] for source in chunk_shards}
+        for record in stage["shards"]:
+            if record["chunks_sha256"] != sources.get(record["name"]):
                 raise ValueError(
                     f"the embeddings of {record['name']} ({split}) belong to other chunks; use --force to embed anew"
                 )
@@ -158,9 +159,11 @@ def _open_encoder(
         encoder = ChunkEncoder.from_pretrained(encoder, revision, pooling, normalize, device, dtype, truncate_dim)
     if recorded is not None and any("embeddings" in record for record in manifest["splits"].values()):
         datastore.check_encoder(encoder)
-        return encoder
-    manifest["encoder"] = encoder.describe() | {"name": public_name(encoder.name)}
-    if state.is_main_process and Path(encoder.name).is_dir():
+    else:
+        manifest["encoder"] = encoder.describe() | {"name": public_name(encoder.name)}
+    # Written each time, in case the copy was damaged.
+    source, copy = Path(encoder.name), path / "encoder"
+    if state.is_main_process and source.is_dir() and source.resolve() != copy.resolve():
         with whole(path / "encoder") as temporary:
             copy_encoder(Path(encoder.name), temporary)
     state.wait_for_everyone()
@@ -171,6 +174,9 @@ def copy_encoder(source: Path, target: Path) -> None:
     """Copies what loads the encoder: weights, configs and tokenizer, not the checkpoints of a training run."""
     modules = source / "modules.json"  # of sentence-transformers; a module may stand in a folder of its own
     paths = [module["path"] for module in json.loads(modules.read_text(encoding="utf-8"))] if modules.is_file() else []
+    for path in paths:
+        if ".." in Path(path).parts or Path(path).is_absolute():
+            raise ValueError(f"{modules} names the module {path!r}, which is outside the encoder")
     folders = {source, *(source / path for path in paths)}
     for folder, pattern in itertools.product(sorted(folders), ("*.safetensors", "*.json", "*.txt", "*.model")):
         for file in sorted(folder.glob(pattern)):

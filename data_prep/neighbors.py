@@ -107,8 +107,9 @@ def find_neighbors(
         options = {"num_neighbors": num_neighbors, "drop_near_duplicates": drop_near_duplicates}
         stage = manifest["splits"][split].setdefault("neighbors", {"options": options, "shards": []})
         check_options("neighbors", options, stage["options"])
-        for record, chunks in zip(stage["shards"], chunk_shards, strict=False):
-            if record["chunks_sha256"] != chunks["sha256"]:
+        sources = {source["name"]: source["sha256"] for source in chunk_shards}
+        for record in stage["shards"]:
+            if record["chunks_sha256"] != sources.get(record["name"]):
                 raise ValueError(f"the neighbors of {record['name']} ({split}) belong to other chunks; use --force")
         write_manifest(path, manifest)
         index = to_gpus(opened.index, shard_index) if use_gpus else opened.index

@@ -165,7 +165,13 @@ class RetroBaseModelMixin:
         if base_model_name_or_path is None and config.base_model_revision is not None:
             kwargs["revision"] = config.base_model_revision
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        found = checkpoint_sha256(base, kwargs.get("gguf_file"), **hub_arguments)
+        try:
+            found = checkpoint_sha256(base, kwargs.get("gguf_file"), **hub_arguments)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} needs its base {base}, with weights of sha256 "
+                f"{config.base_model_sha256}: {error} Pass `base_model_name_or_path` to say where the base is."
+            ) from error
         if found != config.base_model_sha256:
             raise ValueError(
                 f"{pretrained_model_name_or_path} was made from {config.base_model_name_or_path} with weights of "

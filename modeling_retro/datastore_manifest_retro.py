@@ -14,6 +14,7 @@
 """What the manifest of a datastore says"""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -272,4 +273,4 @@ def describe_datastore(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def public_name(name: str) -> str:
     """A name of the Hub as it is; of a folder of this machine only its last part."""
     is_folder = Path(name).is_absolute() or name[:1] in (".", "~") or Path(name).exists()
-    return Path(name).resolve().name if is_folder and name else name
+    return os.path.basename(os.path.abspath(name)) if is_folder and name else name

@@ -24,6 +24,7 @@ datastore.take_neighbors([0, 1])[0]  # int64 [2, 128]: each with its continuatio
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -37,7 +38,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .chunk_encoder_retro import ChunkEncoder
 from .configuration_retro import RetroConfig
-from .datastore_manifest_retro import MANIFEST_NAME, TRAIN_SPLIT, check_model, read_manifest
+from .datastore_manifest_retro import MANIFEST_NAME, PLAIN_NAME, TRAIN_SPLIT, check_model, read_manifest
 
 
 try:
@@ -184,6 +185,14 @@ class ChunkTable:
         return columns
 
 
+def load_shard(folder: Path) -> datasets.Dataset:
+    """A shard as a memory-mapped dataset; a `ValueError` if its own list of files leads out of its folder."""
+    for file in json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
+        if not PLAIN_NAME.fullmatch(file["filename"]):
+            raise ValueError(f"{folder / 'state.json'} names {file['filename']!r}, expected a name without a path")
+    return datasets.load_from_disk(str(folder))
+
+
 def read_columns(folder: Path) -> dict[str, np.ndarray]:
     """
     Columns of a folder written by `datasets.Dataset.save_to_disk` as zero-copy views of its memory-mapped file.
@@ -195,8 +204,8 @@ def read_columns(folder: Path) -> dict[str, np.ndarray]:
         `dict[str, np.ndarray]`: [n] for scalar columns, [n, width] for fixed-size lists.
     """
     try:
-        table = datasets.load_from_disk(str(folder)).data
-    except (OSError, ValueError, KeyError) as error:
+        table = load_shard(folder).data
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"cannot read the shard {folder}: {error}") from error
     columns = {}
     for name in table.column_names:
@@ -399,7 +408,7 @@ class RetroDatastore:
         scores, examples = dataset.get_nearest_examples("embeddings", query, k=4)
         ```
         """
-        chunks = datasets.concatenate_datasets([datasets.load_from_disk(str(path)) for path in self.chunks.folders])
+        chunks = datasets.concatenate_datasets([load_shard(path) for path in self.chunks.folders])
         no_vectors = np.zeros((0, self.index.d), dtype=np.float32)  # the index holds them already
         chunks.add_faiss_index_from_external_arrays(no_vectors, "embeddings", custom_index=self.index)
         return chunks

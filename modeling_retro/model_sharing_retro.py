@@ -17,11 +17,12 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .datastore_manifest_retro import MANIFEST_NAME, check_model, read_manifest
+from .datastore_manifest_retro import MANIFEST_NAME, check_model, public_name, read_manifest
 from .model_card_retro import CARD_NAME, CONFIG_CLASSES, EVALUATION_NAME, read_evaluation, save_model_card
 
 
@@ -110,6 +111,7 @@ class RetroSharingMixin:
             if read_evaluation(folder) is None:
                 (folder / EVALUATION_NAME).unlink(missing_ok=True)
             save_model_card(folder, name=repo_id, license=license, tags=tags)
+            _leave_out_folders(folder / "config.json")
             # Not `upload_folder`: it may take several commits, and a model must not be seen half.
             files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
             stale = {name for name in present if ".safetensors" in name or name == EVALUATION_NAME} - set(files)
@@ -130,6 +132,17 @@ class RetroSharingMixin:
         file = api.hf_hub_download(datastore, MANIFEST_NAME, repo_type="dataset", revision=commit)
         check_model(read_manifest(Path(file).parent), datastore, self.config)
         self.config.datastore_name_or_path, self.config.datastore_revision = datastore, commit
+
+
+def _leave_out_folders(file: Path) -> None:
+    """Of a folder of this machine a shared config keeps the last part of the name; checksums say what it held."""
+
+    def without_folders(part: dict[str, Any]) -> dict[str, Any]:
+        names = {key: public_name(part[key]) for key in part if key.endswith("name_or_path") and part[key] is not None}
+        return part | names
+
+    config = json.loads(file.read_text(encoding="utf-8"), object_hook=without_folders)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _root_files(api: HfApi, repo_id: str, revision: str | None) -> set[str]:

@@ -44,7 +44,12 @@ class GeneratedChunk:
 
 @torch.inference_mode()
 def generate_with_neighbors(
-    model: PreTrainedModel, retriever: RetroRetriever, prompt: str, pad_to_chunks: bool = False, **generate_kwargs
+    model: PreTrainedModel,
+    retriever: RetroRetriever,
+    prompt: str,
+    pad_to_chunks: bool = False,
+    allow_control_tokens: bool = False,
+    **generate_kwargs,
 ) -> list[GeneratedChunk]:
     """
     Continues a prompt with retrieval.
@@ -58,6 +63,8 @@ def generate_with_neighbors(
             Text to continue, not empty.
         pad_to_chunks (`bool`, *optional*, defaults to `False`):
             Whether to pad the prompt on the left to whole chunks, so that its end is looked up at once.
+        allow_control_tokens (`bool`, *optional*, defaults to `False`):
+            Whether text of the prompt that spells a special token, such as `<|im_start|>`, becomes that token.
         generate_kwargs:
             Passed to [`~transformers.GenerationMixin.generate`].
 
@@ -65,7 +72,9 @@ def generate_with_neighbors(
         `list[GeneratedChunk]`: prompt and continuation, chunk by chunk. An incomplete last chunk has no neighbors.
     """
     datastore, tokenizer = retriever.datastore, retriever.datastore.tokenizer
-    input_ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    input_ids = tokenizer(
+        prompt, add_special_tokens=False, split_special_tokens=not allow_control_tokens, return_tensors="pt"
+    )["input_ids"]
     if input_ids.shape[1] == 0:
         raise ValueError("the prompt is empty; give some text to continue")
     if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:

@@ -42,6 +42,9 @@ class GenerateArguments:
     pad_to_chunks: bool = field(
         default=False, metadata={"help": "Pad the prompt on the left to whole chunks, so that its end is looked up."}
     )
+    allow_control_tokens: bool = field(
+        default=False, metadata={"help": "Turn text of the prompt such as <|im_start|> into the token that it spells."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of sampling."})
 
 
@@ -67,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         retriever,
         arguments.prompt,
         pad_to_chunks=arguments.pad_to_chunks,
+        allow_control_tokens=arguments.allow_control_tokens,
         max_new_tokens=arguments.max_new_tokens,
         do_sample=arguments.do_sample,
         **sampling,

@@ -1,0 +1,70 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Computes every checksum, count and cross-reference of a datastore or a model anew, and says what is wrong.
+
+```bash
+retro verify datastore
+retro verify datastore --repair --input documents.jsonl held_out.jsonl
+retro verify model
+```
+
+Each finding names the stage that makes the damaged part anew. `--repair` makes just these parts: shards of chunks from
+the inputs that they were made from, all else from the chunks. The exit code is 1 if anything is (still) wrong.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from data_prep.arguments import parse_arguments, run_command
+
+
+@dataclass
+class VerifyArguments:
+    """Options of `retro verify`."""
+
+    path: str = field(metadata={"help": "Folder or Hub id of a datastore, or folder of a model; may stand first."})
+    repair: bool = field(default=False, metadata={"help": "Make the damaged parts of a datastore anew."})
+    input: list[str] = field(
+        default_factory=list, metadata={"help": "With --repair: what the datastore was made from, wherever it is now."}
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and not argv[0].startswith("-"):
+        argv.insert(0, "--path")
+    (arguments,) = parse_arguments(VerifyArguments, argv=argv, description=__doc__, prog="retro verify")
+    from pathlib import Path
+
+    from data_prep.verify import repair_datastore, verify
+    from modeling_retro.datastore_manifest_retro import MANIFEST_NAME
+    from modeling_retro.datastore_retro import RetroDatastore
+
+    path = Path(arguments.path)
+    if not path.is_dir():
+        path = RetroDatastore.from_pretrained(arguments.path).path
+    if arguments.repair and not (path / MANIFEST_NAME).is_file():
+        raise ValueError(f"--repair is for datastores, {path} is none")
+    findings = repair_datastore(path, arguments.input) if arguments.repair else verify(path)
+    for finding in findings:
+        print(finding)
+    if findings:
+        sys.exit(1)
+    print(f"{arguments.path}: nothing is wrong")
+
+
+if __name__ == "__main__":
+    run_command(main)

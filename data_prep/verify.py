@@ -1,0 +1,600 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Whether a datastore or a model is what it says it is: every checksum, count and cross-reference, computed anew.
+
+A [`Finding`] names the file or field, what is wrong with it, and what makes it anew. `retro verify` is the command.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from data_prep.chunk import control_tokens_inside, restore_shard, set_shards
+from data_prep.embed import embed_chunks
+from data_prep.index import build_index
+from data_prep.neighbors import find_neighbors
+from data_prep.stage_files import directory_lock, open_manifest, write_manifest
+from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointConfig, RetroJointForCausalLM
+from modeling_retro.base_model_retro import RETROFIT_WEIGHTS_NAME, checkpoint_sha256
+from modeling_retro.datastore_manifest_retro import (
+    MANIFEST_NAME,
+    PLAIN_NAME,
+    TRAIN_SPLIT,
+    allows_control_tokens,
+    read_manifest,
+)
+from modeling_retro.datastore_retro import (
+    RetroDatastore,
+    chunks_fingerprint,
+    faiss,
+    read_columns,
+    read_index,
+    split_path,
+    tokenizer_fingerprint,
+    verify_file,
+)
+from modeling_retro.durable_files_retro import remove
+from modeling_retro.model_card_retro import EVALUATION_NAME, weights_sha256
+
+
+MODEL_CLASSES = {"retro": (RetroConfig, RetroForCausalLM), "retro_joint": (RetroJointConfig, RetroJointForCausalLM)}
+_BLOCK = 1 << 16
+_TOTALS = {"num_chunks": "rows", "num_documents": "documents", "num_tokens": "tokens", "num_bytes": "bytes"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """
+    Something that is wrong.
+
+    Args:
+        where (`str`): File or folder, relative to what was verified, or a field of the manifest.
+        problem (`str`): What is wrong with it.
+        remedy (`str`): What makes it anew.
+        stage (`str`, *optional*): The stage that [`repair_datastore`] runs again; None where it cannot help.
+        split (`str`, *optional*): Of which split.
+        shard (`str`, *optional*): Of which shard; None stands for the whole stage.
+    """
+
+    where: str
+    problem: str
+    remedy: str
+    stage: str | None = None
+    split: str | None = None
+    shard: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.where} {self.problem}; {self.remedy}"
+
+
+def verify(path: str | Path) -> list[Finding]:
+    """
+    Verifies a datastore or a model.
+
+    Args:
+        path (`str` or `Path`): Its folder.
+
+    Returns:
+        `list[Finding]`: what is wrong, nothing if all is well.
+
+    Raises:
+        ValueError: If the folder holds neither.
+    """
+    path = Path(path)
+    if (path / MANIFEST_NAME).is_file():
+        return verify_datastore(path)
+    if (path / "config.json").is_file():
+        return verify_model(path)
+    raise ValueError(f"{path} is neither a datastore ({MANIFEST_NAME}) nor a model (config.json)")
+
+
+def verify_datastore(path: str | Path) -> list[Finding]:
+    """
+    Verifies a datastore, and those that search its other splits too (`search_all`).
+
+    Args:
+        path (`str` or `Path`): Its folder.
+
+    Returns:
+        `list[Finding]`: what is wrong, nothing if all is well.
+    """
+    path = Path(path)
+    try:
+        manifest = read_manifest(path)
+    except ValueError as error:
+        remedy = "bring it back from a copy, or make the datastore anew with `retro prepare --force`"
+        return [Finding(MANIFEST_NAME, f"is refused ({error})", remedy)]
+    findings = list(_DatastoreVerifier(path, manifest).findings())
+    for nested in sorted(path.glob(f"search_all/*/{MANIFEST_NAME}")):
+        name = nested.parent.relative_to(path)
+        remedy = f"remove {name} and run `retro prepare` again"
+        found = verify_datastore(nested.parent)
+        findings += [Finding(f"{name}/{finding.where}", finding.problem, remedy) for finding in found]
+    return findings
+
+
+class _DatastoreVerifier:
+    """One pass over all files of a datastore."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path = path
+        self.manifest = manifest
+        self.datastore = RetroDatastore(path, manifest)
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        # Found broken: what hangs on them is not looked into.
+        self.broken: set[tuple[str, str]] = set()
+
+    def findings(self) -> Iterator[Finding]:
+        yield from self._files()
+        yield from self._tokenizer()
+        yield from self._encoder()
+        for split in self.manifest["splits"]:
+            yield from self._chunks(split)
+        for split in self.manifest["splits"]:
+            yield from self._embeddings(split)
+        yield from self._index()
+        for split in self.manifest["splits"]:
+            yield from self._neighbors(split)
+
+    def _finding(
+        self, where: Path | str, problem: str, stage: str, split: str | None = None, shard: str | None = None
+    ):
+        split_option = "" if split in (None, TRAIN_SPLIT) else f" --split {split}"
+        remedy = {
+            "chunks": f"`retro verify --repair --input …` makes it anew, `retro chunk{split_option} --force` all",
+            "counts": "`retro verify --repair` counts anew",
+            "embeddings": f"`retro verify --repair` makes it anew, `retro embed{split_option} --force` all",
+            "index": "`retro verify --repair` makes it anew, and so does `retro index --force`",
+            "neighbors": f"`retro verify --repair` makes it anew, `retro neighbors{split_option} --force` all",
+            "tokenizer": "`retro chunk` with the same inputs and tokenizer writes it again",
+            "encoder": "`retro embed` with the same encoder writes it again",
+        }[stage]
+        if "files" in self.manifest:
+            stage, remedy = None, f"remove {self.path} and download the datastore again"
+        elif "extends" in self.manifest:
+            stage, remedy = None, "remove the datastore and make it anew with `retro prepare`"
+        elif stage == "chunks" and not self.manifest["splits"][split]["chunks"]["parts"]:
+            stage, remedy = None, "import the datastore anew with `retro import`"
+        elif stage in ("tokenizer", "encoder"):
+            stage = None
+        where = where.relative_to(self.path).as_posix() if isinstance(where, Path) else where
+        return Finding(where, problem, remedy, stage, split, shard)
+
+    def _files(self) -> Iterator[Finding]:
+        """Files of a downloaded datastore that are as they came; those that became Arrow are shards."""
+        for name, sha256 in self.manifest.get("files", {}).items():
+            if not name.endswith(".parquet") and (problem := _file_problem(self.path / name, sha256)):
+                yield self._finding(self.path / name, problem, "index")
+
+    def _tokenizer(self) -> Iterator[Finding]:
+        folder, expected = self.path / "tokenizer", self.manifest["tokenizer"]
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            found = tokenizer_fingerprint(tokenizer)
+        except Exception as error:  # whatever a damaged file makes of the libraries that read it
+            yield self._finding(folder, f"cannot be read ({_short(error)})", "tokenizer")
+            return
+        for key in ("vocab_size", "sha256"):
+            if found[key] != expected[key]:
+                problem = f"has the {key} {found[key]}, the manifest says {expected[key]}"
+                yield self._finding(folder, problem, "tokenizer")
+                return
+        self.tokenizer = tokenizer
+
+    def _encoder(self) -> Iterator[Finding]:
+        if "encoder" not in self.manifest:
+            return
+        try:
+            self.datastore.check_encoder(self.datastore.open_encoder())
+        except Exception as error:
+            if not (self.path / "encoder").is_dir() and isinstance(error, OSError):
+                return  # one of the Hub, which cannot be reached from here
+            yield self._finding(self.path / "encoder", f"is not what was embedded with ({_short(error)})", "encoder")
+
+    def _chunks(self, split: str) -> Iterator[Finding]:
+        stage = self.manifest["splits"][split].get("chunks", {})
+        field = f"splits.{split}.chunks"
+        if "fingerprint" not in stage:
+            yield Finding(field, "is unfinished", "run the same `retro chunk` again")
+            self.broken.add((split, "chunks"))
+            return
+        last_document = -1
+        for shard in tqdm(stage["shards"], desc=f"Verifying chunks of {split}", unit="shard"):
+            folder = split_path(self.path, split) / "chunks" / shard["name"]
+            columns, problems = self._read_shard(folder, shard, "chunks")
+            if columns is not None:
+                problems += self._chunk_problems(columns, last_document)
+                last_document = int(columns["document_id"].max(initial=last_document))
+            for problem in problems:
+                self.broken.add((split, "chunks"))
+                yield self._finding(folder, problem, "chunks", split, shard["name"])
+            for name, found in {} if columns is None or problems else _counts(columns).items():
+                if found != shard[name]:
+                    where = f"{field}.shards {shard['name']}"
+                    problem = f"says {shard[name]} {name}, the shard holds {found}"
+                    yield self._finding(where, problem, "counts", split)
+        for total, name in _TOTALS.items():
+            found = sum(shard[name] for shard in stage["shards"])
+            if stage.get(total) != found:
+                yield self._finding(
+                    f"{field}.{total}", f"is {stage.get(total)}, its shards say {found}", "counts", split
+                )
+        if stage["fingerprint"] != chunks_fingerprint(stage["shards"]):
+            yield self._finding(f"{field}.fingerprint", "is not that of its shards", "counts", split)
+
+    def _read_shard(
+        self, folder: Path, record: dict[str, Any], kind: str
+    ) -> tuple[dict[str, np.ndarray] | None, list[str]]:
+        """The columns of a shard, if they can be looked into, and what is wrong with its files."""
+        expected = {
+            "chunks": {"input_ids": 2, "length": 1, "document_id": 1, "num_bytes": 1},
+            "neighbors": {"neighbor_ids": 2, "neighbor_scores": 2},
+        }[kind]
+        problem = _file_problem(folder, record["sha256"])
+        problems = [problem] if problem else []
+        if not folder.is_dir():
+            return None, problems
+        try:
+            columns = read_columns(folder)
+        except Exception as error:
+            return None, [*problems, f"cannot be read ({_short(error)})"]
+        found = {name: column.ndim for name, column in columns.items()}
+        if found != expected:
+            return None, [*problems, f"has the columns {found}, expected {expected} (dimensions)"]
+        rows = len(next(iter(columns.values())))
+        if rows != record["rows"]:
+            return None, [*problems, f"has {rows} rows, the manifest says {record['rows']}"]
+        return columns, problems
+
+    def _chunk_problems(self, columns: dict[str, np.ndarray], last_document: int) -> list[str]:
+        m, problems = self.datastore.chunk_size, []
+        input_ids, length, document_id = (columns[name] for name in ("input_ids", "length", "document_id"))
+        if input_ids.shape[1] != m:
+            return [f"has chunks of {input_ids.shape[1]} tokens, the manifest says {m}"]
+        if not len(length):
+            return []
+        if length.min() < 1 or length.max() > m:
+            return [f"has lengths from {length.min()} to {length.max()}, expected 1 to {m}"]
+        is_token = np.arange(m) < length[:, None]
+        tokens = input_ids[is_token]
+        vocab_size = self.manifest["tokenizer"]["vocab_size"]
+        if tokens.min() < 0 or tokens.max() >= vocab_size:
+            problems.append(f"has token ids from {tokens.min()} to {tokens.max()}, the vocabulary {vocab_size} tokens")
+        if input_ids[~is_token].any():
+            problems.append("has tokens after the length of a chunk, where padding is 0")
+        changes = np.diff(document_id)
+        if document_id[0] < max(0, last_document) or (changes < 0).any():
+            problems.append("has document ids that do not ascend")
+        if (length[:-1][changes == 0] < m).any():
+            problems.append("has a chunk that is not full before the last one of its document")
+        if columns["num_bytes"].min() < 0:
+            problems.append("has negative numbers of bytes")
+        if not allows_control_tokens(self.manifest) and self.tokenizer is not None and not problems:
+            number = control_tokens_inside(self.tokenizer, input_ids, length, document_id)
+            if number:
+                problems.append(f"has {number} control tokens inside documents, which the manifest excludes")
+        return problems
+
+    def _embeddings(self, split: str) -> Iterator[Finding]:
+        stage = self.manifest["splits"][split].get("embeddings")
+        shards = self.manifest["splits"][split].get("chunks", {}).get("shards", [])
+        if stage is None:
+            return
+        records = {record["name"]: record for record in stage["shards"]}
+        for shard in tqdm(shards, desc=f"Verifying embeddings of {split}", unit="shard"):
+            file = split_path(self.path, split) / "embeddings" / f"{shard['name']}.npy"
+            problem = self._embedding_problem(file, records.get(shard["name"]), shard)
+            if problem:
+                self.broken.add((split, "embeddings"))
+                yield self._finding(file, problem, "embeddings", split, shard["name"])
+
+    def _embedding_problem(self, file: Path, record: dict[str, Any] | None, chunks: dict[str, Any]) -> str | None:
+        if record is None:
+            return "is not made yet"
+        if record["chunks_sha256"] != chunks["sha256"]:
+            return "belongs to other chunks"
+        if problem := _file_problem(file, record["sha256"]):
+            return problem
+        try:
+            vectors = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            return f"cannot be read ({_short(error)})"
+        expected = (chunks["rows"], self.manifest.get("encoder", {}).get("dim"))
+        if vectors.shape != expected or vectors.dtype != np.float16:
+            return f"is {vectors.dtype} {list(vectors.shape)}, expected float16 {list(expected)}"
+        for start in range(0, len(vectors), _BLOCK):
+            if not np.isfinite(vectors[start : start + _BLOCK]).all():
+                return "holds values that are not finite"
+        return None
+
+    def _index(self) -> Iterator[Finding]:
+        record = self.manifest.get("index")
+        if record is None:
+            return
+        problems = []
+        for name, sha256 in record["sha256"].items():
+            if problem := _file_problem(self.path / name, sha256):
+                problems.append((self.path / name, problem))
+        chunks = self.manifest["splits"].get(TRAIN_SPLIT, {}).get("chunks", {})
+        if record["fingerprint"] != chunks_fingerprint(chunks.get("shards", [])):
+            problems.append(("index.fingerprint", "is of other chunks, or of fewer"))
+        if record["encoder_sha256"] != self.manifest.get("encoder", {}).get("sha256"):
+            problems.append(("index.encoder_sha256", "is that of another encoder"))
+        if not problems:  # faiss trusts what it reads
+            problems = list(self._index_problems(record, sum(shard["rows"] for shard in chunks["shards"])))
+        for where, problem in problems:
+            self.broken.add((TRAIN_SPLIT, "index"))
+            yield self._finding(where, problem, "index")
+
+    def _index_problems(self, record: dict[str, Any], rows: int) -> Iterator[tuple[Path | str, str]]:
+        file = self.path / "index.faiss"
+        try:
+            index = read_index(file)
+            for name, value in record["search_parameters"].items():
+                faiss.ParameterSpace().set_index_parameter(index, name, value)
+        except (ValueError, RuntimeError) as error:
+            yield file, f"cannot be read ({_short(error)})"
+            return
+        metric = faiss.METRIC_INNER_PRODUCT if record["metric"] == "inner_product" else faiss.METRIC_L2
+        found = {"ntotal": index.ntotal, "dim": index.d, "metric": index.metric_type}
+        expected = {"ntotal": rows, "dim": self.manifest["encoder"]["dim"], "metric": metric}
+        for name in found:
+            if found[name] != expected[name]:
+                yield file, f"has the {name} {found[name]}, expected {expected[name]}"
+        if record["ntotal"] != rows:
+            yield "index.ntotal", f"is {record['ntotal']}, there are {rows} chunks"
+
+    def _neighbors(self, split: str) -> Iterator[Finding]:
+        stage = self.manifest["splits"][split].get("neighbors")
+        if stage is None:
+            return
+        shards = self.manifest["splits"][split].get("chunks", {}).get("shards", [])
+        records = {record["name"]: record for record in stage["shards"]}
+        for shard in tqdm(shards, desc=f"Verifying neighbors of {split}", unit="shard"):
+            folder = split_path(self.path, split) / "neighbors" / shard["name"]
+            record = records.get(shard["name"])
+            if record is None:
+                problems = ["is not made yet"]
+            elif record["chunks_sha256"] != shard["sha256"]:
+                problems = ["belongs to other chunks"]
+            else:
+                columns, problems = self._read_shard(folder, record, "neighbors")
+                if columns is not None and not problems:
+                    problems = list(self._neighbor_problems(split, shard, record, columns))
+            for problem in problems:
+                yield self._finding(folder, problem, "neighbors", split, shard["name"])
+
+    def _neighbor_problems(
+        self, split: str, shard: dict[str, Any], record: dict[str, Any], columns: dict[str, np.ndarray]
+    ) -> Iterator[str]:
+        ids, scores = columns["neighbor_ids"], columns["neighbor_scores"]
+        k = self.manifest["splits"][split]["neighbors"]["options"]["num_neighbors"]
+        searched = self.manifest["splits"].get(TRAIN_SPLIT, {}).get("chunks", {})
+        rows = sum(part["rows"] for part in searched.get("shards", []))
+        if ids.shape != (shard["rows"], k) or scores.shape != ids.shape:
+            yield f"has shape {list(ids.shape)}, expected {[shard['rows'], k]}"
+            return
+        if ids.size and (ids.min() < -1 or ids.max() >= rows):
+            yield f"has ids from {ids.min()} to {ids.max()}, expected -1 to {rows - 1}"
+            return
+        if not np.isfinite(scores).all():
+            yield "has scores that are not finite"
+        if ((ids[:, 1:] >= 0) & (ids[:, :-1] < 0)).any():
+            yield "has a neighbor after an absent one"
+        in_order = np.sort(ids, axis=1)
+        if ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any():
+            yield "has the same neighbor twice"
+        # Neighbors that were imported are those that another program chose.
+        if self.broken & {(split, "chunks"), (TRAIN_SPLIT, "chunks")} or record.get("index") is None:
+            return
+        if self.datastore.split(split).searched:
+            own = read_columns(split_path(self.path, split) / "chunks" / shard["name"])["document_id"]
+            found = self.datastore.chunks.gather("document_id", ids)
+            if ((found == own[:, None]) & (ids >= 0)).any():
+                yield "has neighbors in the chunk's own document"
+
+
+def _counts(columns: dict[str, np.ndarray]) -> dict[str, int]:
+    """What the record of a shard of chunks says of its columns."""
+    return {
+        "rows": len(columns["length"]),
+        "documents": len(np.unique(columns["document_id"])),
+        "tokens": int(columns["length"].sum()),
+        "bytes": int(columns["num_bytes"].sum()),
+    }
+
+
+def _file_problem(path: Path, sha256: str) -> str | None:
+    try:
+        verify_file(path, sha256)
+    except ValueError as error:
+        return str(error).removeprefix(f"{path} ")
+    return None
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:400]
+
+
+def repair_datastore(
+    path: str | Path, inputs: str | Path | Dataset | Sequence[str | Path | Dataset] = ()
+) -> list[Finding]:
+    """
+    Makes anew what [`verify_datastore`] finds, and nothing else.
+
+    Args:
+        path (`str` or `Path`): The datastore.
+        inputs (`str`, `Path`, `datasets.Dataset` or a sequence of them, *optional*):
+            What the datastore was made from, wherever it is now; shards of chunks are made from it byte for byte.
+
+    Returns:
+        `list[Finding]`: what is still wrong.
+
+    Raises:
+        ValueError: If a shard of chunks cannot be made from the inputs.
+    """
+    path = Path(path)
+    with directory_lock(path):
+        findings = [finding for finding in verify_datastore(path) if finding.stage is not None]
+        if not findings:
+            return verify_datastore(path)
+        chunks = dict.fromkeys((found.split, found.shard) for found in findings if found.stage == "chunks")
+        for split, shard in chunks:
+            restore_shard(path, split, shard, inputs)
+        manifest = open_manifest(path)
+        for split in {found.split for found in findings if found.stage == "counts"}:
+            _count_anew(path, manifest, split)
+        # What is found on a whole is made last; a shard that lacks its record is made by its stage.
+        for stage in ("embeddings", "neighbors"):
+            for found in findings:
+                if found.stage == stage:
+                    record = manifest["splits"][found.split][stage]
+                    record["shards"] = [shard for shard in record["shards"] if shard["name"] != found.shard]
+        stages = {(found.stage, found.split) for found in findings}
+        if ("index", None) in stages:
+            options = manifest.pop("index")["options"]
+        write_manifest(path, manifest)
+        for split, record in manifest["splits"].items():
+            if ("embeddings", split) in stages:
+                embed_chunks(path, split=split, **record["embeddings"]["options"])
+        if ("index", None) in stages:
+            for file in path.glob("index.*"):
+                remove(file)
+            build_index(path, **options)
+        for split, record in manifest["splits"].items():
+            if ("neighbors", split) in stages:
+                find_neighbors(path, split=split, **record["neighbors"]["options"])
+        return verify_datastore(path)
+
+
+def _count_anew(path: Path, manifest: dict[str, Any], split: str) -> None:
+    """Sets the counts of a split to what its shards hold, if these are the shards that were recorded."""
+    stage = manifest["splits"][split]["chunks"]
+    for record in stage["shards"]:
+        folder = verify_file(split_path(path, split) / "chunks" / record["name"], record["sha256"])
+        record |= _counts(read_columns(folder))
+    set_shards(stage, stage["shards"])
+
+
+def verify_model(path: str | Path) -> list[Finding]:
+    """
+    Verifies a RETRO model: its weights can be read, are finite and are those that its configuration wants; its base,
+    its tokenizer and its evaluation are the ones it names.
+
+    Args:
+        path (`str` or `Path`): Its folder.
+
+    Returns:
+        `list[Finding]`: what is wrong, nothing if all is well.
+    """
+    path = Path(path)
+    save_again = "save the model again, or download it again"
+    try:
+        model_type = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
+        config_class, model_class = MODEL_CLASSES[model_type]
+        config = config_class.from_pretrained(path)
+    except Exception as error:
+        return [Finding("config.json", f"is not that of a RETRO model ({_short(error)})", save_again)]
+    shapes: dict[str, tuple[int, ...]] = {}
+    findings = [Finding(name, problem, save_again) for name, problem in _weight_problems(path, shapes)]
+    is_retrofit = (path / RETROFIT_WEIGHTS_NAME).is_file()
+    if not findings:
+        with torch.device("meta"):
+            model = model_class(config)
+        expected = {
+            name: tuple(tensor.shape)
+            for name, tensor in model.state_dict().items()
+            if not is_retrofit or model.is_added_weight(name)
+        }
+        tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
+        problems = {
+            "lack": sorted(expected.keys() - shapes.keys() - tied),
+            "have the unknown": sorted(shapes.keys() - expected.keys()),
+            "have another shape than the configuration says for": sorted(
+                name for name in shapes.keys() & expected.keys() if shapes[name] != expected[name]
+            ),
+        }
+        for problem, names in problems.items():
+            if names:
+                findings.append(Finding("the weights", f"{problem} {names[0]} ({len(names)} in all)", save_again))
+    if is_retrofit:
+        findings += _base_findings(config)
+    if (path / "tokenizer.json").is_file() and config.tokenizer_sha256 is not None:
+        try:
+            found = tokenizer_fingerprint(AutoTokenizer.from_pretrained(path))["sha256"]
+        except Exception as error:
+            found = _short(error)
+        if found != config.tokenizer_sha256:
+            problem = f"is not the one of config.json ({found[:80]}, expected {config.tokenizer_sha256[:12]}…)"
+            findings.append(Finding("tokenizer.json", problem, "save the tokenizer of the datastore beside the model"))
+    if (path / EVALUATION_NAME).is_file():
+        evaluation = json.loads((path / EVALUATION_NAME).read_text(encoding="utf-8"))
+        if evaluation.get("weights_sha256") != weights_sha256(path):
+            findings.append(Finding(EVALUATION_NAME, "is of other weights", "measure these with `retro evaluate`"))
+    return findings
+
+
+def _base_findings(config: RetroConfig | RetroJointConfig) -> Iterator[Finding]:
+    base, expected = config.base_model_name_or_path, config.base_model_sha256
+    remedy = "pass `base_model_name_or_path` with the right one to `from_pretrained`"
+    try:
+        found = checkpoint_sha256(base, revision=config.base_model_revision)
+    except (OSError, ValueError) as error:
+        yield Finding(f"the base {base}", f"cannot be read ({_short(error)})", remedy)
+        return
+    if found != expected:
+        yield Finding(f"the base {base}", f"has weights of sha256 {found[:12]}…, expected {expected[:12]}…", remedy)
+
+
+def _weight_problems(path: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, str]]:
+    """Reads all weights into `shapes`; yields (file, problem)."""
+    files = {file.name: file for file in sorted(path.glob("*.safetensors"))}
+    if not files:
+        yield "the model", "has no weights in safetensors files"
+    for name, file in tqdm(files.items(), desc="Verifying weights", unit="file"):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for key in weights.keys():  # noqa: SIM118 -- no mapping
+                    tensor = weights.get_tensor(key)
+                    shapes[key] = tuple(tensor.shape)
+                    if not torch.isfinite(tensor).all():
+                        yield name, f"holds values that are not finite in {key}"
+        except (SafetensorError, OSError, ValueError) as error:
+            yield name, f"cannot be read ({_short(error)})"
+    index = path / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            yield index.name, f"cannot be read ({_short(error)})"
+            return
+        for name in sorted(map(str, named)):
+            if not PLAIN_NAME.fullmatch(name):
+                yield index.name, f"names {name!r}, expected a name without a path"
+            elif name not in files:
+                yield name, "is missing"
+
+
+__all__ = ["Finding", "repair_datastore", "verify", "verify_datastore", "verify_model"]
