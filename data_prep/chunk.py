@@ -372,18 +372,22 @@ def _set_vocabulary(
                 f"({manifest['tokenizer']['name']}); use that one, or --force to rebuild"
             )
         if not _has_tokenizer(path, fingerprint):
-            _save_tokenizer(path, tokenizer)
+            save_tokenizer(path, tokenizer)
         return
     manifest |= shared | {"tokenizer": {"name": public_name(tokenizer.name_or_path), **fingerprint}}
     write_manifest(path, manifest)
-    _save_tokenizer(path, tokenizer)
+    save_tokenizer(path, tokenizer)
 
 
-def _save_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes the tokenizer of a datastore by the main process; the others wait for it."""
     state = process_state()
     if state.is_main_process:
         with whole(path / "tokenizer") as temporary:
-            tokenizer.save_pretrained(temporary)
+            try:
+                tokenizer.save_pretrained(temporary)
+            except Exception as error:  # of a failed write, tokenizers makes an `Exception` and nothing more
+                raise OSError(f"cannot write {path / 'tokenizer'}: {error}") from error
     state.wait_for_everyone()
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from data_prep.chunk import chunk_features, control_tokens_inside, set_shards
+from data_prep.chunk import chunk_features, control_tokens_inside, save_tokenizer, set_shards
 from data_prep.embed import copy_encoder
 from data_prep.neighbors import neighbor_features
 from data_prep.stage_files import (
@@ -290,9 +290,7 @@ def _write_chunks(
         "tokenizer": {"name": public_name(tokenizer.name_or_path), **fingerprint},
     }
     write_manifest(path, manifest)
-    if process_state().is_main_process:
-        with whole(path / "tokenizer") as temporary:
-            tokenizer.save_pretrained(temporary)
+    save_tokenizer(path, tokenizer)
     features = chunk_features(m, fingerprint["vocab_size"])
 
     def make(index: int, temporary: Path) -> dict[str, Any]:
