@@ -74,13 +74,21 @@ SECTIONS = {
         "data_prep.pairs": ["load_pairs"],
         "data_prep.corpus_pairs": ["pairs_from_datastore"],
     },
+    "Serving and showing": {
+        "serving.load": ["load_model"],
+        "serving.decoding_batch": ["DecodingBatch", "Row", "RetrievedChunk"],
+        "serving.engine": ["Engine", "Completion"],
+        "serving.app": ["create_app"],
+        "serving.worth": ["read_text", "continue_both_ways", "Reading"],
+        "serving.space": ["export_space"],
+    },
     "Span corruption": {
         "trainers.span_corruption": ["DataCollatorForSpanCorruption"],
         "data_prep.span_corruption_tasks": ["read_tasks", "load_mixture"],
     },
 }
 
-PACKAGES = ("modeling_retro", "data_prep", "trainers")
+PACKAGES = ("modeling_retro", "data_prep", "trainers", "serving")
 WITHOUT_METHODS = ("RetroCache", "RetroConfig")
 # `auto_docstring` opens these with a sentence of its own.
 SUMMARIES = {

@@ -13,11 +13,13 @@
 # limitations under the License.
 """Rows that a model continues together, each as if it were alone"""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 
@@ -95,33 +97,11 @@ class DecodingBatch:
         Returns:
             `torch.FloatTensor` of shape `(len(rows), vocab_size)`: what comes next in each of them.
         """
-        size, device = self.model.config.chunk_size, self.model.device
-        chunks = [
-            (n, row.tokens[start : start + size])
-            for n, row in enumerate(rows)
-            if row.num_neighbors > 0
-            for start in range(0, len(row.tokens) - size + 1, size)
-        ]
-        found_ids, found_mask = self._look_up(rows, chunks)
         caches, logits = [], []
-        for n, row in enumerate(rows):
-            neighbors = {}
-            own = [i for i, (owner, _) in enumerate(chunks) if owner == n]
-            if own:
-                # No wider than alone: the others may ask for more neighbors.
-                neighbors = {
-                    "neighbor_input_ids": found_ids[own][None, :, : row.num_neighbors],
-                    "neighbor_attention_mask": found_mask[own][None, :, : row.num_neighbors],
-                }
+        for inputs in self._prompt_inputs(rows):
             caches.append(self.model.cache_class(config=self.model.config))
             with self.model.retrieval(False):
-                outputs = self.model(
-                    input_ids=torch.tensor([row.tokens], device=device),
-                    past_key_values=caches[-1],
-                    use_cache=True,
-                    logits_to_keep=1,
-                    **neighbors,
-                )
+                outputs = self.model(**inputs, past_key_values=caches[-1], use_cache=True, logits_to_keep=1)
             logits.append(outputs.logits[:, -1])
         if self._cache is not None:
             caches.insert(0, self._cache)
@@ -130,6 +110,23 @@ class DecodingBatch:
         self.rows += rows
         self._cached += [len(row.tokens) for row in rows]
         return torch.cat(logits).float()
+
+    @torch.inference_mode()
+    def score(self, row: Row) -> list[float]:
+        """
+        Bits that the model needs for each token of a row but the first. The row does not join the batch.
+
+        Args:
+            row ([`Row`]): The row, with at least one token.
+
+        Returns:
+            `list[float]`: of `len(row.tokens) - 1` numbers.
+        """
+        (inputs,) = self._prompt_inputs([row])
+        with self.model.retrieval(False):
+            logits = self.model(**inputs, use_cache=False).logits[0, :-1].float()
+        nats = F.cross_entropy(logits, inputs["input_ids"][0, 1:], reduction="none")
+        return (nats / math.log(2)).tolist()
 
     @torch.inference_mode()
     def step(self) -> torch.Tensor:
@@ -177,6 +174,25 @@ class DecodingBatch:
             return
         self._cache.batch_select_indices(torch.tensor(indices, device=self.model.device))
         self._cache.drop_columns(longest - max(self._cached))
+
+    def _prompt_inputs(self, rows: Sequence[Row]) -> list[dict[str, torch.Tensor]]:
+        """Inputs of a forward pass over each row alone, whose chunks are looked up together."""
+        size, device = self.model.config.chunk_size, self.model.device
+        chunks = [
+            (n, row.tokens[start : start + size])
+            for n, row in enumerate(rows)
+            if row.num_neighbors > 0
+            for start in range(0, len(row.tokens) - size + 1, size)
+        ]
+        found_ids, found_mask = self._look_up(rows, chunks)
+        inputs = [{"input_ids": torch.tensor([row.tokens], device=device)} for row in rows]
+        for n, row in enumerate(rows):
+            own = [i for i, (owner, _) in enumerate(chunks) if owner == n]
+            if own:
+                # No wider than alone: the others may ask for more neighbors.
+                inputs[n]["neighbor_input_ids"] = found_ids[own][None, :, : row.num_neighbors]
+                inputs[n]["neighbor_attention_mask"] = found_mask[own][None, :, : row.num_neighbors]
+        return inputs
 
     def _look_up(
         self, rows: Sequence[Row], chunks: Sequence[tuple[int, list[int]]]

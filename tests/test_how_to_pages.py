@@ -52,6 +52,8 @@ NOT_RUN = {
     "retro pairs --download": "test_pairs.py",
     "retro stackexchange": "test_stackexchange.py",
     "retro evaluate-retriever --encoder encoder --beir": "test_retriever_evaluation.py",
+    "retro serve": "test_serve.py",
+    "retro demo": "test_demo.py",
 }
 
 

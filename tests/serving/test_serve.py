@@ -26,7 +26,8 @@ from conftest import TINY_CHUNK_SIZE
 from tiny_server import TEMPLATE, retriever_of, running, save_model
 
 from modeling_retro.generation_retro import RetroGenerationMixin
-from serving.serve import ServeArguments, load_served_model
+from serving.scripts.serve import ServeArguments
+from serving.server import load_served_model
 from trainers.load_model import load_retro_model
 
 

@@ -25,7 +25,8 @@ import pytest
 import torch
 from tiny_server import retriever_of, running, save_model
 
-from serving.serve import ServeArguments, load_served_model
+from serving.scripts.serve import ServeArguments
+from serving.server import load_served_model
 from trainers.load_model import load_retro_model
 
 

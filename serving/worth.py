@@ -1,0 +1,286 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the neighbors of a text were worth, token by token, and what was copied from them"""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+from modeling_retro.retriever_retro import RetroRetriever
+
+from .decoding_batch import DecodingBatch, RetrievedChunk, Row
+from .sampling import ChosenToken, Sampler, SamplingParameters
+from .text_stream import TextStream
+
+
+# So many tokens in a row, found in a neighbor and in the text that read it, count as copied.
+COPIED_TOKENS = 4
+
+
+@dataclass
+class Piece:
+    """
+    A token, or the tokens of one character.
+
+    Args:
+        text (`str`): Its text.
+        bits_on (`float`): Bits that the model needs for it with neighbors; 0 for a first token.
+        bits_off (`float`): Bits that it needs without.
+        is_given (`bool`): Whether it stood in the prompt.
+    """
+
+    text: str
+    bits_on: float
+    bits_off: float
+    is_given: bool = True
+
+    @property
+    def worth(self) -> float:
+        """`float`: Bits that the neighbors saved: log2 p(ON) − log2 p(OFF)."""
+        return self.bits_off - self.bits_on
+
+
+@dataclass
+class Neighbor:
+    """
+    A neighbor, for reading.
+
+    Args:
+        parts (`list[tuple[str, bool]]`): Its text in parts, each with whether the text that read it has it too.
+        source (`str`): Where it is from.
+        score (`float`): How near it is.
+    """
+
+    parts: list[tuple[str, bool]]
+    source: str
+    score: float
+
+
+@dataclass
+class Stretch:
+    """
+    The tokens of one chunk, and the neighbors that were read while they were predicted: those of the chunk before.
+
+    Args:
+        pieces (`list[Piece]`): Its tokens.
+        neighbors (`list[Neighbor]`): What it read.
+    """
+
+    pieces: list[Piece] = field(default_factory=list)
+    neighbors: list[Neighbor] = field(default_factory=list)
+
+
+class Reading:
+    """
+    A text that grows, chunk by chunk, with what each chunk read.
+
+    Args:
+        retriever ([`RetroRetriever`]): What its chunks are looked up with.
+    """
+
+    def __init__(self, retriever: RetroRetriever):
+        self.datastore = retriever.datastore
+        self.stretches: list[Stretch] = []
+        self.num_bytes = 0
+        self._ids: list[int] = []
+        self._retrieved: list[RetrievedChunk] = []
+        self._text = TextStream(self.datastore.tokenizer)
+        self._pending = (0.0, 0.0)
+
+    def add(self, token: int, bits_on: float, bits_off: float, is_given: bool) -> None:
+        """Takes the next token with the bits that it needed."""
+        if len(self._ids) % self.datastore.chunk_size == 0:
+            self.stretches.append(Stretch())
+        self._ids.append(token)
+        on, off = self._pending
+        text, _ = self._text.push(ChosenToken(token, 0.0, []))
+        self._pending = (on + bits_on, off + bits_off)
+        if text:
+            self.stretches[-1].pieces.append(Piece(text, *self._pending, is_given))
+            self._pending = (0.0, 0.0)
+            self.num_bytes += len(text.encode())
+
+    def look_up(self, retrieved: Sequence[RetrievedChunk]) -> None:
+        """Takes what was found so far for the chunks of the text."""
+        self._retrieved = list(retrieved)
+        size = self.datastore.chunk_size
+        for number, stretch in enumerate(self.stretches[1:], start=1):
+            is_open = number == len(self.stretches) - 1
+            if number - 1 < len(self._retrieved) and (is_open or not stretch.neighbors):
+                reader = self._ids[number * size : (number + 1) * size]
+                stretch.neighbors = self._describe(self._retrieved[number - 1], reader)
+
+    def bits_per_byte(self) -> tuple[float, float]:
+        """With neighbors and without; the first token is free."""
+        pieces = [piece for stretch in self.stretches for piece in stretch.pieces]
+        num_bytes = max(1, self.num_bytes)
+        return sum(piece.bits_on for piece in pieces) / num_bytes, sum(piece.bits_off for piece in pieces) / num_bytes
+
+    def _describe(self, chunk: RetrievedChunk, reader: Sequence[int]) -> list[Neighbor]:
+        neighbors = []
+        for ids, score, document, chunk_id in zip(
+            chunk.input_ids, chunk.scores, chunk.document_ids, chunk.chunk_ids, strict=True
+        ):
+            parts = [
+                (self._decode(part), is_copied) for part, is_copied in split_copied(ids, copied_places(ids, reader))
+            ]
+            neighbors.append(Neighbor(parts, self._source(document, chunk_id), score))
+        return neighbors
+
+    def _source(self, document: int, chunk_id: int) -> str:
+        """Which part of which document, and how that begins; datastores know no titles."""
+        if chunk_id < 0:
+            return "from outside of the datastore"
+        chunks = self.datastore.chunks
+        first, end = (int(chunks.document_id.searchsorted(document, side)) for side in ("left", "right"))
+        ids, mask = chunks.take([first])
+        beginning = " ".join(self._decode(ids[0][mask[0]].tolist()).split())
+        beginning = beginning if len(beginning) <= 60 else beginning[:60].rstrip() + "…"
+        return f"document {document}, chunk {chunk_id - first + 1} of {end - first} · “{beginning}”"
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.datastore.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def copied_places(neighbor: Sequence[int], reader: Sequence[int], length: int = COPIED_TOKENS) -> list[bool]:
+    """
+    Which tokens of a neighbor stand in a run of at least `length` tokens that its reader has too.
+
+    Args:
+        neighbor (`Sequence[int]`): Tokens of the neighbor.
+        reader (`Sequence[int]`): Tokens that were predicted while it was read.
+        length (`int`, *optional*, defaults to 4): Shortest run.
+    """
+    runs = {tuple(reader[start : start + length]) for start in range(len(reader) - length + 1)}
+    copied = [False] * len(neighbor)
+    for start in range(len(neighbor) - length + 1):
+        if tuple(neighbor[start : start + length]) in runs:
+            copied[start : start + length] = [True] * length
+    return copied
+
+
+def split_copied(ids: Sequence[int], copied: Sequence[bool]) -> list[tuple[list[int], bool]]:
+    """Tokens in parts that are copied or not."""
+    parts: list[tuple[list[int], bool]] = []
+    for id, is_copied in zip(ids, copied, strict=True):
+        if not parts or parts[-1][1] != is_copied:
+            parts.append(([], is_copied))
+        parts[-1][0].append(id)
+    return parts
+
+
+@torch.inference_mode()
+def read_text(model: PreTrainedModel, retriever: RetroRetriever, ids: Sequence[int], num_neighbors: int) -> Reading:
+    """
+    Measures a given text with neighbors and without.
+
+    Args:
+        model ([`RetroForCausalLM`] or [`RetroJointForCausalLM`]): The model.
+        retriever ([`RetroRetriever`]): What chunks are looked up with.
+        ids (`Sequence[int]`): Tokens of the text, at least one.
+        num_neighbors (`int`): Neighbors of each chunk.
+
+    Returns:
+        [`Reading`]
+    """
+    row = Row(list(ids), num_neighbors)
+    on = DecodingBatch(model, retriever).score(row)
+    off = DecodingBatch(model, retriever).score(Row(list(ids), 0))
+    reading = Reading(retriever)
+    for token, bits_on, bits_off in zip(ids, [0.0, *on], [0.0, *off], strict=True):
+        reading.add(token, bits_on, bits_off, is_given=True)
+    reading.look_up(row.retrieved)
+    return reading
+
+
+@dataclass
+class Comparison:
+    """
+    A prompt as it is continued with neighbors and without.
+
+    Args:
+        on ([`Reading`]): The text with neighbors, each token with its worth.
+        off (`str`): The continuation without.
+        is_finished (`bool`): Whether nothing more comes.
+    """
+
+    on: Reading
+    off: str = ""
+    is_finished: bool = False
+
+
+@torch.inference_mode()
+def continue_both_ways(
+    model: PreTrainedModel,
+    retriever: RetroRetriever,
+    ids: Sequence[int],
+    num_neighbors: int,
+    max_tokens: int,
+    sampling: SamplingParameters,
+    end_tokens: Collection[int],
+) -> Iterator[Comparison]:
+    """
+    Continues a prompt with neighbors and without, side by side in one batch. A third row, without neighbors, follows
+    the first: it tells what each of its tokens would have cost.
+
+    Args:
+        model ([`RetroForCausalLM`] or [`RetroJointForCausalLM`]): The model.
+        retriever ([`RetroRetriever`]): What chunks are looked up with.
+        ids (`Sequence[int]`): Tokens of the prompt, at least one.
+        num_neighbors (`int`): Neighbors of each chunk.
+        max_tokens (`int`): Tokens to generate at most.
+        sampling ([`SamplingParameters`]): How they are chosen, by both with the same seed.
+        end_tokens (`Collection[int]`): Tokens that end a text.
+
+    Yields:
+        [`Comparison`]: the same one, after each token.
+    """
+    comparison = Comparison(read_text(model, retriever, ids, num_neighbors))
+    yield comparison
+    on, follower, off = Row(list(ids), num_neighbors), Row(list(ids), 0), Row(list(ids), 0)
+    samplers = Sampler(sampling), Sampler(sampling)
+    off_text = TextStream(retriever.datastore.tokenizer)
+    batch = DecodingBatch(model, retriever)
+    logits = batch.add([on, follower, off])
+    for number in range(max_tokens):
+        logits = logits.cpu()
+        logprobs = dict(zip(map(id, batch.rows), zip(logits, logits.log_softmax(-1)), strict=True))
+        ended = []
+        if id(on) in logprobs:
+            chosen = samplers[0].choose(*logprobs[id(on)])
+            if chosen.id in end_tokens:
+                ended += [on, follower]
+            else:
+                bits_off = -float(logprobs[id(follower)][1][chosen.id]) / math.log(2)
+                comparison.on.add(chosen.id, -chosen.logprob / math.log(2), bits_off, is_given=False)
+                comparison.on.look_up(on.retrieved)
+                on.tokens.append(chosen.id)
+                follower.tokens.append(chosen.id)
+        if id(off) in logprobs:
+            chosen = samplers[1].choose(*logprobs[id(off)])
+            if chosen.id in end_tokens:
+                ended.append(off)
+            else:
+                comparison.off += off_text.push(chosen)[0]
+                off.tokens.append(chosen.id)
+        yield comparison
+        batch.keep([n for n, row in enumerate(batch.rows) if not any(row is one for one in ended)])
+        if not batch.rows or number == max_tokens - 1:
+            break
+        logits = batch.step()
+    comparison.is_finished = True
+    yield comparison
