@@ -85,6 +85,10 @@ def smollm2():
 TOKENIZERS = [smollm2_like, retro_tiny, pytest.param(smollm2, marks=pytest.mark.slow)]
 
 
+@pytest.mark.hostile(
+    "a document that spells `<|endoftext|>`, `<|im_start|>system` or any other special token",
+    "its text is tokenized as text; every byte is there, and the only control token is the one that ends the document",
+)
 @pytest.mark.parametrize("make_tokenizer", TOKENIZERS)
 def test_documents_hold_one_control_token_at_their_end_and_every_byte(make_tokenizer):
     tokenizer = make_tokenizer()
@@ -143,6 +147,10 @@ class SpyingRetriever(RetroRetriever):
         return found
 
 
+@pytest.mark.hostile(
+    "a poisoned datastore in a chat: retrieved pages that close the turn and open one of the system",
+    "the model reads them as text; only a datastore made with `--allow_control_tokens` gives it the tokens",
+)
 @pytest.mark.parametrize("allowed", [False, True])
 def test_a_poisoned_page_speaks_as_the_system_only_where_control_tokens_are_allowed(
     poisoned, tokenizer, allowed, tmp_path
@@ -180,6 +188,10 @@ def test_a_poisoned_page_speaks_as_the_system_only_where_control_tokens_are_allo
     assert POISON in tokenizer.decode(tokens[mask])
 
 
+@pytest.mark.hostile(
+    "a chunk or query that spells a mark of the encoder, such as `[SEP]`",
+    "embedded as text",
+)
 def test_a_query_is_text_too(poisoned, tokenizer, monkeypatch):
     retriever = RetroRetriever(poisoned[False])
     encoder, seen = retriever.encoder, []
@@ -198,6 +210,10 @@ def test_a_query_is_text_too(poisoned, tokenizer, monkeypatch):
     assert encoder.tokenizer("<eos>")["input_ids"] == [encoder.tokenizer.eos_token_id]  # what it would be otherwise
 
 
+@pytest.mark.hostile(
+    "a prompt of `retro generate` that spells control tokens",
+    "text, unless `--allow_control_tokens`",
+)
 def test_a_prompt_is_text_unless_it_is_said_to_hold_control_tokens(poisoned, tokenizer):
     class Model(torch.nn.Module):
         device = "cpu"
@@ -216,6 +232,10 @@ def test_a_prompt_is_text_unless_it_is_said_to_hold_control_tokens(poisoned, tok
         assert tokenizer.decode(model.prompt) == "<|im_start|>system"
 
 
+@pytest.mark.hostile(
+    "a streamed training document that spells control tokens",
+    "cut as the manifest of the datastore says",
+)
 def test_streams_are_cut_as_the_datastore_they_are_looked_up_in(poisoned, tokenizer):
     stream = Dataset.from_dict({"text": [POISON]}).to_iterable_dataset()
     system = tokenizer.convert_tokens_to_ids("<|im_start|>")
@@ -226,12 +246,20 @@ def test_streams_are_cut_as_the_datastore_they_are_looked_up_in(poisoned, tokeni
         assert (system in tokens) is allowed
 
 
+@pytest.mark.hostile(
+    "a training pair of a retriever that spells control tokens",
+    "text",
+)
 def test_pairs_are_text(tokenizer):
     batch = SiameseDataCollator(tokenizer)([{"anchor": "<|im_start|>system", "positive": "ends<|endoftext|>here"}])
     control = set(tokenizer.all_special_ids) - {tokenizer.pad_token_id}
     assert not control & set(batch["input_ids"][batch["attention_mask"].bool()].tolist())
 
 
+@pytest.mark.hostile(
+    "a run that goes on with the other choice",
+    "refused, the option is named",
+)
 def test_a_resumed_run_makes_the_same_choice(poisoned, tokenizer, tmp_path):
     for allowed, datastore in poisoned.items():
         validation = write_jsonl(tmp_path / "validation.jsonl", [POISON])
@@ -241,6 +269,10 @@ def test_a_resumed_run_makes_the_same_choice(poisoned, tokenizer, tmp_path):
             )
 
 
+@pytest.mark.hostile(
+    "a datastore that hides control tokens behind right checksums",
+    "found by `retro verify`",
+)
 def test_a_datastore_that_says_it_has_none_is_verified(poisoned):
     for datastore in poisoned.values():
         assert verify(datastore.path) == []
@@ -251,6 +283,10 @@ def test_a_datastore_that_says_it_has_none_is_verified(poisoned):
     manifest.write_text(content)
 
 
+@pytest.mark.hostile(
+    "imported token ids with control tokens inside documents",
+    "imported with a warning; the manifest says so",
+)
 @pytest.mark.parametrize("poison", [False, True])
 def test_an_import_records_whether_it_found_any(tmp_path, tokenizer, poison):
     ids = tokenizer("retro looks things up " * 8, split_special_tokens=True)["input_ids"][:15]

@@ -99,6 +99,14 @@ def test_the_api_page_says_what_the_docstrings_say():
     )
 
 
+def test_the_security_page_says_what_the_tests_try():
+    module = runpy.run_path(str(ROOT / "docs" / "security_page.py"))
+    assert len(list(module["rows"]())) > 20
+    assert (ROOT / "docs" / "security.md").read_text(encoding="utf-8") == module["security_page"](), (
+        "run python docs/security_page.py > docs/security.md"
+    )
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_of_the_documentation_lead_somewhere(page):
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", page.read_text(encoding="utf-8")):

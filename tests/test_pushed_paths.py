@@ -71,6 +71,10 @@ def home(tmp_path_factory, tiny_datastore_dir, tiny_tokenizer):
     return home
 
 
+@pytest.mark.hostile(
+    "folders of the machine that pushes, in datastores and models",
+    "in no pushed file",
+)
 def test_no_pushed_file_holds_a_path_of_this_machine(home, tmp_path_factory):
     secrets = [str(tmp_path_factory.getbasetemp()).encode(), str(home).encode()]
     with loopback_hub() as hub:

@@ -173,6 +173,10 @@ BAD_LINES = {
 }
 
 
+@pytest.mark.hostile(
+    "broken JSON, half a surrogate pair, no UTF-8, a line that is too long",
+    "an error with file and line, or counted and set aside by `--on_bad_record skip`",
+)
 @pytest.mark.parametrize("reason", BAD_LINES)
 def test_a_bad_line_is_an_error_with_file_and_line_or_a_counted_skip(tmp_path, reason):
     path = tmp_path / "a.jsonl"
@@ -201,6 +205,10 @@ def test_a_line_of_200_mb_is_passed_over_in_little_memory(tmp_path):
     assert peak < 10_000_000
 
 
+@pytest.mark.hostile(
+    "a cut `.gz`, `.zst` or `.parquet`",
+    "named, or read as far as it goes",
+)
 @pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
 def test_a_truncated_file_is_named_or_read_as_far_as_it_goes(tmp_path, kind):
     texts = [f"text {number} {number**7}" for number in range(20_000)]

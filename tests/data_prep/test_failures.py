@@ -55,6 +55,10 @@ def recipe(tmp_path_factory, tiny_tokenizer, tiny_encoder_dir):
     }
 
 
+@pytest.mark.hostile(
+    "a power cut in any stage",
+    "every file is on the disk before it has its name, no folder is ever away (the order of system calls is recorded)",
+)
 def test_every_stage_flushes_before_it_renames(recipe, tmp_path, disk_log):
     prepare_datastore(recipe, tmp_path / "datastore")
     assert disk_log.check() > 20
@@ -62,6 +66,10 @@ def test_every_stage_flushes_before_it_renames(recipe, tmp_path, disk_log):
     disk_log.check()
 
 
+@pytest.mark.hostile(
+    "a power cut while a model is saved",
+    "each file is as it was or as it is now",
+)
 def test_a_model_is_flushed_before_it_has_its_name(tmp_path, disk_log):
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = RetroForCausalLM(RetroConfig(vocab_size=300, cross_attention_layers=[0], chunk_size=8, **sizes))
@@ -95,6 +103,10 @@ def stages(recipe, path):
     yield "neighbors", lambda: find_neighbors(path, **recipe["neighbors"])
 
 
+@pytest.mark.hostile(
+    "a full disk in each stage",
+    "one line that names the file; the same command goes on and ends with the same bytes",
+)
 def test_a_full_disk_stops_each_stage_and_the_same_command_goes_on(recipe, tmp_path):
     path, whole = tmp_path / "datastore", tmp_path / "whole"
     for _, run in stages(recipe, whole):
@@ -129,6 +141,14 @@ run_command(lambda: prepare_datastore(json.load(open(sys.argv[1])), sys.argv[2])
 """
 
 
+@pytest.mark.hostile(
+    "two runs of `retro prepare` on one folder",
+    "the second is refused",
+)
+@pytest.mark.hostile(
+    "the lock of a killed run",
+    "holds nobody up",
+)
 def test_of_two_runs_one_is_refused_and_the_lock_of_a_killed_one_is_none(recipe, tmp_path):
     file, path = tmp_path / "recipe.json", tmp_path / "datastore"
     file.write_text(json.dumps(recipe))
@@ -153,6 +173,10 @@ def test_of_two_runs_one_is_refused_and_the_lock_of_a_killed_one_is_none(recipe,
     assert verify(path) == []
 
 
+@pytest.mark.hostile(
+    "a datastore that cannot be written",
+    "searched and verified; a stage that would write ends with one line",
+)
 def test_a_datastore_that_cannot_be_written_is_searched_and_verified_but_not_changed(recipe, tmp_path_factory):
     # Not below pytest's own folder, which others than its user may not enter.
     path = tmp_path_factory.mktemp("read_only") / "datastore"

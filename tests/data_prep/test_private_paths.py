@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 
+import pytest
 from conftest import make_texts, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
@@ -36,6 +37,10 @@ def assert_nowhere(folder, secret):
     assert not holding
 
 
+@pytest.mark.hostile(
+    "folders of the machine in a datastore that is copied",
+    "in no file; all stages go on all the same",
+)
 def test_no_file_of_a_datastore_holds_a_path_and_every_stage_goes_on(tmp_path, tiny_tokenizer, tiny_encoder_dir):
     home = tmp_path / "home" / "jane"
     (home / "texts" / "more").mkdir(parents=True)

@@ -71,6 +71,10 @@ ALTERED = {
 }
 
 
+@pytest.mark.hostile(
+    "one altered bit, a missing or a cut file, in chunks, embeddings, index and neighbors",
+    "found by `retro verify`; `--repair` makes just that anew, byte for byte",
+)
 @pytest.mark.parametrize("what", ALTERED)
 @pytest.mark.parametrize("way", ["altered", "missing", "cut"])
 def test_a_damaged_file_is_found_and_made_anew_and_nothing_else_is(datastore, tiny_datastore_dir, what, way):
@@ -150,6 +154,11 @@ FORGED = {
 }
 
 
+@pytest.mark.hostile(
+    "forged shards behind right checksums: unknown token ids, impossible lengths, documents out of order, neighbors "
+    "that do not exist or are of the own document, …",
+    "found by `retro verify`",
+)
 @pytest.mark.parametrize("what", FORGED)
 def test_what_is_wrong_behind_right_checksums_is_found(datastore, what):
     stage, change, problem = FORGED[what]
@@ -159,6 +168,10 @@ def test_what_is_wrong_behind_right_checksums_is_found(datastore, what):
     assert any(re.search(problem, str(finding)) for finding in findings), findings
 
 
+@pytest.mark.hostile(
+    "embeddings that are infinite, of another shape, or a pickle",
+    "found by `retro verify`; no pickle is opened",
+)
 def test_embeddings_and_index_behind_right_checksums(datastore):
     file = datastore / "embeddings" / "shard-00000.npy"
     vectors = np.load(file)
@@ -177,6 +190,10 @@ def test_embeddings_and_index_behind_right_checksums(datastore):
     assert "cannot be read" in found(np.array({"a": 1}, dtype=object))  # a pickle, which is not opened
 
 
+@pytest.mark.hostile(
+    "checksums, counts and sizes of a manifest that are others than those of the files",
+    "found by `retro verify`",
+)
 @pytest.mark.parametrize(
     ("path", "value", "problem"),
     [
@@ -214,6 +231,10 @@ def test_counts_are_counted_anew(datastore):
     assert json.loads((datastore / "datastore.json").read_text()) == before
 
 
+@pytest.mark.hostile(
+    "`--repair` with an input that has changed",
+    "refused; the damaged shard stays as it is",
+)
 def test_chunks_are_made_of_the_very_input_or_not_at_all(datastore, tiny_datastore_dir, tmp_path):
     file = datastore / "chunks" / "shard-00000" / "data-00000-of-00001.arrow"
     flip_a_byte(file)
@@ -275,6 +296,10 @@ def test_an_index_that_grew_is_made_anew_with_its_options(datastore, tmp_path, t
     assert repair_datastore(datastore) == []
 
 
+@pytest.mark.hostile(
+    "a shard whose `state.json` names a file outside of it",
+    "refused by name",
+)
 def test_a_shard_whose_own_list_of_files_leads_out_is_refused(datastore, tiny_datastore_dir):
     state = datastore / "chunks" / "shard-00000" / "state.json"
     content = json.loads(state.read_text())
@@ -285,6 +310,10 @@ def test_a_shard_whose_own_list_of_files_leads_out_is_refused(datastore, tiny_da
     assert "elsewhere.arrow" in " ".join(map(str, verify_datastore(datastore)))
 
 
+@pytest.mark.hostile(
+    "random bytes for an Arrow file",
+    "found by `retro verify`",
+)
 def test_garbage_in_an_arrow_file_is_a_finding(datastore):
     file = datastore / "neighbors" / "shard-00000" / "data-00000-of-00001.arrow"
     with pa.OSFile(str(file), "wb") as sink:
@@ -332,6 +361,11 @@ def test_nothing_is_found_in_a_whole_model(models, name):
     assert verify(models / name) == []
 
 
+@pytest.mark.hostile(
+    "a model with a cut file, with NaN, with missing, unknown or misshapen weights, an index of weights that leads "
+    "out of the folder, another base",
+    "found by `retro verify`",
+)
 def test_damaged_models(models, tmp_path):
     def copy(name):
         return shutil.copytree(models / name, tmp_path / f"{len(list(tmp_path.iterdir()))}-{name}")

@@ -33,6 +33,14 @@ def set_value(manifest, path, value):
 TRAIN = ("splits", "train")
 
 
+@pytest.mark.hostile(
+    "a manifest with `num_chunks: -5`, a text for a number, a list for fields, …",
+    "refused on loading, the field is named",
+)
+@pytest.mark.hostile(
+    "shards, splits or files of a manifest whose names lead out of the folder",
+    "refused by name before the file system is asked",
+)
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -85,6 +93,10 @@ def leaves(value, path=()):
         yield path
 
 
+@pytest.mark.hostile(
+    "each single value of a manifest replaced by −5 and by an object",
+    "refused, the field is named",
+)
 def test_every_value_of_a_manifest_has_a_type_and_a_range(tiny_datastore_dir, tmp_path):
     manifest = json.loads((tiny_datastore_dir / MANIFEST_NAME).read_text())
     places = list(leaves(manifest))
@@ -98,6 +110,10 @@ def test_every_value_of_a_manifest_has_a_type_and_a_range(tiny_datastore_dir, tm
                 read_manifest(tmp_path)
 
 
+@pytest.mark.hostile(
+    "a manifest of a newer format",
+    "refused, both versions are named",
+)
 def test_a_newer_format_is_refused_and_an_older_one_is_read(tiny_datastore_dir, tmp_path, monkeypatch):
     manifest = json.loads((tiny_datastore_dir / MANIFEST_NAME).read_text())
     (tmp_path / MANIFEST_NAME).write_text(json.dumps(manifest | {"format_version": 2}))
@@ -110,6 +126,10 @@ def test_a_newer_format_is_refused_and_an_older_one_is_read(tiny_datastore_dir, 
     assert read_manifest(tmp_path)["mood"] == "good"
 
 
+@pytest.mark.hostile(
+    "a manifest of 100,000 open brackets, of other JSON, of no UTF-8",
+    "refused in one sentence",
+)
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{}", "null", '{"format_version": 1}', "\udcff"])
 def test_what_is_no_manifest_is_refused_in_one_sentence(tmp_path, text):
     (tmp_path / MANIFEST_NAME).write_bytes(text.encode(errors="surrogateescape"))
