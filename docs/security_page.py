@@ -50,7 +50,7 @@ def rows() -> Iterator[tuple[str, str, str]]:
         for function in ast.parse(file.read_text(encoding="utf-8")).body:
             for mark in getattr(function, "decorator_list", []):
                 if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.hostile":
-                    tried, outcome = map(ast.literal_eval, mark.args)
+                    tried, outcome = (ast.literal_eval(text).replace("|", r"\|") for text in mark.args)
                     yield tried, outcome, file.relative_to(ROOT).as_posix()
 
 
