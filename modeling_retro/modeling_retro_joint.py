@@ -152,11 +152,12 @@ class RetroJointForCausalLM(
         self.neighbor_bias = nn.Parameter(torch.zeros(())) if config.neighbor_bias else None
         self.neighbor_memory = NeighborMemory(MEMORY_BYTES)
         self.set_retriever(None)
+        self.adapters = ReaderAdapters()
 
         # Initialize weights and apply final processing
         self.post_init()
         # Afterwards: PEFT initializes its layers itself.
-        self.adapters = ReaderAdapters(decoder, config.neighbor_adapter, config.row_adapter)
+        self.adapters.add_to(decoder, config.neighbor_adapter, config.row_adapter)
 
     @classmethod
     def from_decoder_pretrained(cls, name_or_path: str, *, retriever: Any = None, **kwargs) -> "RetroJointForCausalLM":

@@ -43,20 +43,26 @@ class ReaderAdapters:
     The adapters of a decoder, which are LoRA layers of PEFT in the decoder itself. All are switched off until
     [`ReaderAdapters.active`] switches one on, so that the decoder alone computes what it did without them, to the bit.
     An adapter that the decoder had before, as one that was a `PeftModel`, stays on all the time.
-
-    Args:
-        decoder (`PreTrainedModel`): The decoder, whose linear layers are replaced in place.
-        neighbor_adapter (`dict`, *optional*): Fields of a `peft.LoraConfig`.
-        row_adapter (`dict`, *optional*): Fields of a `peft.LoraConfig`.
-
-    Raises:
-        ImportError: If PEFT is not installed.
-        ValueError: If the fields are not those of a `LoraConfig`, or name no layer of the decoder.
     """
 
-    def __init__(self, decoder: PreTrainedModel, neighbor_adapter: dict | None, row_adapter: dict | None):
+    def __init__(self):
+        self.names: list[str] = []
         self.layers: list[tuple[Any, list[str]]] = []
         self.gate: torch.Tensor | None = None
+
+    def add_to(self, decoder: PreTrainedModel, neighbor_adapter: dict | None, row_adapter: dict | None) -> None:
+        """
+        Puts the adapters into a decoder, whose other weights are frozen by it.
+
+        Args:
+            decoder (`PreTrainedModel`): The decoder, whose linear layers are replaced in place.
+            neighbor_adapter (`dict`, *optional*): Fields of a `peft.LoraConfig`.
+            row_adapter (`dict`, *optional*): Fields of a `peft.LoraConfig`.
+
+        Raises:
+            ImportError: If PEFT is not installed.
+            ValueError: If the fields are not those of a `LoraConfig`, or name no layer of the decoder.
+        """
         fields = {NEIGHBOR_ADAPTER: neighbor_adapter, ROW_ADAPTER: row_adapter}
         fields = {name: value for name, value in fields.items() if value is not None}
         self.names = list(fields)

@@ -177,7 +177,7 @@ class _WordIds:
         self.counts = np.zeros(0, dtype=np.int64)
 
     def look_up(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of all words one after another, int64 [tokens], and the number of tokens of each, int64 [words]."""
+        """Token ids of all words one after another, int64 [tokens], and the number of each word's, int64 [words]."""
         if len(self.number_of) > _MOST_WORDS:
             self._forget()
         new = list(set(words).difference(self.number_of))
