@@ -35,6 +35,10 @@ class RetroJointConfig(PreTrainedConfig):
     continuation_chunks (`int`, *optional*, defaults to 1):
         Number of chunks that follow a retrieved chunk in its document and are read with it. A neighbor has
         `chunk_size * (1 + continuation_chunks)` tokens.
+    hidden_neighbor_tokens (`int`, *optional*, defaults to 1):
+        Number of tokens at the beginning of each neighbor that a row does not see. The first token of a sequence draws
+        attention that it does not deserve ([attention sinks](https://huggingface.co/papers/2309.17453)), and a row has
+        a first token of its own.
     neighbor_bias (`bool`, *optional*, defaults to `False`):
         Whether a learned scalar is added to the attention scores of all neighbor tokens.
     neighbor_adapter (`dict`, *optional*):
@@ -77,6 +81,7 @@ class RetroJointConfig(PreTrainedConfig):
     chunk_size: int = interval(min=1)(default=64)
     num_neighbors: int = interval(min=0)(default=2)
     continuation_chunks: int = interval(min=0)(default=1)
+    hidden_neighbor_tokens: int = interval(min=0)(default=1)
     neighbor_bias: bool = False
     neighbor_adapter: dict | None = None
     row_adapter: dict | None = None

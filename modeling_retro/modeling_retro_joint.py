@@ -433,13 +433,16 @@ class RetroJointForCausalLM(
         if neighbor_input_ids is None:
             return NeighborFront(None, front_mask, slots)
         key_values = self.read_neighbors(neighbor_input_ids, neighbor_attention_mask)
+        # The row does not see the first real tokens of a neighbor, though the rest of the neighbor does.
+        place = neighbor_attention_mask.cumsum(-1)  # [B, L, k, r], from 1
+        is_seen = neighbor_attention_mask & (place > self.config.hidden_neighbor_tokens)
         if num_previous > 0:
             key_values = cache.get_front(key_values)
         num_slots, width = neighbor_input_ids.shape[1], neighbor_input_ids[0, 0].numel()
         new_slots = torch.arange(num_slots, device=device).repeat_interleave(width) + int(num_previous > 0)
         return NeighborFront(
             key_values,
-            torch.cat([front_mask, neighbor_attention_mask.flatten(1)], dim=1),
+            torch.cat([front_mask, is_seen.flatten(1)], dim=1),
             torch.cat([slots, new_slots]),
         )
 
@@ -615,7 +618,8 @@ class RetroJointForCausalLM(
         tokens = tokens.to(self.decoder.get_input_embeddings().weight.device)
         neighbor, row = tokens[:, None, None, :length], tokens[:, length:]
         positions = torch.arange(row_length, device=tokens.device)[None]
-        sees_front = (positions >= self.config.chunk_size - 1)[..., None].expand(-1, -1, length)
+        is_seen = torch.arange(length, device=tokens.device) >= self.config.hidden_neighbor_tokens
+        sees_front = (positions >= self.config.chunk_size - 1)[..., None] & is_seen  # [1, T, length]
         whole = torch.ones(length + row_length, length + row_length, dtype=torch.bool, device=tokens.device).tril()
         try:
             found = self(input_ids=row, neighbor_input_ids=neighbor, use_cache=False).logits

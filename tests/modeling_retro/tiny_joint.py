@@ -86,7 +86,8 @@ def slow_joint_logits(model, ids, neighbors, mask):
     """
     Logits of one document `(T,)` by the plain decoder, on one sequence [all neighbors | document] with a 4-D mask from
     the definition: token t sees the document up to t (within the window, in layers that have one) and the real tokens
-    of the neighbors of chunk (t + 1) // m - 1; a neighbor's tokens see those before them in the same neighbor.
+    of the neighbors of chunk (t + 1) // m - 1, all but the first of each; a neighbor's tokens see those before them in
+    the same neighbor.
     """
     pieces = [
         (u, neighbors[u, n, mask[u, n]], torch.arange(LENGTH)[mask[u, n]] - LENGTH)
@@ -97,6 +98,7 @@ def slow_joint_logits(model, ids, neighbors, mask):
     position_ids = torch.cat([positions for *_, positions in pieces] + [torch.arange(len(ids))])
     front = len(sequence) - len(ids)
     config = model.decoder.config
+    hidden = model.config.hidden_neighbor_tokens
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"]
     masks = {}
@@ -107,7 +109,7 @@ def slow_joint_logits(model, ids, neighbors, mask):
             end = start + len(tokens)
             seen[start:end, start:end] = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
             for t in range(len(ids)):
-                seen[front + t, start:end] = (t + 1) // CHUNK - 1 == u
+                seen[front + t, start + hidden : end] = (t + 1) // CHUNK - 1 == u
             start = end
         for t in range(len(ids)):
             first = max(0, t - window + 1) if layer_type == "sliding_attention" else 0
