@@ -48,6 +48,7 @@ from .loss_retro import causal_lm_loss
 from .model_sharing_retro import RetroSharingMixin
 from .neighbor_states_retro import LayerStates, NeighborMemory
 from .reader_adapters_retro import NEIGHBOR_ADAPTER, ROW_ADAPTER, ReaderAdapters, is_adapter_weight
+from .readers_retro import Reader
 
 
 # Neighbors that the decoder reads in one pass.
@@ -160,7 +161,9 @@ class RetroJointForCausalLM(
         self.adapters.add_to(decoder, config.neighbor_adapter, config.row_adapter)
 
     @classmethod
-    def from_decoder_pretrained(cls, name_or_path: str, *, retriever: Any = None, **kwargs) -> "RetroJointForCausalLM":
+    def from_decoder_pretrained(
+        cls, name_or_path: str, *, retriever: Any = None, reader: str | None = None, **kwargs
+    ) -> "RetroJointForCausalLM":
         """
         Wraps a pretrained causal language model, which then reads neighbors without any training.
 
@@ -170,6 +173,9 @@ class RetroJointForCausalLM(
                 or unpositioned keys; of a PEFT adapter too.
             retriever (*optional*):
                 What the model looks up its neighbors with.
+            reader (`str`, *optional*):
+                Adapters that were trained to read neighbors: the name of a reader of the package, or folder or Hub id
+                of a model that was saved with `retrofit_only=True`. Without one the decoder reads untrained.
             kwargs:
                 Fields of [`RetroJointConfig`] (`chunk_size`, `num_neighbors`, …) and arguments of
                 [`~transformers.PreTrainedModel.from_pretrained`] (`dtype`, `revision`, `quantization_config`,
@@ -185,6 +191,7 @@ class RetroJointForCausalLM(
         return cls.from_decoder(
             decoder,
             retriever=retriever,
+            reader=reader,
             base_model_name_or_path=str(name_or_path),
             base_model_revision=getattr(decoder.config, "_commit_hash", None) or kwargs.get("revision"),
             base_model_sha256=checkpoint_sha256(str(name_or_path), gguf_file, **hub_arguments),
@@ -192,7 +199,9 @@ class RetroJointForCausalLM(
         )
 
     @classmethod
-    def from_decoder(cls, decoder: PreTrainedModel, *, retriever: Any = None, **fields) -> "RetroJointForCausalLM":
+    def from_decoder(
+        cls, decoder: PreTrainedModel, *, retriever: Any = None, reader: str | None = None, **fields
+    ) -> "RetroJointForCausalLM":
         """
         Wraps a causal language model that is loaded already, such as one that was quantised by hand or a `PeftModel`.
         The decoder itself is used, not a copy.
@@ -202,6 +211,8 @@ class RetroJointForCausalLM(
                 The model to wrap.
             retriever (*optional*):
                 What the model looks up its neighbors with.
+            reader (`str`, *optional*):
+                See [`~RetroJointForCausalLM.from_decoder_pretrained`].
             fields:
                 Fields of [`RetroJointConfig`].
 
@@ -218,10 +229,15 @@ class RetroJointForCausalLM(
                         "between a row and its neighbors; wrap one whose adapter changes layers, such as LoRA"
                     )
                 decoder = decoder.get_base_model()
+        if reader is not None:
+            reader = Reader(reader)
+            fields = {**reader.fields, **fields}
         config = RetroJointConfig(text_config=copy.deepcopy(decoder.config), **fields)
         check_decoder(decoder, config)
         model = cls._wrap(config, decoder)
         model._check_reading()
+        if reader is not None:
+            reader.load_into(model)
         model.set_retriever(retriever)
         return model
 

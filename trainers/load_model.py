@@ -32,7 +32,8 @@ def load_retro_model(name_or_path: str, datastore: RetroDatastore, **kwargs: Any
         datastore ([`RetroDatastore`]):
             The datastore that it is for; a wrapped model takes its chunk sizes.
         kwargs:
-            Passed to `from_pretrained`; for a model that is wrapped also fields of [`RetroJointConfig`].
+            Passed to `from_pretrained`; for a model that is wrapped, also fields of [`RetroJointConfig`] and
+            `reader`.
 
     Returns:
         [`RetroForCausalLM`] or [`RetroJointForCausalLM`]
@@ -41,8 +42,9 @@ def load_retro_model(name_or_path: str, datastore: RetroDatastore, **kwargs: Any
         `ValueError`: if the model cannot be wrapped or does not fit the datastore.
     """
     config = AutoConfig.from_pretrained(name_or_path)
+    kwargs = {name: value for name, value in kwargs.items() if name != "reader" or value is not None}
     classes = {RetroConfig.model_type: RetroForCausalLM, RetroJointConfig.model_type: RetroJointForCausalLM}
-    added = sorted(set(kwargs) & {"neighbor_adapter", "row_adapter", "neighbor_bias"})
+    added = sorted(set(kwargs) & {"reader", "neighbor_adapter", "row_adapter", "neighbor_bias"})
     if config.model_type in classes and added:
         raise ValueError(f"{name_or_path} is a RETRO model already; {', '.join(added)} are for a model to be wrapped")
     if config.model_type in classes:

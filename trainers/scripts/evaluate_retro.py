@@ -68,6 +68,13 @@ class EvaluateRetroArguments:
     stride_chunks: int = field(default=16, metadata={"help": "Step in chunks between two windows."})
     batch_size: int = field(default=8, metadata={"help": "Number of windows in a forward pass."})
     max_documents: int | None = field(default=None, metadata={"help": "Evaluate on the first documents only."})
+    reader: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapters that were trained to read neighbors, for a model that is wrapped: the name of some that "
+            "come with the package, or folder or Hub id."
+        },
+    )
     model_card: bool = field(
         default=True, metadata={"help": "Write the numbers into the card of a model in a folder, too."}
     )
@@ -106,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     domains = None
     if arguments.domains is not None:
         domains = Path(arguments.domains).read_text(encoding="utf-8").splitlines()
-    model = load_retro_model(arguments.model, datastore, dtype=dtype).to(state.device)
+    model = load_retro_model(arguments.model, datastore, dtype=dtype, reader=arguments.reader).to(state.device)
     evaluation = evaluate_retro(
         model,
         datastore,

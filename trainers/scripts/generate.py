@@ -42,6 +42,13 @@ class GenerateArguments:
     pad_to_chunks: bool = field(
         default=False, metadata={"help": "Pad the prompt on the left to whole chunks, so that its end is looked up."}
     )
+    reader: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapters that were trained to read neighbors, for a model that is wrapped: the name of some that "
+            "come with the package, or folder or Hub id."
+        },
+    )
     allow_control_tokens: bool = field(
         default=False, metadata={"help": "Turn text of the prompt such as <|im_start|> into the token that it spells."}
     )
@@ -59,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..load_model import load_retro_model
 
     retriever = RetroRetriever.from_pretrained(arguments.datastore)
-    model = load_retro_model(arguments.model, retriever.datastore)
+    model = load_retro_model(arguments.model, retriever.datastore, reader=arguments.reader)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.num_neighbors is not None:
         model.config.num_neighbors = arguments.num_neighbors

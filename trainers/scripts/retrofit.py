@@ -56,6 +56,13 @@ class RetrofitArguments:
     chunk_size: int = field(default=64, metadata={"help": "Tokens in a chunk: that of the datastore."})
     continuation_chunks: int = field(default=1, metadata={"help": "Chunks that a neighbor goes on: as the datastore."})
     num_neighbors: int = field(default=2, metadata={"help": "Neighbors that the model asks for."})
+    reader: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapters that were trained to read neighbors, for joint attention: the name of some that "
+            "come with the package, or folder or Hub id."
+        },
+    )
     cross_attention_layers: list[int] | None = field(
         default=None, metadata={"help": "Layers (from 0) with chunked cross attention; every third from the sixth."}
     )
@@ -69,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
     from modeling_retro.datastore_retro import tokenizer_fingerprint
 
+    if arguments.reader is not None and arguments.attention != "joint":
+        raise ValueError(f"--reader {arguments.reader} is for --attention joint; cross attention has no such adapters")
     output_dir = Path(arguments.output_dir)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"--output-dir {output_dir} is not empty; choose another or delete it")
@@ -77,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in ("revision", "dtype", "chunk_size", "continuation_chunks", "num_neighbors")
     }
     if arguments.attention == "joint":
-        model = RetroJointForCausalLM.from_decoder_pretrained(arguments.base, **options)
+        model = RetroJointForCausalLM.from_decoder_pretrained(arguments.base, reader=arguments.reader, **options)
     else:
         model = RetroForCausalLM.from_decoder_pretrained(
             arguments.base,
