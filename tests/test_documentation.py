@@ -18,6 +18,7 @@ import re
 import runpy
 import shlex
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -26,6 +27,7 @@ from trainers.cli import COMMANDS, accelerate_config_names
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PICTURES = runpy.run_path(str(ROOT / "docs" / "pictures.py"))["PICTURES"]
 
 
 def fenced_blocks(page):
@@ -105,6 +107,21 @@ def test_the_security_page_says_what_the_tests_try():
     assert (ROOT / "docs" / "security.md").read_text(encoding="utf-8") == module["security_page"](), (
         "run python docs/security_page.py > docs/security.md"
     )
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_shows_the_numbers_of_the_pages(name):
+    drawn = PICTURES[name]()
+    assert (ROOT / "docs" / "pictures" / f"{name}.svg").read_text(encoding="utf-8") == drawn, (
+        "run python docs/pictures.py"
+    )
+    assert ElementTree.fromstring(drawn).tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_every_picture_is_drawn_and_shown():
+    assert {path.stem for path in (ROOT / "docs" / "pictures").iterdir()} == set(PICTURES)
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert all(f"pictures/{name}.svg)" in text for name in PICTURES)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

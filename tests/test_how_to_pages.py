@@ -34,6 +34,7 @@ from trainers.cli import main as retro
 
 # In this order: later pages use what earlier ones made.
 PAGES = [
+    "tutorial",
     "own_documents",
     "data_flow",
     "training",
