@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Writes docs/security.md: its table is that of the tests that are marked `hostile`; a test compares.
+Writes docs/security.md. Each row of its table is a test that is marked `hostile`; a test compares the two.
 
     python docs/security_page.py > docs/security.md
 """
@@ -26,26 +26,28 @@ ROOT = Path(__file__).parents[1]
 INTRODUCTION = """\
 # Hostile inputs, power cuts, damaged files
 
-Documents, datastores and models come from others, disks fill up and the power fails. This page says what was tried and
-how it ends; each row is a test. It is written by `python docs/security_page.py` from the tests themselves.
+Documents, datastores and models may come from people whom you do not know, disks fill up, and the power may fail. This
+page lists what was tried and what happened. Each row is a test, and `python docs/security_page.py` writes the page
+from the tests.
 
-- **Text stays text.** Whatever comes from outside (documents, streams, pairs, queries, prompts) is tokenized with
-  special tokens split. [How to allow them](own_documents.md).
-- **Names stay inside.** No name in a manifest, shard or index of weights leads out of its folder. Weights are
-  safetensors, arrays are read without pickle.
-- **What has a name is whole and on the disk.** Files are flushed, renamed, and the folder is flushed; a folder that is
-  replaced is exchanged with its successor in one step, or found again by the next run where the file system cannot.
-- **Damage is found.** `retro verify` computes everything anew and `--repair` makes just what is damaged.
-  [The manifest and its versions](data_flow.md).
+- **Text stays text.** Text from outside (documents, streams, pairs, queries, prompts) is tokenized with special tokens
+  split, so it cannot contain control tokens. [Your own documents](own_documents.md) says how to allow them.
+- **Names stay inside.** No name in a manifest, a shard or an index of weights can lead out of its folder. Weights are
+  stored as safetensors, and arrays are read without pickle.
+- **A file that has its name is whole and on the disk.** A file is written and flushed before it is renamed, and then
+  its folder is flushed. A folder is replaced in one step where the file system can exchange two names. Where it
+  cannot, the next run finds the old folder or the new one.
+- **Damage is found.** `retro verify` computes everything again, and `--repair` remakes only the damaged parts. [From
+  documents to a report](data_flow.md) describes the manifest and its versions.
 
-`trust_remote_code=True` runs the code of a repository, and faiss trusts an index whose checksum is right: load both
-only from whom you trust.
+`trust_remote_code=True` runs the code of a repository, and faiss trusts an index whose checksum is right. Load both
+only from people whom you trust.
 
 """
 
 
 def rows() -> Iterator[tuple[str, str, str]]:
-    """What was tried, how it ended, and the file of the test, for every test that is marked `hostile`."""
+    """Yields the input that was tried, the outcome and the file of each test that is marked `hostile`."""
     for file in sorted((ROOT / "tests").rglob("test_*.py")):
         for function in ast.parse(file.read_text(encoding="utf-8")).body:
             for mark in getattr(function, "decorator_list", []):

@@ -87,7 +87,7 @@ TOKENIZERS = [smollm2_like, retro_tiny, pytest.param(smollm2, marks=pytest.mark.
 
 @pytest.mark.hostile(
     "a document that spells `<|endoftext|>`, `<|im_start|>system` or any other special token",
-    "its text is tokenized as text; every byte is there, and the only control token is the one that ends the document",
+    "it is tokenized as text; no byte is lost, and the only control token is the one that ends the document",
 )
 @pytest.mark.parametrize("make_tokenizer", TOKENIZERS)
 def test_documents_hold_one_control_token_at_their_end_and_every_byte(make_tokenizer):
@@ -148,8 +148,8 @@ class SpyingRetriever(RetroRetriever):
 
 
 @pytest.mark.hostile(
-    "a poisoned datastore in a chat: retrieved pages that close the turn and open one of the system",
-    "the model reads them as text; only a datastore made with `--allow_control_tokens` gives it the tokens",
+    "a poisoned datastore in a chat: retrieved pages that end the turn of the user and begin one of the system",
+    "the model reads them as text, unless the datastore was made with `--allow_control_tokens`",
 )
 @pytest.mark.parametrize("allowed", [False, True])
 def test_a_poisoned_page_speaks_as_the_system_only_where_control_tokens_are_allowed(
@@ -189,8 +189,8 @@ def test_a_poisoned_page_speaks_as_the_system_only_where_control_tokens_are_allo
 
 
 @pytest.mark.hostile(
-    "a chunk or query that spells a mark of the encoder, such as `[SEP]`",
-    "embedded as text",
+    "a chunk or a query that spells a special token of the encoder, such as `[SEP]`",
+    "it is embedded as text",
 )
 def test_a_query_is_text_too(poisoned, tokenizer, monkeypatch):
     retriever = RetroRetriever(poisoned[False])
@@ -212,7 +212,7 @@ def test_a_query_is_text_too(poisoned, tokenizer, monkeypatch):
 
 @pytest.mark.hostile(
     "a prompt of `retro generate` that spells control tokens",
-    "text, unless `--allow_control_tokens`",
+    "it is tokenized as text, unless `--allow_control_tokens` is given",
 )
 def test_a_prompt_is_text_unless_it_is_said_to_hold_control_tokens(poisoned, tokenizer):
     class Model(torch.nn.Module):
@@ -234,7 +234,7 @@ def test_a_prompt_is_text_unless_it_is_said_to_hold_control_tokens(poisoned, tok
 
 @pytest.mark.hostile(
     "a streamed training document that spells control tokens",
-    "cut as the manifest of the datastore says",
+    "it is tokenized as the manifest of the datastore says",
 )
 def test_streams_are_cut_as_the_datastore_they_are_looked_up_in(poisoned, tokenizer):
     stream = Dataset.from_dict({"text": [POISON]}).to_iterable_dataset()
@@ -248,7 +248,7 @@ def test_streams_are_cut_as_the_datastore_they_are_looked_up_in(poisoned, tokeni
 
 @pytest.mark.hostile(
     "a training pair of a retriever that spells control tokens",
-    "text",
+    "it is tokenized as text",
 )
 def test_pairs_are_text(tokenizer):
     batch = SiameseDataCollator(tokenizer)([{"anchor": "<|im_start|>system", "positive": "ends<|endoftext|>here"}])
@@ -257,8 +257,8 @@ def test_pairs_are_text(tokenizer):
 
 
 @pytest.mark.hostile(
-    "a run that goes on with the other choice",
-    "refused, the option is named",
+    "a run that continues with the other choice for control tokens",
+    "refused; the error names the option",
 )
 def test_a_resumed_run_makes_the_same_choice(poisoned, tokenizer, tmp_path):
     for allowed, datastore in poisoned.items():
@@ -270,7 +270,7 @@ def test_a_resumed_run_makes_the_same_choice(poisoned, tokenizer, tmp_path):
 
 
 @pytest.mark.hostile(
-    "a datastore that hides control tokens behind right checksums",
+    "a datastore whose documents contain control tokens, with right checksums",
     "found by `retro verify`",
 )
 def test_a_datastore_that_says_it_has_none_is_verified(poisoned):
@@ -285,7 +285,7 @@ def test_a_datastore_that_says_it_has_none_is_verified(poisoned):
 
 @pytest.mark.hostile(
     "imported token ids with control tokens inside documents",
-    "imported with a warning; the manifest says so",
+    "imported with a warning; the manifest records it",
 )
 @pytest.mark.parametrize("poison", [False, True])
 def test_an_import_records_whether_it_found_any(tmp_path, tokenizer, poison):

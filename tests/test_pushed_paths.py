@@ -72,8 +72,8 @@ def home(tmp_path_factory, tiny_datastore_dir, tiny_tokenizer):
 
 
 @pytest.mark.hostile(
-    "folders of the machine that pushes, in datastores and models",
-    "in no pushed file",
+    "names of the folders of the machine that pushes a datastore or a model",
+    "they stand in no pushed file",
 )
 def test_no_pushed_file_holds_a_path_of_this_machine(home, tmp_path_factory):
     secrets = [str(tmp_path_factory.getbasetemp()).encode(), str(home).encode()]

@@ -174,8 +174,8 @@ BAD_LINES = {
 
 
 @pytest.mark.hostile(
-    "broken JSON, half a surrogate pair, no UTF-8, a line that is too long",
-    "an error with file and line, or counted and set aside by `--on_bad_record skip`",
+    "a record that is broken JSON, has half a surrogate pair, is not UTF-8, or is too long",
+    "an error that names file and line; `--on_bad_record skip` counts it and sets it aside",
 )
 @pytest.mark.parametrize("reason", BAD_LINES)
 def test_a_bad_line_is_an_error_with_file_and_line_or_a_counted_skip(tmp_path, reason):
@@ -206,8 +206,8 @@ def test_a_line_of_200_mb_is_passed_over_in_little_memory(tmp_path):
 
 
 @pytest.mark.hostile(
-    "a cut `.gz`, `.zst` or `.parquet`",
-    "named, or read as far as it goes",
+    "a truncated `.gz`, `.zst` or `.parquet`",
+    "an error that names the file, or the documents before the damage",
 )
 @pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
 def test_a_truncated_file_is_named_or_read_as_far_as_it_goes(tmp_path, kind):

@@ -57,7 +57,8 @@ def recipe(tmp_path_factory, tiny_tokenizer, tiny_encoder_dir):
 
 @pytest.mark.hostile(
     "a power cut in any stage",
-    "every file is on the disk before it has its name, no folder is ever away (the order of system calls is recorded)",
+    "every file is on the disk before it gets its name, and no folder is missing at any moment (the order of the "
+    "system calls is recorded)",
 )
 def test_every_stage_flushes_before_it_renames(recipe, tmp_path, disk_log):
     prepare_datastore(recipe, tmp_path / "datastore")
@@ -68,7 +69,7 @@ def test_every_stage_flushes_before_it_renames(recipe, tmp_path, disk_log):
 
 @pytest.mark.hostile(
     "a power cut while a model is saved",
-    "each file is as it was or as it is now",
+    "each file has its old content or its new one",
 )
 def test_a_model_is_flushed_before_it_has_its_name(tmp_path, disk_log):
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -105,7 +106,7 @@ def stages(recipe, path):
 
 @pytest.mark.hostile(
     "a full disk in each stage",
-    "one line that names the file; the same command goes on and ends with the same bytes",
+    "an error of one line that names the file; the same command resumes and ends with the same bytes",
 )
 def test_a_full_disk_stops_each_stage_and_the_same_command_goes_on(recipe, tmp_path):
     path, whole = tmp_path / "datastore", tmp_path / "whole"
@@ -147,7 +148,7 @@ run_command(lambda: prepare_datastore(json.load(open(sys.argv[1])), sys.argv[2])
 )
 @pytest.mark.hostile(
     "the lock of a killed run",
-    "holds nobody up",
+    "it stops no later run",
 )
 def test_of_two_runs_one_is_refused_and_the_lock_of_a_killed_one_is_none(recipe, tmp_path):
     file, path = tmp_path / "recipe.json", tmp_path / "datastore"
@@ -174,8 +175,8 @@ def test_of_two_runs_one_is_refused_and_the_lock_of_a_killed_one_is_none(recipe,
 
 
 @pytest.mark.hostile(
-    "a datastore that cannot be written",
-    "searched and verified; a stage that would write ends with one line",
+    "a datastore in a folder without permission to write",
+    "it can be searched and verified; a stage that would write ends with an error of one line",
 )
 def test_a_datastore_that_cannot_be_written_is_searched_and_verified_but_not_changed(recipe, tmp_path_factory):
     # Not below pytest's own folder, which others than its user may not enter.

@@ -38,8 +38,8 @@ def assert_nowhere(folder, secret):
 
 
 @pytest.mark.hostile(
-    "folders of the machine in a datastore that is copied",
-    "in no file; all stages go on all the same",
+    "names of the folders of the machine in a datastore that is copied to another place",
+    "they stand in no file, and all stages work on the copy",
 )
 def test_no_file_of_a_datastore_holds_a_path_and_every_stage_goes_on(tmp_path, tiny_tokenizer, tiny_encoder_dir):
     home = tmp_path / "home" / "jane"

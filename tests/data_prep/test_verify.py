@@ -72,8 +72,8 @@ ALTERED = {
 
 
 @pytest.mark.hostile(
-    "one altered bit, a missing or a cut file, in chunks, embeddings, index and neighbors",
-    "found by `retro verify`; `--repair` makes just that anew, byte for byte",
+    "one altered bit, a missing file or a truncated file, among chunks, embeddings, index and neighbors",
+    "found by `retro verify`; `--repair` remakes only the damaged part, byte for byte",
 )
 @pytest.mark.parametrize("what", ALTERED)
 @pytest.mark.parametrize("way", ["altered", "missing", "cut"])
@@ -155,8 +155,8 @@ FORGED = {
 
 
 @pytest.mark.hostile(
-    "forged shards behind right checksums: unknown token ids, impossible lengths, documents out of order, neighbors "
-    "that do not exist or are of the own document, …",
+    "forged shards with right checksums: unknown token ids, impossible lengths, documents out of order, neighbors "
+    "that do not exist or belong to the document of the query, …",
     "found by `retro verify`",
 )
 @pytest.mark.parametrize("what", FORGED)
@@ -191,7 +191,7 @@ def test_embeddings_and_index_behind_right_checksums(datastore):
 
 
 @pytest.mark.hostile(
-    "checksums, counts and sizes of a manifest that are others than those of the files",
+    "checksums, counts and sizes in a manifest that differ from those of the files",
     "found by `retro verify`",
 )
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_an_index_that_grew_is_made_anew_with_its_options(datastore, tmp_path, t
 
 @pytest.mark.hostile(
     "a shard whose `state.json` names a file outside of it",
-    "refused by name",
+    "refused; the error names the file",
 )
 def test_a_shard_whose_own_list_of_files_leads_out_is_refused(datastore, tiny_datastore_dir):
     state = datastore / "chunks" / "shard-00000" / "state.json"
@@ -311,7 +311,7 @@ def test_a_shard_whose_own_list_of_files_leads_out_is_refused(datastore, tiny_da
 
 
 @pytest.mark.hostile(
-    "random bytes for an Arrow file",
+    "random bytes in place of an Arrow file",
     "found by `retro verify`",
 )
 def test_garbage_in_an_arrow_file_is_a_finding(datastore):
@@ -362,8 +362,8 @@ def test_nothing_is_found_in_a_whole_model(models, name):
 
 
 @pytest.mark.hostile(
-    "a model with a cut file, with NaN, with missing, unknown or misshapen weights, an index of weights that leads "
-    "out of the folder, another base",
+    "a model with a truncated file, with NaN, with missing, unknown or misshapen weights, with an index of weights "
+    "that leads out of the folder, or with another base",
     "found by `retro verify`",
 )
 def test_damaged_models(models, tmp_path):

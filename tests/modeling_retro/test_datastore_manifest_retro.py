@@ -34,12 +34,12 @@ TRAIN = ("splits", "train")
 
 
 @pytest.mark.hostile(
-    "a manifest with `num_chunks: -5`, a text for a number, a list for fields, …",
-    "refused on loading, the field is named",
+    "a manifest with `num_chunks: -5`, with text in place of a number, with a list in place of an object, …",
+    "refused on loading; the error names the field",
 )
 @pytest.mark.hostile(
     "shards, splits or files of a manifest whose names lead out of the folder",
-    "refused by name before the file system is asked",
+    "refused before the file system is asked; the error names them",
 )
 @pytest.mark.parametrize(
     ("path", "value", "message"),
@@ -94,8 +94,8 @@ def leaves(value, path=()):
 
 
 @pytest.mark.hostile(
-    "each single value of a manifest replaced by −5 and by an object",
-    "refused, the field is named",
+    "a manifest in which one value is replaced by −5 or by an object, for every value in turn",
+    "refused; the error names the field",
 )
 def test_every_value_of_a_manifest_has_a_type_and_a_range(tiny_datastore_dir, tmp_path):
     manifest = json.loads((tiny_datastore_dir / MANIFEST_NAME).read_text())
@@ -112,7 +112,7 @@ def test_every_value_of_a_manifest_has_a_type_and_a_range(tiny_datastore_dir, tm
 
 @pytest.mark.hostile(
     "a manifest of a newer format",
-    "refused, both versions are named",
+    "refused; the error names both versions",
 )
 def test_a_newer_format_is_refused_and_an_older_one_is_read(tiny_datastore_dir, tmp_path, monkeypatch):
     manifest = json.loads((tiny_datastore_dir / MANIFEST_NAME).read_text())
@@ -127,8 +127,8 @@ def test_a_newer_format_is_refused_and_an_older_one_is_read(tiny_datastore_dir, 
 
 
 @pytest.mark.hostile(
-    "a manifest of 100,000 open brackets, of other JSON, of no UTF-8",
-    "refused in one sentence",
+    "a manifest that consists of 100,000 open brackets, is other JSON, or is not UTF-8",
+    "refused with an error of one sentence",
 )
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{}", "null", '{"format_version": 1}', "\udcff"])
 def test_what_is_no_manifest_is_refused_in_one_sentence(tmp_path, text):

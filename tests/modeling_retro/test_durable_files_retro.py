@@ -66,7 +66,7 @@ def test_what_fails_while_it_is_written_changes_nothing(tmp_path):
 
 
 @pytest.mark.hostile(
-    "a power cut while a folder is replaced on a file system that cannot exchange names",
+    "a power cut while a folder is replaced, on a file system that cannot exchange two names",
     "the next run finds the old folder or the new one",
 )
 @pytest.mark.parametrize("moment", [1, 2, 3])
