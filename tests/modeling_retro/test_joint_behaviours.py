@@ -99,16 +99,18 @@ def test_a_compiled_decoding_step_equals_a_plain_one():
         assert_close(compiled, plain, 1e-5)
 
 
-@pytest.mark.slow
 def test_flex_attention_equals_sdpa():
     ids, neighbors, mask = make_inputs(2, 3 * CHUNK)
     logits = []
-    for attn_implementation in ("sdpa", "flex_attention"):
-        decoder = make_decoder(hidden_size=64, head_dim=16).float()
-        model = RetroJointForCausalLM.from_decoder(decoder, chunk_size=CHUNK)
-        model.set_attn_implementation(attn_implementation)
-        logits.append(on_and_off(model, ids, neighbors, mask)[0])
-    assert_close(*logits, 1e-4)
+    # The fused kernel for CPUs of torch 2.13 fails on masks that are read from a tensor, so the unfused one is run.
+    with torch.compiler.set_stance("force_eager"):
+        for attn_implementation in ("sdpa", "flex_attention"):
+            decoder = make_decoder(hidden_size=64, head_dim=16).float()
+            model = RetroJointForCausalLM.from_decoder(decoder, chunk_size=CHUNK)
+            model.set_attn_implementation(attn_implementation)
+            logits.append(on_and_off(model, ids, neighbors, mask))
+    for sdpa, flex in zip(*logits, strict=True):
+        assert_close(flex, sdpa, 5e-5)
 
 
 def test_pipeline_and_streamer_retrieve_like_generate(tiny_tokenizer, capsys):
