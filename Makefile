@@ -18,5 +18,7 @@ test:  ## Run the tests
 test-slow:  ## Run the tests that download models or take minutes
 	python -m pytest tests -m slow
 
-docs:  ## Write the API page from the docstrings
+docs:  ## Write the pages and pictures that are made from docstrings, tests and tables
 	python docs/api_page.py > docs/api.md
+	python docs/security_page.py > docs/security.md
+	python docs/pictures.py
