@@ -13,12 +13,14 @@
 # limitations under the License.
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from array_datastore import random_datastore
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerState
 
 from modeling_retro import RetroJointForCausalLM
 from modeling_retro.datastore_retro import RetroDatastore
@@ -147,35 +149,61 @@ def test_random_neighbors_replace_a_share_and_silence_the_teacher_of_the_next_ch
     assert torch.equal(collator(rows[5:7])["neighbor_input_ids"], batch["neighbor_input_ids"][5:7])
 
 
+def reader_options(datastore, base, teacher, output_dir, **options):
+    """The words of a `retro train` that trains everything a reader may have."""
+    options = {
+        "datastore": datastore,
+        "model": base,
+        "output_dir": output_dir,
+        "neighbor_adapter_rank": 2,
+        "row_adapter_rank": 2,
+        "neighbor_bias": True,
+        "freeze_decoder": True,
+        "retrofit_only": True,
+        "teacher": teacher,
+        "teacher_weight": 2.0,
+        "random_share": 0.2,
+        "row_chunks": ROW_CHUNKS,
+        "num_neighbors": 1,
+        "per_device_train_batch_size": 2,
+        "max_steps": 6,
+        "save_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **options,
+    }
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def test_two_processes_train_the_reader_that_one_trains_with_the_joint_batch(
+    teacher_dir, base_dir, tiny_datastore_dir, tmp_path
+):
+    # A large epsilon: Adam would blow up the rounding of gradients near zero.
+    words = [tiny_datastore_dir, base_dir, teacher_dir]
+    options = {"adam_epsilon": 1e-3, "max_steps": 4}
+    train_retro.main(reader_options(*words, tmp_path / "one", **options))
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", "-m", "trainers.scripts.train_retro"]
+    two = reader_options(*words, tmp_path / "two", per_device_train_batch_size=1, **options)
+    subprocess.run([sys.executable, "-m", *launch, *map(str, two)], check=True, timeout=300)
+    expected = RetroJointForCausalLM.from_pretrained(tmp_path / "one").state_dict()
+    found = RetroJointForCausalLM.from_pretrained(tmp_path / "two").state_dict()
+    names = ("one", "two")
+    batches = [TrainerState.load_from_json(tmp_path / n / "checkpoint-4" / "trainer_state.json") for n in names]
+    assert batches[0].epoch == batches[1].epoch  # so there were two processes: each had half of the rows
+    assert found["neighbor_bias"] != 0
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
 def test_an_adapter_learns_from_its_teacher_stops_and_goes_on_to_the_same_weights(
     teacher_dir, base_dir, tiny_datastore_dir, tmp_path
 ):
     def train(output_dir, **options):
-        options = {
-            "datastore": tiny_datastore_dir,
-            "model": base_dir,
-            "output_dir": output_dir,
-            "neighbor_adapter_rank": 2,
-            "row_adapter_rank": 2,
-            "neighbor_bias": True,
-            "freeze_decoder": True,
-            "retrofit_only": True,
-            "teacher": teacher_dir,
-            "teacher_weight": 2.0,
-            "random_share": 0.2,
-            "row_chunks": ROW_CHUNKS,
-            "num_neighbors": 1,
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "max_steps": 6,
-            "save_steps": 2,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            **options,
-        }
-        train_retro.main([word for name, value in options.items() for word in (f"--{name}", str(value))])
+        words = [tiny_datastore_dir, base_dir, teacher_dir, output_dir]
+        train_retro.main(reader_options(*words, gradient_accumulation_steps=2, **options))
         return RetroJointForCausalLM.from_pretrained(output_dir)
 
     whole = train(tmp_path / "whole")

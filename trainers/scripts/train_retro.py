@@ -163,16 +163,20 @@ def load_model(
     """The model to start from; with `fsdp_size` or `tp_size` each process loads its share of the weights."""
     import torch
     from accelerate import PartialState
+    from transformers import set_seed
     from transformers.distributed import DistributedConfig
 
     from ..load_model import load_retro_model
+
+    # New weights are drawn from it, those of adapters too.
+    set_seed(training_arguments.seed)
 
     if (arguments.model is None) == (arguments.model_config is None):
         raise ValueError("give either --model (to go on training) or --model_config (from scratch)")
     num_shares = arguments.fsdp_size * arguments.tp_size
     if num_shares == 1:
         if arguments.model_config is not None:
-            return _model_from_scratch(arguments, datastore, training_arguments.seed)
+            return _model_from_scratch(arguments, datastore)
         return load_retro_model(arguments.model, datastore, dtype=torch.float32, **adapter_fields(arguments))
     state = PartialState(cpu=training_arguments.use_cpu)
     if state.num_processes != num_shares:
@@ -185,7 +189,7 @@ def load_model(
         # Shares are read from a file.
         start = Path(training_arguments.output_dir) / "initial"
         if state.is_main_process:
-            _model_from_scratch(arguments, datastore, training_arguments.seed).save_pretrained(start)
+            _model_from_scratch(arguments, datastore).save_pretrained(start)
         state.wait_for_everyone()
     distributed_config = DistributedConfig(fsdp_size=arguments.fsdp_size, tp_size=arguments.tp_size)
     return load_retro_model(str(start), datastore, dtype=torch.float32, distributed_config=distributed_config)
@@ -201,9 +205,7 @@ def adapter_fields(arguments: TrainRetroArguments) -> dict[str, Any]:
     return fields
 
 
-def _model_from_scratch(arguments: TrainRetroArguments, datastore: "RetroDatastore", seed: int) -> "RetroForCausalLM":
-    from transformers import set_seed
-
+def _model_from_scratch(arguments: TrainRetroArguments, datastore: "RetroDatastore") -> "RetroForCausalLM":
     from modeling_retro import RetroForCausalLM
 
     from ..retro_trainer import config_for_datastore
@@ -216,7 +218,6 @@ def _model_from_scratch(arguments: TrainRetroArguments, datastore: "RetroDatasto
         raise ValueError(f"cannot read --model_config {path}: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"--model_config {path} must hold fields of RetroConfig, not {type(fields).__name__}")
-    set_seed(seed)
     return RetroForCausalLM(config_for_datastore(datastore, **fields))
 
 
