@@ -1,0 +1,489 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Documents come and go in a datastore that is being read.
+
+Each function makes one new version (see `next_version`). Those who have the datastore open keep the version that they
+opened; who opens it afterwards never finds a document that was removed.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset
+from transformers.utils import logging
+
+from data_prep.chunk import append_documents, chunk_features, set_shards
+from data_prep.deduplicate import deduplicate
+from data_prep.documents import Document, find_sources
+from data_prep.embed import embed_chunks
+from data_prep.index import build_index, read_embeddings
+from data_prep.neighbors import find_neighbors, is_stale, neighbor_features
+from data_prep.next_version import change_datastore, check_changeable, finish_change
+from data_prep.stage_files import (
+    clear_records,
+    directory_lock,
+    open_manifest,
+    process_state,
+    run_shards,
+    save_shard,
+    write_manifest,
+)
+from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, neighbors_folder
+from modeling_retro.datastore_retro import (
+    RetroDatastore,
+    checksum,
+    chunks_fingerprint,
+    drop_neighbors,
+    read_columns,
+    split_path,
+    verify_file,
+)
+from modeling_retro.durable_files_retro import whole
+
+
+logger = logging.get_logger(__name__)
+
+Inputs = str | Path | Dataset | IterableDataset | Sequence[str | Path | Dataset | IterableDataset]
+
+
+def add_documents(datastore: str | Path, inputs: Inputs, refresh_neighbors: bool = False) -> dict[str, Any]:
+    """
+    Adds documents to what is searched: they are chunked with the options of the datastore, deduplicated if it was,
+    embedded and indexed, and get neighbors if the others have some.
+
+    Args:
+        datastore (`str` or `Path`): The datastore.
+        inputs (`str`, `Path`, `datasets.Dataset` or a sequence of them):
+            Files, folders, globs, `"-"` for jsonl on standard input, or datasets. All of them are added, whether they
+            were added before or not.
+        refresh_neighbors (`bool`, *optional*, defaults to `False`):
+            Whether to search anew for the neighbors of chunks that were there before. If not, they keep theirs, which
+            are marked stale.
+
+    Returns:
+        `dict`: the manifest of the new version.
+
+    Raises:
+        ValueError: If a record is bad, no document has text, or nothing can be added to the datastore.
+    """
+    path = Path(datastore)
+    request = {"command": "add", "inputs": _describe(inputs), "refresh_neighbors": refresh_neighbors}
+
+    def make(folder: Path) -> bool:
+        before = open_manifest(path)
+        _append(folder, before, inputs)
+        _bring_up_to_date(folder, before, refresh_neighbors)
+        return True
+
+    return change_datastore(path, request, make)
+
+
+def remove_documents(
+    datastore: str | Path, documents: Sequence[int | str], refresh_neighbors: bool = False
+) -> dict[str, Any]:
+    """
+    Removes documents from what is searched. Their chunks are never returned from now on; [`compact_datastore`] takes
+    them off the disk. Documents that were removed before are left out silently.
+
+    Args:
+        datastore (`str` or `Path`): The datastore.
+        documents (`Sequence[int]` or `Sequence[str]`):
+            Their numbers (`document_ids` of what is retrieved), or the user's own ids if the datastore was chunked
+            with an `id_column`.
+        refresh_neighbors (`bool`, *optional*, defaults to `False`):
+            Whether to search anew for stored neighbors. If not, they lack the removed documents and are marked stale.
+
+    Returns:
+        `dict`: the manifest of the new version, or the one there is if all documents were removed before.
+
+    Raises:
+        ValueError: If there is no such document, or none would be left.
+    """
+    path = Path(datastore)
+    with directory_lock(path):
+        finish_change(path)
+        manifest = open_manifest(path)
+        check_changeable(path, manifest)
+        numbers = _numbers_of(path, manifest, documents)
+        opened = RetroDatastore(path, manifest)
+        removed = np.union1d(opened.removed_documents, numbers)
+        if len(removed) == len(opened.removed_documents):
+            logger.warning(f"the documents were removed from {path} before")
+            return manifest
+        if np.isin(opened.chunks.document_id, removed).all():
+            raise ValueError(f"no document of {path} would be left; delete the folder instead")
+        request = {"command": "remove", "documents": numbers.tolist(), "refresh_neighbors": refresh_neighbors}
+
+        def make(folder: Path) -> bool:
+            _set_removed(folder, removed)
+            _bring_up_to_date(folder, manifest, refresh_neighbors)
+            return True
+
+        return change_datastore(path, request, make)
+
+
+def update_documents(datastore: str | Path, inputs: Inputs, refresh_neighbors: bool = False) -> dict[str, Any]:
+    """
+    Adds documents and removes those with the same id that they take the place of. A document that is there with the
+    same tokens stays as it is.
+
+    Args:
+        datastore (`str` or `Path`): The datastore, chunked with an `id_column`.
+        inputs (`str`, `Path`, `datasets.Dataset` or a sequence of them): As [`add_documents`] takes them.
+        refresh_neighbors (`bool`, *optional*, defaults to `False`): As [`add_documents`] takes it.
+
+    Returns:
+        `dict`: the manifest of the new version, or the one there is if no document is new or changed.
+
+    Raises:
+        ValueError: If the datastore has no ids of its own for documents, or as [`add_documents`] does.
+    """
+    path = Path(datastore)
+    request = {"command": "update", "inputs": _describe(inputs), "refresh_neighbors": refresh_neighbors}
+
+    def make(folder: Path) -> bool:
+        before = open_manifest(path)
+        opened = RetroDatastore(path, before)
+        known = _living_documents(opened)
+        starts, stops = (np.searchsorted(opened.chunks.document_id, list(known.values()), side) for side in _SIDES)
+        rows = dict(zip(known, zip(starts.tolist(), stops.tolist(), strict=True), strict=True))
+
+        def is_known(document: Document, tokens: np.ndarray) -> bool:
+            if document.name not in rows:
+                return False
+            old = opened.chunks.gather("input_ids", np.arange(*rows[document.name]))
+            return np.array_equal(old, tokens)
+
+        new_shards = _append(folder, before, inputs, is_known)
+        if not any(shard["rows"] for shard in new_shards):
+            return False
+        ids, numbers = _own_ids(folder, new_shards)
+        # Of several new documents with one id, the last one counts.
+        last = dict(zip(ids, numbers, strict=True))
+        replaced = [known[name] for name in last if name in known]
+        repeated = [number for name, number in zip(ids, numbers, strict=True) if name and last[name] != number]
+        if replaced or repeated:
+            _set_removed(folder, np.union1d(opened.removed_documents, [*replaced, *repeated]))
+        _bring_up_to_date(folder, before, refresh_neighbors)
+        return True
+
+    return change_datastore(path, request, make)
+
+
+def compact_datastore(datastore: str | Path, refresh_neighbors: bool = False) -> dict[str, Any]:
+    """
+    Folds the removed documents away: their chunks and embeddings leave the disk (as soon as nobody reads an earlier
+    version), the index is built anew without them. Documents keep their numbers, chunks get new ones.
+
+    Args:
+        datastore (`str` or `Path`): The datastore.
+        refresh_neighbors (`bool`, *optional*, defaults to `False`):
+            Whether to search anew for stored neighbors that are stale. If not, they stay stale.
+
+    Returns:
+        `dict`: the manifest of the new version, or the one there is if nothing was removed.
+    """
+    path = Path(datastore)
+    with directory_lock(path):
+        finish_change(path)
+        before = open_manifest(path)
+        if "removed" not in before:
+            return before
+
+        def make(folder: Path) -> bool:
+            if "removed" in open_manifest(folder):
+                _fold_away(folder)
+            _bring_up_to_date(folder, before, refresh_neighbors)
+            return True
+
+        return change_datastore(path, {"command": "compact", "refresh_neighbors": refresh_neighbors}, make)
+
+
+_SIDES = ("left", "right")
+
+
+def _describe(inputs: Inputs) -> list[dict[str, Any]]:
+    """What tells whether an interrupted run was given the same inputs; streams never are the same."""
+    entries = [inputs] if isinstance(inputs, (str, Path, Dataset, IterableDataset)) else list(inputs)
+    if any(isinstance(entry, IterableDataset) or entry == "-" for entry in entries if not isinstance(entry, Dataset)):
+        return broadcast_object_list([[{"streamed": time.time_ns()}]])[0]
+    return [source.describe() for source in find_sources(entries)]
+
+
+def _append(
+    folder: Path,
+    before: dict[str, Any],
+    inputs: Inputs,
+    is_known: Callable[[Document, np.ndarray], bool] | None = None,
+) -> list[dict[str, Any]]:
+    """Chunks new documents; returns the records of their shards."""
+    stage = before["splits"][TRAIN_SPLIT]["chunks"]
+    if not stage["parts"]:
+        raise ValueError(f"{folder.parent} was imported, its documents were not read here; nothing can be added to it")
+    if stage["options"]["max_chunks"] is not None:
+        raise ValueError(f"{folder.parent} was cut by max_chunks; nothing can be added to it")
+    if is_known is not None and stage["options"]["id_column"] is None:
+        raise ValueError(
+            f"{folder.parent} was chunked without --id_column: nobody knows which documents the new ones take the "
+            "place of; use `retro remove` and `retro add`"
+        )
+    known = len(stage["sources"])
+    shards = append_documents(folder, inputs, known, is_known)["shards"][len(stage["shards"]) :]
+    if is_known is None and not any(shard["rows"] for shard in shards):
+        raise ValueError("the inputs hold no documents with text; nothing is added")
+    if "deduplicated" in stage:
+        options = stage["deduplicated"]["options"]
+        deduplicate(folder, sorted(options["against"]), options["threshold"], options["ngram"])
+    return shards
+
+
+def _bring_up_to_date(folder: Path, before: dict[str, Any], refresh_neighbors: bool) -> None:
+    """Embeds and indexes what is not yet, and finds neighbors of it, as far as the version `before` had these."""
+    manifest = open_manifest(folder)
+    train = manifest["splits"][TRAIN_SPLIT]
+    number = len(train["chunks"]["shards"])
+    if "embeddings" in train and len(train["embeddings"]["shards"]) < number:
+        embed_chunks(folder, **train["embeddings"]["options"])
+    if "index" in before:
+        build_index(folder, **before["index"]["options"])
+    manifest = open_manifest(folder)
+    for split, record in manifest["splits"].items():
+        if "neighbors" not in record:
+            continue
+        stage, number = record["neighbors"], len(record["chunks"]["shards"])
+        if refresh_neighbors:
+            stage["shards"] = [shard for shard in stage["shards"] if not is_stale(shard, manifest)]
+        if len(stage["shards"]) < number:
+            write_manifest(folder, manifest)
+            find_neighbors(folder, split=split, **stage["options"])
+            manifest["splits"][split] = open_manifest(folder)["splits"][split]
+
+
+def _numbers_of(path: Path, manifest: dict[str, Any], documents: Sequence[int | str]) -> np.ndarray:
+    """The numbers int64 [n], ascending, of documents that are there or were removed, given by number or by own id."""
+    opened = RetroDatastore(path, manifest)
+    there = opened.chunks.document_id
+    gone = _read_numbers(path, manifest, "compacted")
+    names = {name for name in documents if isinstance(name, str)}
+    numbers = [number for number in documents if not isinstance(number, str)]
+    if names:
+        if manifest["splits"][TRAIN_SPLIT]["chunks"]["options"].get("id_column") is None:
+            raise ValueError(
+                f"{path} was chunked without --id_column: its documents have numbers (`document_ids` of what is "
+                f"retrieved), no ids such as {min(names)!r}"
+            )
+        ids, all_numbers = _own_ids(path, manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"])
+        found = [(name, number) for name, number in zip(ids, all_numbers, strict=True) if name in names]
+        unknown = names - {name for name, _ in found}
+        if unknown:
+            raise ValueError(f"{path} has no document with the id {min(unknown)!r} ({len(unknown)} are unknown)")
+        numbers += [number for _, number in found]
+    numbers = np.unique(np.array(numbers, dtype=np.int64))
+    unknown = numbers[~np.isin(numbers, there) & ~np.isin(numbers, gone)]
+    if len(unknown):
+        raise ValueError(f"{path} has no document {unknown[0]} ({len(unknown)} are unknown)")
+    return numbers[~np.isin(numbers, gone)]
+
+
+def _own_ids(path: Path, shards: Sequence[dict[str, Any]]) -> tuple[list[str | None], list[int]]:
+    """The user's own ids of the documents of some shards, and their numbers."""
+    files = [path / "documents" / f"{shard['name']}.parquet" for shard in shards]
+    tables = [pq.read_table(file, columns=["id", "document_id"]) for file in files]
+    ids = [name for table in tables for name in table["id"].to_pylist()]
+    return ids, [number for table in tables for number in table["document_id"].to_pylist()]
+
+
+def _living_documents(opened: RetroDatastore) -> dict[str, int]:
+    """Number of each document that has an id of its own and was not removed."""
+    ids, numbers = _own_ids(opened.path, opened.manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"])
+    is_living = np.isin(numbers, opened.chunks.document_id) & ~np.isin(numbers, opened.removed_documents)
+    return {name: number for name, number, keep in zip(ids, numbers, is_living, strict=True) if keep and name}
+
+
+def _read_numbers(path: Path, manifest: dict[str, Any], key: str) -> np.ndarray:
+    record = manifest.get(key)
+    if record is None:
+        return np.zeros(0, dtype=np.int64)
+    return np.load(verify_file(path / record["name"], record["sha256"]), allow_pickle=False)
+
+
+def _write_numbers(path: Path, manifest: dict[str, Any], key: str, numbers: np.ndarray) -> None:
+    """Writes numbers of documents to a file of the version that `manifest` describes, and names it there."""
+    file = path / f"{key}-{manifest['version']}.npy"
+    state = process_state()
+    if state.is_main_process:
+        with whole(file) as temporary, temporary.open("wb") as handle:
+            np.save(handle, numbers.astype(np.int64), allow_pickle=False)
+    state.wait_for_everyone()
+    manifest[key] = {"name": file.name, "sha256": checksum(file), "documents": len(numbers)}
+
+
+def _set_removed(folder: Path, documents: np.ndarray) -> None:
+    manifest = open_manifest(folder)
+    document_id = RetroDatastore(folder, manifest).chunks.document_id
+    _write_numbers(folder, manifest, "removed", documents[np.isin(documents, document_id)])
+    manifest["removed"]["chunks"] = int(np.isin(document_id, documents).sum())
+    write_manifest(folder, manifest)
+
+
+def _fold_away(folder: Path) -> None:
+    """Takes the chunks of removed documents out of all shards; the others get new numbers, in all neighbors too."""
+    manifest = open_manifest(folder)
+    opened = RetroDatastore(folder, manifest)
+    train = manifest["splits"][TRAIN_SPLIT]
+    is_kept = ~opened.is_removed(np.arange(len(opened.chunks)))
+    offsets = opened.chunks.offsets
+    kept = [is_kept[start:stop] for start, stop in pairwise(offsets)]
+    chunk_shards, names = _compact_chunks(folder, manifest, opened, kept)
+    embedding_shards = _compact_embeddings(folder, manifest, chunk_shards, names, kept)
+    new_ids = np.cumsum(is_kept) - 1
+    fingerprint = chunks_fingerprint(chunk_shards)
+    neighbors = {}
+    for split, record in manifest["splits"].items():
+        if "neighbors" in record:
+            own = (chunk_shards, kept) if split == TRAIN_SPLIT else (record["chunks"]["shards"], None)
+            neighbors[split] = _compact_neighbors(folder, manifest, opened, split, *own, new_ids, fingerprint)
+    set_shards(train["chunks"], chunk_shards)
+    if embedding_shards is not None:
+        train["embeddings"]["shards"] = embedding_shards
+    for split, shards in neighbors.items():
+        manifest["splits"][split]["neighbors"]["shards"] = shards
+    manifest.pop("index", None)  # is built anew: its vectors have other numbers
+    gone = np.union1d(_read_numbers(folder, manifest, "compacted"), opened.removed_documents)
+    _write_numbers(folder, manifest, "compacted", gone)
+    del manifest["removed"]
+    write_manifest(folder, manifest)
+    for split in manifest["splits"]:
+        for stage in ("chunks", "embeddings", "neighbors"):
+            clear_records(split_path(folder, split) / stage)
+
+
+def _compact_chunks(
+    folder: Path, manifest: dict[str, Any], opened: RetroDatastore, kept: list[np.ndarray]
+) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """The records of all shards of chunks, and the new names of those that lost some, by their position."""
+    shards = manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"]
+    names = {i: f"shard-{i:05d}-v{manifest['version']}" for i in range(len(shards)) if not kept[i].all()}
+    positions = list(names)
+    features = chunk_features(opened.chunk_size, manifest["tokenizer"]["vocab_size"])
+
+    def make(number: int, temporary: Path) -> dict[str, Any]:
+        position = positions[number]
+        old, name = shards[position], names[position]
+        verify_file(folder / "chunks" / old["name"], old["sha256"])
+        columns = {key: column[kept[position]] for key, column in opened.chunks.shard(position).items()}
+        save_shard(temporary, columns, features)
+        documents = np.unique(columns["document_id"])
+        table = folder / "documents" / f"{old['name']}.parquet"
+        if table.exists():
+            rows = pq.read_table(table)
+            with whole(table.with_name(f"{name}.parquet")) as file:
+                pq.write_table(rows.filter(np.isin(rows["document_id"].to_numpy(), documents)), file)
+        bad = folder / "quarantine" / f"{old['name']}.jsonl"
+        if bad.exists():
+            with whole(bad.with_name(f"{name}.jsonl")) as file:
+                file.write_bytes(bad.read_bytes())
+        counts = {
+            "rows": len(columns["length"]),
+            "documents": len(documents),
+            "tokens": int(columns["length"].sum()),
+            "bytes": int(columns["num_bytes"].sum()),
+        }
+        return {**old, **counts}
+
+    records = run_shards(folder / "chunks", [], list(names.values()), make, description="Folding chunks")
+    shards = list(shards)
+    for position, record in zip(positions, records, strict=True):
+        shards[position] = record
+    return shards, names
+
+
+def _compact_embeddings(
+    folder: Path,
+    manifest: dict[str, Any],
+    chunk_shards: list[dict[str, Any]],
+    names: dict[int, str],
+    kept: list[np.ndarray],
+) -> list[dict[str, Any]] | None:
+    """The records of all shards of embeddings, or None without any."""
+    shards = manifest["splits"][TRAIN_SPLIT].get("embeddings", {}).get("shards")
+    if not shards:
+        return None
+    embeddings = read_embeddings(folder, TRAIN_SPLIT, manifest)
+    positions = list(names)
+
+    def make(number: int, temporary: Path) -> dict[str, Any]:
+        position = positions[number]
+        vectors = embeddings[position][kept[position]]
+        with temporary.open("wb") as file:
+            np.save(file, vectors, allow_pickle=False)
+        return {"rows": len(vectors), "chunks_sha256": chunk_shards[position]["sha256"]}
+
+    records = run_shards(
+        folder / "embeddings", [], list(names.values()), make, suffix=".npy", description="Folding embeddings"
+    )
+    shards = list(shards)
+    for position, record in zip(positions, records, strict=True):
+        shards[position] = record
+    return shards
+
+
+def _compact_neighbors(
+    folder: Path,
+    manifest: dict[str, Any],
+    opened: RetroDatastore,
+    split: str,
+    chunk_shards: list[dict[str, Any]],
+    kept: list[np.ndarray] | None,
+    new_ids: np.ndarray,
+    fingerprint: str,
+) -> list[dict[str, Any]]:
+    """The records of the neighbors of a split, which name the chunks by their new numbers."""
+    root, stage = split_path(folder, split), manifest["splits"][split]["neighbors"]
+    features = neighbor_features(stage["options"]["num_neighbors"])
+    suffix = f".v{manifest['version']}"
+    shards = stage["shards"]
+    if len(shards) < len(chunk_shards):
+        raise ValueError(f"the neighbors of {split} are unfinished; run `retro neighbors` first")
+
+    def make(number: int, temporary: Path) -> dict[str, Any]:
+        old, chunks = shards[number], chunk_shards[number]
+        verify_file(root / "neighbors" / neighbors_folder(old), old["sha256"])
+        columns = drop_neighbors(read_columns(root / "neighbors" / neighbors_folder(old)), opened.is_removed)
+        ids = columns["neighbor_ids"]
+        columns["neighbor_ids"] = np.where(ids >= 0, new_ids[ids], -1)
+        if kept is not None:
+            columns = {name: column[kept[number]] for name, column in columns.items()}
+        save_shard(temporary, columns, features)
+        record = {key: value for key, value in old.items() if key != "removed"}
+        if record.get("index") is not None and not is_stale(old, manifest):
+            record["index"] = fingerprint
+        return record | {
+            "rows": len(columns["neighbor_ids"]),
+            "folder": chunks["name"] + suffix,
+            "chunks_sha256": chunks["sha256"],
+        }
+
+    names = [shard["name"] for shard in chunk_shards]
+    return run_shards(root / "neighbors", [], names, make, suffix, f"Folding neighbors of {split}")
+
+
+__all__ = ["add_documents", "compact_datastore", "remove_documents", "update_documents"]

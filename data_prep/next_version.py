@@ -1,0 +1,164 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+A new version of a datastore, made beside the one that is read.
+
+The folder `.next` holds it: links to what stays, and what is new. When it is finished, what is new is moved to its
+place under names that no version had before, and `datastore.json` is replaced. At every moment before that the old
+version is whole, from then on the new one is; a run that is killed goes on when the same command is run again.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from data_prep.stage_files import directory_lock, open_manifest, process_state
+from modeling_retro.datastore_manifest_retro import (
+    CHANGED_FORMAT_VERSION,
+    MANIFEST_NAME,
+    TRAIN_SPLIT,
+    files_of,
+    read_manifest,
+)
+from modeling_retro.datastore_retro import checksum
+from modeling_retro.datastore_versions_retro import remove_unread, superseding
+from modeling_retro.durable_files_retro import make_folder, remove, replace, write_json
+
+
+_NEXT = ".next"
+_REQUEST = "request.json"
+_READY = "ready.json"
+# What all versions share; deduplication adds lines to its report.
+_SHARED = ("tokenizer", "encoder")
+_REPORT = "duplicates.jsonl"
+
+
+def change_datastore(path: Path, request: dict[str, Any], make: Callable[[Path], bool]) -> dict[str, Any]:
+    """
+    Makes the next version of a datastore and puts it in the place of the current one.
+
+    Args:
+        path (`Path`): The datastore.
+        request (`dict`): What is asked for, in JSON. An interrupted run with the same request goes on.
+        make (`Callable`):
+            Makes the new version of the folder that it is given, which holds the current one. Returns whether it
+            changed anything.
+
+    Returns:
+        `dict`: the manifest of the new version, or of the current one if nothing changed.
+
+    Raises:
+        ValueError: If the datastore cannot be changed.
+    """
+    with directory_lock(path):
+        if finish_change(path) == request:
+            return open_manifest(path)
+        manifest = open_manifest(path)
+        check_changeable(path, manifest)
+        begun = _begun(path)
+        if begun is None or begun["request"] != request:
+            _begin(path, manifest, request)
+        is_changed = make(path / _NEXT)
+        if process_state().is_main_process:
+            if is_changed:
+                write_json(path / _NEXT / _READY, {})
+            else:
+                remove(path / _NEXT)
+        process_state().wait_for_everyone()
+        if is_changed:
+            _publish(path)
+        return open_manifest(path)
+
+
+def finish_change(path: Path) -> dict[str, Any] | None:
+    """Puts a version in its place that an interrupted run had finished; returns what that run was asked for."""
+    with directory_lock(path):
+        begun = _begun(path)
+        if begun is None or not begun["is_ready"]:
+            return None
+        _publish(path)
+        return begun["request"]
+
+
+def check_changeable(path: Path, manifest: dict[str, Any]) -> None:
+    """Raises a `ValueError` for a datastore that documents cannot be added to or removed from."""
+    if "files" in manifest:
+        raise ValueError(
+            f"{path} was downloaded: it has no embeddings, and others may share it; change the datastore that was "
+            "uploaded, and push it again"
+        )
+    if "extends" in manifest:
+        raise ValueError(f"{path} extends another datastore: change that one and make this anew with `retro prepare`")
+    if (path / "search_all").exists():
+        raise ValueError(
+            f"{path / 'search_all'} holds copies of the datastore, which would keep what is removed; delete that "
+            "folder first, and make it anew with `retro prepare` if need be"
+        )
+    if "fingerprint" not in manifest["splits"].get(TRAIN_SPLIT, {}).get("chunks", {}):
+        raise ValueError(f"{path} has no finished chunks; run `retro chunk` (again)")
+
+
+def _begun(path: Path) -> dict[str, Any] | None:
+    """What an interrupted run was asked for, if the datastore is still the same. All processes get the same answer."""
+    begun, folder = None, path / _NEXT
+    if process_state().is_main_process and (folder / _REQUEST).is_file():
+        begun = json.loads((folder / _REQUEST).read_text(encoding="utf-8"))
+        begun["is_ready"] = (folder / _READY).is_file()
+        # It may be in its place already.
+        is_there = begun["is_ready"] and read_manifest(folder) == read_manifest(path)
+        if begun["manifest"] != checksum(path / MANIFEST_NAME) and not is_there:
+            begun = None
+    return broadcast_object_list([begun])[0]
+
+
+def _begin(path: Path, manifest: dict[str, Any], request: dict[str, Any]) -> None:
+    state = process_state()
+    if state.is_main_process:
+        folder = path / _NEXT
+        remove(folder)
+        for name in sorted({*files_of(manifest), *_SHARED, _REPORT}):
+            if (path / name).exists():
+                link = folder / name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(os.path.relpath(path / name, link.parent))
+        version = {
+            "version": manifest.get("version", 0) + 1,
+            "format_version": max(manifest["format_version"], CHANGED_FORMAT_VERSION),
+        }
+        write_json(folder / MANIFEST_NAME, manifest | version)
+        write_json(folder / _REQUEST, {"request": request, "manifest": checksum(path / MANIFEST_NAME)})
+    state.wait_for_everyone()
+
+
+def _publish(path: Path) -> None:
+    """Puts the finished version in its place; goes on where an earlier run was interrupted at that."""
+    state = process_state()
+    if state.is_main_process:
+        folder = path / _NEXT
+        manifest, before = read_manifest(folder), read_manifest(path)
+        if before != manifest:
+            for name in sorted({*files_of(manifest) - files_of(before), _REPORT}):
+                source = folder / name
+                if source.exists() and not source.is_symlink():
+                    make_folder((path / name).parent)
+                    replace(source, path / name)
+            with superseding(path, keep=True):
+                write_json(path / MANIFEST_NAME, manifest)
+        remove_unread(path, manifest)
+        remove(folder)
+    state.wait_for_everyone()
