@@ -15,7 +15,8 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,13 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
 EVALUATED_MODES = ("off", "random", "on")
 
 
+class ChunkRange(UserDict):
+    """
+    A row of [`ChunkRows`]. It is no `dict`: of those [`~transformers.Trainer`] keeps only what the model's `forward`
+    takes, and the range would be gone before the collator sees it.
+    """
+
+
 class ChunkRows(Dataset):
     """
     The chunks of a table in rows of `row_chunks` consecutive ones. No tokens are copied: an item is a range of chunk
@@ -114,10 +122,10 @@ class ChunkRows(Dataset):
     def __len__(self) -> int:
         return -(-self.num_chunks // self.row_chunks)
 
-    def __getitem__(self, index: int) -> dict[str, int]:
+    def __getitem__(self, index: int) -> ChunkRange:
         epoch, row = divmod(index, len(self))
         start = row * self.row_chunks
-        return {"epoch": epoch, "start": start, "end": min(start + self.row_chunks, self.num_chunks)}
+        return ChunkRange(epoch=epoch, start=start, end=min(start + self.row_chunks, self.num_chunks))
 
 
 class EpochRowSampler(Sampler[int]):
@@ -221,7 +229,7 @@ class DataCollatorForRetro:
                 "`retro neighbors` with a larger number"
             )
 
-    def __call__(self, rows: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, int]]) -> dict[str, torch.Tensor]:
         start = np.array([row["start"] for row in rows])[:, None]
         end = np.array([row["end"] for row in rows])[:, None]
         chunk_ids = start + np.arange(self.row_chunks)  # [B, L]
@@ -298,7 +306,7 @@ class DataCollatorForRetro:
             tokens[noisy] = generator.choice(tokens[mask], np.count_nonzero(noisy))
         return tokens, mask
 
-    def _draw_random(self, row: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    def _draw_random(self, row: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
         """Which chunks of a row see random neighbors, bool `[L]`, and which, int64 `[L, k]`."""
         generator = np.random.default_rng([self.seed, row["epoch"], row["start"], 2])
         chosen = generator.random(self.row_chunks) < self.random_share
@@ -317,7 +325,7 @@ class DataCollatorForRetro:
         chunk_size = self.source.chunks.chunk_size
         return (slots - first_slot)[..., None] * chunk_size + np.arange(chunk_size)  # [B, L, m]
 
-    def _seen_neighbors(self, row: dict[str, int]) -> np.ndarray:
+    def _seen_neighbors(self, row: Mapping[str, int]) -> np.ndarray:
         generator = np.random.default_rng([self.seed, row["epoch"], row["start"]])
         dropped = generator.random(self.row_chunks) < self.neighbor_dropout
         number = generator.choice(self.num_neighbors)

@@ -20,8 +20,9 @@ import pytest
 import torch
 from array_datastore import ArrayDatastore, random_datastore
 from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from modeling_retro import RetroConfig, RetroForCausalLM
+from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointForCausalLM
 from trainers.retro_config import RetroTrainingArguments
 from trainers.retro_trainer import (
     ChunkRows,
@@ -292,3 +293,39 @@ def test_checkpoint_without_a_readable_state_is_passed_over(tmp_path):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-12").mkdir()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize("has_lora", [False, True])
+@pytest.mark.parametrize("kind", ["cross", "joint"])
+def test_a_plain_trainer_follows_the_collator(kind, has_lora, tmp_path):
+    """`Trainer` drops what `forward` does not take from rows that are dicts; those of `ChunkRows` are none."""
+    config = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    datastore = random_datastore(seed=3, vocab_size=50, chunk_size=4, num_documents=20, num_neighbors=2)
+    torch.manual_seed(0)
+    if kind == "cross":
+        model = RetroForCausalLM(
+            RetroConfig(**config, num_attention_heads=2, chunk_size=4, cross_attention_layers=[1])
+        )
+    else:
+        model = RetroJointForCausalLM.from_decoder(
+            LlamaForCausalLM(LlamaConfig(**config, num_attention_heads=2)), chunk_size=4
+        )
+    if has_lora:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    rows, collator = ChunkRows(len(datastore.chunks), 4), DataCollatorForRetro(datastore, row_chunks=4)
+    with torch.no_grad():
+        expected = model.eval()(**collator([rows[index] for index in range(8)])).loss
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=8),
+        train_dataset=rows,
+        eval_dataset=[rows[index] for index in range(8)],
+        data_collator=collator,
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer.args.max_steps = 2
+    trainer.train()
+    learned = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert learned and learned <= {name for name, parameter in model.named_parameters() if parameter.requires_grad}
