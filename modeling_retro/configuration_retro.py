@@ -14,12 +14,15 @@
 """RETRO model configuration"""
 
 import os
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import auto_docstring
 from transformers.utils.type_validators import interval
+
+from .lora_targets_retro import name_lora_targets
 
 
 @auto_docstring(checkpoint="retro-transformers/retro-tiny")
@@ -45,6 +48,17 @@ class RetroConfig(PreTrainedConfig):
         Whether queries and keys are normalised over the head dimension before they are rotated, as in Qwen3.
     hidden_dropout (`float`, *optional*, defaults to 0.0):
         Dropout on the output of each sublayer of the decoder.
+    no_rope_layers (`list[int]`, *optional*):
+        For each layer of the decoder 1 if its self-attention has rotary positions, 0 if it has none, as in SmolLM3.
+        Defaults to positions in all layers.
+    attention_multiplier (`float`, *optional*):
+        Factor on the scores of all attentions, as in Granite. Defaults to `head_dim ** -0.5`.
+    embedding_multiplier (`float`, *optional*, defaults to 1.0):
+        Factor on the embeddings, as in Granite.
+    residual_multiplier (`float`, *optional*, defaults to 1.0):
+        Factor on the output of each sublayer, as in Granite.
+    logits_scaling (`float`, *optional*, defaults to 1.0):
+        Divisor of the logits, as in Granite.
     neighbor_rope_theta (`float`, *optional*, defaults to 10000.0):
         Base period of the rotary embedding that chunked cross attention and the neighbor encoder share.
     neighbor_encoder_num_hidden_layers (`int`, *optional*, defaults to 2):
@@ -156,6 +170,12 @@ class RetroConfig(PreTrainedConfig):
     qk_norm: bool = False
     attention_dropout: float | int = interval(min=0.0, max=1.0)(default=0.0)
     hidden_dropout: float | int = interval(min=0.0, max=1.0)(default=0.0)
+    sliding_window: int | None = None
+    no_rope_layers: list[int] | None = None
+    attention_multiplier: float | int | None = None
+    embedding_multiplier: float | int = 1.0
+    residual_multiplier: float | int = 1.0
+    logits_scaling: float | int = 1.0
     chunk_size: int = interval(min=1)(default=64)
     num_neighbors: int = interval(min=0)(default=2)
     continuation_chunks: int = interval(min=0)(default=1)
@@ -205,6 +225,11 @@ class RetroConfig(PreTrainedConfig):
             self.neighbor_encoder_cross_attention_layers = [0]
         super().__post_init__(**kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as [`~transformers.PreTrainedConfig.to_dict`] gives them. PEFT asks it for the model's type."""
+        name_lora_targets(self.model_type, "llama")
+        return super().to_dict()
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Saves the configuration as [`~transformers.PreTrainedConfig.save_pretrained`] does, for every Auto class."""
         # transformers would name only the class of the model that is saved.
@@ -234,6 +259,11 @@ class RetroConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` ({key_value_heads}) must divide the number of attention heads ({heads}).")
         if self.head_dim % 2 != 0:
             raise ValueError(f"`head_dim` ({self.head_dim}) must be even for rotary embeddings.")
+        if self.no_rope_layers is not None and len(self.no_rope_layers) != self.num_hidden_layers:
+            raise ValueError(
+                f"`no_rope_layers` ({self.no_rope_layers}) must have a 0 or 1 for each of the "
+                f"{self.num_hidden_layers} layers there are."
+            )
         for name, layers, num_layers in (
             ("cross_attention_layers", self.cross_attention_layers, self.num_hidden_layers),
             (

@@ -14,12 +14,15 @@
 """Configuration of a causal language model that reads neighbors with its own attention"""
 
 import os
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.utils import auto_docstring
 from transformers.utils.type_validators import interval
+
+from .lora_targets_retro import name_lora_targets
 
 
 @auto_docstring(checkpoint="retro-transformers/smollm2-135m-joint")
@@ -96,6 +99,11 @@ class RetroJointConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as [`~transformers.PreTrainedConfig.to_dict`] gives them. PEFT asks it for the model's type."""
+        name_lora_targets(self.model_type, self.text_config.get_text_config().model_type)
+        return super().to_dict()
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Saves the configuration as [`~transformers.PreTrainedConfig.save_pretrained`] does, for every Auto class."""
