@@ -303,6 +303,11 @@ def decode_chunks(input_ids: Any, mask: Any, tokenizer: PreTrainedTokenizerBase)
     return tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=True)
 
 
+def text_mask(input_ids: Any, mask: Any, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """bool [n, m]: the tokens of chunks that are text, neither padding nor special."""
+    return np.asarray(mask, dtype=bool) & ~np.isin(input_ids, tokenizer.all_special_ids)
+
+
 def kept_dimensions(dim: int, truncate_dim: int | None) -> int:
     """Number of dimensions that are left of `dim`; a `ValueError` if there are fewer than asked for."""
     if truncate_dim is not None and not 1 <= truncate_dim <= dim:
