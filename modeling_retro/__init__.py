@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The RETRO models, the datastore and its retriever. `import modeling_retro` imports none of them: each comes when it is
-asked for, with torch, transformers or faiss where it needs them.
+The RETRO models, the datastore and its retriever. `import modeling_retro` imports none of them. A class is imported
+when it is used for the first time, with torch, transformers or faiss if it needs them.
 """
 
 import importlib

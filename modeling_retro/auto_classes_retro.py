@@ -12,11 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Makes the Auto classes of transformers know the RETRO models once this package is imported.
+Registers the RETRO models with the Auto classes of transformers when this package is imported.
 
-`AutoModelForCausalLM.register` wants the classes themselves, whose import takes torch and seconds. transformers enters
-its own models by name and imports them when one is loaded; the RETRO models are entered in the same way, as soon as
-transformers' tables of names are imported.
+`AutoModelForCausalLM.register` takes the classes themselves. Importing them needs torch and takes seconds.
+transformers registers its own models by name and imports a model when it is loaded. This module registers the RETRO
+models in the same way, as soon as the tables of names in transformers are imported.
 """
 
 import importlib.machinery
@@ -27,7 +27,7 @@ from types import ModuleType
 
 
 CONFIG_NAMES = {"retro": "RetroConfig", "retro_joint": "RetroJointConfig"}
-# The tables of transformers.models.auto.modeling_auto, and the names that are entered.
+# The tables of transformers.models.auto.modeling_auto, and the names that are entered into them.
 MODEL_NAMES = {
     "MODEL_MAPPING": {"retro": "RetroModel"},
     "MODEL_FOR_CAUSAL_LM_MAPPING": {"retro": "RetroForCausalLM", "retro_joint": "RetroJointForCausalLM"},
@@ -48,7 +48,7 @@ def _enter_models(modeling_auto: ModuleType) -> None:
 
 
 def _modules() -> dict[str, ModuleType]:
-    """Where the classes of a model type are found: this package, which imports them when they are asked for."""
+    """The module with the classes of each model type: this package, which imports them on first use."""
     return dict.fromkeys(CONFIG_NAMES, sys.modules[__package__])
 
 
@@ -59,7 +59,7 @@ _ENTER = {
 
 
 class _EnterAfterImport(MetaPathFinder):
-    """Finds the modules of `_ENTER` where they are, and has the names entered at the end of their import."""
+    """Finds the modules of `_ENTER` as usual, and enters the names at the end of their import."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -79,7 +79,7 @@ class _EnterAfterImport(MetaPathFinder):
 
 
 def register_auto_classes() -> None:
-    """Enters the RETRO models, now or when transformers' tables are imported."""
+    """Enters the RETRO models now, or when the tables of transformers are imported."""
     sys.meta_path.insert(0, _EnterAfterImport())
     for name, enter in _ENTER.items():
         if name in sys.modules:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Models made of a pretrained decoder: its checksum, and saving only what was added to it"""
+"""Models that are made from a pretrained decoder: the checksum of the decoder, and saving only the added weights"""
 
 import hashlib
 import os
@@ -32,8 +32,9 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "re
 
 def checkpoint_sha256(name_or_path: str, gguf_file: str | None = None, **hub_arguments) -> str:
     """
-    Checksum of the weights of a checkpoint: of the one file that holds them (that of an adapter, if it is one of
-    PEFT), or of the checksums of the shards in order.
+    Computes the checksum of the weights of a checkpoint. If one file holds the weights (or the adapter, for a
+    checkpoint of PEFT), it is the checksum of the file. Otherwise it is the checksum of the checksums of the shards,
+    in order.
 
     Args:
         name_or_path (`str`): Hub id or directory of the checkpoint.
@@ -41,7 +42,7 @@ def checkpoint_sha256(name_or_path: str, gguf_file: str | None = None, **hub_arg
         hub_arguments: Passed to `transformers.utils.cached_file`.
 
     Raises:
-        ValueError: If there are no such files.
+        ValueError: If the checkpoint has no such file.
     """
     arguments = hub_arguments | {"_raise_exceptions_for_missing_entries": False}
     for name in (gguf_file,) if gguf_file is not None else (SAFE_WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME):
@@ -66,27 +67,27 @@ def _file_sha256(path: str) -> str:
 
 class RetroBaseModelMixin:
     """
-    Stores only what a model adds to the decoder that it was made from. The class of the model says which weights these
-    are (`is_added_weight`) and makes a model of the weights of a base (`_from_base`).
+    Saves and loads only the weights that a model adds to the decoder that it was made from. The class of the model
+    tells which weights these are (`is_added_weight`) and makes a model from the weights of a base (`_from_base`).
     """
 
     def freeze_decoder(self) -> None:
-        """Leaves only what RETRO adds to the decoder trainable: chunked cross attention and the neighbor encoder."""
+        """Freezes the decoder, so that only the weights that RETRO adds to it are trained."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self.is_added_weight(name))
 
     def save_pretrained(self, save_directory: str | os.PathLike, retrofit_only: bool = False, **kwargs) -> None:
         """
-        Saves the model as [`~transformers.PreTrainedModel.save_pretrained`] does, but so that a power cut leaves each
-        file as it was before or as it is now.
+        Saves the model as [`~transformers.PreTrainedModel.save_pretrained`] does. If the power fails meanwhile, each
+        file has either its old content or its new one.
 
         Args:
             save_directory (`str` or `os.PathLike`):
                 Directory to save to; created if it does not exist.
             retrofit_only (`bool`, *optional*, defaults to `False`):
-                Whether to save only what RETRO adds to the decoder it was made from, with the name, the revision and
-                the checksum of that decoder. `from_pretrained` puts the two together and refuses another decoder. The
-                decoder must have been frozen (see `freeze_decoder`).
+                Whether to save only the weights that RETRO adds to the decoder it was made from, with the name, the
+                revision and the checksum of that decoder. `from_pretrained` loads both and refuses another decoder.
+                The decoder must have been frozen (see `freeze_decoder`).
         """
         if not retrofit_only and (kwargs.get("push_to_hub") or not kwargs.get("is_main_process", True)):
             super().save_pretrained(save_directory, **kwargs)
@@ -96,7 +97,7 @@ class RetroBaseModelMixin:
             with whole_files(directory) as temporary:
                 super().save_pretrained(temporary, **kwargs)
                 names = {file.name for file in temporary.iterdir()}
-            # Weights of an earlier save, in other shards: a folder that has both is read as the earlier ones.
+            # Remove the shards of an earlier save: if a folder has both, the earlier weights would be loaded.
             for file in directory.glob("model*.safetensors*"):
                 if file.name not in names:
                     remove(file)
@@ -132,12 +133,13 @@ class RetroBaseModelMixin:
         **kwargs,
     ):
         """
-        Loads a model as [`~transformers.PreTrainedModel.from_pretrained`] does. One that was saved with
-        `retrofit_only=True` is put together with its base, and its decoder is frozen.
+        Loads a model as [`~transformers.PreTrainedModel.from_pretrained`] does. For a model that was saved with
+        `retrofit_only=True`, the base is loaded too, and the decoder is frozen.
 
         Args:
             base_model_name_or_path (`str`, *optional*):
-                Where the base of a model saved with `retrofit_only=True` is, if not where it was.
+                Hub id or directory of the base of a model that was saved with `retrofit_only=True`, if it is no longer
+                where it was.
 
         Raises:
             `ValueError`: if the base is not the one that the model was made from.
@@ -158,7 +160,7 @@ class RetroBaseModelMixin:
         config = kwargs.pop("config", None)
         if config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_arguments)
-        # What names a file of this repository does not hold for the base.
+        # These arguments belong to the repository of the model and not to that of the base.
         for name in ("revision", "subfolder", "_commit_hash", "trust_remote_code", "code_revision"):
             kwargs.pop(name, None)
         base = base_model_name_or_path or config.base_model_name_or_path

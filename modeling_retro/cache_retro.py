@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Caches of RETRO decoders: keys and values of the decoder, and the state of its retrieval"""
+"""Caches of RETRO decoders, which hold the keys and values of the decoder and the state of its retrieval"""
 
 from collections.abc import Callable, Sequence
 
@@ -22,7 +22,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 
 def pad_to_shape(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Pads a tensor with zeros behind its end in every dimension that is smaller than in `shape`."""
+    """Pads a tensor with zeros at the end of every dimension that is smaller than in `shape`."""
     missing = [max(0, wanted - size) for size, wanted in zip(tensor.shape, shape)]
     if not any(missing):
         return tensor
@@ -31,8 +31,8 @@ def pad_to_shape(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 def prepend_slot(first: torch.Tensor, others: torch.Tensor | None, dim: tuple[int, ...]) -> torch.Tensor:
     """
-    Puts `first` `(B, ...)` in front of `others` `(B, L, ...)`, padding with zeros the dimensions `dim` in which they
-    may differ.
+    Puts `first` `(B, ...)` in front of `others` `(B, L, ...)`. The dimensions `dim`, in which the two may differ, are
+    padded with zeros.
     """
     first = first.unsqueeze(1)
     if others is None:
@@ -42,7 +42,7 @@ def prepend_slot(first: torch.Tensor, others: torch.Tensor | None, dim: tuple[in
 
 
 def _insert_zeros(tensor: torch.Tensor, dim: int, index: int, number: int) -> torch.Tensor:
-    """Puts `number` zeros at `index` of a dimension."""
+    """Inserts `number` zeros at `index` of a dimension."""
     shape = list(tensor.shape)
     shape[dim] = number
     before, after = tensor.split([index, tensor.shape[dim] - index], dim)
@@ -51,8 +51,8 @@ def _insert_zeros(tensor: torch.Tensor, dim: int, index: int, number: int) -> to
 
 def _stack_rows(tensors: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> torch.Tensor | None:
     """
-    Tensors `(sizes[i], ...)` below each other, padded with zeros behind to the largest; zeros for `None`, and `None`
-    if all are.
+    Concatenates tensors `(sizes[i], ...)` along the rows, and pads them with zeros at the end to the largest shape. A
+    `None` becomes rows of zeros. If all are `None`, so is the result.
     """
     known = [tensor for tensor in tensors if tensor is not None]
     if not known:
@@ -74,15 +74,16 @@ class RetrievalCache(DynamicCache):
 
     Attributes:
         input_ids (`torch.LongTensor` of shape `(batch_size, past_length)`, *optional*):
-            The cached tokens, from which the query of the open chunk is made; -1 where only embeddings were given.
+            The cached tokens, which become the query when their chunk is complete. -1 where only embeddings were
+            given.
         neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_slots, k, neighbor_length)`, *optional*):
             Neighbors of each chunk, in the order of the chunks of the row.
-        neighbor_attention_mask (`torch.BoolTensor`, *optional*):
-            Which of their tokens are real, in the same shape.
+        neighbor_attention_mask (`torch.BoolTensor` of the same shape, *optional*):
+            True for real tokens.
     """
 
     _row_tensors = ("input_ids", "neighbor_input_ids", "neighbor_attention_mask")
-    # Of these, the ones with a column for each token of the row.
+    # The attributes among these with a column for each token of the row.
     _column_tensors = ("input_ids",)
 
     def __init__(self, config: PreTrainedConfig | None = None, **kwargs):
@@ -91,7 +92,7 @@ class RetrievalCache(DynamicCache):
 
     @property
     def front_length(self) -> int:
-        """`int`: Number of keys that stand in front of those of the row's tokens."""
+        """`int`: Number of keys in front of those of the row's tokens."""
         return 0
 
     def _reset_retrieval(self) -> None:
@@ -100,7 +101,7 @@ class RetrievalCache(DynamicCache):
         self.neighbor_attention_mask: torch.BoolTensor | None = None
 
     def update_input_ids(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """Appends tokens `(batch_size, seq_len)` and returns all, `(batch_size, past_length + seq_len)`."""
+        """Appends tokens `(batch_size, seq_len)` and returns all of them, `(batch_size, past_length + seq_len)`."""
         self.input_ids = input_ids if self.input_ids is None else torch.cat([self.input_ids, input_ids], dim=1)
         return self.input_ids
 
@@ -117,15 +118,15 @@ class RetrievalCache(DynamicCache):
         Args:
             neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_slots, k, neighbor_length)`, *optional*):
                 Neighbors of the completed chunks, `None` if the call has none.
-            neighbor_attention_mask (`torch.BoolTensor`, *optional*):
-                Which of their tokens are real, in the same shape.
+            neighbor_attention_mask (`torch.BoolTensor` of the same shape, *optional*):
+                True for real tokens.
             first_slot (`torch.LongTensor` of shape `(batch_size,)`):
-                For each row the slot of the first chunk that this call completes.
+                The slot of the first chunk that this call completes, for each row.
             max_slots (`int`):
                 Number of slots that a row can have after this call.
         """
         if self.neighbor_attention_mask is not None:
-            # A crop leaves the neighbors of removed chunks behind; from the first new chunk on nothing old holds.
+            # A crop does not remove neighbors, so those of the new chunks may be outdated.
             slots = torch.arange(self.neighbor_attention_mask.shape[1], device=first_slot.device)
             self.neighbor_attention_mask &= (slots < first_slot[:, None])[:, :, None, None]
         if neighbor_input_ids is None:
@@ -137,7 +138,7 @@ class RetrievalCache(DynamicCache):
         else:
             self.neighbor_input_ids = neighbor_input_ids.new_zeros(batch_size, 0, k, neighbor_length)
             self.neighbor_attention_mask = neighbor_attention_mask.new_zeros(batch_size, 0, k, neighbor_length)
-        # The masked slots of a row that completes fewer chunks than others may lie beyond its last possible chunk.
+        # If a row completes fewer chunks than others, its masked slots may lie beyond its last possible chunk.
         shape = (batch_size, max_slots + num_slots, k, neighbor_length)
         rows = torch.arange(batch_size, device=first_slot.device)[:, None]
         slots = first_slot[:, None] + torch.arange(num_slots, device=first_slot.device)  # [B, L]
@@ -148,7 +149,9 @@ class RetrievalCache(DynamicCache):
         self.neighbor_attention_mask[rows, slots] = pad_to_shape(neighbor_attention_mask, shape)
 
     def get_neighbors(self, slots: torch.LongTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:
-        """Ids and mask `(batch_size, k, neighbor_length)` of one slot `(batch_size,)` a row; none if negative."""
+        """
+        Ids and mask `(batch_size, k, neighbor_length)` of one slot for each row `(batch_size,)`; none if negative.
+        """
         rows = torch.arange(slots.shape[0], device=slots.device)
         known = (slots >= 0) & (slots < self.neighbor_input_ids.shape[1])
         slots = torch.where(known, slots, 0)
@@ -177,8 +180,8 @@ class RetrievalCache(DynamicCache):
 
     def add_rows(self, others: "Sequence[RetrievalCache]") -> None:
         """
-        Puts the rows of other caches below those of this one, so that they go on in one batch. Rows are padded on the
-        left to the longest; the attention mask of later calls has zeros there.
+        Appends the rows of other caches to those of this one, so that all continue in one batch. Rows are padded on
+        the left to the length of the longest, and the attention mask of later calls must have zeros there.
 
         Args:
             others (`Sequence[RetrievalCache]`):
@@ -188,10 +191,10 @@ class RetrievalCache(DynamicCache):
         length = max(cache.get_seq_length() for cache in caches)
         front = max(cache.front_length for cache in caches)
         for layers in zip(*(cache.layers for cache in caches), strict=True):
-            if not layers[0].is_initialized:  # some decoders have layers that share the keys of others
+            if not layers[0].is_initialized:  # in some decoders, layers share the keys of other layers
                 continue
             for name in ("keys", "values"):
-                # Behind what stands in front and in front of the row: padding of both.
+                # The padding of both stands between the keys in front and the row.
                 padded = [
                     _insert_zeros(states, -2, cache.front_length, front + length - states.shape[-2])
                     for cache, states in zip(caches, (getattr(layer, name) for layer in layers))
@@ -211,7 +214,7 @@ class RetrievalCache(DynamicCache):
             setattr(self, name, merged)
 
     def drop_columns(self, num_columns: int) -> None:
-        """Removes the first columns of all rows, in which nothing but padding stands."""
+        """Removes the first columns of all rows, which must be padding."""
         for layer in self.layers:
             if layer.is_initialized and num_columns > 0:
                 cut = self.front_length
@@ -230,7 +233,7 @@ class RetrievalCache(DynamicCache):
             self.input_ids = self.input_ids[:, :tokens_to_remove]
 
     def reset(self) -> None:
-        """Empties the cache."""
+        """Removes everything from the cache."""
         super().reset()
         self._reset_retrieval()
 
@@ -241,13 +244,13 @@ class RetroCache(RetrievalCache):
 
     Attributes:
         chunk_states (`torch.Tensor` of shape `(batch_size, past_length, hidden_size)`, *optional*):
-            Activations at the first layer with chunked cross attention, on which the neighbor encoder is conditioned.
+            Activations at the first layer with chunked cross attention, which the neighbor encoder attends to.
         current_attention_mask (`torch.BoolTensor` of shape `(batch_size, k * neighbor_length)`, *optional*):
-            Which neighbor tokens of the chunk that each row completed last are real.
+            True for the real neighbor tokens of the last complete chunk of each row.
         current_key_values (`dict[int, tuple[torch.Tensor, torch.Tensor]]`):
-            For each layer with chunked cross attention, keys and values of these neighbors, each of shape
+            Keys and values of these neighbors for each layer with chunked cross attention, each of shape
             `(batch_size, num_key_value_heads, k * neighbor_length, head_dim)`. Empty after a crop, which may have
-            removed the chunk they belong to: the next call encodes the neighbors of the last chunk again.
+            removed the chunk of these neighbors. The next call then encodes the neighbors of the last chunk again.
     """
 
     _row_tensors = (*RetrievalCache._row_tensors, "chunk_states", "current_attention_mask")
@@ -268,8 +271,9 @@ class RetroCache(RetrievalCache):
         self, attention_mask: torch.BoolTensor | None, next_slot: torch.LongTensor
     ) -> torch.BoolTensor:
         """
-        Puts the mask of the current neighbors in front of that of new slots, `(batch_size, num_new, K)` or `None`,
-        returns both and keeps that of `next_slot` `(batch_size,)`, none where it is outside.
+        Puts the mask of the current neighbors in front of the mask of new slots, `(batch_size, num_new, K)` or `None`,
+        and returns the result. The mask of `next_slot` `(batch_size,)` becomes that of the current neighbors. Rows
+        whose `next_slot` is none of these slots have no current neighbors.
         """
         if self.current_key_values:
             attention_mask = prepend_slot(self.current_attention_mask, attention_mask, dim=(2,))
@@ -286,8 +290,9 @@ class RetroCache(RetrievalCache):
         layer_idx: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Puts keys and values of the current neighbors in front of those of new slots, each of shape `(batch_size,
-        num_new, num_key_value_heads, K, head_dim)` or `None`, returns both and keeps those of `next_slot`.
+        Puts the keys and values of the current neighbors in front of those of new slots, each of shape `(batch_size,
+        num_new, num_key_value_heads, K, head_dim)` or `None`, and returns the result. Those of `next_slot` become the
+        keys and values of the current neighbors.
         """
         if layer_idx in self.current_key_values:
             current_keys, current_values = self.current_key_values[layer_idx]
@@ -337,8 +342,8 @@ class RetroJointCache(RetrievalCache):
 
     Attributes:
         front_mask (`torch.BoolTensor` of shape `(batch_size, front_length)`, *optional*):
-            Which of the keys in front are those of real neighbor tokens. `None` if there are none in front, as after a
-            crop: the next call puts the neighbors of the chunk completed last there again.
+            True for the keys of real neighbor tokens. `None` if there are no keys in front, as after a crop. The next
+            call then puts the neighbors of the last complete chunk in front again.
         is_packed (`bool`):
             Whether some row holds several documents.
     """
@@ -363,7 +368,7 @@ class RetroJointCache(RetrievalCache):
         return max(0, super().get_seq_length(layer_idx) - self.front_length)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length and offset of the mask over the row alone."""
+        """Length and offset of the mask, which covers only the row."""
         return self.get_seq_length(layer_idx) + query_length, 0
 
     def set_front(
@@ -374,10 +379,10 @@ class RetroJointCache(RetrievalCache):
 
         Args:
             key_values (`list`):
-                For each layer keys and values `(batch_size, num_key_value_heads, front_length, head_dim)`, or `None`
-                for a layer that has none of its own. An empty list leaves nothing in front.
+                Keys and values `(batch_size, num_key_value_heads, front_length, head_dim)` for each layer, or `None`
+                for a layer without keys and values of its own. With an empty list, nothing stands in front.
             front_mask (`torch.BoolTensor` of shape `(batch_size, front_length)`, *optional*):
-                Which of them are those of real neighbor tokens.
+                True for the keys of real neighbor tokens.
         """
         for layer in self.layers:
             if layer.is_initialized and self.front_length > 0:
@@ -398,7 +403,9 @@ class RetroJointCache(RetrievalCache):
     def get_front(
         self, key_values: list[tuple[torch.Tensor, torch.Tensor] | None]
     ) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
-        """The keys and values in front, followed by those in `key_values`, for [`RetroJointCache.set_front`]."""
+        """
+        The keys and values in front, followed by those in `key_values`, as [`RetroJointCache.set_front`] takes them.
+        """
         length = self.front_length
         return [
             None

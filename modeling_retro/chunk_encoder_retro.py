@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The encoder of chunks and texts: one for the keys of a datastore and for the queries to it"""
+"""The encoder that embeds chunks and other texts, for the keys of a datastore and for the queries"""
 
 import hashlib
 import json
@@ -37,11 +37,12 @@ logger = logging.get_logger(__name__)
 
 def weights_fingerprint(model: torch.nn.Module, missing: Sequence[str] = ()) -> str:
     """
-    Sha256 over the names and values of a model's weights, whatever file format they came from.
+    Computes the sha256 of the names and values of a model's weights. It does not depend on the file format.
 
     Args:
         model (`torch.nn.Module`): The model, in the dtype of its checkpoint.
-        missing (`Sequence[str]`, *optional*): Names that the checkpoint lacks (initialised at random, never used).
+        missing (`Sequence[str]`, *optional*):
+            Names of weights that the checkpoint lacks. They are initialised at random and never used.
 
     Returns:
         `str`: The hexadecimal digest.
@@ -50,7 +51,7 @@ def weights_fingerprint(model: torch.nn.Module, missing: Sequence[str] = ()) -> 
 
 
 def tensors_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Sha256 over the names and values of tensors."""
+    """The sha256 of the names and values of tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
@@ -60,12 +61,12 @@ def tensors_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def load_text_encoder(name_or_path: str, revision: str | None = None, **kwargs) -> Any:
     """
-    Loads a text encoder: what `AutoModel` loads, or the encoder half of a T5.
+    Loads a text encoder: any model that `AutoModel` loads, or the encoder of a T5.
 
     Args:
         name_or_path (`str`): Folder or Hub id.
         revision (`str`, *optional*): Revision on the Hub.
-        kwargs (`dict`, *optional*): Those of `from_pretrained`.
+        kwargs (`dict`, *optional*): Passed to `from_pretrained`.
 
     Returns:
         `PreTrainedModel`: the encoder (with the loading info, if `kwargs` ask for it).
@@ -77,21 +78,21 @@ def load_text_encoder(name_or_path: str, revision: str | None = None, **kwargs) 
 
 def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """
-    Number of tokens that encoder and tokenizer take.
+    Returns the largest number of tokens that the encoder and its tokenizer accept.
 
     Args:
-        model (`PreTrainedModel`): The encoder. One with relative positions, like T5, gets 512.
+        model (`PreTrainedModel`): The encoder. For relative positions, as in T5, the number is 512.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
 
     Returns:
-        `int`: the smaller of both limits.
+        `int`: the smaller of the two limits.
     """
     return min(tokenizer.model_max_length, model.config.to_dict().get("max_position_embeddings") or 512)
 
 
 def pool_hidden_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
     """
-    One embedding for each text.
+    Computes one embedding for each text.
 
     Args:
         hidden_states (`torch.FloatTensor` of shape `(n, t, dim)`): States of the tokens.
@@ -110,18 +111,19 @@ def pool_hidden_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor
 
 class ChunkEncoder:
     """
-    The one encoder of chunks, for keys and queries alike.
+    Embeds chunks and other texts, for keys and for queries.
 
     Args:
         model (`PreTrainedModel`): An encoder with `last_hidden_state`.
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the encoder.
         pooling (`str`, *optional*, defaults to `"mean"`): `"mean"` over the tokens, or `"cls"`, the first token.
         normalize (`bool`, *optional*, defaults to `True`): Whether embeddings get length 1.
-        max_length (`int`, *optional*): Longest input in tokens, by default what the model takes. Longer texts are cut.
-        name (`str`, *optional*): Name or path it was loaded from.
-        revision (`str`, *optional*): Revision it was loaded from.
-        sha256 (`str`, *optional*): Fingerprint of the weights. Defaults to that of the weights as they are now.
-        prompt (`str`, *optional*): What stands in front of every text.
+        max_length (`int`, *optional*):
+            Longest input in tokens. Longer texts are cut. Defaults to the limit of the model.
+        name (`str`, *optional*): Name or path from which the encoder was loaded.
+        revision (`str`, *optional*): Revision from which it was loaded.
+        sha256 (`str`, *optional*): Fingerprint of the weights. Defaults to that of the current weights.
+        prompt (`str`, *optional*): Text that is put in front of every text.
         truncate_dim (`int`, *optional*): Number of leading dimensions that are kept, for Matryoshka encoders.
     """
 
@@ -166,23 +168,23 @@ class ChunkEncoder:
         """
         Loads any `AutoModel` encoder or any sentence-transformers model, with its own pooling and prompt.
 
-        Static models (a `StaticEmbedding`, model2vec) become a [`StaticChunkEncoder`], stacks of modules that are
-        neither that nor a transformer with mean or cls pooling a [`ModulesChunkEncoder`].
+        Static models (a `StaticEmbedding`, model2vec) become a [`StaticChunkEncoder`]. Other stacks of modules become
+        a [`ModulesChunkEncoder`], unless they are a transformer with mean or cls pooling.
 
         Args:
             name_or_path (`str` or `Path`): Folder or Hub id.
             revision (`str`, *optional*): Revision on the Hub.
             pooling (`str`, *optional*):
-                Overrides the pooling of a transformer's files (`"mean"` where they say nothing). Static models know
-                `"mean"` only, other stacks of modules `"modules"`.
-            normalize (`bool`, *optional*): Overrides the normalisation of its files (`True` where they say nothing).
+                Overrides the pooling that the files of a transformer name (`"mean"` if they name none). Static models
+                accept only `"mean"`, and other stacks of modules only `"modules"`.
+            normalize (`bool`, *optional*): Overrides the normalisation in the files (`True` if they have none).
             device (`str` or `torch.device`, *optional*): Defaults to the first GPU, else the CPU.
             dtype (`str` or `torch.dtype`, *optional*): Computing type, such as `"bfloat16"`. Defaults to float32.
             truncate_dim (`int`, *optional*): Number of leading dimensions that are kept, for Matryoshka encoders.
 
         Raises:
-            ValueError: If the model has no such pooling or not as many dimensions.
-            ImportError: If its modules need sentence-transformers and that is not installed.
+            ValueError: If the model does not have this pooling or has fewer dimensions.
+            ImportError: If its modules need sentence-transformers, which is not installed.
         """
         name = str(name_or_path)
         files = sentence_transformers_config(name, revision)
@@ -212,7 +214,7 @@ class ChunkEncoder:
         )
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest records: what loads the encoder again, and the sha256 of its weights."""
+        """The record for the manifest: the arguments that load the encoder again, and the sha256 of its weights."""
         return {
             "name": self.name,
             "revision": self.revision,
@@ -227,15 +229,15 @@ class ChunkEncoder:
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], tokens_per_batch: int = 4096, window: int = 8192) -> np.ndarray:
         """
-        Embeds texts, sorted by length inside windows so that batches hold little padding.
+        Embeds texts. They are sorted by length inside windows, so that batches hold little padding.
 
         Args:
             texts (`Sequence[str]`): The texts.
-            tokens_per_batch (`int`, *optional*, defaults to 4096): Tokens of a batch, padding included.
+            tokens_per_batch (`int`, *optional*, defaults to 4096): Number of tokens in a batch, including padding.
             window (`int`, *optional*, defaults to 8192): Number of texts that are tokenised and sorted together.
 
         Returns:
-            `np.ndarray`: float32 [n, dim], in the order of `texts`; zeros for a text without tokens.
+            `np.ndarray`: float32 [n, dim], in the order of `texts`. A text without tokens has zeros.
         """
         embeddings = np.zeros((len(texts), self.dim), dtype=np.float32)
         for start in range(0, len(texts), window):
@@ -243,7 +245,7 @@ class ChunkEncoder:
                 [self.prompt + text for text in texts[start : start + window]],
                 truncation=True,
                 max_length=self.max_length,
-                # Text that spells a special token, such as [SEP], stays text.
+                # Text that spells a special token, such as [SEP], is tokenized as text.
                 split_special_tokens=True,
                 return_attention_mask=False,
                 return_token_type_ids=False,
@@ -259,13 +261,13 @@ class ChunkEncoder:
         self, input_ids: Any, mask: Any, tokenizer: PreTrainedTokenizerBase, tokens_per_batch: int = 4096
     ) -> np.ndarray:
         """
-        Embeds chunks of another tokenizer: their text, special tokens dropped.
+        Embeds the text of chunks that another tokenizer made. Special tokens are dropped.
 
         Args:
             input_ids (`np.ndarray`): Integers [n, m], ids of `tokenizer`.
             mask (`np.ndarray`): bool [n, m], False at padding.
             tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the chunks.
-            tokens_per_batch (`int`, *optional*, defaults to 4096): Tokens of a batch, padding included.
+            tokens_per_batch (`int`, *optional*, defaults to 4096): Number of tokens in a batch, including padding.
 
         Returns:
             `np.ndarray`: float32 [n, dim].
@@ -287,7 +289,7 @@ class ChunkEncoder:
 
 
 def _batches(order: np.ndarray, lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
-    """Cuts rows sorted by length into batches of at most `tokens_per_batch` tokens, padding included."""
+    """Cuts rows that are sorted by length into batches of at most `tokens_per_batch` tokens, including padding."""
     batches, start = [], 0
     for end in range(1, len(order) + 1):
         if end == len(order) or lengths[order[end]] * (end + 1 - start) > tokens_per_batch:
@@ -297,19 +299,19 @@ def _batches(order: np.ndarray, lengths: np.ndarray, tokens_per_batch: int) -> l
 
 
 def decode_chunks(input_ids: Any, mask: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of chunks [n, m] as keys and queries see it: padding and special tokens dropped, nothing cleaned up."""
+    """The text of chunks [n, m] for keys and queries, without padding and special tokens and without any clean-up."""
     rows = [row[real].tolist() for row, real in zip(np.asarray(input_ids), np.asarray(mask, dtype=bool), strict=True)]
-    # What `tokenizer.batch_decode` calls row by row, here in parallel.
+    # `tokenizer.batch_decode` decodes row by row; this decodes rows in parallel.
     return tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=True)
 
 
 def text_mask(input_ids: Any, mask: Any, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """bool [n, m]: the tokens of chunks that are text, neither padding nor special."""
+    """bool [n, m]: True for the tokens of chunks that are neither padding nor special tokens."""
     return np.asarray(mask, dtype=bool) & ~np.isin(input_ids, tokenizer.all_special_ids)
 
 
 def kept_dimensions(dim: int, truncate_dim: int | None) -> int:
-    """Number of dimensions that are left of `dim`; a `ValueError` if there are fewer than asked for."""
+    """Number of dimensions that are kept of `dim`. Raises a `ValueError` if there are fewer than `truncate_dim`."""
     if truncate_dim is not None and not 1 <= truncate_dim <= dim:
         raise ValueError(
             f"truncate_dim must lie between 1 and the {dim} dimensions of the encoder, got {truncate_dim}"
@@ -318,23 +320,23 @@ def kept_dimensions(dim: int, truncate_dim: int | None) -> int:
 
 
 def load_json(name: str, file: str, revision: str | None = None) -> Any:
-    """Contents of a JSON file of a model's folder or Hub repository, None if it has no such file."""
+    """Contents of a JSON file in a model's folder or Hub repository, or None if there is no such file."""
     path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
     return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def sentence_transformers_config(name: str, revision: str | None = None) -> dict[str, Any]:
     """
-    Kind, pooling, normalization, prompt and longest input of an encoder, from its files.
+    Reads the kind, pooling, normalization, prompt and longest input of an encoder from its files.
 
     Args:
         name (`str`): Folder or Hub id.
         revision (`str`, *optional*): Revision on the Hub.
 
     Returns:
-        `dict`: `kind` (`"transformer"`, which this file computes, `"static"`, or `"modules"` for every other stack of
-        sentence-transformers modules) and `prompt`; where the files say so `pooling`, `normalize`, `max_length`, and
-        the `path` of a static module.
+        `dict`: `kind` and `prompt`, and if the files name them, `pooling`, `normalize`, `max_length` and the `path` of
+        a static module. The kind is `"transformer"`, `"static"`, or `"modules"` for any other stack of
+        sentence-transformers modules.
     """
     modules = load_json(name, "modules.json", revision)
     if modules is None:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Which neighbors each token sees: from positions and padding to chunks, slots and columns"""
+"""Computes the neighbors that each token sees, from its position and the padding of its row"""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ import torch
 def default_position_ids(
     inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_length: int | torch.Tensor
 ) -> torch.LongTensor:
-    """Index of each token in its row counted without padding, `(batch_size, seq_len)`."""
+    """Index of each token in its row, counted without padding, `(batch_size, seq_len)`."""
     batch_size, seq_len = inputs_embeds.shape[:2]
     if attention_mask is not None and attention_mask.ndim == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq_len:]
@@ -32,7 +32,7 @@ def default_position_ids(
 def token_mask(
     attention_mask: torch.Tensor | None, position_ids: torch.LongTensor, past_length: int
 ) -> torch.BoolTensor:
-    """The 2-D mask of a row's tokens, cached ones included, `(batch_size, past_length + seq_len)`."""
+    """The 2-D mask of the tokens of each row, including cached ones, `(batch_size, past_length + seq_len)`."""
     if attention_mask is not None and attention_mask.ndim == 2:
         return attention_mask.bool()
     batch_size, seq_len = position_ids.shape
@@ -41,11 +41,11 @@ def token_mask(
 
 def check_position_ids(position_ids: torch.LongTensor) -> None:
     """
-    Checks that positions `(batch_size, seq_len)` count on or start again from 0, as chunks are found by. Reads tensor
-    values: for masks that can order tokens in other ways.
+    Checks that each position `(batch_size, seq_len)` is one higher than the position before it, or 0. Chunks are found
+    by these positions, but a mask can order tokens in other ways. The check reads the values of the tensor.
 
     Raises:
-        ValueError: For other positions, such as those of a tree of candidates.
+        ValueError: If the positions differ, such as those of a tree of candidates.
     """
     before, after = position_ids[:, :-1], position_ids[:, 1:]
     jumps = (after != before + 1) & (after != 0)
@@ -67,20 +67,22 @@ def take_columns(states: torch.Tensor, columns: torch.LongTensor) -> torch.Tenso
 
 @dataclass
 class TokenLocations:
-    """Where the tokens of a call stand in their documents and rows, and which chunks of a row came before the call."""
+    """Places of the tokens of a call in their documents and rows, and the number of chunks before the call."""
 
     document_index: torch.LongTensor  # [B, T] i: index of the token in its document
-    row_index: torch.LongTensor  # [B, T] t': index of the token in its row counted without padding
-    document_slot: torch.LongTensor  # [B, T] (t' - i) // m: chunks of the row before the token's document
+    row_index: torch.LongTensor  # [B, T] t': index of the token in its row, counted without padding
+    document_slot: torch.LongTensor  # [B, T] (t' - i) // m: number of chunks of the row before the token's document
     is_token: torch.BoolTensor  # [B, T] False for padding
-    column_of: torch.LongTensor  # [B, N + 1] column of each row index
+    column_of: torch.LongTensor  # [B, N + 1] column of the token with each row index
     first_document_index: torch.LongTensor  # [B, 1] i of the first token of the call
     first_row_index: torch.LongTensor  # [B, 1] t' of the first token of the call
-    first_slot: torch.LongTensor  # [B, 1] chunks of the row completed before the call
+    first_slot: torch.LongTensor  # [B, 1] number of chunks that the row completed before the call
 
 
 def locate_tokens(position_ids: torch.LongTensor, attention_mask: torch.BoolTensor, chunk_size: int) -> TokenLocations:
     """
+    Finds the places of the tokens of a call in their documents and rows.
+
     Args:
         position_ids (`torch.LongTensor` of shape `(batch_size, seq_len)`):
             Index i of each token of the call in its document.
@@ -119,7 +121,7 @@ def completed_chunks(
     locations: TokenLocations, chunk_size: int
 ) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
     """
-    The chunks that a call completes. Reads tensor values: for retrieval, which leaves the device anyway.
+    Finds the chunks that a call completes. It reads the values of tensors, which retrieval moves to the CPU anyway.
 
     Returns:
         `tuple`: rows `(n,)`, slots `(n,)` counted from the first chunk that the call completes in the row, and columns
@@ -137,25 +139,28 @@ def find_seen_slots(
     locations: TokenLocations, chunk_size: int, num_slots: int, has_previous_slot: bool
 ) -> tuple[torch.LongTensor, torch.BoolTensor, torch.LongTensor]:
     """
-    Which slot each token sees. With i the token's index in its document and t' its index in the row counted without
-    padding, a token sees the neighbors of the chunk completed last, u = (i + 1) // m - 1 of the document, which is
-    chunk (t' - i) // m + u of the row: the last token of a chunk is the first to see the neighbors retrieved with it
-    (section 2.4 of arXiv 2112.04426). The slots are the chunks that the call completes and, if `has_previous_slot`,
-    in front of them the chunk that the row completed last in earlier calls.
+    Finds the slot that each token sees. Let i be the index of a token in its document, and t' its index in the row,
+    counted without padding. The token sees the neighbors of the last complete chunk of its document. This is chunk
+    u = (i + 1) // m - 1 of the document, and chunk (t' - i) // m + u of the row. The last token of a chunk is
+    therefore the first that sees the neighbors retrieved with it (section 2.4 of arXiv 2112.04426).
+
+    The slots are the chunks that the call completes. If `has_previous_slot`, the last chunk that the row completed in
+    earlier calls stands in front of them.
 
     Args:
         locations ([`TokenLocations`]):
-            Where the tokens stand.
+            Places of the tokens.
         chunk_size (`int`):
             Number m of tokens in a chunk.
         num_slots (`int`):
-            Number of slots, the previous one included.
+            Number of slots, including the previous one.
         has_previous_slot (`bool`):
-            Whether neighbors of the chunk completed last before the call stand in front.
+            Whether the first slot is the last chunk that the row completed before the call.
 
     Returns:
-        `tuple`: the slot of each token `(batch_size, seq_len)`, whether the token sees it at all, and the slot
-        `(batch_size,)` that the row's next token sees, which is none of the call's if it is outside.
+        `tuple`: the slot of each token `(batch_size, seq_len)`, whether the token sees a slot at all, and the slot
+        `(batch_size,)` that the next token of the row sees. If that number is outside the range of the slots, the next
+        token sees none of them.
     """
     i = locations.document_index
     before = int(has_previous_slot)
@@ -171,16 +176,16 @@ def find_seen_slots(
 @dataclass
 class ChunkLayout:
     """
-    Which neighbors each token of a call sees. A *slot* is a whole chunk of a row whose neighbors some token of the
-    call may see: the S slots are the chunks that the call completes and, if `has_previous_slot`, in front of them the
-    chunk that the row completed last in earlier calls. At most G tokens of the call see the same slot.
+    The neighbors that each token of a call sees. A *slot* is a whole chunk of a row whose neighbors some token of the
+    call may see. The S slots are the chunks that the call completes. If `has_previous_slot`, the last chunk that the
+    row completed in earlier calls stands in front of them. At most G tokens of the call see the same slot.
     """
 
-    first_slot: torch.LongTensor  # [B] chunks of the row completed before the call
-    next_slot: torch.LongTensor  # [B] which of the S slots the row's next token sees; none if outside
-    chunk_columns: torch.LongTensor  # [B, S, m] columns of the tokens of each chunk, counted from the first cached one
-    query_columns: torch.LongTensor  # [B, S G] columns of the call: the tokens that see each slot
-    query_places: torch.LongTensor  # [B, T] for each token its place among these S G
+    first_slot: torch.LongTensor  # [B] number of chunks that the row completed before the call
+    next_slot: torch.LongTensor  # [B] the slot that the next token of the row sees; none if not in 0 … S - 1
+    chunk_columns: torch.LongTensor  # [B, S, m] columns of the tokens of each chunk, from the first cached one
+    query_columns: torch.LongTensor  # [B, S G] columns in the call of the tokens that see each slot
+    query_places: torch.LongTensor  # [B, T] place of each token among these S G
     sees: torch.BoolTensor  # [B, T] whether the token sees a slot at all
     query_positions: torch.LongTensor  # [B, T] position of each token counted from the start of the chunk it sees
 
@@ -193,17 +198,17 @@ def compute_chunk_layout(
     locations: TokenLocations, chunk_size: int, num_slots: int, has_previous_slot: bool
 ) -> ChunkLayout:
     """
-    Maps tokens to the chunks whose neighbors they see, see [`find_seen_slots`].
+    Maps tokens to the chunks whose neighbors they see (see [`find_seen_slots`]).
 
     Args:
         locations ([`TokenLocations`]):
-            Where the tokens stand.
+            Places of the tokens.
         chunk_size (`int`):
             Number m of tokens in a chunk.
         num_slots (`int`):
-            Number of slots that the call brings neighbors for.
+            Number of slots for which the call has neighbors.
         has_previous_slot (`bool`):
-            Whether neighbors of the chunk completed last before the call stand in front.
+            Whether one more slot stands in front: the last chunk that the row completed before the call.
     """
     i, t = locations.document_index, locations.row_index
     batch_size, seq_len = i.shape
@@ -214,7 +219,7 @@ def compute_chunk_layout(
     offset = (i + 1) % chunk_size  # [B, T]
     closing = sees & (offset == 0)
     if has_previous_slot:
-        # Of the tokens that see the previous slot only a part stands in this call: count from the first of them.
+        # Only some of the tokens that see the previous slot are in this call, so count from the first of these.
         offset = torch.where(slot == 0, t - locations.first_row_index, offset)
         closing = closing & (slot > 0)
 
@@ -224,7 +229,7 @@ def compute_chunk_layout(
     columns = torch.arange(seq_len, device=device).expand(batch_size, -1)
     query_columns = columns.new_zeros(batch_size, nowhere + 1).scatter(1, places, columns)[:, :-1]
 
-    # The closing token of each chunk has all tokens of the chunk before it in the row.
+    # All tokens of a chunk stand in front of its last token in the row.
     closing_index = t.new_zeros(batch_size, num_slots + 1)
     closing_index = closing_index.scatter(1, torch.where(closing, slot, num_slots), t)[:, :-1]  # [B, S]
     if has_previous_slot:

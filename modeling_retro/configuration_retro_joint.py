@@ -40,7 +40,7 @@ class RetroJointConfig(PreTrainedConfig):
         `chunk_size * (1 + continuation_chunks)` tokens.
     hidden_neighbor_tokens (`int`, *optional*, defaults to 1):
         Number of tokens at the beginning of each neighbor that a row does not see. The first token of a sequence draws
-        attention that it does not deserve ([attention sinks](https://huggingface.co/papers/2309.17453)), and a row has
+        attention whatever it says (it is an [attention sink](https://huggingface.co/papers/2309.17453)), and a row has
         a first token of its own.
     neighbor_bias (`bool`, *optional*, defaults to `False`):
         Whether a learned scalar is added to the attention scores of all neighbor tokens.

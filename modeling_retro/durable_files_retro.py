@@ -12,11 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Files that survive a power cut, and not only a killed process.
+Writes files so that they survive a power cut, and not only a killed process.
 
-What is written takes its name when it is on the disk: first the contents are flushed, then they are renamed, then the
-folder that holds the new name is flushed. A folder that is replaced is exchanged with its successor in one step, so
-that at every moment the old one or the new one stands there.
+A file gets its name only when its contents are on the disk: first the contents are flushed, then the file is renamed,
+and then the folder that holds the new name is flushed. A folder that is replaced is exchanged with its successor in
+one step, so that at every moment either the old folder or the new one is there.
 """
 
 import contextlib
@@ -31,22 +31,23 @@ from typing import Any
 
 
 TEMPORARY = ".tmp-"
-# The name of a folder while its successor takes its place, where both cannot be exchanged in one step.
+# Prefix of the name of a folder while its successor takes its place, if the two cannot be exchanged in one step.
 REPLACED = ".old-"
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-# What a file system says that cannot exchange two names, or cannot flush a folder.
+# Errors of file systems that cannot exchange two names or cannot flush a folder.
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY)
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """
-    Yields a temporary sibling of `path` to write a file or folder to, which takes the name `path` when all went well.
+    Yields the path of a temporary sibling of `path`, to which the caller writes a file or a folder. If no exception
+    was raised, the sibling then takes the name `path`.
 
     Args:
-        path (`Path`): Where the finished file or folder will stand; what stands there is replaced.
+        path (`Path`): Path of the finished file or folder. A file or folder that is already there is replaced.
     """
     make_folder(path.parent)
     recover(path)
@@ -62,8 +63,9 @@ def whole(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def whole_files(folder: Path) -> Iterator[Path]:
     """
-    Yields a temporary folder to write files to, which then take the places of those with the same names in `folder`,
-    each by itself; other files of `folder` stay. The temporary folder stands in `folder`, which is made if need be.
+    Yields a temporary folder inside `folder`, to which the caller writes files. These files then replace the files of
+    the same names in `folder`, one after another. Other files of `folder` stay. `folder` is created if it does not
+    exist.
     """
     make_folder(folder)
     temporary = folder / f"{TEMPORARY}{os.uname().nodename}-{os.getpid()}"
@@ -78,19 +80,19 @@ def whole_files(folder: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
+    """Writes a text file completely or not at all."""
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON with sorted keys, whole or not at all."""
+    """Writes JSON with sorted keys, completely or not at all."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def replace(source: Path, target: Path) -> None:
     """
-    Flushes a file or folder and gives it the name `target`; what stood there is removed afterwards.
+    Flushes a file or folder and gives it the name `target`. A file or folder that had this name is removed afterwards.
 
     Args:
         source (`Path`): A file or a folder.
@@ -113,7 +115,7 @@ def replace(source: Path, target: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Gives a folder its name back if a power cut came while its successor was to take it (see `replace`)."""
+    """Gives a folder its name back if a power cut interrupted its replacement (see `replace`)."""
     old = path.with_name(REPLACED + path.name)
     if not old.is_dir():
         return
@@ -125,7 +127,9 @@ def recover(path: Path) -> None:
 
 
 def recover_all(folder: Path) -> None:
-    """Removes what interrupted runs left anywhere in a folder that nobody else writes to, and recovers the rest."""
+    """
+    Removes temporary files of interrupted runs in a folder and recovers its folders. Only one process may write to it.
+    """
     for leftover in list(folder.rglob(f"{TEMPORARY}*")):
         remove(leftover)
     for old in list(folder.rglob(f"{REPLACED}*")):
@@ -141,7 +145,7 @@ def remove(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it; their names are on the disk when it returns."""
+    """Creates a folder and those above it. Their names are on the disk when the function returns."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -149,7 +153,7 @@ def make_folder(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file, or all files and folders of a folder, to the disk."""
+    """Flushes a file, or all files and folders in a folder, to the disk."""
     if path.is_dir():
         for entry in path.iterdir():
             sync(entry)
@@ -157,12 +161,12 @@ def sync(path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Flushes one file, or the names that a folder holds."""
+    """Flushes one file, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        # Some network file systems flush files, but no folders.
+        # Some network file systems can flush files but not folders.
         if error.errno not in _UNSUPPORTED or not path.is_dir():
             raise
     finally:
@@ -175,10 +179,10 @@ def _sync_parents(source: Path, target: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Exchanges the names of two files or folders in one step; False where that is not possible."""
+    """Exchanges the names of two files or folders in one step. Returns False where that is not possible."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):  # another system than Linux, or an old C library
+    except (AttributeError, OSError, TypeError):  # not Linux, or an old C library
         return False
     names = (os.fsencode(path) for path in (first, second))
     if renameat2(_AT_FDCWD, next(names), _AT_FDCWD, next(names), _RENAME_EXCHANGE) == 0:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Retrieval at chunk ends, inside `generate()` and inside a plain forward pass"""
+"""Retrieval at the ends of chunks, inside `generate()` and inside a plain forward pass"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,8 +29,9 @@ from .chunk_layout_retro import completed_chunks, default_position_ids, locate_t
 @dataclass
 class RetrievalMemory:
     """
-    What a `generate()` has retrieved so far, by the tokens of the chunk: no chunk is retrieved twice, whatever becomes
-    of rows that beams reorder, of rejected candidates, or of a prefix that is computed again without a cache.
+    The neighbors that a call of `generate()` has retrieved so far, found by the tokens of their chunk. With it no
+    chunk is retrieved twice, even if beam search reorders rows, if candidates are rejected, or if a prefix is computed
+    again without a cache.
     """
 
     prompt_length: int
@@ -38,7 +39,7 @@ class RetrievalMemory:
     chunks: dict[bytes, dict[str, torch.Tensor]] = field(default_factory=dict)
 
 
-# Per thread and task, and a stack: an assistant model generates inside the generation of the model it assists.
+# One for each thread and task. Contexts nest, because an assistant model generates inside another generation.
 _active_memory: ContextVar[RetrievalMemory | None] = ContextVar("retrieval_memory", default=None)
 
 PROVENANCE_FIELDS = {"chunk_ids": -1, "document_ids": -1, "scores": float("nan")}
@@ -62,15 +63,15 @@ def check_neighbors(
     cache_class: type[RetrievalCache],
 ) -> tuple[torch.LongTensor | None, torch.BoolTensor | None]:
     """
-    Checks the shapes of neighbors that a forward pass is given; no slots, no neighbors and `None` are the same.
+    Checks the shapes of the neighbors of a forward pass. No slots, no neighbors and `None` mean the same.
 
     Args:
         inputs (`torch.Tensor` of shape `(batch_size, seq_len, ...)`):
             Tokens or embeddings of the call.
         neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_slots, k, neighbor_length)`, *optional*):
             Tokens of the neighbors.
-        neighbor_attention_mask (`torch.Tensor`, *optional*):
-            Which of them are real, in the same shape. Defaults to all.
+        neighbor_attention_mask (`torch.Tensor` of the same shape, *optional*):
+            1 (or True) for real tokens. By default all tokens are real.
         past_key_values (`Cache`, *optional*):
             Cache of the call.
         chunk_size (`int`):
@@ -82,7 +83,8 @@ def check_neighbors(
         `tuple`: the neighbors and their mask, or twice `None`.
 
     Raises:
-        ValueError: For other shapes, more slots than the call completes chunks, and caches of another class.
+        ValueError: For other shapes, for more slots than chunks that the call can complete, and for caches of another
+            class.
     """
     if neighbor_input_ids is None:
         return None, None
@@ -117,10 +119,11 @@ def check_neighbors(
 class RetroGenerationMixin:
     """
     Makes a RETRO model look up neighbors by itself. Its retriever is any object with a method
-    `retrieve(chunk_input_ids, k)` that takes a `torch.LongTensor` of shape `(n, chunk_size)` and returns an object
-    with `neighbor_input_ids` (`torch.LongTensor` of shape `(n, k, neighbor_length)`), `neighbor_attention_mask` of the
-    same shape and, where they are known, `scores`, `chunk_ids` and `document_ids` of shape `(n, k)`. It may have a
-    method `check_model(config)` that raises a `ValueError` for a model that it does not fit.
+    `retrieve(chunk_input_ids, k)`, which takes a `torch.LongTensor` of shape `(n, chunk_size)`. The method returns an
+    object with `neighbor_input_ids` (`torch.LongTensor` of shape `(n, k, neighbor_length)`) and
+    `neighbor_attention_mask` of the same shape. If they are known, the object also has `scores`, `chunk_ids` and
+    `document_ids` of shape `(n, k)`. The retriever may have a method `check_model(config)` that raises a `ValueError`
+    for a model that cannot use it.
     """
 
     cache_class: type[RetrievalCache] = RetroCache
@@ -132,8 +135,8 @@ class RetroGenerationMixin:
 
         Args:
             retriever (*optional*):
-                What the model looks up its neighbors with, see [`~RetroGenerationMixin.set_retriever`]. `"auto"` opens
-                the datastore that the configuration names, which needs `datasets` and `faiss`.
+                The object that looks up neighbors for the model (see [`~RetroGenerationMixin.set_retriever`]).
+                `"auto"` opens the datastore that the configuration names, which needs `datasets` and `faiss`.
 
         Raises:
             ValueError: If the retriever is `"auto"` and the configuration names no datastore.
@@ -149,7 +152,9 @@ class RetroGenerationMixin:
         return loaded
 
     def open_retriever(self, retriever: str = "auto", **hub_kwargs) -> Any:
-        """The retriever over the datastore that the configuration names; `hub_kwargs` such as `token` find it."""
+        """
+        The retriever over the datastore that the configuration names. `hub_kwargs`, such as `token`, go to the Hub.
+        """
         if retriever != "auto":
             raise ValueError(f"`retriever` is {retriever!r}, expected a retriever or 'auto'.")
         if self.config.datastore_name_or_path is None:
@@ -157,7 +162,7 @@ class RetroGenerationMixin:
                 "The model names no datastore for retriever='auto': pass a retriever, or set "
                 "`config.datastore_name_or_path`."
             )
-        # Saved models carry this file too; only those who retrieve need its requirements.
+        # This import needs datasets and faiss, which a saved model that does not retrieve can do without.
         from .datastore_retro import RetroDatastore
         from .retriever_retro import RetroRetriever
 
@@ -166,13 +171,14 @@ class RetroGenerationMixin:
 
     def set_retriever(self, retriever: Any) -> None:
         """
-        Sets the object that looks up neighbors, or `None`: the model then runs without retrieval (OFF).
+        Sets the object that looks up neighbors. With `None` the model runs without retrieval (OFF).
 
         Raises:
-            ValueError: If the retriever knows that it does not fit the model, such as a [`RetroRetriever`] over a
-                datastore of another tokenizer or chunk size.
+            ValueError: If the retriever cannot serve the model, such as a [`RetroRetriever`] over a datastore of
+            another
+                tokenizer or chunk size.
         """
-        check = getattr(retriever, "check_model", None)  # a function over a dict has none
+        check = getattr(retriever, "check_model", None)  # simple retrievers have none
         if check is not None:
             check(self.config)
         self.retriever = retriever
@@ -190,7 +196,7 @@ class RetroGenerationMixin:
 
     @property
     def is_retrieving(self) -> bool:
-        """`bool`: Whether a forward pass without neighbors looks them up. Nothing retrieves by itself in training."""
+        """`bool`: Whether a forward pass without neighbors looks them up. In training it never does."""
         return (
             self.retriever is not None
             and self.retrieval_enabled
@@ -212,15 +218,15 @@ class RetroGenerationMixin:
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, seq_len)`, *optional*):
-                Tokens of this call; `None` (embeddings instead) retrieves nothing.
+                Tokens of this call. With `None`, as in a call with embeddings, nothing is retrieved.
             attention_mask (`torch.Tensor` of shape `(batch_size, past_length + seq_len)`, *optional*):
                 0 for padding.
             position_ids (`torch.LongTensor` of shape `(batch_size, seq_len)`, *optional*):
                 Index of each token in its document.
             past_key_values ([`RetrievalCache`], *optional*):
-                Cache with the tokens before.
+                Cache with the earlier tokens.
             first_column (`int`, *optional*, defaults to 0):
-                Chunks that end before this column, counted from the first cached one, are left without neighbors.
+                Chunks that end before this column, counted from the first cached one, get no neighbors.
 
         Returns:
             `tuple`: `neighbor_input_ids` and `neighbor_attention_mask` for `forward`, or twice `None`.
@@ -255,7 +261,7 @@ class RetroGenerationMixin:
         return all_ids, all_masks
 
     def _look_up(self, chunks: torch.LongTensor) -> list[dict[str, torch.Tensor]]:
-        """What the retriever found for each of `chunks` `(n, m)`; chunks that the memory knows are not asked again."""
+        """The neighbors of each of `chunks` `(n, m)`. Chunks that the memory knows are not retrieved again."""
         memory = _active_memory.get()
         known = memory.chunks if memory is not None else {}
         keys = [chunk.tobytes() for chunk in chunks.numpy()]
@@ -269,7 +275,7 @@ class RetroGenerationMixin:
                     f"`neighbor_attention_mask` of shape {tuple(retrieved.neighbor_attention_mask.shape)} for "
                     f"{len(missing)} chunks, expected ({len(missing)}, k, neighbor_length) twice."
                 )
-            # A retriever need not know the provenance of what it returns.
+            # A retriever need not know where its neighbors come from.
             fields = {name: getattr(retrieved, name, None) for name in PROVENANCE_FIELDS}
             fields |= {name: getattr(retrieved, name) for name in ("neighbor_input_ids", "neighbor_attention_mask")}
             for row, key in enumerate(missing):
@@ -278,9 +284,10 @@ class RetroGenerationMixin:
 
     def generate(self, *args, **kwargs):
         """
-        Generates as [`~transformers.GenerationMixin.generate`] does. Whenever a row completes a chunk, its neighbors
-        are looked up, and the token that completed it already uses them. `neighbor_input_ids` belong to the chunks of
-        the prompt; later chunks use the retriever, if there is one.
+        Generates as [`~transformers.GenerationMixin.generate`] does. Whenever a row completes a chunk, the neighbors
+        of the chunk are looked up, and the token that completed the chunk already uses them. If `neighbor_input_ids`
+        is given, it holds the neighbors of the chunks of the prompt. The neighbors of later chunks come from the
+        retriever, if there is one.
 
         Returns:
             With `return_dict_in_generate=True` and a retriever that knows them, the output also has
@@ -303,7 +310,7 @@ class RetroGenerationMixin:
         num_sequences, length = sequences.shape
         mask = torch.ones(num_sequences, length, dtype=torch.bool)
         if memory.prompt_mask is not None:
-            # The rows of generation are those of the prompt, each repeated for its beams.
+            # Each row of the prompt is repeated for its beams.
             rows = torch.arange(num_sequences) * memory.prompt_mask.shape[0] // num_sequences
             mask[:, : memory.prompt_length] = memory.prompt_mask.cpu().bool()[rows]
         position_ids = default_position_ids(sequences, mask, 0)
@@ -333,7 +340,7 @@ class RetroGenerationMixin:
         neighbor_attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> dict[str, Any]:
-        """Keeps given neighbors to the prompt's chunks; forward looks up those of later chunks by itself."""
+        """Gives forward the neighbors of the prompt's chunks. It looks up those of later chunks by itself."""
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -356,7 +363,7 @@ class RetroGenerationMixin:
                 neighbor_input_ids, neighbor_attention_mask, model_inputs
             )
         if self.is_retrieving:
-            # The same call may hold later chunks: candidates behind the prompt, or all tokens if there is no cache.
+            # The call may also hold later chunks: those of candidates, or all of them if there is no cache.
             later_ids, later_mask = self.retrieve_neighbors(
                 model_inputs["input_ids"],
                 attention_mask,
@@ -378,7 +385,7 @@ class RetroGenerationMixin:
     def _skip_cached_chunks(
         self, neighbor_input_ids: torch.LongTensor, neighbor_attention_mask: torch.Tensor, model_inputs: dict[str, Any]
     ) -> tuple[torch.LongTensor, torch.BoolTensor]:
-        """Of the neighbors of a prompt that continues a cache, those of the chunks that the cache does not hold."""
+        """Drops the neighbors of chunks that the cache already holds, if a prompt continues a cache."""
         tokens = model_inputs.get("input_ids")
         tokens = model_inputs["inputs_embeds"] if tokens is None else tokens
         past_length = model_inputs["past_key_values"].get_seq_length()

@@ -11,21 +11,21 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Cross entropy of next tokens that makes no copy of the logits in float32."""
+"""Cross entropy of the next tokens, computed without a copy of the logits in float32"""
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 
-# Logits in a block: on CPUs 4 MiB in float32, which stay in the caches, elsewhere 256 MiB, which keep a GPU busy.
+# Number of logits in a block. In float32, 4 MiB fit into the caches of a CPU, and 256 MiB keep a GPU busy.
 CPU_BLOCK_SIZE, BLOCK_SIZE = 1 << 20, 1 << 26
 
 
 class BlockwiseCrossEntropy(torch.autograd.Function):
     """
-    Sum of the cross entropies of logits `(N, V)` and labels `(N,)`, in float32 or better, by blocks of rows. Beside
-    the logits themselves, only their gradient takes memory, in their dtype.
+    Sum of the cross entropies of logits `(N, V)` and labels `(N,)`, computed in float32 or better in blocks of rows.
+    Besides the logits, only their gradient needs memory, in the dtype of the logits.
     """
 
     @staticmethod
@@ -52,7 +52,7 @@ class BlockwiseCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(logits)
         blocks = (tensor.split(ctx.num_rows) for tensor in (logits, labels, scale, grad))
         for rows, row_labels, row_scale, row_grad in zip(*blocks, strict=True):
-            # The derivative is the softmax, less 1 at the label.
+            # The derivative is the softmax, minus 1 at the label.
             probabilities = rows.softmax(-1, dtype=ctx.dtype)
             probabilities.scatter_add_(1, row_labels, -torch.ones_like(row_labels, dtype=ctx.dtype))
             row_grad.copy_(probabilities.mul_(row_scale))
@@ -69,17 +69,18 @@ def causal_lm_loss(
     **kwargs,
 ) -> torch.Tensor:
     """
-    Mean cross entropy in nats of the next token: transformers' `ForCausalLMLoss` without its copies of the logits and
-    their gradient in float32.
+    Mean cross entropy of the next token, in nats. It equals the `ForCausalLMLoss` of transformers, but makes no copies
+    of the logits and of their gradient in float32.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, seq_len, vocab_size)`): Scores of the next tokens.
-        labels (`torch.LongTensor` of shape `(batch_size, seq_len)`): Tokens, shifted here by one.
+        labels (`torch.LongTensor` of shape `(batch_size, seq_len)`): Tokens, which this function shifts by one.
         vocab_size (`int`): Size of the vocabulary.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-            What to divide the sum by, where a batch is a part of a larger one. Defaults to the number of labels.
+            Number to divide the sum by, if the batch is part of a larger one. Defaults to the number of labels.
         ignore_index (`int`, *optional*, defaults to -100): Label that does not count.
-        shift_labels (`torch.LongTensor` of shape `(batch_size, seq_len)`, *optional*): Labels shifted already.
+        shift_labels (`torch.LongTensor` of shape `(batch_size, seq_len)`, *optional*): Labels that are already
+        shifted.
 
     Returns:
         `torch.Tensor`: The loss, a scalar in float32 or better; NaN if no label counts.
@@ -93,7 +94,7 @@ def causal_lm_loss(
     elif torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(logits.device)
     if torch.compiler.is_compiling():
-        # One expression, so that the compiler may fuse the conversion.
+        # This is one expression, so that the compiler can fuse the conversion.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = nn.functional.cross_entropy(logits, shift_labels, ignore_index=ignore_index, reduction="sum")
     else:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The card of a model: what it is, how to load it, and what an evaluation found"""
+"""The model card: a description of the model, how to load it, and the results of an evaluation"""
 
 import hashlib
 import json
@@ -71,7 +71,7 @@ the same tokenizer. `trust_remote_code=True` runs the code of this repository: p
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:
-    """The evaluation beside a model, if there is one and it is of these weights."""
+    """The evaluation in the folder of a model, if there is one and it belongs to the weights in the folder."""
     file = folder / EVALUATION_NAME
     if not file.is_file():
         return None
@@ -99,19 +99,20 @@ def save_model_card(
     tags: list[str] | None = None,
 ) -> None:
     """
-    Writes the card of a saved model, `README.md`, beside it. A card that was written by hand (that lacks the line
-    which says that it was not) keeps its text and only gets the license, if one is given.
+    Writes the model card, `README.md`, into the folder of a saved model. A card without the line that says that it was
+    generated counts as written by hand. It keeps its text, and only its license is set if one is given.
 
     Args:
         folder (`str` or `Path`):
             Folder of the model.
         evaluation (`Mapping`, *optional*):
-            What `retro evaluate` found, as in its `evaluation.json`; written beside the model with the checksum of its
-            weights. Defaults to what was written before, if it is of these weights.
+            Results of `retro evaluate`, as in its `evaluation.json`. They are written into the folder of the model
+            with the checksum of its weights. Defaults to results that were written there before, if they belong to
+            these weights.
         name (`str`, *optional*):
             Hub id of the model. Defaults to the name of the folder.
         license (`str`, *optional*):
-            Licence of the model. Defaults to that of the card which is there.
+            Licence of the model. Defaults to that of the existing card.
         tags (`list[str]`, *optional*):
             Further tags.
     """
@@ -148,14 +149,14 @@ def create_model_card(
     tags: list[str] | None = None,
 ) -> ModelCard:
     """
-    The card of a RETRO model: what it is, how to load it, its datastore and its base, and what an evaluation found, as
-    tables and in the metadata.
+    Makes the card of a RETRO model. It describes the model, its datastore and its base, tells how to load the model,
+    and reports the results of an evaluation as tables and in the metadata.
 
     Args:
         config ([`RetroConfig`] or [`RetroJointConfig`]):
             Config of the model.
         name (`str`):
-            Hub id or folder of the model, as the example of the card loads it.
+            Hub id or folder of the model, from which the example in the card loads it.
         evaluation (`Mapping`, *optional*):
             The contents of the `evaluation.json` of `retro evaluate`.
         license (`str`, *optional*):
@@ -190,7 +191,7 @@ def create_model_card(
 
 
 def _hub_id(name: str | None) -> str | None:
-    """`name` if it can be one of the Hub: a folder of this machine tells others nothing."""
+    """`name` if it can be an id of the Hub, else `None`, because the name of a folder is useless to others."""
     return None if name is None or Path(name).exists() or name.count("/") > 1 or name[0] in "./~" else name
 
 
@@ -246,7 +247,7 @@ def _evaluation_section(evaluation: Mapping[str, Any]) -> str:
 
 def evaluation_tables(evaluation: Mapping[str, Any]) -> str:
     """
-    The numbers of an evaluation as Markdown tables.
+    Formats the numbers of an evaluation as Markdown tables.
 
     Args:
         evaluation (`Mapping`): The contents of the `evaluation.json` of `retro evaluate`.
@@ -286,7 +287,7 @@ def _main_table(evaluation: Mapping[str, Any]) -> str:
 
 
 def _difference(differences: Mapping[str, Mapping[str, float]], name: str, reference: str) -> str:
-    """Bits per byte of `name` less those of `reference`; each pair stands in the evaluation in one direction."""
+    """Bits per byte of `name` less those of `reference`. The evaluation holds each pair in one direction only."""
     values = differences.get(f"{name} - {reference}")
     if values is None and f"{reference} - {name}" in differences:
         other = differences[f"{reference} - {name}"]

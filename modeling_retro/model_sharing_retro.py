@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Sharing a whole model: its weights and code, its tokenizer, the name of its datastore, and its card"""
+"""Shares a whole model: its weights and code, its tokenizer, the name of its datastore, and its model card"""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ from .model_card_retro import CARD_NAME, CONFIG_CLASSES, EVALUATION_NAME, read_e
 
 
 class RetroSharingMixin:
-    """Makes `push_to_hub` of a RETRO model share all that someone else needs to run it."""
+    """Makes `push_to_hub` of a RETRO model share everything that others need to run it."""
 
     def push_to_hub(
         self,
@@ -47,23 +47,24 @@ class RetroSharingMixin:
         tags: list[str] | None = None,
     ) -> CommitInfo:
         """
-        Uploads the model with its code, its tokenizer and its card in one commit: a push that breaks off changes
-        nothing, and when it is run again it leaves out the weights that are there. The card is filled from the
-        `evaluation.json` that `retro evaluate` left beside the model, if it is of these weights; a card that was
-        written by hand, beside the model or in the repository, is kept.
+        Uploads the model with its code, its tokenizer and its model card in one commit. A push that is interrupted
+        changes nothing in the repository. When it is run again, it skips the weights that were already uploaded. The
+        card contains the results of `retro evaluate` if `evaluation.json` in the folder of the model belongs to these
+        weights. A card that was written by hand, in that folder or in the repository, is kept.
 
         Args:
             repo_id (`str`):
-                Repository, `"user/name"`; made if there is none.
+                Repository, `"user/name"`. It is created if it does not exist.
             datastore (`str`, *optional*):
-                Datastore of the Hub, `"user/name"`, that `from_pretrained(..., retriever="auto")` shall open, at the
-                commit that is its newest now.
+                Datastore on the Hub, `"user/name"`, that `from_pretrained(..., retriever="auto")` will open, at its
+                newest commit at the time of the push.
             tokenizer (`PreTrainedTokenizerBase`, *optional*):
                 Tokenizer to upload. Defaults to the one in the folder that the model was loaded from.
             license (`str`, *optional*):
                 Licence in the metadata of the card, such as `"apache-2.0"`.
             retrofit_only (`bool`, *optional*, defaults to `False`):
-                Whether to share only what RETRO adds to its base, see [`~RetroRetrofitMixin.save_pretrained`].
+                Whether to share only the weights that RETRO adds to its base (see
+                [`~RetroRetrofitMixin.save_pretrained`]).
             commit_message (`str`, *optional*, defaults to `"Upload model"`):
                 Summary of the commit.
             commit_description (`str`, *optional*):
@@ -71,21 +72,21 @@ class RetroSharingMixin:
             private (`bool`, *optional*):
                 Whether a new repository is private.
             token (`bool` or `str`, *optional*):
-                Access token. Defaults to the one that is stored or in the environment.
+                Access token. Defaults to the stored one or that of the environment.
             revision (`str`, *optional*):
-                Branch; made if there is none.
+                Branch. It is created if it does not exist.
             create_pr (`bool`, *optional*, defaults to `False`):
                 Whether to open a pull request instead of a commit.
             max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`):
-                Size from which the weights are split.
+                Largest size of a file of weights. Larger weights are split.
             tags (`list[str]`, *optional*):
                 Further tags in the metadata of the card.
 
         Returns:
-            `CommitInfo`: its `oid` pins what was pushed.
+            `CommitInfo`: the commit. Its `oid` names the version that was pushed.
 
         Raises:
-            ValueError: If the repository holds another kind of model, or the datastore does not fit this one.
+            ValueError: If the repository holds another kind of model, or the datastore does not fit this model.
         """
         api = HfApi(token=token)
         if datastore is not None:
@@ -112,7 +113,7 @@ class RetroSharingMixin:
                 (folder / EVALUATION_NAME).unlink(missing_ok=True)
             save_model_card(folder, name=repo_id, license=license, tags=tags)
             _leave_out_folders(folder / "config.json")
-            # Not `upload_folder`: it may take several commits, and a model must not be seen half.
+            # `upload_folder` may make several commits, but a model must become visible as a whole.
             files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
             stale = {name for name in present if ".safetensors" in name or name == EVALUATION_NAME} - set(files)
             return api.create_commit(
@@ -135,7 +136,7 @@ class RetroSharingMixin:
 
 
 def _leave_out_folders(file: Path) -> None:
-    """Of a folder of this machine a shared config keeps the last part of the name; checksums say what it held."""
+    """Shortens names of folders in a config to their last part. Checksums identify what the folders held."""
 
     def without_folders(part: dict[str, Any]) -> dict[str, Any]:
         names = {key: public_name(part[key]) for key in part if key.endswith("name_or_path") and part[key] is not None}
@@ -146,7 +147,7 @@ def _leave_out_folders(file: Path) -> None:
 
 
 def _root_files(api: HfApi, repo_id: str, revision: str | None) -> set[str]:
-    """Names of the files of a repository, without those in folders. One that holds another model is refused."""
+    """Names of the files at the top of a repository. Raises a `ValueError` if it holds another model."""
     files = {file.rfilename for file in api.model_info(repo_id, revision=revision).siblings}
     files = {name for name in files if "/" not in name}
     model_type = None

@@ -187,15 +187,16 @@ def eager_attention_forward(
 
 
 def create_neighbor_mask(mask: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
-    """What to add to the scores of keys `(N, Lk)`, the same for all queries: `(N, 1, 1, Lk)`."""
+    """A mask of keys `(N, Lk)` as values to add to the scores of all queries, `(N, 1, 1, Lk)`."""
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
     return bias[:, None, None, :]
 
 
 def flash_sequence_lengths(position_ids: torch.LongTensor, batch_size: int) -> dict[str, torch.Tensor | int]:
     """
-    Packed documents for flash attention, which knows no masks and of which transformers finds those of one row only. A
-    sequence ends where positions do not count on; each padding token is a sequence that nobody else sees.
+    The lengths of packed documents, as flash attention takes them in place of a mask. transformers finds these lengths
+    only if there is one row. A sequence ends where the next position is not one higher. Each padding token is a
+    sequence of its own, which no other token sees.
     """
     position_ids = position_ids.expand(batch_size, -1)
     is_start = nn.functional.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=True)  # [B, T]
@@ -213,14 +214,14 @@ def flash_sequence_lengths(position_ids: torch.LongTensor, batch_size: int) -> d
 @dataclass
 class NeighborInputs:
     """
-    What the layers need to know of the neighbors that the tokens of a call see, made once for all layers. The call
-    encodes L slots anew; with the one that the cache may hold already there are S (see [`ChunkLayout`]).
+    The neighbors that the tokens of a call see, prepared once for all layers. The call encodes the neighbors of L
+    slots. The cache may hold one more slot in front of them, which makes S slots (see [`ChunkLayout`]).
     """
 
     layout: ChunkLayout
-    input_ids: torch.LongTensor | None  # [B, L, k, r], None if nothing is encoded anew
+    input_ids: torch.LongTensor | None  # [B, L, k, r], None if the call encodes no neighbors
     attention_mask: torch.BoolTensor | None  # [B, L, k, r]
-    chunk_columns: torch.LongTensor  # [B, L, m] where the tokens of the chunks that retrieved them stand
+    chunk_columns: torch.LongTensor  # [B, L, m] columns of the tokens of the chunks that retrieved them
     positions: tuple[torch.Tensor, torch.Tensor]  # cos and sin [max(r, m), D] of positions from 0
     query_positions: tuple[torch.Tensor, torch.Tensor]  # [B, T, D] of the tokens, from the start of the chunk they see
     cross_attention_mask: torch.Tensor | None  # [B S, 1, 1, k r]
@@ -238,7 +239,7 @@ class NeighborInputs:
 
 
 class RetroAttention(nn.Module):
-    """What self-attention, chunked cross attention and the attentions of the neighbor encoder have in common."""
+    """Base class of self-attention, chunked cross attention and the attentions of the neighbor encoder."""
 
     is_causal = False
 
@@ -284,8 +285,9 @@ class RetroAttention(nn.Module):
         """Queries `(B, H, Lq, D)`, keys and values `(B, Hkv, Lk, D)` to `(B, Lq, H * D)` and the weights, if any."""
         implementation = self.config._attn_implementation
         if not self.is_causal and implementation != "eager":
-            # Attentions to neighbors are many, short and masked by token: flash and flex are for the decoder's own. So
-            # short, SDPA on CPUs takes twice as long in bf16 as its matrix products.
+            # Flash and flex attention serve only the self-attention of the decoder, because attentions to neighbors
+            # are many and short, and have a mask over tokens. For such short ones SDPA on CPUs takes twice as long in
+            # bf16 as its matrix products alone.
             is_slow = queries.device.type == "cpu" and queries.dtype == torch.bfloat16
             implementation = "eager" if is_slow else "sdpa"
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -384,7 +386,7 @@ class RetroNeighborChunkAttention(RetroNeighborAttention):
 class RetroCrossAttention(RetroAttention):
     """
     Chunked cross attention (section 2.4 of arXiv 2112.04426): each token attends to all tokens of all neighbors of the
-    chunk completed last, with one softmax over them.
+    last complete chunk, with one softmax over them.
     """
 
     def __init__(self, config: RetroConfig, layer_idx: int):
@@ -432,7 +434,7 @@ class RetroCrossAttention(RetroAttention):
         attn_output = self.o_proj(take_columns(attn_output, layout.query_places))  # [B, T, d]
         if self.gate is not None:
             attn_output = attn_output * self.gate.tanh()
-        # Tokens without neighbors get exactly nothing, not even the bias of the projection.
+        # For tokens without neighbors the output is exactly zero, without the bias of the projection.
         return attn_output.masked_fill(~neighbors.has_neighbors[..., None], 0.0), attn_weights
 
 
@@ -467,7 +469,7 @@ class RetroNeighborEncoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.dropout(states)
 
         if self.attends_to_chunk:
-            # The k neighbors of a chunk are one long query, so that its keys and values are not repeated for each.
+            # The k neighbors of a chunk are joined into one query, so that its keys and values need not be repeated.
             states = self.chunk_attn_layernorm(hidden_states)
             num_neighbors = states.shape[0] // batch_size
             states = states.unflatten(0, (batch_size, num_neighbors)).flatten(1, 2)  # [N, k r, E]
@@ -514,7 +516,7 @@ class RetroNeighborEncoder(nn.Module):
             neighbor_embeds (`torch.Tensor` of shape `(..., k, neighbor_length, hidden_size)`):
                 Embeddings of the neighbor tokens.
             neighbor_attention_mask (`torch.BoolTensor` of shape `(..., k, neighbor_length)`):
-                Which of them are real.
+                True for real tokens, False for padding and absent neighbors.
             chunk_states (`torch.Tensor` of shape `(..., chunk_size, hidden_size)`):
                 The decoder's activations of the chunks.
             position_embeddings (`tuple[torch.Tensor, torch.Tensor]`):
@@ -525,7 +527,7 @@ class RetroNeighborEncoder(nn.Module):
         """
         hidden_states = self.embed_projection(neighbor_embeds).flatten(0, -3)  # [N k, r, E]
         mask = neighbor_attention_mask.flatten(0, -2)  # [N k, r]
-        # An absent neighbor attends to its padding, which nobody reads, rather than to nothing.
+        # A softmax needs at least one key, so absent neighbors attend to their padding. No token reads the result.
         mask = mask | ~mask.any(-1, keepdim=True)
         mask = create_neighbor_mask(mask, hidden_states.dtype)
         chunk_states = self.chunk_layernorm(chunk_states).flatten(0, -3)  # [N, m, d]
@@ -544,7 +546,7 @@ class RetroDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = RetroSelfAttention(config, layer_idx)
         self.input_layernorm = RetroRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        # CODEPATH: chunked cross attention stands in the layers that the config names.
+        # CODEPATH: only the layers that the config names have chunked cross attention.
         self.has_cross_attention = layer_idx in config.cross_attention_layers
         if self.has_cross_attention:
             self.cross_attn = RetroCrossAttention(config, layer_idx)
@@ -566,11 +568,11 @@ class RetroDecoderLayer(GradientCheckpointingLayer):
         hidden_states (`torch.Tensor` of shape `(batch_size, seq_len, hidden_size)`):
             H of algorithm 1.
         neighbor_states (`torch.Tensor` of shape `(batch_size, num_slots, k, neighbor_length, ...)`, *optional*):
-            The neighbors: their embeddings up to the layer that encodes them, their encodings E from there on.
+            The embeddings of the neighbors, or their encodings E after the layer that encodes them.
         neighbors (`NeighborInputs`, *optional*):
-            Where the neighbors belong; without them the layer is one of a plain decoder.
+            The tokens that see each neighbor. Without it the layer computes the same as that of a plain decoder.
         neighbor_encoder (`RetroNeighborEncoder`, *optional*):
-            The encoder, given to the first layer with cross attention only.
+            The encoder. Only the first layer with cross attention receives it.
         """
         # H <- Attn(H)
         residual = hidden_states
@@ -667,11 +669,11 @@ class RetroModel(RetroPreTrainedModel):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         r"""
         neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_slots, k, neighbor_length)`, *optional*):
-            Tokens of the neighbors of each whole chunk of a row, in the order of the chunks (an incomplete last chunk
-            has no slot). With a filled cache: of the chunks that this call completes; a row that completes fewer
-            leaves its last slots masked. Chunks beyond `num_slots` have no neighbors.
+            Tokens of the neighbors of each whole chunk of a row, in the order of the chunks. An incomplete last chunk
+            has no slot. If the cache is filled, these are the neighbors of the chunks that this call completes, and a
+            row that completes fewer chunks has its last slots masked. Chunks beyond `num_slots` have no neighbors.
         neighbor_attention_mask (`torch.Tensor` of shape `(batch_size, num_slots, k, neighbor_length)`, *optional*):
-            1 (or True) for real neighbor tokens, 0 for padding and absent neighbors. Defaults to all real.
+            1 (or True) for real neighbor tokens, 0 for padding and absent neighbors. By default all tokens are real.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -739,8 +741,9 @@ class RetroModel(RetroPreTrainedModel):
         past_key_values: Cache | None,
     ) -> torch.Tensor | None:
         """
-        Causal mask in which documents packed into a row do not see each other. transformers finds restarting positions
-        only without mask and cache; the other cases are added here. `position_ids` is `None` if not given.
+        Causal mask in which the documents of a row do not see each other. transformers separates documents by their
+        positions only if there is neither a mask nor a cache. This method adds the other cases. `position_ids` is
+        `None` if the caller gave none.
         """
         is_dynamic = past_key_values is None or isinstance(past_key_values, RetroCache)
         past_length = past_key_values.get_seq_length() if past_key_values is not None and is_dynamic else 0
@@ -778,7 +781,9 @@ class RetroModel(RetroPreTrainedModel):
         neighbor_attention_mask: torch.BoolTensor | None,
         cache: RetroCache | None,
     ) -> NeighborInputs | None:
-        """Finds out which neighbors each token sees, and records them in the cache. `None` if no token can see any."""
+        """
+        Determines the neighbors that each token sees and records them in the cache. `None` if no token can see any.
+        """
         has_previous_slot = cache is not None and cache.neighbor_input_ids is not None
         if neighbor_input_ids is None and not has_previous_slot:
             return None
@@ -795,7 +800,7 @@ class RetroModel(RetroPreTrainedModel):
             max_slots = mask.shape[1] // chunk_size
             cache.update_neighbors(neighbor_input_ids, neighbor_attention_mask, layout.first_slot, max_slots)
         if has_previous_slot and not cache.current_key_values:
-            # After a crop, the neighbors of the chunk completed last are encoded again.
+            # After a crop, the neighbors of the last complete chunk are encoded again.
             ids, present = cache.get_neighbors(layout.first_slot - 1)  # [B, k, r]
             neighbor_input_ids = prepend_slot(ids, neighbor_input_ids, dim=(2, 3))  # [B, 1 + L, k, r]
             neighbor_attention_mask = prepend_slot(present, neighbor_attention_mask, dim=(2, 3))

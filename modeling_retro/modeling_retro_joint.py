@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Any causal language model as a RETRO model: its own attention reads the neighbors, with one softmax for both"""
+"""Wraps any causal language model: its own attention reads the neighbors and the row, with one softmax for both"""
 
 import copy
 import inspect
@@ -51,13 +51,13 @@ from .reader_adapters_retro import NEIGHBOR_ADAPTER, ROW_ADAPTER, ReaderAdapters
 from .readers_retro import Reader
 
 
-# Neighbors that the decoder reads in one pass.
+# Number of neighbors that the decoder reads in one pass.
 ENCODING_BATCH_SIZE = 32
 MEMORY_BYTES = 1 << 30
 
 
 class NeighborPrefix(Cache):
-    """Puts keys and values of neighbors in front of a row's and keeps nothing: the cache of a pass without a cache."""
+    """Stands in for the cache in a call without one: puts keys and values of neighbors in front, and keeps nothing."""
 
     def __init__(self, key_values: LayerStates):
         super().__init__(layers=[])
@@ -72,26 +72,26 @@ class NeighborPrefix(Cache):
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Nothing is cached."""
+        """Number of cached tokens, which is 0."""
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length and offset of the mask over the row alone."""
+        """Length and offset of the mask, which covers only the row."""
         return query_length, 0
 
 
 @dataclass
 class NeighborFront:
     """
-    The neighbors in front of the rows of a call: F keys, those of slot after slot.
+    The neighbors in front of the rows of a call. They have F keys, which are ordered by slot.
 
     Args:
         key_values (`list`, *optional*):
-            For each layer keys and values `(B, Hkv, F, D)`; `None` if the cache has them in front already.
+            Keys and values `(B, Hkv, F, D)` for each layer. `None` if the cache already has them in front.
         mask (`torch.BoolTensor` of shape `(batch_size, F)`):
-            Which of them are those of real tokens.
+            True for the keys of real tokens.
         slots (`torch.LongTensor` of shape `(F,)`):
-            The slot of each.
+            The slot of each key.
     """
 
     key_values: LayerStates | None
@@ -99,10 +99,12 @@ class NeighborFront:
     slots: torch.LongTensor
 
     def select(self, slot: torch.LongTensor) -> tuple[LayerStates, torch.BoolTensor]:
-        """Keys and values of one slot `(batch_size,)` a row, none where there is no such slot, and their mask."""
+        """
+        Keys and values of one slot for each row `(batch_size,)`, and their mask. A row without the slot gets none.
+        """
         width = torch.unique_consecutive(self.slots, return_counts=True)[1].max()
         is_chosen = self.slots == slot[:, None]  # [B, F]
-        # The chosen columns first, in their order.
+        # Moves the chosen columns to the front and keeps their order.
         columns = is_chosen.int().argsort(dim=1, descending=True, stable=True)[:, :width]  # [B, W]
         mask = (self.mask & is_chosen).gather(1, columns)
 
@@ -149,7 +151,7 @@ class RetroJointForCausalLM(
             config.text_config = decoder.config
         self.decoder = decoder
         self.decoder.loss_function = causal_lm_loss
-        # CODEPATH: a reader that was trained to give neighbors more or less weight than the decoder would by itself.
+        # CODEPATH: only readers that were trained to weigh neighbors differently from the decoder have this bias.
         self.neighbor_bias = nn.Parameter(torch.zeros(())) if config.neighbor_bias else None
         self.neighbor_memory = NeighborMemory(MEMORY_BYTES)
         self.set_retriever(None)
@@ -157,7 +159,7 @@ class RetroJointForCausalLM(
 
         # Initialize weights and apply final processing
         self.post_init()
-        # Afterwards: PEFT initializes its layers itself.
+        # The adapters are added last, because PEFT initializes its layers itself.
         self.adapters.add_to(decoder, config.neighbor_adapter, config.row_adapter)
 
     @classmethod
@@ -169,13 +171,14 @@ class RetroJointForCausalLM(
 
         Args:
             name_or_path (`str`):
-                Hub id or directory of any model that `AutoModelForCausalLM` loads and whose layers attend to rotated
-                or unpositioned keys; of a PEFT adapter too.
+                Hub id or directory of any model that `AutoModelForCausalLM` loads and whose layers attend to keys with
+                rotary positions or without positions. It may also be a PEFT adapter.
             retriever (*optional*):
-                What the model looks up its neighbors with.
+                The object that looks up neighbors for the model.
             reader (`str`, *optional*):
-                Adapters that were trained to read neighbors: the name of a reader of the package, or folder or Hub id
-                of a model that was saved with `retrofit_only=True`. Without one the decoder reads untrained.
+                Adapters that were trained to read neighbors: the name of a reader of the package, or the folder or Hub
+                id of a model that was saved with `retrofit_only=True`. Without a reader, nothing in the model is
+                trained to read neighbors.
             kwargs:
                 Fields of [`RetroJointConfig`] (`chunk_size`, `num_neighbors`, …) and arguments of
                 [`~transformers.PreTrainedModel.from_pretrained`] (`dtype`, `revision`, `quantization_config`,
@@ -203,14 +206,14 @@ class RetroJointForCausalLM(
         cls, decoder: PreTrainedModel, *, retriever: Any = None, reader: str | None = None, **fields
     ) -> "RetroJointForCausalLM":
         """
-        Wraps a causal language model that is loaded already, such as one that was quantised by hand or a `PeftModel`.
-        The decoder itself is used, not a copy.
+        Wraps a causal language model that is already loaded, such as one that was quantised by hand or a `PeftModel`.
+        The decoder is not copied.
 
         Args:
             decoder (`PreTrainedModel` or `PeftModel`):
                 The model to wrap.
             retriever (*optional*):
-                What the model looks up its neighbors with.
+                The object that looks up neighbors for the model.
             reader (`str`, *optional*):
                 See [`~RetroJointForCausalLM.from_decoder_pretrained`].
             fields:
@@ -243,7 +246,7 @@ class RetroJointForCausalLM(
 
     @classmethod
     def _wrap(cls, config: RetroJointConfig, decoder: PreTrainedModel) -> "RetroJointForCausalLM":
-        # The decoder's own config, so that a change of the attention implementation reaches it.
+        # The config is that of the decoder itself, so that changing the attention implementation reaches the decoder.
         config.text_config = decoder.config
         config.dtype = decoder.dtype
         config._attn_implementation = decoder.config._attn_implementation
@@ -260,11 +263,11 @@ class RetroJointForCausalLM(
 
     @staticmethod
     def is_added_weight(name: str) -> bool:
-        """Whether a parameter belongs to what was added to the decoder."""
+        """Whether a parameter was added to the decoder."""
         return not name.startswith("decoder.") or is_adapter_weight(name)
 
     def train(self, mode: bool = True) -> "RetroJointForCausalLM":
-        """Sets the training mode; the decoder's adapters are switched off until the next forward pass."""
+        """Sets the training mode. The adapters of the decoder are switched off until the next forward pass."""
         self.adapters.switch(None)
         return super().train(mode)
 
@@ -298,12 +301,12 @@ class RetroJointForCausalLM(
     ) -> CausalLMOutputWithPast:
         r"""
         neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_slots, k, neighbor_length)`, *optional*):
-            Tokens of the neighbors of each whole chunk of a row, in the order of the chunks (an incomplete last chunk
-            has no slot). With a filled cache: of the chunks that this call completes; a row that completes fewer
-            leaves its last slots masked. Chunks beyond `num_slots` have no neighbors. Without this argument, a model
-            that has a retriever and is not training looks the neighbors up itself.
+            Tokens of the neighbors of each whole chunk of a row, in the order of the chunks. An incomplete last chunk
+            has no slot. If the cache is filled, these are the neighbors of the chunks that this call completes, and a
+            row that completes fewer chunks has its last slots masked. Chunks beyond `num_slots` have no neighbors.
+            Without this argument, a model that has a retriever and is not training looks up the neighbors by itself.
         neighbor_attention_mask (`torch.Tensor` of shape `(batch_size, num_slots, k, neighbor_length)`, *optional*):
-            1 (or True) for real neighbor tokens, 0 for padding and absent neighbors. Defaults to all real.
+            1 (or True) for real neighbor tokens, 0 for padding and absent neighbors. By default all tokens are real.
 
         Example:
 
@@ -332,7 +335,7 @@ class RetroJointForCausalLM(
             chunk_size=self.config.chunk_size,
             cache_class=RetroJointCache,
         )
-        # In training every weight stays in the graph, as several processes need.
+        # In training every weight stays in the graph, because training on several processes needs that.
         if neighbor_input_ids is not None and not self.training and not neighbor_attention_mask.any():
             neighbor_input_ids, neighbor_attention_mask = None, None
         if use_cache is None:
@@ -404,7 +407,7 @@ class RetroJointForCausalLM(
         position_ids: torch.LongTensor | None,
         past_key_values: Cache | None,
     ) -> bool:
-        """Whether a row holds several documents, which the decoder itself would not always keep apart."""
+        """Whether a row holds several documents. The decoder alone would not always keep these apart."""
         cache = past_key_values if isinstance(past_key_values, RetroJointCache) else None
         if cache is not None and cache.is_packed:
             return True
@@ -429,7 +432,7 @@ class RetroJointForCausalLM(
         mask: torch.BoolTensor,
         cache: RetroJointCache | None,
     ) -> NeighborFront:
-        """Reads the neighbors that a call brings and puts them behind those that the cache has in front."""
+        """Reads the neighbors of a call and puts them behind those that the cache already has in front."""
         first_slot = locations.first_slot[:, 0]
         num_previous = 0
         if cache is not None:
@@ -438,7 +441,7 @@ class RetroJointForCausalLM(
                 neighbor_input_ids, neighbor_attention_mask, first_slot, mask.shape[1] // self.config.chunk_size
             )
             if has_previous_slot and cache.front_mask is None:
-                # After a crop, the neighbors of the chunk completed last come to the front again.
+                # After a crop, the neighbors of the last complete chunk are put in front again.
                 ids, present = cache.get_neighbors(first_slot - 1)  # [B, k, r]
                 neighbor_input_ids = prepend_slot(ids, neighbor_input_ids, dim=(2, 3))  # [B, 1 + L, k, r]
                 neighbor_attention_mask = prepend_slot(present, neighbor_attention_mask, dim=(2, 3))
@@ -466,19 +469,19 @@ class RetroJointForCausalLM(
         self, neighbor_input_ids: torch.LongTensor, neighbor_attention_mask: torch.BoolTensor
     ) -> LayerStates:
         """
-        What the decoder's layers attend to of neighbors. Each passes through the decoder alone, at the positions -r to
-        -1 in front of a document. One that was read before is taken from `neighbor_memory` unless gradients are
-        needed.
+        Computes the keys and values of neighbors in each layer of the decoder. The decoder reads each neighbor by
+        itself, at the positions -r to -1 in front of a document. A neighbor that was read before is taken from
+        `neighbor_memory`, unless gradients are needed.
 
         Args:
             neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_slots, k, neighbor_length)`):
                 Tokens of the neighbors.
-            neighbor_attention_mask (`torch.BoolTensor`):
-                Which of them are real, in the same shape.
+            neighbor_attention_mask (`torch.BoolTensor` of the same shape):
+                True for real tokens.
 
         Returns:
             `list`: for each layer keys and values of shape `(batch_size, num_key_value_heads, num_slots * k *
-            neighbor_length, head_dim)`, or `None` for a layer that has none of its own.
+            neighbor_length, head_dim)`, or `None` for a layer without keys and values of its own.
         """
         needs_gradient = torch.is_grad_enabled() and any(
             parameter.requires_grad for parameter in self._neighbor_parameters()
@@ -493,12 +496,12 @@ class RetroJointForCausalLM(
             return states.gather()
 
     def _neighbor_parameters(self) -> list[nn.Parameter]:
-        """The weights that neighbors pass through."""
+        """The weights that the states of neighbors depend on."""
         named = self.decoder.named_parameters()
         return [parameter for name, parameter in named if not is_adapter_weight(name, ROW_ADAPTER)]
 
     def _weights_version(self) -> tuple:
-        """Changes whenever a weight does, in place or by another in its place."""
+        """A value that changes whenever a weight is changed in place or replaced."""
         device_type = self.device.type
         autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
         parameters = tuple(
@@ -517,7 +520,7 @@ class RetroJointForCausalLM(
         for ids, mask in zip(
             neighbor_input_ids.split(ENCODING_BATCH_SIZE), neighbor_attention_mask.split(ENCODING_BATCH_SIZE)
         ):
-            # Nobody reads the padding behind a neighbor, and the causal mask keeps it from the tokens before.
+            # The causal mask hides padding behind a neighbor from the tokens in front of it, and no row reads it.
             is_padded_behind = bool((mask[:, 1:] <= mask[:, :-1]).all())
             cache = DynamicCache()
             with self._without_checkpointing(), self.adapters.active(NEIGHBOR_ADAPTER):
@@ -530,7 +533,7 @@ class RetroJointForCausalLM(
                 )
             layers = [(layer.keys, layer.values) if layer.is_initialized else None for layer in cache.layers]
             if torch.is_grad_enabled() and NEIGHBOR_ADAPTER in self.adapters.names:
-                # Nobody reads what the last layer makes of neighbors, but its adapter stays in the graph.
+                # The output of the last layer for neighbors is not used, but its adapter must stay in the graph.
                 keys, values = layers[0]
                 layers[0] = keys, values + 0 * outputs.last_hidden_state.sum()
             parts.append(layers)
@@ -547,8 +550,9 @@ class RetroJointForCausalLM(
         row_mask: torch.Tensor | None,
     ) -> torch.Tensor | BlockMask | dict[str, torch.Tensor | BlockMask]:
         """
-        What each token sees of the neighbors in front and of its row, in the form that the decoder's attention takes:
-        for each type of layers if there are several. A sliding window counts the tokens of the row alone.
+        Makes the masks over the neighbors in front and the row, in the form that the attention of the decoder takes.
+        If the decoder has several types of layers, there is a mask for each. A sliding window counts only the tokens
+        of the row.
         """
         seq_len, total_length = position_ids.shape[1], mask.shape[1]
         columns = torch.arange(total_length, device=mask.device)
@@ -557,7 +561,7 @@ class RetroJointForCausalLM(
             row_index = mask.cumsum(-1) - 1  # [B, N]
             document_start = row_index[:, -seq_len:] - position_ids  # [B, T]
             row_mask = mask[:, None] & (distance >= 0) & (row_index[:, None] >= document_start[..., None])
-            # Padding sees itself, rather than nothing.
+            # A softmax needs at least one key, so padding sees itself.
             row_mask = row_mask | (distance == 0)  # [B, T, N]
         else:
             row_mask = row_mask[:, 0] if row_mask.dtype == torch.bool else row_mask[:, 0] >= 0
@@ -594,7 +598,7 @@ class RetroJointForCausalLM(
 
     @contextmanager
     def _without_checkpointing(self):
-        """Neighbors pass through without checkpointing of activations, which would drop the cache that takes them."""
+        """Switches off checkpointing of activations, which would drop the cache that the states of neighbors go to."""
         layers = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
         before = [layer.gradient_checkpointing for layer in layers]
         for layer in layers:
@@ -607,7 +611,7 @@ class RetroJointForCausalLM(
 
     @contextmanager
     def _reading_cache(self, past_key_values: Cache | None):
-        """Lets layers that are checkpointed keep a cache that they only read, when they run and run again."""
+        """Lets checkpointed layers keep a cache that they only read, both when they run and when they run again."""
         layers = []
         if self.training and isinstance(past_key_values, NeighborPrefix):
             layers = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -622,8 +626,8 @@ class RetroJointForCausalLM(
     @torch.no_grad()
     def _check_reading(self) -> None:
         """
-        Compares a short row that reads a neighbor with one sequence of both, which finds decoders whose positions are
-        absolute or whose layers keep more than keys and values.
+        Compares the logits of a short row that reads a neighbor with those of one sequence of both. They differ for
+        decoders whose positions are absolute, or whose layers keep other states than keys and values.
 
         Raises:
             ValueError: If the two differ.
@@ -673,7 +677,7 @@ class RetroJointForCausalLM(
 
 
 def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
-    """For each type of layers that a decoder has the length of its sliding window, `None` for full attention."""
+    """The length of the sliding window for each type of layers of a decoder, `None` for full attention."""
     config = config.get_text_config()
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
@@ -690,10 +694,10 @@ def check_decoder(decoder: PreTrainedModel, config: RetroJointConfig) -> None:
 
     Args:
         decoder (`PreTrainedModel`): The decoder.
-        config ([`RetroJointConfig`]): Config of the model to be.
+        config ([`RetroJointConfig`]): Config of the model that will wrap it.
 
     Raises:
-        ValueError: With the reason.
+        ValueError: If the decoder cannot be wrapped. The message gives the reason.
     """
     base = decoder.config.get_text_config()
     windows = layer_windows(base)
@@ -707,7 +711,7 @@ def check_decoder(decoder: PreTrainedModel, config: RetroJointConfig) -> None:
     if "position_ids" not in parameters or "past_key_values" not in parameters:
         reasons.append("its forward takes no `position_ids` or no `past_key_values` (absolute or no positions)")
     window = min((window for window in windows.values() if window is not None), default=None)
-    # CODEPATH: decoders with sliding windows, such as Mistral and Gemma, pass neighbors through them as well.
+    # CODEPATH: decoders with sliding windows, such as Mistral and Gemma, also read neighbors through them.
     if window is not None and window < config.neighbor_length:
         reasons.append(
             f"its sliding window ({window}) is shorter than a neighbor ({config.neighbor_length} tokens); take a "

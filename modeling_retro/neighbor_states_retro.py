@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Keys and values of neighbors that a decoder has read, kept for the next time they come"""
+"""Keys and values of neighbors that a decoder has read, kept for the next time that they are retrieved"""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,28 +20,28 @@ from dataclasses import dataclass
 import torch
 
 
-# Keys and values of one or more neighbors in each layer; None for a layer that has none of its own.
+# Keys and values of one or more neighbors in each layer; None for a layer without keys and values of its own.
 LayerStates = list[tuple[torch.Tensor, torch.Tensor] | None]
 
 
 @dataclass
 class NeighborStates:
     """
-    What a decoder's layers attend to of the neighbors of a call.
+    The keys and values of the neighbors of a call in each layer of a decoder.
 
     Args:
         key_values (`list`):
-            For each layer keys and values `(U, num_key_value_heads, neighbor_length, head_dim)` of the U different
-            neighbors of the call.
+            Keys and values `(U, num_key_value_heads, neighbor_length, head_dim)` of the U different neighbors of the
+            call, for each layer.
         index (`torch.LongTensor` of shape `(batch_size, num_slots, k)`):
-            Which of them each neighbor is. Absent ones may be any.
+            The number of each neighbor among these U. Absent neighbors may have any number.
     """
 
     key_values: LayerStates
     index: torch.LongTensor
 
     def gather(self) -> LayerStates:
-        """For each layer keys and values `(batch_size, num_key_value_heads, num_slots * k * neighbor_length, D)`."""
+        """Keys and values `(batch_size, num_key_value_heads, num_slots * k * neighbor_length, D)` for each layer."""
         batch_size = self.index.shape[0]
 
         def gather_rows(states: torch.Tensor) -> torch.Tensor:
@@ -53,11 +53,11 @@ class NeighborStates:
 
 class NeighborMemory:
     """
-    The keys and values of the neighbors that were read last, up to a number of bytes; those that were not asked for
-    the longest go first.
+    Keeps the keys and values of neighbors that were read, up to a number of bytes. When there is no room, it drops the
+    neighbors that were not used for the longest time.
 
     Args:
-        max_bytes (`int`): Bytes to keep at most.
+        max_bytes (`int`): Largest number of bytes to keep.
     """
 
     def __init__(self, max_bytes: int):
@@ -70,7 +70,7 @@ class NeighborMemory:
         return len(self._states)
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Drops all neighbors."""
         self._states.clear()
         self.num_bytes = 0
 
@@ -82,18 +82,19 @@ class NeighborMemory:
         version: tuple | None,
     ) -> NeighborStates:
         """
-        The states of neighbors; those that are not kept are encoded, each once.
+        Returns the states of neighbors. Those that are not kept are encoded, each of them once.
 
         Args:
             neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_slots, k, neighbor_length)`):
                 Tokens of the neighbors.
-            neighbor_attention_mask (`torch.BoolTensor`):
-                Which of them are real, in the same shape.
+            neighbor_attention_mask (`torch.BoolTensor` of the same shape):
+                True for real tokens.
             encode (`Callable`):
-                Makes the states of neighbors `(n, neighbor_length)` from their tokens and mask.
+                Computes the states of neighbors from their tokens and mask `(n, neighbor_length)`.
             version (`tuple`, *optional*):
-                What the states depend on beside the tokens, such as the versions of the weights: what was kept of
-                another version is forgotten. `None` neither uses nor keeps states, as gradients need.
+                A value on which the states depend besides the tokens, such as the versions of the weights. States of
+                another version are dropped. With `None`, states are neither kept nor reused, because gradients need
+                new ones.
         """
         shape = neighbor_input_ids.shape
         mask = neighbor_attention_mask.flatten(0, 2)  # [N, r]
@@ -101,7 +102,7 @@ class NeighborMemory:
         keys = [bytes(row) for row in torch.where(mask, ids, -1).cpu().numpy()]
         absent = bytes(torch.full(shape[3:], -1).numpy())
         first_rows = {key: row for row, key in reversed(list(enumerate(keys))) if key != absent}
-        # With nothing to read, one absent neighbor is read all the same: all weights stay in the graph.
+        # If there is nothing to read, one absent neighbor is read, so that all weights stay in the graph.
         first_rows = first_rows or {keys[0]: 0}
         order = {key: number for number, key in enumerate(first_rows)}
         index = torch.tensor([order.get(key, 0) for key in keys], device=ids.device).view(shape[:3])
@@ -138,7 +139,7 @@ class NeighborMemory:
 
 
 def _take_one(states: LayerStates, row: int) -> LayerStates:
-    """The states of one neighbor, copied: a view would keep those of all others alive."""
+    """Copies the states of one neighbor. A view would keep the states of all others in memory."""
     return [None if pair is None else (pair[0][row].clone(), pair[1][row].clone()) for pair in states]
 
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Low-rank adapters of a decoder that act only where neighbors are read: on them, or on the tokens that see them"""
+"""Low-rank adapters of a decoder that act only on neighbors, or only on the tokens that see neighbors"""
 
 import re
 from collections.abc import Iterator
@@ -33,16 +33,16 @@ def is_adapter_weight(name: str, adapter: str = f"({NEIGHBOR_ADAPTER}|{ROW_ADAPT
 
     Args:
         name (`str`): Name of the parameter.
-        adapter (`str`, *optional*): Name of one adapter. Either of the two by default.
+        adapter (`str`, *optional*): Name of the adapter. By default the parameter may belong to either of the two.
     """
     return re.search(rf"\.lora_\w+\.{adapter}(\.|$)", name) is not None
 
 
 class ReaderAdapters:
     """
-    The adapters of a decoder, which are LoRA layers of PEFT in the decoder itself. All are switched off until
-    [`ReaderAdapters.active`] switches one on, so that the decoder alone computes what it did without them, to the bit.
-    An adapter that the decoder had before, as one that was a `PeftModel`, stays on all the time.
+    The adapters of a decoder, which are LoRA layers of PEFT in the decoder itself. They are switched off until
+    [`ReaderAdapters.active`] switches one of them on. Until then the decoder computes the same as without them, to the
+    bit. An adapter that the decoder had before, because it was a `PeftModel`, is always on.
     """
 
     def __init__(self):
@@ -52,10 +52,10 @@ class ReaderAdapters:
 
     def add_to(self, decoder: PreTrainedModel, neighbor_adapter: dict | None, row_adapter: dict | None) -> None:
         """
-        Puts the adapters into a decoder, whose other weights are frozen by it.
+        Adds the adapters to a decoder and freezes its other weights.
 
         Args:
-            decoder (`PreTrainedModel`): The decoder, whose linear layers are replaced in place.
+            decoder (`PreTrainedModel`): The decoder. Its linear layers are replaced in place.
             neighbor_adapter (`dict`, *optional*): Fields of a `peft.LoraConfig`.
             row_adapter (`dict`, *optional*): Fields of a `peft.LoraConfig`.
 
@@ -96,9 +96,9 @@ class ReaderAdapters:
         Switches one adapter on and the other off.
 
         Args:
-            name (`str`, *optional*): The adapter that acts from now on. None for neither.
+            name (`str`, *optional*): The adapter to switch on. `None` switches both off.
             gate (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                The tokens that the row's adapter acts on.
+                The tokens that the adapter of the row acts on.
         """
         self.gate = gate
         for layer, resting in self.layers:
@@ -114,7 +114,7 @@ class ReaderAdapters:
             name (`str`, *optional*), gate (`torch.BoolTensor`, *optional*):
                 See [`ReaderAdapters.switch`].
             keep (`bool`, *optional*, defaults to `False`):
-                Whether it stays on afterwards, for layers that are checkpointed and run again in the backward pass.
+                Whether the adapter stays on afterwards, because checkpointed layers run again in the backward pass.
         """
         self.switch(name if name in self.names else None, gate)
         try:
@@ -125,7 +125,7 @@ class ReaderAdapters:
 
     def _apply_gate(self, module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         gate = self.gate.to(output)[..., None]  # [B, T, 1]
-        # The experts' router sees the tokens of all rows in one dimension.
+        # The router of experts receives the tokens of all rows in one dimension.
         return output * (gate if output.ndim == 3 else gate.flatten(0, 1))
 
 

@@ -28,7 +28,7 @@ from .configuration_retro_joint import RetroJointConfig
 
 
 READERS_DIR = Path(__file__).parent / "readers"
-# What of a reader's config belongs to its weights. Chunk sizes are the datastore's.
+# The fields of a reader's config that its weights need. The chunk sizes come from the datastore.
 READER_FIELDS = ("neighbor_adapter", "row_adapter", "neighbor_bias", "hidden_neighbor_tokens")
 
 
@@ -43,10 +43,10 @@ class Reader:
 
     Args:
         name_or_path (`str`):
-            Name of a reader of the package, or folder or Hub id of a saved model.
+            Name of a reader of the package, or the folder or Hub id of a saved model.
 
     Attributes:
-        fields (`dict[str, Any]`): The fields of [`RetroJointConfig`] that the weights need.
+        fields (`dict[str, Any]`): Fields of [`RetroJointConfig`] that the weights need.
 
     Raises:
         ValueError: If there is no such reader, or the folder holds something else.
@@ -71,7 +71,7 @@ class Reader:
 
     def load_into(self, model: nn.Module) -> None:
         """
-        Loads the weights into a model that was made with the reader's fields.
+        Loads the weights into a model that was made with the fields of the reader.
 
         Args:
             model ([`RetroJointForCausalLM`]): The model.

@@ -12,8 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Encoders of chunks that are no transformer: the mean of token vectors (sentence-transformers' `StaticEmbedding`,
-model2vec), and any other stack of sentence-transformers modules. [`ChunkEncoder.from_pretrained`] chooses among them.
+Encoders of chunks that are not transformers: the mean of token vectors (`StaticEmbedding` of sentence-transformers,
+and model2vec), and any other stack of sentence-transformers modules. [`ChunkEncoder.from_pretrained`] chooses among
+them.
 """
 
 import json
@@ -30,26 +31,26 @@ from transformers.utils import cached_file
 from .chunk_encoder_retro import ChunkEncoder, kept_dimensions, tensors_fingerprint
 
 
-# What ends a word for the tokenizers of `_cuts_at_spaces`. Python's own white space holds characters that end none.
+# The white space that ends a word for the tokenizers of `_cuts_at_spaces`. Python's own has characters that do not.
 _SPACES = str.maketrans(dict.fromkeys("\t\n\r", " "))
 _MOST_WORDS = 1_000_000
 
 
 class StaticChunkEncoder(ChunkEncoder):
     """
-    The mean of the vectors of a text's tokens, as `StaticEmbedding` of sentence-transformers computes it.
+    Embeds a text as the mean of the vectors of its tokens, like `StaticEmbedding` of sentence-transformers.
 
-    Nearly all the time goes into tokenization. Where words are tokenized one by one (BERT's tokenizer does so), each
-    word is tokenized once and its ids are kept.
+    Nearly all of the time is spent on tokenization. If the tokenizer cuts texts into words first, as that of BERT
+    does, each word is tokenized only once and its ids are kept.
 
     Args:
-        embeddings (`torch.Tensor`): [vocabulary, dim], one vector for each token id, computed with in float32.
-        tokenizer (`tokenizers.Tokenizer`): Its tokenizer; padding is turned off.
+        embeddings (`torch.Tensor`): [vocabulary, dim], one vector for each token id. The mean is computed in float32.
+        tokenizer (`tokenizers.Tokenizer`): The tokenizer of the encoder. Its padding is switched off.
         normalize (`bool`, *optional*, defaults to `True`): Whether embeddings get length 1.
-        name (`str`, *optional*): Name or path it was loaded from.
-        revision (`str`, *optional*): Revision it was loaded from.
+        name (`str`, *optional*): Name or path from which the encoder was loaded.
+        revision (`str`, *optional*): Revision from which it was loaded.
         sha256 (`str`, *optional*): Fingerprint of the weights. Defaults to that of `embeddings`.
-        prompt (`str`, *optional*): What stands in front of every text.
+        prompt (`str`, *optional*): Text that is put in front of every text.
         truncate_dim (`int`, *optional*): Number of leading dimensions that are kept.
 
     Raises:
@@ -79,7 +80,7 @@ class StaticChunkEncoder(ChunkEncoder):
         self.max_length = tokenizer.truncation["max_length"] if tokenizer.truncation else None
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        # Text that spells a special token, such as [SEP], stays text.
+        # Text that spells a special token, such as [SEP], is tokenized as text.
         tokenizer.encode_special_tokens = True
         self.tokenizer = tokenizer
         self.pooling = "mean"
@@ -124,11 +125,11 @@ class StaticChunkEncoder(ChunkEncoder):
 
         Args:
             texts (`Sequence[str]`): The texts.
-            tokens_per_batch (`int`, *optional*, defaults to 4096): Not used: nothing is padded.
+            tokens_per_batch (`int`, *optional*, defaults to 4096): Not used, because nothing is padded.
             window (`int`, *optional*, defaults to 8192): Number of texts that are tokenized together.
 
         Returns:
-            `np.ndarray`: float32 [n, dim], in the order of `texts`; zeros for a text without tokens.
+            `np.ndarray`: float32 [n, dim], in the order of `texts`. A text without tokens has zeros.
         """
         embeddings = np.empty((len(texts), self.dim), dtype=np.float32)
         for start in range(0, len(texts), window):
@@ -145,7 +146,7 @@ class StaticChunkEncoder(ChunkEncoder):
     def _tokenize(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of all texts one after another, int64 [tokens], and the number of tokens of each, int64 [n]."""
         if self._word_ids is not None:
-            words = [text.translate(_SPACES).split(" ") for text in texts]  # at least one each, if only ""
+            words = [text.translate(_SPACES).split(" ") for text in texts]  # at least one for each text, possibly ""
             ids, counts = self._word_ids.look_up(list(chain.from_iterable(words)))
             sizes = np.fromiter(map(len, words), dtype=np.int64, count=len(words))
             lengths = np.add.reduceat(counts, np.cumsum(sizes) - sizes)
@@ -165,7 +166,7 @@ def _flat_ids(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.nd
 
 
 class _WordIds:
-    """The token ids of words, each tokenized when it is met first."""
+    """The token ids of words. Each word is tokenized when it is seen for the first time."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -177,7 +178,9 @@ class _WordIds:
         self.counts = np.zeros(0, dtype=np.int64)
 
     def look_up(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of all words one after another, int64 [tokens], and the number of each word's, int64 [words]."""
+        """
+        Token ids of all words one after another, int64 [tokens], and the number of ids of each word, int64 [words].
+        """
         if len(self.number_of) > _MOST_WORDS:
             self._forget()
         new = list(set(words).difference(self.number_of))
@@ -194,14 +197,14 @@ class _WordIds:
 
 class ModulesChunkEncoder(ChunkEncoder):
     """
-    Any other stack of sentence-transformers modules, computed by that library.
+    Embeds texts with any other stack of sentence-transformers modules, which that library computes.
 
     Args:
         model (`sentence_transformers.SentenceTransformer`): The model.
         normalize (`bool`): Whether embeddings get length 1.
-        name (`str`): Name or path it was loaded from.
-        revision (`str`, *optional*): Revision it was loaded from.
-        sha256 (`str`, *optional*): Fingerprint of the weights. Defaults to that of the weights as they are now.
+        name (`str`): Name or path from which the encoder was loaded.
+        revision (`str`, *optional*): Revision from which it was loaded.
+        sha256 (`str`, *optional*): Fingerprint of the weights. Defaults to that of the current weights.
         truncate_dim (`int`, *optional*): Number of leading dimensions that are kept.
     """
 
@@ -265,7 +268,7 @@ class ModulesChunkEncoder(ChunkEncoder):
         Args:
             texts (`Sequence[str]`): The texts.
             tokens_per_batch (`int`, *optional*, defaults to 4096): A batch has one text for each 128 of these tokens.
-            window (`int`, *optional*, defaults to 8192): Not used: the library sorts the texts.
+            window (`int`, *optional*, defaults to 8192): Not used, because the library sorts the texts.
 
         Returns:
             `np.ndarray`: float32 [n, dim], in the order of `texts`.
@@ -284,7 +287,7 @@ class ModulesChunkEncoder(ChunkEncoder):
 
 def token_vectors(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """
-    One vector for each token id, from the tensors of a `StaticEmbedding` or of a model2vec model.
+    Returns a vector for each token id, from the tensors of a `StaticEmbedding` or of a model2vec model.
 
     Args:
         tensors (`Mapping[str, torch.Tensor]`):
@@ -305,7 +308,7 @@ def token_vectors(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _cuts_at_spaces(tokenizer: Tokenizer) -> bool:
-    """Whether the tokens of a text are those of its words between spaces, one after another, as with BERT's."""
+    """Whether the tokenizer cuts a text at spaces and tokenizes each word by itself, as that of BERT does."""
     parts = json.loads(tokenizer.to_str())
     kinds = {name: (parts[name] or {}).get("type") for name in ("normalizer", "pre_tokenizer")}
     plain = all(token["special"] for token in parts["added_tokens"])
