@@ -24,6 +24,7 @@ stackexchange = ["beautifulsoup4>=4.13", "py7zr>=1.1"]
 peft = ["peft>=0.21"]
 bm25 = ["bm25s>=0.3.16"]
 static = ["model2vec[distill]>=0.8"]
+lm_eval = ["lm-eval>=0.4.13"]
 serve = [*faiss_cpu, "fastapi>=0.130", "prometheus-client>=0.22", "uvicorn>=0.35"]
 demo = [*faiss_cpu, "gradio>=6.0"]
 test = [
@@ -34,9 +35,11 @@ test = [
     *static,
     *serve,
     *demo,
+    *lm_eval,
     "openai>=2",
     "pytest>=8",
     "sentence-transformers>=6.2",
+    "torchao>=0.18",
 ]
 quality = ["ruff>=0.17", "transformers-mlinter>=0.1.5"]
 
@@ -79,6 +82,7 @@ setup(
         "peft": peft,
         "bm25": bm25,
         "static": static,
+        "lm-eval": lm_eval,
         "serve": serve,
         "demo": demo,
         "test": test,

@@ -69,8 +69,10 @@ def _stack_rows(tensors: Sequence[torch.Tensor | None], sizes: Sequence[int]) ->
 
 class RetrievalCache(DynamicCache):
     """
-    A [`~transformers.DynamicCache`] with one layer per decoder layer that also holds what every kind of RETRO model
-    needs to know of earlier calls. It can be reordered, cropped, repeated and indexed like any other cache.
+    A [`~transformers.DynamicCache`] that also holds the state of retrieval, which every kind of RETRO model needs from
+    earlier calls. It has a layer for each layer of the decoder, and it can be reordered, cropped, repeated and indexed
+    like any other cache. All layers keep the whole row, because a crop may need tokens that have left a sliding
+    window. Such windows are applied by the mask.
 
     Attributes:
         input_ids (`torch.LongTensor` of shape `(batch_size, past_length)`, *optional*):
@@ -87,7 +89,7 @@ class RetrievalCache(DynamicCache):
     _column_tensors = ("input_ids",)
 
     def __init__(self, config: PreTrainedConfig | None = None, **kwargs):
-        super().__init__(config=config, **kwargs)
+        super().__init__(**kwargs)  # with a config, layers would drop tokens outside a sliding window
         self._reset_retrieval()
 
     @property
@@ -337,8 +339,7 @@ class RetroCache(RetrievalCache):
 class RetroJointCache(RetrievalCache):
     """
     The cache of [`RetroJointForCausalLM`]. In every layer the keys and values of neighbors stand in front of those of
-    the row, so that the decoder's own attention reads both. All layers keep the whole row: the windows of layers with
-    sliding attention are a matter of the mask.
+    the row, so that the decoder's own attention reads both.
 
     Attributes:
         front_mask (`torch.BoolTensor` of shape `(batch_size, front_length)`, *optional*):
@@ -349,9 +350,6 @@ class RetroJointCache(RetrievalCache):
     """
 
     _row_tensors = (*RetrievalCache._row_tensors, "front_mask")
-
-    def __init__(self, config: PreTrainedConfig | None = None, **kwargs):
-        super().__init__(**kwargs)
 
     def _reset_retrieval(self) -> None:
         super()._reset_retrieval()

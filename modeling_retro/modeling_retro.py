@@ -22,7 +22,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
@@ -254,7 +254,8 @@ class RetroAttention(nn.Module):
         self.config = config
         self.head_dim = config.head_dim
         self.num_key_value_groups = num_attention_heads // num_key_value_heads
-        self.scaling = self.head_dim**-0.5
+        # CODEPATH: models of the Granite kind have a scale of their own.
+        self.scaling = self.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
         query_size, key_value_size = num_attention_heads * self.head_dim, num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(hidden_size, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(key_value_hidden_size, key_value_size, bias=config.attention_bias)
@@ -320,6 +321,9 @@ class RetroSelfAttention(RetroAttention):
             num_key_value_heads=config.num_key_value_heads,
         )
         self.layer_idx = layer_idx
+        self.sliding_window = config.sliding_window
+        # CODEPATH: models of the SmolLM3 kind have layers without positions.
+        self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
 
     def forward(
         self,
@@ -332,10 +336,13 @@ class RetroSelfAttention(RetroAttention):
         queries = self.project_queries(hidden_states).transpose(1, 2)  # [B, H, T, D]
         keys, values = self.project_keys_values(hidden_states)
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)  # [B, Hkv, T, D]
-        queries, keys = apply_rotary(queries, position_embeddings), apply_rotary(keys, position_embeddings)
+        if self.use_rope:
+            queries, keys = apply_rotary(queries, position_embeddings), apply_rotary(keys, position_embeddings)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
-        attn_output, attn_weights = self.attend(queries, keys, values, attention_mask, **kwargs)
+        attn_output, attn_weights = self.attend(
+            queries, keys, values, attention_mask, sliding_window=self.sliding_window, **kwargs
+        )
         return self.o_proj(attn_output), attn_weights
 
 
@@ -438,6 +445,19 @@ class RetroCrossAttention(RetroAttention):
         return attn_output.masked_fill(~neighbors.has_neighbors[..., None], 0.0), attn_weights
 
 
+class RetroSublayerOutput(nn.Dropout):
+    """Dropout on the output of a sublayer, and the factor by which some families of models multiply it."""
+
+    def __init__(self, p: float, multiplier: float):
+        super().__init__(p)
+        self.multiplier = multiplier
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        output = super().forward(input)
+        # CODEPATH: models of the Granite kind scale the outputs of their sublayers.
+        return output if self.multiplier == 1 else output * self.multiplier
+
+
 class RetroNeighborEncoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: RetroConfig, layer_idx: int):
         super().__init__()
@@ -451,7 +471,7 @@ class RetroNeighborEncoderLayer(GradientCheckpointingLayer):
             self.chunk_attn_layernorm = RetroRMSNorm(hidden_size, eps=eps)
         self.mlp = RetroNeighborMLP(config)
         self.post_attention_layernorm = RetroRMSNorm(hidden_size, eps=eps)
-        self.dropout = nn.Dropout(config.neighbor_encoder_hidden_dropout)
+        self.dropout = RetroSublayerOutput(config.neighbor_encoder_hidden_dropout, config.residual_multiplier)
 
     def forward(
         self,
@@ -553,7 +573,7 @@ class RetroDecoderLayer(GradientCheckpointingLayer):
             self.cross_attn_layernorm = RetroRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = RetroMLP(config)
         self.post_attention_layernorm = RetroRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = RetroSublayerOutput(config.hidden_dropout, config.residual_multiplier)
 
     def forward(
         self,
@@ -679,6 +699,9 @@ class RetroModel(RetroPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, d]
+        # CODEPATH: models of the Granite kind scale their embeddings.
+        if self.config.embedding_multiplier != 1:
+            inputs_embeds = inputs_embeds * self.config.embedding_multiplier
         if use_cache and past_key_values is None:
             past_key_values = RetroCache(config=self.config)
         cache = past_key_values if isinstance(past_key_values, RetroCache) else None
@@ -712,6 +735,9 @@ class RetroModel(RetroPreTrainedModel):
         neighbor_states = None
         if neighbors is not None and neighbors.input_ids is not None:
             neighbor_states = self.embed_tokens(neighbors.input_ids)  # [B, L, k, r, d]
+            # CODEPATH: as for the row.
+            if self.config.embedding_multiplier != 1:
+                neighbor_states = neighbor_states * self.config.embedding_multiplier
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         position_embeddings = (position_embeddings[0].unsqueeze(1), position_embeddings[1].unsqueeze(1))
         for layer_idx, decoder_layer in enumerate(self.layers):
@@ -745,6 +771,8 @@ class RetroModel(RetroPreTrainedModel):
         positions only if there is neither a mask nor a cache. This method adds the other cases. `position_ids` is
         `None` if the caller gave none.
         """
+        # CODEPATH: models of the Mistral kind have a sliding window.
+        create_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
         is_dynamic = past_key_values is None or isinstance(past_key_values, RetroCache)
         past_length = past_key_values.get_seq_length() if past_key_values is not None and is_dynamic else 0
         mask_inputs = {
@@ -756,7 +784,7 @@ class RetroModel(RetroPreTrainedModel):
         }
         is_prepared = not is_dynamic or (attention_mask is not None and attention_mask.ndim == 4)
         if is_prepared or position_ids is None or (attention_mask is None and past_length == 0):
-            return create_causal_mask(**mask_inputs)
+            return create_mask(**mask_inputs)
 
         seq_len = inputs_embeds.shape[1]
         position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
@@ -765,12 +793,12 @@ class RetroModel(RetroPreTrainedModel):
         document_start = row_index[:, -seq_len:] - position_ids  # [B, T]
         if seq_len == 1:
             mask_inputs["attention_mask"] = mask & (row_index >= document_start)
-            return create_causal_mask(**mask_inputs)
+            return create_mask(**mask_inputs)
 
         def same_document(batch_idx: int, head_idx: int, q_idx: int, kv_idx: int) -> torch.BoolTensor:
             return row_index[batch_idx, kv_idx] >= document_start[batch_idx, q_idx - past_length]
 
-        return create_causal_mask(**mask_inputs, and_mask_function=same_document)
+        return create_mask(**mask_inputs, and_mask_function=same_document)
 
     def _prepare_neighbors(
         self,
@@ -900,6 +928,9 @@ class RetroForCausalLM(
 
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.lm_head(hidden_states)  # [B, T, V]
+        # CODEPATH: models of the Granite kind scale their logits.
+        if self.config.logits_scaling != 1:
+            logits = logits / self.config.logits_scaling
 
         loss = None
         if labels is not None:

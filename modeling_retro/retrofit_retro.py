@@ -13,9 +13,11 @@
 # limitations under the License.
 """RETRO models made of pretrained decoders of the Llama family"""
 
+import os
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -27,10 +29,21 @@ RETROFIT_MODULES = ("cross_attn", "cross_attn_layernorm", "neighbor_encoder")
 
 # What each family fixes in its code and RetroConfig has as a field.
 FAMILIES = {
+    "granite": {},
     "llama": {},
     "mistral": {"attention_bias": False, "mlp_bias": False},
     "qwen2": {"attention_bias": True, "attention_output_bias": False, "mlp_bias": False},
     "qwen3": {"qk_norm": True, "mlp_bias": False},
+    "smollm3": {},
+}
+# What only some families have, and what the others do.
+FAMILY_FIELDS = {
+    "sliding_window": None,
+    "no_rope_layers": None,
+    "attention_multiplier": None,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
 }
 SHARED_FIELDS = (
     "vocab_size",
@@ -60,30 +73,56 @@ def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
     Raises:
         `ValueError`: if the decoder has something that RETRO's cannot represent; the message names the field.
     """
+    refusal = (
+        "`RetroJointForCausalLM.from_decoder_pretrained` reads neighbors with any causal language model, and without "
+        "training."
+    )
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"`model_type` is {config.model_type!r}; chunked cross attention can be added to "
-            f"{', '.join(sorted(FAMILIES))}. `RetroJointForCausalLM.from_decoder_pretrained` reads neighbors with any "
-            "causal language model, and without training."
+            f"{', '.join(sorted(FAMILIES))}. {refusal}"
         )
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    layer_types = set(getattr(config, "layer_types", None) or [])
     refused = {
-        "sliding_window": getattr(config, "sliding_window", None),
         "layer_types": sorted(layer_types - {"full_attention"}) or None,
-        "quantization_config": getattr(config, "quantization_config", None),
         "rope_parameters.partial_rotary_factor": config.rope_parameters.get("partial_rotary_factor"),
     }
     for name, value in refused.items():
         if value is not None and not (name.endswith("partial_rotary_factor") and value == 1.0):
-            raise ValueError(f"`{name}` is {value!r}, which the decoder of a RETRO model does not have.")
+            raise ValueError(
+                f"`{name}` of this {config.model_type} model is {value!r}, which the decoder of a RETRO model does "
+                f"not have. {refusal}"
+            )
 
     fields = {name: getattr(config, name) for name in SHARED_FIELDS}
+    fields |= {name: getattr(config, name, default) for name, default in FAMILY_FIELDS.items()}
+    if layer_types:  # all of them full: the window is not used
+        fields["sliding_window"] = None
     fields["head_dim"] = getattr(config, "head_dim", None)
-    if config.model_type in ("llama", "qwen3"):
+    if config.model_type in ("granite", "llama", "qwen3", "smollm3"):
         fields["attention_bias"] = fields["attention_output_bias"] = config.attention_bias
-    if config.model_type == "llama":
+    if config.model_type in ("granite", "llama", "smollm3"):
         fields["mlp_bias"] = config.mlp_bias
     return fields | FAMILIES[config.model_type]
+
+
+def plain_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
+    """
+    The weights of a module of the decoder, those of its quantised layers as plain tensors.
+
+    Raises:
+        `ValueError`: for weights whose quantisation PyTorch has no name for.
+    """
+    state = module.state_dict()
+    for name, weight in state.items():
+        if type(weight.data) is not torch.Tensor and hasattr(weight, "dequantize"):
+            state[name] = weight = weight.dequantize()
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"the decoder's {name!r} is quantised to {weight.dtype}, which a warm start cannot copy: pass "
+                "`warm_start=False`"
+            )
+    return state
 
 
 class RetroRetrofitMixin(RetroBaseModelMixin):
@@ -99,7 +138,7 @@ class RetroRetrofitMixin(RetroBaseModelMixin):
 
         Args:
             name_or_path (`str`):
-                Hub id or directory of a model of type `llama`, `mistral` (without sliding window), `qwen2` or `qwen3`.
+                Hub id or directory of a model of type `llama`, `mistral`, `qwen2`, `qwen3`, `smollm3` or `granite`.
             warm_start (`bool`, *optional*, defaults to `True`):
                 Whether chunked cross attention starts as a copy of the self-attention of its layer and the layers of
                 the neighbor encoder as copies of the decoder's first ones, so that what the decoder has learned about
@@ -110,15 +149,20 @@ class RetroRetrofitMixin(RetroBaseModelMixin):
             kwargs:
                 Fields of [`RetroConfig`] that the decoder does not fix (`cross_attention_layers`, `chunk_size`,
                 `neighbor_encoder_num_hidden_layers`, …) and arguments of
-                [`~transformers.PreTrainedModel.from_pretrained`] (`dtype`, `revision`, `attn_implementation`, …). With
-                a warm start `neighbor_rope_theta` defaults to the decoder's.
+                [`~transformers.PreTrainedModel.from_pretrained`] (`dtype`, `revision`, `attn_implementation`,
+                `quantization_config`, `gguf_file`, …). What is added to a quantised decoder has the data type in which
+                the decoder computes. `sliding_window=None` gives a decoder full attention that has a window. With a
+                warm start `neighbor_rope_theta` defaults to the decoder's.
 
         Raises:
             `ValueError`: for a decoder that RETRO cannot represent, with the name of the field.
         """
+        opens_window = "sliding_window" in kwargs and kwargs["sliding_window"] is None
+        window = {"sliding_window": kwargs.pop("sliding_window")} if opens_window else {}
         retro_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in RetroConfig.__annotations__}
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        base_config = AutoConfig.from_pretrained(name_or_path, **hub_arguments)
+        gguf_file = kwargs.get("gguf_file")
+        base_config = AutoConfig.from_pretrained(name_or_path, gguf_file=gguf_file, **window, **hub_arguments)
         fields = decoder_fields(base_config)
         fixed = sorted(set(retro_fields) & set(fields))
         if fixed:
@@ -130,7 +174,7 @@ class RetroRetrofitMixin(RetroBaseModelMixin):
             **{"cross_attention_gate": True} | retro_fields,
             base_model_name_or_path=str(name_or_path),
             base_model_revision=getattr(base_config, "_commit_hash", None) or kwargs.get("revision"),
-            base_model_sha256=checkpoint_sha256(name_or_path, **hub_arguments),
+            base_model_sha256=checkpoint_sha256(name_or_path, gguf_file, **hub_arguments),
         )
         model = cls._from_base(config, name_or_path, **kwargs)
         if warm_start:
@@ -140,13 +184,25 @@ class RetroRetrofitMixin(RetroBaseModelMixin):
 
     @classmethod
     def _from_base(cls, config: RetroConfig, name_or_path: str, **kwargs) -> "RetroRetrofitMixin":
-        """A model with the weights of the base and fresh weights of what RETRO adds."""
+        """A model of the layers of the base, quantised ones as they are, and fresh weights of what RETRO adds."""
         base = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
         model = cls._from_config(config, dtype=base.dtype, attn_implementation=base.config._attn_implementation)
-        missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)
-        missing = [name for name in missing if not cls.is_added_weight(name)]
-        if missing or unexpected:
+        own = {name for name in model.state_dict() if not cls.is_added_weight(name)}
+        found = set(base.state_dict())
+        # Some quantisers, such as that of GGUF, have done their work when the model is loaded.
+        is_quantized = getattr(base, "hf_quantizer", None) is not None and any(
+            type(weight) is not torch.Tensor or not weight.is_floating_point() for weight in base.state_dict().values()
+        )
+        missing, unexpected = sorted(own - found), sorted(found - own)
+        if missing or (unexpected and not is_quantized):  # quantised layers may have more tensors
             raise ValueError(f"{name_or_path} lacks the weights {missing} and has {unexpected}, which RETRO does not.")
+        for name, module in base.named_modules():
+            if isinstance(module, (nn.Embedding, nn.Linear)):
+                model.set_submodule(name, module)
+            elif not any(module.children()) and module.state_dict():
+                model.get_submodule(name).load_state_dict(module.state_dict())
+        if is_quantized:
+            model.hf_quantizer = base.hf_quantizer
         model.generation_config = base.generation_config
         return model.to(base.device).eval()
 
@@ -172,18 +228,33 @@ class RetroRetrofitMixin(RetroBaseModelMixin):
         decoder, encoder = self.model.layers, self.model.neighbor_encoder
         for target, source in zip(encoder.layers, decoder):
             for name in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"):
-                getattr(target, name).load_state_dict(getattr(source, name).state_dict())
+                getattr(target, name).load_state_dict(plain_state_dict(getattr(source, name)))
             if target.attends_to_chunk:
                 for parameter in target.chunk_attn.o_proj.parameters():
                     parameter.zero_()
         for layer_idx in config.cross_attention_layers:
             layer = decoder[layer_idx]
-            layer.cross_attn.load_state_dict(layer.self_attn.state_dict(), strict=False)
+            layer.cross_attn.load_state_dict(plain_state_dict(layer.self_attn), strict=False)
             layer.cross_attn_layernorm.load_state_dict(layer.input_layernorm.state_dict())
             # Self-attention reads its keys and values behind the layer's norm, cross attention behind the encoder's,
             # whose weight is one: the layer's goes into the projections.
             for projection in (layer.cross_attn.k_proj, layer.cross_attn.v_proj):
                 projection.weight.mul_(layer.input_layernorm.weight)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, retrofit_only: bool = False, **kwargs) -> None:
+        """
+        Saves the model, see [`RetroBaseModelMixin.save_pretrained`]. Of a model whose decoder is quantised only what
+        was added can be saved.
+
+        Raises:
+            `ValueError`: for a whole model with a quantised decoder.
+        """
+        if not retrofit_only and getattr(self, "hf_quantizer", None) is not None:
+            raise ValueError(
+                "the decoder is quantised, so that the model cannot be saved as a whole: `freeze_decoder()` and "
+                "`save_pretrained(..., retrofit_only=True)` save what was added to it"
+            )
+        super().save_pretrained(save_directory, retrofit_only=retrofit_only, **kwargs)
 
     @staticmethod
     def is_added_weight(name: str) -> bool:

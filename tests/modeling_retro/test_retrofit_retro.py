@@ -15,13 +15,14 @@ import pytest
 import torch
 from test_generation_retro import HashRetriever
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from modeling_retro import RetroForCausalLM
@@ -53,8 +54,13 @@ FAMILIES = {
     "llama-biases-tied": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
     "llama-3-rope": LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE),
     "mistral": MistralConfig(**SHAPE, sliding_window=None, head_dim=12),
+    "mistral-window": MistralConfig(**SHAPE, sliding_window=5),
     "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    "smollm3": SmolLM3Config(**SHAPE, no_rope_layers=[1, 0, 1, 0], attention_bias=True, sliding_window=5),
+    "granite": GraniteConfig(
+        **SHAPE, embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.3, logits_scaling=1.7
+    ),
     "qwen3-yarn": Qwen3Config(
         **SHAPE,
         head_dim=16,
@@ -67,6 +73,7 @@ FAMILIES = {
         },
     ),
 }
+LAYERS = r"layer_types` of this .*sliding_attention.*RetroJointForCausalLM"
 RETRO = {"chunk_size": 4, "cross_attention_layers": [1, 3], "neighbor_encoder_num_hidden_layers": 2}
 
 
@@ -238,13 +245,15 @@ def test_retrofit_only_is_refused_when_the_decoder_may_have_changed(llama, tmp_p
 @pytest.mark.parametrize(
     ("config", "fields", "message"),
     [
-        (MistralConfig(**SHAPE, sliding_window=8), {}, "sliding_window"),
-        (Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=2), {}, "sliding_window"),
+        (Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=2), {}, LAYERS),
+        (SmolLM3Config(**SHAPE, use_sliding_window=True, sliding_window=8), {}, LAYERS),
+        (FAMILIES["mistral"], {"sliding_window": 8}, "sliding_window"),
+        (FAMILIES["llama"], {"no_rope_layers": [1, 0, 1, 0]}, "no_rope_layers"),
         (FAMILIES["llama"], {"hidden_size": 64}, "hidden_size"),
         (FAMILIES["llama"], {"neighbor_encoder_hidden_size": 16}, "neighbor_encoder_hidden_size"),
         (FAMILIES["llama"], {"neighbor_encoder_num_hidden_layers": 5}, "neighbor_encoder_num_hidden_layers"),
     ],
-    ids=["mistral-window", "qwen2-window", "fixed", "narrow-warm", "deep-warm"],
+    ids=["qwen2-window", "smollm3-window", "other-window", "other-positions", "fixed", "narrow-warm", "deep-warm"],
 )
 def test_what_cannot_be_represented_is_refused_by_name(config, fields, message, tmp_path):
     save_base(tmp_path, config)
@@ -252,15 +261,54 @@ def test_what_cannot_be_represented_is_refused_by_name(config, fields, message, 
         RetroForCausalLM.from_decoder_pretrained(tmp_path, **RETRO | fields)
 
 
-def test_other_model_types_are_refused(tmp_path):
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model_type.*gpt2"):
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma", "olmo2", "phi3"])
+def test_other_model_types_are_refused_and_shown_the_way(model_type, tmp_path):
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"model_type` is '{model_type}'.*RetroJointForCausalLM"):
         RetroForCausalLM.from_decoder_pretrained(tmp_path)
 
 
-def test_a_fresh_start_takes_an_encoder_of_another_width(llama):
-    fields = RETRO | {"neighbor_encoder_hidden_size": 16}
-    model = RetroForCausalLM.from_decoder_pretrained(llama[0], warm_start=False, **fields)
-    ids, neighbors = make_inputs()
+def test_a_sliding_window_is_the_bases_in_packed_rows_and_with_a_cache(tmp_path):
+    base = save_base(tmp_path, FAMILIES["mistral-window"])
+    model = RetroForCausalLM.from_decoder_pretrained(tmp_path, **RETRO)
+    assert model.config.sliding_window == 5
+    ids = make_inputs()[0]
+    positions = torch.cat([torch.arange(8), torch.arange(6)])[None].expand(2, -1)
     with torch.no_grad():
-        assert torch.equal(model(ids, neighbor_input_ids=neighbors).logits, llama[1](ids).logits)
+        alone = base(ids[:, 8:]).logits
+        torch.testing.assert_close(model(ids, position_ids=positions).logits[:, 8:], alone, rtol=0, atol=1e-5)
+        expected = base(ids).logits
+        cache = model(ids[:, :9]).past_key_values
+        steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(9, 14)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), expected[:, 9:], rtol=0, atol=1e-5)
+        cache.crop(-9)  # further back than the window reaches
+        again = model(ids[:, 5:], past_key_values=cache).logits
+        torch.testing.assert_close(again, expected[:, 5:], rtol=0, atol=1e-5)
+        unlimited = RetroForCausalLM.from_decoder_pretrained(tmp_path, sliding_window=None, **RETRO)
+        assert unlimited.config.sliding_window is None
+        opened = AutoModelForCausalLM.from_pretrained(tmp_path, sliding_window=None)
+        assert torch.equal(unlimited(ids).logits, opened(ids).logits)
+        assert (opened(ids).logits - expected).abs().max() > 1e-3
+
+
+def test_neighbors_are_scaled_like_the_row(tmp_path):
+    """In a Granite the embeddings of the neighbors and what the encoder's layers add are scaled too."""
+    save_base(tmp_path, FAMILIES["granite"])
+    model = RetroForCausalLM.from_decoder_pretrained(tmp_path, **RETRO).model
+    ids, neighbors = make_inputs()
+    seen = {}
+    layer = model.neighbor_encoder.layers[0]
+    layer.register_forward_pre_hook(lambda module, args: seen.update(embeds=args[0]))
+    layer.mlp.register_forward_hook(lambda module, args, output: seen.update(mlp=output))
+    layer.mlp.register_forward_pre_hook(lambda module, args: seen.update(normed=args[0]))
+    layer.register_forward_hook(lambda module, args, output: seen.update(output=output))
+    with torch.no_grad():
+        model(ids, neighbor_input_ids=neighbors)
+        embeds = 3.0 * model.embed_tokens(neighbors).flatten(0, 2)
+        assert torch.equal(seen["embeds"], embeds)
+        states = layer.input_layernorm(embeds)
+        positions = model.neighbor_rotary_emb(embeds, torch.arange(8))
+        before = embeds + 0.3 * layer.self_attn(states, states, positions, positions)
+        torch.testing.assert_close(seen["normed"], layer.post_attention_layernorm(before))
+        torch.testing.assert_close(seen["output"], before + 0.3 * seen["mlp"])
+        assert layer.self_attn.scaling == 0.2

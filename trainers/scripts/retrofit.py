@@ -19,8 +19,9 @@ Makes a RETRO model of a pretrained decoder, in one of two ways.
     retro retrofit --base Qwen/Qwen3-0.6B --output-dir qwen3-retro --cross-attention-layers 9 15 21 --retrofit-only
 
 `--attention joint` wraps any causal language model: its own attention reads the neighbors, and nothing has to be
-trained. `--attention cross`, for Llama, Mistral, Qwen2 and Qwen3, adds the paper's chunked cross attention. That model
-starts as exactly its decoder; train it with `retro train --model smollm2-retro --freeze-decoder true ...`.
+trained. `--attention cross`, for Llama, Mistral, Qwen2, Qwen3, SmolLM3 and Granite, adds the paper's chunked cross
+attention. That model starts as exactly its decoder; train it with
+`retro train --model smollm2-retro --freeze-decoder true ...`.
 """
 
 from collections.abc import Sequence
