@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Command lines from dataclasses: flags or a YAML/JSON file with the same names, and one-line errors."""
+"""Command lines that are made from dataclasses: options as flags or in a YAML or JSON file, and errors of one line."""
 
 import argparse
 import json
@@ -49,11 +49,12 @@ def parse_arguments(
 ) -> tuple[Any, ...]:
     """
     Parses a command line into dataclasses. `--config FILE` reads a YAML or JSON file whose keys are the names of the
-    fields; flags win over the file. A script calls this before it imports torch or anything that does, so that
-    `--help` and a mistake in the options are answered at once.
+    fields. A flag overrides the file. A script calls this function before it imports torch or any module that does, so
+    that `--help` and mistakes in the options are answered at once.
 
-    [`~transformers.TrainingArguments`] itself imports torch. Scripts that train name their subclass of it as a string:
-    it is imported once all other options are right, and `--help` shows only those that `training_options` holds.
+    [`~transformers.TrainingArguments`] itself imports torch. A script that trains therefore names its subclass of it
+    as a string. The class is imported after all other options were checked, and `--help` shows only the options of
+    `training_options`.
 
     Args:
         argument_classes (`type`):
@@ -61,11 +62,11 @@ def parse_arguments(
         argv (`Sequence[str]`, *optional*, defaults to `sys.argv[1:]`):
             The words of the command line.
         description (`str`, *optional*):
-            Shown by `--help`: the docstring of the script.
+            Text that `--help` shows: the docstring of the script.
         prog (`str`, *optional*):
             Name of the command in `--help`.
         training_options (`type`, *optional*):
-            Dataclass of the options that the training arguments add or give another default.
+            Dataclass of the options that the training arguments add, or for which they change the default.
         training_arguments (`str`, *optional*):
             `"module:Class"` of a subclass of [`~transformers.TrainingArguments`].
 
@@ -80,14 +81,33 @@ def parse_arguments(
     return parser.parse_args_into_dataclasses(args=argv, args_file_flag=None)[: len(argument_classes)]
 
 
+def name_leading_words(argv: Sequence[str] | None, first: str, others: str | None = None) -> list[str]:
+    """
+    Gives the words that stand before all options the names of options, so that `retro add datastore new.jsonl` is
+    `retro add --datastore datastore --input new.jsonl`.
+
+    Args:
+        argv (`Sequence[str]`, *optional*, defaults to `sys.argv[1:]`): The words of the command line.
+        first (`str`): The option of the first word.
+        others (`str`, *optional*): The option of the words after it.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    number = next((i for i, word in enumerate(argv) if word.startswith("-") and word != "-"), len(argv))
+    words, options = argv[:number], argv[number:]
+    named = [f"--{first}", words[0]] if words else []
+    if len(words) > 1:
+        named += [f"--{others}", *words[1:]] if others else words[1:]
+    return named + options
+
+
 def _parser(
     argument_classes: Sequence[type], argv: Sequence[str] | None, skip_unknown: bool, **kwargs: Any
 ) -> "HfArgumentParser":
-    """A parser whose defaults are those of `--config`; `skip_unknown` leaves keys of other dataclasses alone."""
-    # It costs half a second, which `retro --help` need not pay.
+    """A parser with the defaults of `--config`. With `skip_unknown`, it ignores keys of other dataclasses."""
+    # This import takes half a second, which `retro --help` can do without.
     from transformers import HfArgumentParser
 
-    # An abbreviation of one option may be the whole name of another: --fsdp and --fsdp_size.
+    # An abbreviation of one option may be the whole name of another, such as --fsdp and --fsdp_size.
     parser = HfArgumentParser(argument_classes, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
     parser.add_argument("--config", metavar="FILE", default=None, help="YAML or JSON file with values of the options.")
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -121,17 +141,18 @@ def _set_defaults_from_file(parser: "HfArgumentParser", path: Path, skip_unknown
             parser.error(
                 f"--config {path}: {name} is {value!r}, expected one of {', '.join(map(str, action.choices))}"
             )
-        # argparse converts defaults that are strings only: 3 for a float, and 1e-4, which YAML reads as a string.
+        # argparse converts only defaults that are strings. A float may be given as 3, or as 1e-4, a string in YAML.
         action.default = str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 def run_command(main: Callable[[], Any]) -> None:
     """
-    Runs a script: the user's mistakes (`ValueError`, `OSError`, `ImportError`) are one line and exit code 1. Where the
-    output is not a terminal, only long work shows its progress, and once a minute.
+    Runs a script. A mistake of the user (`ValueError`, `OSError`, `ImportError`) is reported in one line, with exit
+    code
+    1. If the output is not a terminal, only long work shows its progress, once a minute.
     """
     if not sys.stderr.isatty():
-        # tqdm reads these when it is imported, for the bars of all libraries.
+        # tqdm reads these variables when it is imported, for the bars of all libraries.
         os.environ.setdefault("TQDM_DELAY", "30")
         os.environ.setdefault("TQDM_MININTERVAL", "60")
     try:

@@ -12,16 +12,16 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Documents to chunks of m tokens: the first stage of a datastore.
+Cuts documents into chunks of m tokens: the first stage of a datastore.
 
-Many processes share the work (`accelerate launch -m data_prep.scripts.chunk ...`), and the same command goes on after
-an interruption. A chunk never crosses documents; the last one of a document is padded.
+Many processes can share the work (`accelerate launch -m data_prep.scripts.chunk ...`), and the same command resumes an
+interrupted run. A chunk never crosses the end of a document, and the last chunk of a document is padded.
 """
 
 import json
 import os
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
@@ -78,7 +78,7 @@ _BATCH_CHARACTERS = 1 << 20
 
 
 def chunk_features(chunk_size: int, vocab_size: int) -> Features:
-    """Types of the columns of a shard of chunks; token ids in 16 bits where the vocabulary allows."""
+    """Types of the columns of a shard of chunks. Token ids have 16 bits if the vocabulary is small enough."""
     token = Value("uint16" if vocab_size <= 1 << 16 else "int32")
     return Features(
         {
@@ -92,14 +92,14 @@ def chunk_features(chunk_size: int, vocab_size: int) -> Features:
 
 class DocumentChunker:
     """
-    Cuts documents into chunks of token ids, with the bytes of the source that each chunk covers.
+    Cuts documents into chunks of token ids, and counts the bytes of the source that each chunk covers.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer with an EOS (or SEP) token.
-        chunk_size (`int`): Tokens in a chunk, m.
+        chunk_size (`int`): Number m of tokens in a chunk.
         allow_control_tokens (`bool`, *optional*, defaults to `False`):
-            Whether text that spells a special token, such as `<|endoftext|>`, becomes that token. By default it stays
-            text, so that no document can end itself or speak as another role of a chat.
+            Whether text that spells a special token, such as `<|endoftext|>`, becomes that token. By default it is
+            tokenized as text, so that no document can end itself or speak as another role of a chat.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chunk_size: int, allow_control_tokens: bool = False):
@@ -115,7 +115,7 @@ class DocumentChunker:
         self._backend.no_padding()
         self._backend.no_truncation()
         self._backend.encode_special_tokens = not allow_control_tokens
-        # Models of the Unigram kind may find a special token among their own pieces all the same.
+        # Models of the Unigram kind may still have a special token among their pieces.
         spelled = [self._backend.encode(token, add_special_tokens=False).ids for token in tokenizer.all_special_tokens]
         spelled = set(chain.from_iterable(spelled)) & set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         self._unwanted = [] if allow_control_tokens else sorted(spelled)
@@ -130,8 +130,8 @@ class DocumentChunker:
             documents (`Sequence[Document]`): The documents.
 
         Returns:
-            `tuple`: the columns (`input_ids` [n, m] padded with 0, `length`, `document_id`, `num_bytes` [n]), and the
-            number of chunks of each document (int64; 0 for a document without any token).
+            `tuple`: the columns (`input_ids` [n, m], padded with 0, and `length`, `document_id`, `num_bytes` [n]), and
+            the number of chunks of each document (int64, 0 for a document without tokens).
         """
         m = self.chunk_size
         rows, encodings = self._encode([document.text for document in documents])
@@ -140,7 +140,7 @@ class DocumentChunker:
         chunks = -(-tokens // m)
         first_chunk = np.cumsum(chunks) - chunks
         first_token = np.cumsum(tokens) - tokens
-        # Token j of a document stands at first_chunk * m + j of the flat array of chunks.
+        # Token j of a document has index first_chunk * m + j in the flat array of chunks.
         place = np.arange(tokens.sum()) + np.repeat(first_chunk * m - first_token, tokens)
         input_ids = np.zeros((int(chunks.sum()), m), dtype=self.dtype)
         prefix, suffix = np.array(self.prefix, dtype=self.dtype), np.array(self.suffix, dtype=self.dtype)
@@ -165,7 +165,7 @@ class DocumentChunker:
 
     def encode(self, text: str) -> np.ndarray:
         """
-        Token ids of a text as they stand in a document, without the tokens that begin and end one.
+        Tokenizes a text as a part of a document, without the tokens at the beginning and the end of a document.
 
         Args:
             text (`str`): The text.
@@ -179,7 +179,7 @@ class DocumentChunker:
         return self._encode([text])[0][0]
 
     def _encode(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[Encoding]]:
-        # Where the bytes of each token are known, nobody needs the offsets, which take up to a quarter of the time.
+        # If the bytes of each token are known, the offsets, which take up to a quarter of the time, are not needed.
         encode = self._backend.encode_batch if self._token_bytes is None else self._backend.encode_batch_fast
         encodings = encode(list(texts), add_special_tokens=False)
         rows = [np.fromiter(encoding.ids, dtype=self.dtype, count=len(encoding)) for encoding in encodings]
@@ -198,10 +198,11 @@ class DocumentChunker:
 
     def _chunk_bytes(self, text: str, row: np.ndarray, encoding: Encoding) -> np.ndarray:
         """
-        UTF-8 bytes of the text that each chunk of a document covers. A chunk ends where its last token ends, so what
-        the tokenizer skips before a token belongs to that token, and a character split over two chunks to the first.
+        Counts the UTF-8 bytes of the text that each chunk of a document covers. A chunk ends where its last token
+        ends. Text that the tokenizer skips before a token therefore belongs to that token, and a character that is
+        split over two chunks belongs to the first.
         """
-        # Of the text, so many tokens stand in all chunks up to each but the last.
+        # The numbers of tokens up to the end of each chunk but the last.
         stops = np.arange(self.chunk_size, len(row) + len(self.prefix) + len(self.suffix), self.chunk_size)
         stops = np.clip(stops - len(self.prefix), 0, len(row))
         data = text.encode()
@@ -210,15 +211,15 @@ class DocumentChunker:
             ends = np.append(0, np.cumsum(self._token_bytes[row]))
             if ends[-1] == len(data):
                 cuts = ends[stops]
-            else:  # a normalizer changed the text, or a token took the spaces around it
+            else:  # a normalizer changed the text, or a token includes spaces
                 encoding = self._backend.encode(text, add_special_tokens=False)
         if cuts is None:
             ends = [0, *(encoding.token_to_chars(int(stop) - 1)[1] if stop else 0 for stop in stops)]
-            ends = np.maximum.accumulate(ends)  # offsets of some normalizers step back
+            ends = np.maximum.accumulate(ends)  # offsets of some normalizers decrease
             cuts = np.cumsum([len(text[a:b].encode()) for a, b in pairwise(ends)], dtype=np.int64)
             cuts[stops == len(row)] = len(data)
         for i, cut in enumerate(cuts.tolist()):
-            while cut < len(data) and data[cut] & 0xC0 == 0x80:  # inside of a character
+            while cut < len(data) and data[cut] & 0xC0 == 0x80:  # inside a character
                 cut += 1
             cuts[i] = cut
         return np.diff(cuts, prepend=0, append=len(data))
@@ -228,13 +229,13 @@ def control_tokens_inside(
     tokenizer: PreTrainedTokenizerBase, input_ids: np.ndarray, length: np.ndarray, document_id: np.ndarray
 ) -> int:
     """
-    Number of special tokens that are neither the first nor the last of a document.
+    Counts the special tokens that are neither the first nor the last token of a document.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
         input_ids (`np.ndarray`): Token ids [n, m] of whole documents.
-        length (`np.ndarray`): Tokens of each chunk [n].
-        document_id (`np.ndarray`): Document of each chunk [n], ascending.
+        length (`np.ndarray`): Number of tokens of each chunk [n].
+        document_id (`np.ndarray`): Id of the document of each chunk [n], ascending.
     """
     special = sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
     is_special = np.isin(input_ids, special) & (np.arange(input_ids.shape[1]) < length[:, None])
@@ -247,7 +248,7 @@ def control_tokens_inside(
 
 def byte_lengths(tokenizer: Tokenizer) -> np.ndarray | None:
     """
-    Bytes of the text that each token of a byte-level tokenizer stands for.
+    Returns the number of bytes that each token of a byte-level tokenizer stands for.
 
     Args:
         tokenizer (`Tokenizer`): Any tokenizer.
@@ -264,7 +265,7 @@ def byte_lengths(tokenizer: Tokenizer) -> np.ndarray | None:
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
     for token, index in vocabulary.items():
-        # Each character of a byte-level token stands for one byte; tokens added later are as they are.
+        # Each character of a byte-level token stands for one byte. Tokens that were added later are plain text.
         lengths[index] = len(token.encode()) if token in added else len(token)
     return lengths
 
@@ -289,32 +290,37 @@ def chunk_documents(
     force: bool = False,
 ) -> dict[str, Any]:
     """
-    Tokenizes documents and writes them as chunks, shard by shard; goes on where an earlier run stopped.
+    Tokenizes documents and writes them as chunks, shard by shard. An interrupted run is resumed.
 
     Args:
         inputs (`str`, `Path`, `datasets.Dataset`, `Mapping` or a sequence of them):
-            Files, folders, globs, `"-"` for jsonl on standard input, or datasets (streamed ones too). A mapping has
-            `path` or `dataset` (and `config`, `split`, `streaming`), and may have a `filter` of its own.
+            Files, folders, globs, `"-"` for jsonl on standard input, or datasets, which may be streamed. A mapping has
+            `path` or `dataset` (and `config`, `split`, `streaming`), and may have its own `filter`.
         output_dir (`str` or `Path`): The datastore.
         tokenizer (`str`, `Path` or `PreTrainedTokenizerBase`): A fast tokenizer.
-        split (`str`, *optional*, defaults to `"train"`): `"train"` is what is searched; other splits only query it.
-        chunk_size (`int`, *optional*, defaults to 64): Tokens in a chunk, m.
-        continuation_chunks (`int`, *optional*, defaults to 1): Chunks of the same document a neighbor goes on.
+        split (`str`, *optional*, defaults to `"train"`):
+            `"train"` is the split that is searched. Other splits only look things up in it.
+        chunk_size (`int`, *optional*, defaults to 64): Number m of tokens in a chunk.
+        continuation_chunks (`int`, *optional*, defaults to 1):
+            Number of chunks by which a neighbor continues in its document.
         text_column (`str`, *optional*, defaults to `"text"`): Key of the text in a record.
         id_column (`str`, *optional*): Key of the user's own id of a document, written to `documents/`.
-        filter (`str`, *optional*): `KEY == JSON`, `KEY != JSON` or `KEY in JSON`: which records to keep.
-        on_bad_record (`str`, *optional*, defaults to `"error"`): `"error"`, or `"skip"` into `quarantine/`.
-        max_documents (`int`, *optional*): Stop after so many documents.
-        max_chunks (`int`, *optional*): Stop before the document that would go over so many chunks.
-        max_document_bytes (`int`, *optional*, defaults to 50,000,000): Longer records are bad records.
-        allow_control_tokens (`bool`, *optional*, defaults to `False`): Whether text that spells a special token
-            becomes that token, for corpora that carry control tokens on purpose. One choice for all splits.
-        shard_bytes (`int`, *optional*, defaults to 32,000,000): Bytes of input in a shard.
-        append (`bool`, *optional*, defaults to `False`): Add the inputs that the split does not hold yet.
-        force (`bool`, *optional*, defaults to `False`): Rebuild the split.
+        filter (`str`, *optional*):
+            Condition of the records to keep: `KEY == JSON`, `KEY != JSON` or `KEY in JSON`.
+        on_bad_record (`str`, *optional*, defaults to `"error"`):
+            `"error"` raises an error, and `"skip"` writes bad records to `quarantine/`.
+        max_documents (`int`, *optional*): Largest number of documents.
+        max_chunks (`int`, *optional*): Largest number of chunks. The first document that would exceed it ends the
+        split. max_document_bytes (`int`, *optional*, defaults to 50,000,000): Longer records are bad records.
+        allow_control_tokens (`bool`, *optional*, defaults to `False`):
+            Whether text that spells a special token becomes that token, for corpora that carry control tokens on
+            purpose. All splits must have the same choice.
+        shard_bytes (`int`, *optional*, defaults to 32,000,000): Number of bytes of input in a shard.
+        append (`bool`, *optional*, defaults to `False`): Whether to add the inputs that the split does not hold yet.
+        force (`bool`, *optional*, defaults to `False`): Whether to rebuild the split.
 
     Returns:
-        `dict`: what the manifest says of the split's chunks, with `num_chunks`, `num_documents` and `dropped`.
+        `dict`: the record of the split's chunks in the manifest, with `num_chunks`, `num_documents` and `dropped`.
 
     Raises:
         ValueError: If an option or a record is bad, or no document has text.
@@ -329,7 +335,7 @@ def chunk_documents(
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     if "LOCAL_WORLD_SIZE" in os.environ:
-        # The tokenizers of several processes share the cores; by default each of them takes all.
+        # By default each tokenizer uses all cores, but here several processes share them.
         threads = (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])
         os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, threads)))
     path = Path(output_dir)
@@ -362,7 +368,7 @@ def chunk_documents(
 def _set_vocabulary(
     path: Path, manifest: dict[str, Any], tokenizer: PreTrainedTokenizerBase, shared: dict[str, Any]
 ) -> None:
-    """Sets what all splits share, or checks it against what the datastore already has."""
+    """Records the settings that all splits share, or compares them with those of the datastore."""
     fingerprint = tokenizer_fingerprint(tokenizer)
     if manifest["splits"]:
         check_options("chunk", shared, {"allow_control_tokens": allows_control_tokens(manifest)} | manifest)
@@ -380,22 +386,22 @@ def _set_vocabulary(
 
 
 def save_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes the tokenizer of a datastore by the main process; the others wait for it."""
+    """Writes the tokenizer of a datastore in the main process, while the others wait."""
     state = process_state()
     if state.is_main_process:
         with whole(path / "tokenizer") as temporary:
             try:
                 tokenizer.save_pretrained(temporary)
-            except Exception as error:  # of a failed write, tokenizers makes an `Exception` and nothing more
+            except Exception as error:  # tokenizers raises a plain `Exception` if it cannot write
                 raise OSError(f"cannot write {path / 'tokenizer'}: {error}") from error
     state.wait_for_everyone()
 
 
 def _has_tokenizer(path: Path, fingerprint: dict[str, Any]) -> bool:
-    """Whether the datastore's own copy of its tokenizer is whole. All processes get the same answer."""
+    """Whether the copy of the tokenizer in the datastore is complete. All processes get the same answer."""
     try:
         is_whole = tokenizer_fingerprint(AutoTokenizer.from_pretrained(path / "tokenizer")) == fingerprint
-    except Exception:  # whatever a damaged file makes of the libraries that read it
+    except Exception:  # libraries raise all kinds of errors for damaged files
         is_whole = False
     process_state().wait_for_everyone()
     return is_whole
@@ -409,13 +415,17 @@ def _plan(
     record_format: RecordFormat,
     options: dict[str, Any],
     append: bool,
+    known_sources: int = 0,
 ) -> list[Source]:
-    """Adds the parts of new sources to the manifest; returns all sources of its parts, in order."""
+    """
+    Adds the parts of new sources to the manifest, and returns the sources of all parts, in order. The first
+    `known_sources` are not compared with the given ones.
+    """
     described = [source.describe() for source in sources]
     stage = manifest["splits"].get(split, {}).get("chunks")
     if stage is not None:
         check_options("chunk", options, stage["options"])
-        same = _match_sources(stage["sources"], described)
+        same = [None] * known_sources + _match_sources(stage["sources"][known_sources:], described)
         new = [i for i in range(len(described)) if i not in same]
         if stage["options"]["max_chunks"] is not None and new and append:
             raise ValueError(f"{path} was cut by max_chunks; nothing can be added to it")
@@ -436,7 +446,7 @@ def _plan(
             options["shard_bytes"],
             options["on_bad_record"],
             first_document_id=0 if last is None else last["first_document_id"] + last["stop"] - last["start"],
-            max_documents=options["max_documents"],
+            max_documents=None if append else options["max_documents"],
         )
         if not added and not parts:
             raise ValueError(f"the inputs hold no records: {', '.join(source['path'] for source in described)}")
@@ -450,8 +460,8 @@ def _plan(
 
 def _match_sources(recorded: list[dict[str, Any]], given: list[dict[str, Any]]) -> list[int | None]:
     """
-    Index among the `given` sources of each `recorded` one, None where it is not given. A file may have moved to
-    another folder since: then its name, size and filter tell it.
+    Finds the index of each `recorded` source among the `given` ones, or None if it is not given. A file that has moved
+    to another folder is recognized by its name, size and filter.
     """
     found: list[int | None] = [None] * len(recorded)
     for name in (str, lambda path: Path(path).name):
@@ -473,6 +483,7 @@ def _chunk_shards(
     sources: list[Source | None],
     record_format: RecordFormat,
     chunker: DocumentChunker,
+    is_known: Callable[[Document, np.ndarray], bool] | None = None,
 ) -> dict[str, Any]:
     root = split_path(path, split)
     stage = manifest["splits"][split]["chunks"]
@@ -480,7 +491,10 @@ def _chunk_shards(
     parts = [Part(**part) for part in stage["parts"]]
     reader = RecordReader(sources, record_format)
     features = chunk_features(chunker.chunk_size, manifest["tokenizer"]["vocab_size"])
-    names = [f"shard-{index:05d}" for index in range(len(parts))]
+    # What is added to a datastore that was changed never takes the name that a shard of an earlier version had.
+    suffix = f"-v{manifest['version']}" if manifest.get("version") else ""
+    names = [record["name"] for record in stage["shards"]]
+    names += [f"shard-{index:05d}{suffix}" for index in range(len(names), len(parts))]
 
     def make(index: int, temporary: Path) -> dict[str, Any]:
         part = parts[index]
@@ -491,7 +505,7 @@ def _chunk_shards(
             earlier = finished_records(root / "chunks", names[:index])
             room = options["max_chunks"] - sum(record["rows"] for record in earlier)
         dropped = Dropped(options["on_bad_record"])
-        shard = _ShardWriter(chunker, root, names[index], part, sources[part.source], dropped, room)
+        shard = _ShardWriter(chunker, root, names[index], part, sources[part.source], dropped, room, is_known)
         for batch in _batches(reader.documents(part, dropped)):
             if not shard.add(batch):
                 break
@@ -520,6 +534,41 @@ def _chunk_shards(
     return stage
 
 
+def append_documents(
+    datastore: str | Path,
+    inputs: str | Path | Dataset | Mapping[str, Any] | Sequence[str | Path | Dataset | Mapping[str, Any]],
+    known_sources: int,
+    is_known: Callable[[Document, np.ndarray], bool] | None = None,
+) -> dict[str, Any]:
+    """
+    Adds documents to what is searched, with the options that the datastore was chunked with, also if an input like
+    these was added before.
+
+    Args:
+        datastore (`str` or `Path`): The datastore.
+        inputs (`str`, `Path`, `datasets.Dataset`, `Mapping` or a sequence of them): As [`chunk_documents`] takes them.
+        known_sources (`int`): Number of sources of the datastore before; those after it are of an interrupted run.
+        is_known (`Callable`, *optional*):
+            Says of a document and its token ids [n, m] that it need not be added. It counts as filtered.
+
+    Returns:
+        `dict`: what the manifest says of the chunks.
+
+    Raises:
+        ValueError: If a record is bad, or the inputs hold none.
+    """
+    path = Path(datastore)
+    with directory_lock(path):
+        manifest = open_manifest(path)
+        options = manifest["splits"][TRAIN_SPLIT]["chunks"]["options"]
+        sources = find_sources(spool_streams(inputs, path, TRAIN_SPLIT))
+        record_format = RecordFormat(options["text_column"], options["id_column"], options["max_document_bytes"])
+        sources = _plan(path, manifest, TRAIN_SPLIT, sources, record_format, options, True, known_sources)
+        tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
+        chunker = DocumentChunker(tokenizer, manifest["chunk_size"], allows_control_tokens(manifest))
+        return _chunk_shards(path, manifest, TRAIN_SPLIT, sources, record_format, chunker, is_known)
+
+
 def restore_shard(
     path: Path,
     split: str,
@@ -527,16 +576,16 @@ def restore_shard(
     inputs: str | Path | Dataset | Sequence[str | Path | Dataset],
 ) -> None:
     """
-    Makes a shard of chunks again, byte for byte, from the input that it was made from.
+    Makes a shard of chunks again, byte for byte, from its original input.
 
     Args:
         path (`Path`): The datastore.
         split (`str`): Name of the split.
         name (`str`): Name of the shard.
-        inputs (`str`, `Path`, `datasets.Dataset` or a sequence of them): Where its input is, among others.
+        inputs (`str`, `Path`, `datasets.Dataset` or a sequence of them): Inputs, among which its input must be.
 
     Raises:
-        ValueError: If the input is not among `inputs`, or is another than it was.
+        ValueError: If the input is not among `inputs`, or has changed.
     """
     manifest = open_manifest(path)
     stage, root = manifest["splits"][split]["chunks"], split_path(path, split)
@@ -560,7 +609,7 @@ def restore_shard(
         room = options["max_chunks"] - sum(earlier["rows"] for earlier in stage["shards"][:index])
     dropped = Dropped(options["on_bad_record"])
     shard = _ShardWriter(chunker, root, name, part, source, dropped, room)
-    # One shard reads its input alone: the others of the part stand elsewhere.
+    # Only the input of this shard is read.
     record_format = RecordFormat(options["text_column"], options["id_column"], options["max_document_bytes"])
     reader = RecordReader([source], record_format)
     for batch in _batches(reader.documents(replace(part, source=0), dropped)):
@@ -568,10 +617,13 @@ def restore_shard(
             break
     with whole(root / "chunks" / name) as temporary:
         shard.save(temporary, features, options["id_column"] is not None)
-        report = path / "duplicates.jsonl"
+        report, removed = path / "duplicates.jsonl", []
         if "deduplicated" in stage and report.is_file():
             lines = report.read_text(encoding="utf-8").splitlines()
-            removed = [json.loads(line)["document_id"] for line in lines]
+            removed += [json.loads(line)["document_id"] for line in lines]
+        if split == TRAIN_SPLIT and "compacted" in manifest:
+            removed += np.load(path / manifest["compacted"]["name"], allow_pickle=False).tolist()
+        if removed:
             columns = read_columns(temporary)
             keep = ~np.isin(columns["document_id"], removed)
             if not keep.all():
@@ -586,7 +638,7 @@ def restore_shard(
 
 
 def set_shards(stage: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    """Sets the shards of a stage of chunks, their fingerprint and their totals."""
+    """Records the shards of a stage of chunks, their fingerprint and their totals."""
     stage["shards"] = records
     stage["fingerprint"] = chunks_fingerprint(records)
     for total, key in (("chunks", "rows"), ("documents", "documents"), ("tokens", "tokens"), ("bytes", "bytes")):
@@ -596,7 +648,7 @@ def set_shards(stage: dict[str, Any], records: list[dict[str, Any]]) -> None:
 
 
 class _ShardWriter:
-    """Collects the chunks of one shard and writes them, with the ids and bad records beside them."""
+    """Collects the chunks of one shard and writes them, together with the ids of documents and the bad records."""
 
     def __init__(
         self,
@@ -607,7 +659,9 @@ class _ShardWriter:
         source: Source,
         dropped: Dropped,
         room: int | None,
+        is_known: Callable[[Document, np.ndarray], bool] | None = None,
     ):
+        self.is_known = is_known
         self.chunker = chunker
         self.root = root
         self.name = name
@@ -620,8 +674,14 @@ class _ShardWriter:
         self.documents: list[tuple[int, str | None, int]] = []
 
     def add(self, batch: list[Document]) -> bool:
-        """Chunks a batch; False if there is no room for all of it."""
+        """Chunks a batch. Returns False if the shard has no room for all of it."""
         columns, chunks = self.chunker.chunk(batch)
+        if self.is_known is not None:
+            pieces = np.split(columns["input_ids"], np.cumsum(chunks)[:-1])
+            is_new = [not self.is_known(*pair) for pair in zip(batch, pieces, strict=True)]
+            columns = {name: column[np.repeat(is_new, chunks)] for name, column in columns.items()}
+            batch, chunks = [document for document, keep in zip(batch, is_new, strict=True) if keep], chunks[is_new]
+            self.dropped.filtered += is_new.count(False)
         if self.room is not None:
             fits = list(accumulate(chunks.tolist()))
             kept = sum(total <= self.room for total in fits)
@@ -639,7 +699,7 @@ class _ShardWriter:
         return not self.last
 
     def save(self, temporary: Path, features: Features, with_documents: bool) -> dict[str, Any]:
-        """Writes the shard to `temporary`; returns its record."""
+        """Writes the shard to `temporary` and returns its record."""
         empty = {name: np.zeros((0, *_width(feature)), dtype=np.int64) for name, feature in features.items()}
         columns = {
             name: np.concatenate([part[name] for part in self.columns]) if self.columns else empty[name]
@@ -671,7 +731,7 @@ def _width(feature: Value | List) -> tuple[int, ...]:
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Groups documents to about a million characters, which are tokenized in parallel."""
+    """Groups documents into batches of about a million characters, which are tokenized in parallel."""
     batch, characters = [], 0
     for document in documents:
         batch.append(document)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Pairs for the retriever out of a datastore's own documents, where there are no labels."""
+"""Makes pairs for training the retriever from the documents of a datastore, without labels"""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -48,34 +48,35 @@ def pairs_from_datastore(
     """
     Makes pairs of chunks that belong together.
 
-    - `"continuation"`: a chunk and the next one of its document
-    - `"entity"`: a chunk and one of another document that shares its rarest name or identifier
-    - `"title"`: a chunk and one of another document that holds the same section title
+    - `"continuation"`: a chunk and the next chunk of its document
+    - `"entity"`: a chunk and a chunk of another document that shares its rarest name or identifier
+    - `"title"`: a chunk and a chunk of another document that holds the same section title
 
     Args:
         datastore ([`~modeling_retro.RetroDatastore`]):
-            The datastore; only its chunks are read.
+            The datastore, of which only the chunks are read.
         kinds (`Sequence[str]`, *optional*):
-            Which of these. Defaults to all.
+            The kinds of pairs to make. Defaults to all three.
         max_documents (`int`, *optional*, defaults to 10):
-            What is in more documents is not rare.
+            A name or title that occurs in more documents is not used.
         min_tokens (`int`, *optional*, defaults to 16):
             Shorter chunks are left out.
         max_chunks (`int`, *optional*, defaults to 1,000,000):
-            Number of chunks to look at, a random sample of a larger datastore.
+            Largest number of chunks to use. Of a larger datastore they are a random sample.
         seed (`int`, *optional*, defaults to 0):
             Seed of the sample and of the choice among partners.
 
     Returns:
-        `datasets.Dataset`: columns `anchor` and `positive` (texts as the encoder sees chunks), `anchor_document_id`
-        and `positive_document_id`, so that chunks of one document are not negatives of each other.
+        `datasets.Dataset`: the columns `anchor` and `positive`, which hold the texts of chunks as the encoder reads
+        them, and `anchor_document_id` and `positive_document_id`, by which chunks of one document are not used as
+        negatives of each other.
     """
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown or not kinds:
         raise ValueError(f"kinds are {list(kinds)}, expected some of {', '.join(KINDS)}")
     chunks = datastore.chunks
     generator = np.random.default_rng(seed)
-    chosen = np.flatnonzero(chunks.length >= min_tokens)
+    chosen = np.flatnonzero((chunks.length >= min_tokens) & ~datastore.is_removed(np.arange(len(chunks))))
     if len(chosen) > max_chunks:
         chosen = np.sort(generator.choice(chosen, size=max_chunks, replace=False))
     found = []
@@ -115,7 +116,7 @@ def _texts(datastore: RetroDatastore, chunk_ids: np.ndarray) -> list[str]:
 def _find_keys(
     datastore: RetroDatastore, chosen: np.ndarray, pattern: re.Pattern, kind: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of what the pattern finds, and the chunks it is in: two aligned arrays."""
+    """Hashes of the matches of a pattern, and the chunks of the matches, as two aligned arrays."""
     keys, owners = [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.int64)]
     for start in tqdm(range(0, len(chosen), _BLOCK), desc=f"Looking for pairs by {kind}"):
         block = chosen[start : start + _BLOCK]
@@ -132,25 +133,25 @@ def _find_keys(
 
 
 def _name(match: re.Match) -> str:
-    """The title that one of the groups holds, or all that was found."""
+    """The title in one of the groups, or else the whole match."""
     return next(filter(None, match.groups()), match[0])
 
 
 def _pairs_with_common_key(
     keys: np.ndarray, owners: np.ndarray, document_id: np.ndarray, max_documents: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """For each chunk, a random chunk of another document that shares its rarest key; int64 [pairs, 2]."""
-    order = np.lexsort((owners, keys))  # documents are in the order of their chunks
+    """Pairs each chunk with a random chunk of another document that shares its rarest key; int64 [pairs, 2]."""
+    order = np.lexsort((owners, keys))  # chunks are ordered by document
     keys, owners = keys[order], owners[order]
     documents = document_id[owners]
     new_key = np.diff(keys, prepend=~keys[:1]) != 0
     new_document = new_key | (np.diff(documents, prepend=-1) != 0)
-    # First entry, number of entries and number of documents, of the key of each entry
+    # The first entry, the number of entries and the number of documents of the key of each entry
     key_of = np.cumsum(new_key) - 1
     key_start = np.flatnonzero(new_key)[key_of]
     key_size = np.bincount(key_of, minlength=1)[key_of]
     key_documents = np.bincount(key_of, weights=new_document, minlength=1)[key_of].astype(np.int64)
-    # The entries of the same key and document, to be jumped over
+    # The entries of the same key and document, which are skipped
     run_of = np.cumsum(new_document) - 1
     run_start = np.flatnonzero(new_document)[run_of]
     run_size = np.bincount(run_of, minlength=1)[run_of]
@@ -162,12 +163,12 @@ def _pairs_with_common_key(
     partners = key_start[entries] + generator.integers(key_size[entries] - run_size[entries])
     partners += np.where(partners >= run_start[entries], run_size[entries], 0)
     pairs = np.stack([anchors, owners[partners]], axis=1)
-    # Of (a, b) and (b, a) one is enough.
+    # Only one of (a, b) and (b, a) is needed.
     return pairs[np.unique(np.sort(pairs, axis=1), axis=0, return_index=True)[1]]
 
 
 def _read_pairs(datastore: str, fingerprint: str, pairs: np.ndarray) -> Iterator[dict[str, str | int]]:
-    """`fingerprint` is not read: it tells one state of the datastore from another in the cache."""
+    """Yields the pairs. `fingerprint` is not read: it distinguishes states of the datastore in the cache."""
     opened = RetroDatastore.from_pretrained(Path(datastore))
     for start in range(0, len(pairs), _BLOCK):
         block = pairs[start : start + _BLOCK]

@@ -40,7 +40,7 @@ from data_prep.stage_files import (
     run_shards,
     write_manifest,
 )
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
+from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, index_name
 from modeling_retro.datastore_retro import (  # faiss from here: the error without it names the extras
     checksum,
     chunks_fingerprint,
@@ -162,7 +162,7 @@ def build_index(
             check_options("index", options, before["options"])
         shards = manifest["splits"].get(TRAIN_SPLIT, {}).get("chunks", {}).get("shards", [])
         fingerprint = chunks_fingerprint(shards)
-        if before is not None and before["fingerprint"] == fingerprint and (path / "index.faiss").exists():
+        if before is not None and before["fingerprint"] == fingerprint and (path / index_name(manifest)).exists():
             return before
         if before is not None and before["fingerprint"] != chunks_fingerprint(shards[: before["shards"]]):
             raise ValueError(f"the index of {path} belongs to other chunks; use --force to build it anew")
@@ -201,7 +201,9 @@ class _IndexBuild:
         self.shard_index = shard_index
         self.state = process_state()
         self.record_path = work / "record.json"
-        self.merged = work / "index.faiss"
+        # A datastore that was changed keeps the index of the version before for those who read it.
+        self.name = f"index-{manifest['version']}" if manifest.get("version") else "index"
+        self.merged = work / f"{self.name}.faiss"
         if self.record_path.exists():
             return
         self.embeddings = read_embeddings(path, TRAIN_SPLIT, manifest)
@@ -226,7 +228,7 @@ class _IndexBuild:
         """Trains an empty index on a random sample, or empties the index that shards are added to."""
         if self.state.is_main_process and not self._trained.exists():
             if self.before is not None:
-                index = empty_copy(self.path)
+                index = empty_copy(self.path / index_name(self.manifest))
             else:
                 index = make_index(self.factory, self.dim, self.options["metric"])
                 if not index.is_trained:
@@ -264,16 +266,18 @@ class _IndexBuild:
     def merge(self) -> None:
         """Merges the shards: in memory, or on disk if the index is larger than `max_index_memory`."""
         if self.state.is_main_process and not self.merged.exists():
-            old = [self.path / "index.faiss"] if self.before else []
-            files = old + sorted(self.work.glob("shard-*.faiss"))
+            old = [self.path / index_name(self.manifest)] if self.before else []
+            shards = self.manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"][self.first_shard :]
+            files = old + [self.work / f"{shard['name']}.faiss" for shard in shards]
             index = faiss.read_index(str(self._trained))
             if not self._mergeable:
                 index = faiss.read_index(str(old[0])) if old else index
                 for shard in tqdm(range(self.first_shard, len(self.embeddings)), desc=f"Filling {self.factory}"):
                     self._add(index, shard)
             elif self._on_disk:
-                merge_on_disk(index, files, self.work / "index.ivfdata")
-                sync(self.work / "index.ivfdata")
+                data = self.merged.with_suffix(".ivfdata")
+                merge_on_disk(index, files, data)
+                sync(data)
             else:
                 for file in files:
                     index.merge_from(faiss.read_index(str(file)), 0)
@@ -308,7 +312,7 @@ class _IndexBuild:
                 "search_parameters": parameters,
                 "recall": {**recall, "queries": len(queries), "source": source},
                 "fingerprint": fingerprint,
-                "sha256": {file.name: checksum(file) for file in sorted(self.work.glob("index.*"))},
+                "sha256": {file.name: checksum(file) for file in sorted(self.work.glob(f"{self.name}.*"))},
             }
             write_json(self.record_path, record)
         self.state.wait_for_everyone()
@@ -317,11 +321,11 @@ class _IndexBuild:
         """Moves the finished index into the datastore."""
         record = json.loads(self.record_path.read_text(encoding="utf-8"))
         if self.state.is_main_process:
-            for name in ("index.ivfdata", "index.faiss"):
+            for name in sorted(record["sha256"], reverse=True):  # the lists before the index that reads them
                 if (self.work / name).exists():
                     replace(self.work / name, self.path / name)
-            if "index.ivfdata" not in record["sha256"]:
-                remove(self.path / "index.ivfdata")
+            for name in set(self.before["sha256"] if self.before else ()) - set(record["sha256"]):
+                remove(self.path / name)
         self.manifest["index"] = record
         write_manifest(self.path, self.manifest)
         if self.state.is_main_process:
@@ -506,11 +510,11 @@ def merge_on_disk(index: faiss.Index, files: Sequence[Path], data: Path) -> None
 
 
 def empty_copy(path: Path) -> faiss.Index:
-    """The trained index of a datastore without its vectors."""
-    index = read_index(path / "index.faiss")
+    """The trained index of a file without its vectors."""
+    index = read_index(path)
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is None:
-        index = faiss.read_index(str(path / "index.faiss"))
+        index = faiss.read_index(str(path))
         index.reset()
         return index
     lists = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)

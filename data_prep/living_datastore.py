@@ -217,6 +217,31 @@ def compact_datastore(datastore: str | Path, refresh_neighbors: bool = False) ->
         return change_datastore(path, {"command": "compact", "refresh_neighbors": refresh_neighbors}, make)
 
 
+def describe_version(manifest: dict[str, Any]) -> str:
+    """One line on a version: its number, what it holds, and how much of the stored neighbors is of an earlier one."""
+    chunks = manifest["splits"][TRAIN_SPLIT]["chunks"]
+    removed = manifest.get("removed", {"documents": 0, "chunks": 0})
+    line = (
+        f"version {manifest.get('version', 0)}: {chunks['num_chunks'] - removed['chunks']} chunks of "
+        f"{chunks['num_documents'] - removed['documents']} documents"
+    )
+    if removed["documents"]:
+        line += f"; {removed['chunks']} chunks of {removed['documents']} removed documents wait for `retro compact`"
+    shards = [
+        shard for record in manifest["splits"].values() for shard in record.get("neighbors", {}).get("shards", [])
+    ]
+    stale = sum(is_stale(shard, manifest) for shard in shards)
+    if stale:
+        line += f"; the neighbors of {stale} of {len(shards)} shards were found in an earlier version"
+    return line
+
+
+def has_own_ids(manifest: dict[str, Any]) -> bool:
+    """Whether the documents that are searched have ids that the user gave them."""
+    options = manifest["splits"].get(TRAIN_SPLIT, {}).get("chunks", {}).get("options", {})
+    return options.get("id_column") is not None
+
+
 _SIDES = ("left", "right")
 
 
@@ -240,7 +265,7 @@ def _append(
         raise ValueError(f"{folder.parent} was imported, its documents were not read here; nothing can be added to it")
     if stage["options"]["max_chunks"] is not None:
         raise ValueError(f"{folder.parent} was cut by max_chunks; nothing can be added to it")
-    if is_known is not None and stage["options"]["id_column"] is None:
+    if is_known is not None and not has_own_ids(before):
         raise ValueError(
             f"{folder.parent} was chunked without --id_column: nobody knows which documents the new ones take the "
             "place of; use `retro remove` and `retro add`"
@@ -264,6 +289,10 @@ def _bring_up_to_date(folder: Path, before: dict[str, Any], refresh_neighbors: b
         embed_chunks(folder, **train["embeddings"]["options"])
     if "index" in before:
         build_index(folder, **before["index"]["options"])
+    if "bm25" in before:
+        from data_prep.bm25_index import build_bm25_index  # needs a library that other datastores do without
+
+        build_bm25_index(folder, **before["bm25"]["options"])
     manifest = open_manifest(folder)
     for split, record in manifest["splits"].items():
         if "neighbors" not in record:
@@ -285,7 +314,7 @@ def _numbers_of(path: Path, manifest: dict[str, Any], documents: Sequence[int | 
     names = {name for name in documents if isinstance(name, str)}
     numbers = [number for number in documents if not isinstance(number, str)]
     if names:
-        if manifest["splits"][TRAIN_SPLIT]["chunks"]["options"].get("id_column") is None:
+        if not has_own_ids(manifest):
             raise ValueError(
                 f"{path} was chunked without --id_column: its documents have numbers (`document_ids` of what is "
                 f"retrieved), no ids such as {min(names)!r}"
@@ -366,7 +395,8 @@ def _fold_away(folder: Path) -> None:
         train["embeddings"]["shards"] = embedding_shards
     for split, shards in neighbors.items():
         manifest["splits"][split]["neighbors"]["shards"] = shards
-    manifest.pop("index", None)  # is built anew: its vectors have other numbers
+    for index in ("index", "bm25"):  # are built anew: their chunks have other numbers
+        manifest.pop(index, None)
     gone = np.union1d(_read_numbers(folder, manifest, "compacted"), opened.removed_documents)
     _write_numbers(folder, manifest, "compacted", gone)
     del manifest["removed"]

@@ -38,7 +38,7 @@ from data_prep.stage_files import (
 )
 from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
 from modeling_retro.datastore_retro import ChunkTable, RetroDatastore, split_path
-from modeling_retro.retriever_retro import other_document_filter, search
+from modeling_retro.retriever_retro import NeighborSearch, other_document_filter, removed_filter
 
 
 logger = logging.get_logger(__name__)
@@ -57,10 +57,30 @@ def neighbor_features(num_neighbors: int) -> Features:
     )
 
 
+def searched_version(manifest: dict[str, Any]) -> dict[str, str]:
+    """What neighbors were found in, as their record says it: identities of the chunks and of the removed documents."""
+    removed = {"removed": manifest["removed"]["sha256"]} if "removed" in manifest else {}
+    return {"index": manifest["splits"][TRAIN_SPLIT]["chunks"]["fingerprint"], **removed}
+
+
+def is_stale(record: dict[str, Any], manifest: dict[str, Any]) -> bool:
+    """
+    Whether documents were added or removed since a shard of neighbors was searched for. What it holds is still right
+    but for removed documents, which readers leave out; nearer neighbors may be missing.
+
+    Args:
+        record (`dict`): What the manifest says of the shard.
+        manifest (`dict`): The manifest. Neighbors that were imported never become stale.
+    """
+    found = {name: record[name] for name in ("index", "removed") if name in record}
+    return record.get("index") is not None and found != searched_version(manifest)
+
+
 def find_neighbors(
     datastore: str | Path,
     num_neighbors: int = 4,
     split: str = TRAIN_SPLIT,
+    retriever: str = "dense",
     drop_near_duplicates: float | None = None,
     use_gpus: bool = False,
     shard_index: bool = False,
@@ -76,6 +96,8 @@ def find_neighbors(
         datastore (`str` or `Path`): The datastore.
         num_neighbors (`int`, *optional*, defaults to 4): Neighbors of a chunk, K.
         split (`str`, *optional*, defaults to `"train"`): The split whose chunks are the queries.
+        retriever (`str`, *optional*, defaults to `"dense"`):
+            `"dense"`, `"bm25"`, `"hybrid"` or `"rerank"` (see [`~modeling_retro.retriever_retro.NeighborSearch`]).
         drop_near_duplicates (`float`, *optional*):
             Drop neighbors that hold more than this share of the chunk's tokens, such as 0.9.
         use_gpus (`bool`, *optional*, defaults to `False`): Search on GPUs.
@@ -86,7 +108,8 @@ def find_neighbors(
         `dict`: what the manifest says of the split's neighbors, with counts of everything dropped.
 
     Raises:
-        ValueError: If `num_neighbors` is not between 1 and the number of searched chunks, or a stage is missing.
+        ValueError: If `num_neighbors` is not between 1 and the number of searched chunks, there is no such retriever,
+            or a stage is missing.
     """
     path = Path(datastore)
     with directory_lock(path):
@@ -102,30 +125,36 @@ def find_neighbors(
             raise ValueError(f"drop_near_duplicates must lie in [0, 1), got {drop_near_duplicates}")
         root = split_path(path, split)
         queries = opened.split(split)
-        embeddings = read_embeddings(root, split, manifest)
+        search = NeighborSearch(opened, retriever)
+        embeddings = read_embeddings(root, split, manifest) if search.needs_embeddings else None
         chunk_shards = manifest["splits"][split]["chunks"]["shards"]
-        options = {"num_neighbors": num_neighbors, "drop_near_duplicates": drop_near_duplicates}
+        options = {
+            "num_neighbors": num_neighbors,
+            "retriever": retriever,
+            "drop_near_duplicates": drop_near_duplicates,
+        }
         stage = manifest["splits"][split].setdefault("neighbors", {"options": options, "shards": []})
+        stage["options"].setdefault("retriever", "dense")  # older manifests do not say
         check_options("neighbors", options, stage["options"])
         sources = {source["name"]: source["sha256"] for source in chunk_shards}
         for record in stage["shards"]:
             if record["chunks_sha256"] != sources.get(record["name"]):
                 raise ValueError(f"the neighbors of {record['name']} ({split}) belong to other chunks; use --force")
         write_manifest(path, manifest)
-        index = to_gpus(opened.index, shard_index) if use_gpus else opened.index
+        search.open()
+        if use_gpus and search.needs_embeddings:
+            search = NeighborSearch(opened, retriever, to_gpus(opened.index, shard_index))
         features = neighbor_features(num_neighbors)
 
         def make(shard: int, temporary: Path) -> dict[str, Any]:
             parts, counts = [], {}
-            for start in range(0, len(embeddings[shard]), _QUERIES):
-                columns = {name: part[start : start + _QUERIES] for name, part in queries.chunks.shard(shard).items()}
-                ids, scores, found = search(
-                    index,
-                    embeddings[shard][start : start + _QUERIES].astype(np.float32),
-                    num_neighbors,
-                    _unwanted(opened, columns, queries.searched, drop_near_duplicates),
-                    wide_index=opened.index,
-                )
+            for start in range(0, chunk_shards[shard]["rows"], _QUERIES):
+                block = slice(start, start + _QUERIES)
+                columns = {name: part[block] for name, part in queries.chunks.shard(shard).items()}
+                mask = np.arange(opened.chunk_size) < columns["length"][:, None]
+                vectors = None if embeddings is None else embeddings[shard][block].astype(np.float32)
+                unwanted = _unwanted(opened, columns, mask, queries.searched, drop_near_duplicates)
+                ids, scores, found = search(columns["input_ids"], mask, vectors, num_neighbors, unwanted)
                 parts.append((ids, scores))
                 counts = {name: counts.get(name, 0) + number for name, number in found.items()}
             empty = (np.zeros((0, num_neighbors), dtype=np.int64), np.zeros((0, num_neighbors), dtype=np.float32))
@@ -135,13 +164,14 @@ def find_neighbors(
                 "rows": len(ids),
                 "counts": counts,
                 "chunks_sha256": chunk_shards[shard]["sha256"],
-                "index": manifest["index"]["fingerprint"],
+                **searched_version(manifest),
+                **({"folder": chunk_shards[shard]["name"] + suffix} if suffix else {}),
             }
 
         names = [record["name"] for record in chunk_shards]
-        stage["shards"] = run_shards(
-            root / "neighbors", stage["shards"], names, make, description=f"Neighbors of {split}"
-        )
+        # Those who read a version of the datastore keep the neighbors that it had.
+        suffix = f".v{manifest['version']}" if manifest.get("version") else ""
+        stage["shards"] = run_shards(root / "neighbors", stage["shards"], names, make, suffix, f"Neighbors of {split}")
         totals = [record["counts"] for record in stage["shards"]]
         stage["counts"] = {name: sum(total.get(name, 0) for total in totals) for name in sorted(set().union(*totals))}
         write_manifest(path, manifest)
@@ -150,14 +180,17 @@ def find_neighbors(
 
 
 def _unwanted(
-    datastore: RetroDatastore, columns: dict[str, np.ndarray], searched: bool, threshold: float | None
+    datastore: RetroDatastore,
+    columns: dict[str, np.ndarray],
+    mask: np.ndarray,
+    searched: bool,
+    threshold: float | None,
 ) -> dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
     """The filters of a block of query chunks, given as columns of their shard."""
-    unwanted = {}
+    unwanted = removed_filter(datastore)
     if searched:
         unwanted["own_document"] = other_document_filter(datastore.chunks, columns["document_id"])
     if threshold is not None:
-        mask = np.arange(datastore.chunk_size) < columns["length"][:, None]
         unwanted["near_duplicates"] = near_duplicate_filter(datastore.chunks, columns["input_ids"], mask, threshold)
     return unwanted
 

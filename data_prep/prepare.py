@@ -43,7 +43,7 @@ from data_prep.stage_files import (
     save_shard,
     write_manifest,
 )
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, read_manifest
+from modeling_retro.datastore_manifest_retro import INDEXES, TRAIN_SPLIT, read_manifest
 from modeling_retro.datastore_retro import RetroDatastore, split_path
 from modeling_retro.durable_files_retro import whole
 
@@ -51,7 +51,7 @@ from modeling_retro.durable_files_retro import whole
 logger = logging.get_logger(__name__)
 
 _RECIPES = Path(__file__).parent / "recipes"
-_KEYS = {"tokenizer", "encoder", "splits", "chunk", "deduplicate", "embed", "index", "neighbors", "search_all"}
+_KEYS = {"tokenizer", "encoder", "splits", "chunk", "deduplicate", "embed", "index", "bm25", "neighbors", "search_all"}
 
 
 def read_recipe(recipe: str | Path) -> dict[str, Any]:
@@ -73,14 +73,34 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not valid YAML: {error}") from error
-    if not isinstance(content, dict) or not {"tokenizer", "encoder", "splits"} <= set(content):
+    if not isinstance(content, dict) or not {"tokenizer", "splits"} <= set(content):
         raise ValueError(f"{file} must be a mapping with tokenizer, encoder and splits")
     unknown = sorted(set(content) - _KEYS)
     if unknown:
         raise ValueError(f"{file} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_KEYS))}")
     if TRAIN_SPLIT not in content["splits"]:
         raise ValueError(f"{file} has no split {TRAIN_SPLIT!r}, which is what is searched")
+    if "encoder" not in content and "index" in _indexes(content):
+        raise ValueError(f"{file} must have an encoder, which it can do without only with the retriever bm25")
     return content
+
+
+def _indexes(recipe: Mapping[str, Any]) -> set[str]:
+    """The indexes that a recipe wants: those of its retriever, and those that it has what it takes for."""
+    retriever = recipe.get("neighbors", {}).get("retriever", "dense")
+    if retriever not in INDEXES:
+        raise ValueError(f"the retriever of the recipe is {retriever!r}, expected one of {', '.join(INDEXES)}")
+    named = {"index": "encoder", "bm25": "bm25"}
+    return {*INDEXES[retriever], *(index for index, key in named.items() if key in recipe)}
+
+
+def _build_indexes(path: Path, recipe: Mapping[str, Any]) -> None:
+    if "index" in _indexes(recipe):
+        build_index(path, **recipe.get("index", {}))
+    if "bm25" in _indexes(recipe):
+        from data_prep.bm25_index import build_bm25_index  # needs a library that other recipes do without
+
+        build_bm25_index(path, **(recipe.get("bm25") or {}))
 
 
 def prepare_datastore(
@@ -107,6 +127,7 @@ def prepare_datastore(
     path = Path(output_dir)
     splits = list(recipe["splits"])
     neighbors = recipe.get("neighbors", {})
+    indexes = _indexes(recipe)
     with directory_lock(path):
         for split, inputs in recipe["splits"].items():
             with _timed(f"chunk {split}"):
@@ -122,11 +143,11 @@ def prepare_datastore(
         if len(splits) > 1 and recipe.get("deduplicate") is not None:
             with _timed("deduplicate"):
                 deduplicate(path, **recipe["deduplicate"])
-        for split in splits:
+        for split in splits if "index" in indexes else ():
             with _timed(f"embed {split}"):
                 embed_chunks(path, recipe["encoder"], split=split, **recipe.get("embed", {}))
         with _timed("index"):
-            build_index(path, **recipe.get("index", {}))
+            _build_indexes(path, recipe)
         with _timed("neighbors of train"):
             find_neighbors(path, split=TRAIN_SPLIT, **neighbors)
         for split in splits:
@@ -136,7 +157,7 @@ def prepare_datastore(
                 searched = path / "search_all" / split
                 with _timed(f"{split} searches {split} and train"):
                     extend_datastore(path, split, searched)
-                    build_index(searched, **recipe.get("index", {}))
+                    _build_indexes(searched, recipe)
             else:
                 searched = path
             with _timed(f"neighbors of {split}"):
@@ -152,7 +173,7 @@ def extend_datastore(base: str | Path, split: str, output_dir: str | Path) -> di
     Files of `base` are linked, not copied, where the file system allows; its index is a start for the new one.
 
     Args:
-        base (`str` or `Path`): A datastore with embeddings and index.
+        base (`str` or `Path`): A datastore, embedded and indexed unless it is searched by BM25 alone.
         split (`str`): The split of `base`.
         output_dir (`str` or `Path`): The new datastore.
 
@@ -162,7 +183,9 @@ def extend_datastore(base: str | Path, split: str, output_dir: str | Path) -> di
     base, path = Path(base), Path(output_dir)
     source = read_manifest(base)
     opened = RetroDatastore(base, source)
-    for name in (TRAIN_SPLIT, split):
+    opened.check_compact("a datastore that extends it")
+    is_embedded = "embeddings" in source["splits"][TRAIN_SPLIT]
+    for name in (TRAIN_SPLIT, split) if is_embedded else ():
         read_embeddings(split_path(base, name), name, source)  # refuses what is missing or altered
     with directory_lock(path):
         manifest = open_manifest(path, create=True)
@@ -187,14 +210,15 @@ def extend_datastore(base: str | Path, split: str, output_dir: str | Path) -> di
         chunks = run_shards(path / "chunks", [], names, renumber, description=f"Renumbering {split}")
         embeddings = [
             {**record, "name": shard["name"], "chunks_sha256": shard["sha256"]}
-            for record, shard in zip(own["embeddings"]["shards"], chunks, strict=True)
+            for record, shard in zip(own["embeddings"]["shards"] if is_embedded else (), chunks, strict=is_embedded)
         ]
         if process_state().is_main_process:
             _link_extension(base, path, split, source, names)
-        manifest = {key: value for key, value in source.items() if key != "splits"}
+        # The index is a start for the new one; that of BM25 is built anew.
+        manifest = {key: value for key, value in source.items() if key not in ("splits", "bm25")}
         manifest["extends"] = origin
         all_chunks = train["chunks"]["shards"] + chunks
-        all_embeddings = train["embeddings"]["shards"] + embeddings
+        all_embeddings = train["embeddings"]["shards"] + embeddings if is_embedded else []
         manifest["splits"] = {
             TRAIN_SPLIT: _split_record(train, all_chunks, all_embeddings),
             split: {**_split_record(own, chunks, embeddings), "searched": True},
@@ -209,12 +233,13 @@ def _link_extension(base: Path, path: Path, split: str, source: Mapping[str, Any
     for name in ("tokenizer", "encoder", *source.get("index", {}).get("sha256", {})):
         if (base / name).exists():
             _link(base / name, path / name)
+    is_embedded = "embeddings" in source["splits"][TRAIN_SPLIT]
     for record in source["splits"][TRAIN_SPLIT]["chunks"]["shards"]:
-        for name in (f"chunks/{record['name']}", f"embeddings/{record['name']}.npy"):
+        for name in (f"chunks/{record['name']}", *([f"embeddings/{record['name']}.npy"] if is_embedded else ())):
             _link(base / name, path / name)
     own, searched = split_path(base, split), split_path(path, split)
-    for record, name in zip(source["splits"][split]["embeddings"]["shards"], names, strict=True):
-        for root in (path, searched):
+    for record, name in zip(source["splits"][split]["chunks"]["shards"], names, strict=True):
+        for root in (path, searched) if is_embedded else ():
             _link(own / "embeddings" / f"{record['name']}.npy", root / "embeddings" / f"{name}.npy")
         _link(path / "chunks" / name, searched / "chunks" / name)
 
@@ -224,6 +249,8 @@ def _split_record(
 ) -> dict[str, Any]:
     stage = {key: record["chunks"][key] for key in ("options", "sources", "parts")}
     set_shards(stage, chunks)
+    if not embeddings:
+        return {"chunks": stage}
     return {"chunks": stage, "embeddings": {**record["embeddings"], "shards": embeddings}}
 
 

@@ -37,14 +37,29 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from modeling_retro.datastore_manifest_retro import FORMAT_VERSION, MANIFEST_NAME, TRAIN_SPLIT, read_manifest
+from modeling_retro.datastore_manifest_retro import (
+    FIRST_FORMAT_VERSION,
+    INDEXES,
+    MANIFEST_NAME,
+    TRAIN_SPLIT,
+    read_manifest,
+)
 from modeling_retro.datastore_retro import checksum, split_path
+from modeling_retro.datastore_versions_retro import superseding
 from modeling_retro.durable_files_retro import make_folder, recover_all, remove, whole, write_json
 
 
 logger = logging.get_logger(__name__)
 
 STAGES = ("chunks", "embeddings", "neighbors")
+# What is made of a stage, and goes with it.
+_MADE_OF = {
+    "chunks": ("embeddings", "index", "bm25"),
+    "embeddings": ("index",),
+    "index": (),
+    "bm25": (),
+    "neighbors": (),
+}
 _LOCK_NAME = ".lock"
 _locks: dict[Path, int] = {}
 
@@ -111,14 +126,15 @@ def _new_manifest(path: Path) -> dict[str, Any]:
     others = [entry.name for entry in path.iterdir() if not entry.name.startswith(".")] if path.exists() else []
     if others:
         raise ValueError(f"{path} is not empty and not a datastore (it holds {others[0]}); choose another directory")
-    return {"format_version": FORMAT_VERSION, "splits": {}}
+    return {"format_version": FIRST_FORMAT_VERSION, "splits": {}}
 
 
 def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
     """Writes `datastore.json` by the main process; the others wait for it."""
     state = process_state()
     if state.is_main_process:
-        write_json(path / MANIFEST_NAME, manifest)
+        with superseding(path):
+            write_json(path / MANIFEST_NAME, manifest)
     state.wait_for_everyone()
 
 
@@ -134,36 +150,43 @@ def check_options(stage: str, options: Mapping[str, Any], recorded: Mapping[str,
 
 def discard(path: Path, manifest: dict[str, Any], split: str, first_stage: str) -> None:
     """
-    Removes a stage of a split and every later one, from disk and from `manifest`.
+    Removes a stage of a split and what was made of it, from disk and from `manifest`. Neighbors go with the indexes
+    that found them.
 
     Args:
         path (`Path`): The datastore.
         manifest (`dict`): Its manifest; changed in place and written.
         split (`str`): Name of the split.
-        first_stage (`str`): `"chunks"`, `"embeddings"`, `"index"` or `"neighbors"`.
+        first_stage (`str`): `"chunks"`, `"embeddings"`, `"index"`, `"bm25"` or `"neighbors"`.
     """
-    stages = ("chunks", "embeddings", "index", "neighbors")
-    stages = stages[stages.index(first_stage) :]
-    record = manifest["splits"].get(split, {})
-    for stage in stages:
-        record.pop(stage, None)
-    if split == TRAIN_SPLIT and "index" in stages:
-        manifest.pop("index", None)
-        # The neighbors of every split are ids of this index.
-        for other in manifest["splits"].values():
-            other.pop("neighbors", None)
+    stages = {first_stage, *_MADE_OF[first_stage]}
+    gone = []
+    for name, record in manifest["splits"].items():
+        root = split_path(path, name)
+        if name == split:
+            gone += [root / stage for stage in stages & {"chunks", "embeddings"}]
+            if "embeddings" in stages:
+                record.pop("embeddings", None)
+        elif split != TRAIN_SPLIT or first_stage == "neighbors":
+            continue  # the neighbors of every split are ids of the chunks of this one
+        retriever = record.get("neighbors", {}).get("options", {}).get("retriever", "dense")
+        if first_stage in ("chunks", "neighbors") or stages & set(INDEXES[retriever]):
+            record.pop("neighbors", None)
+            gone.append(root / "neighbors")
+    if split == TRAIN_SPLIT:
+        if "index" in stages:
+            gone += [path / name for name in manifest.pop("index", {}).get("sha256", {})]
+        if "bm25" in stages and "bm25" in manifest:
+            gone.append(path / manifest.pop("bm25")["folder"])
     if "chunks" in stages:
         manifest["splits"].pop(split, None)
+        if split == TRAIN_SPLIT:
+            for name in ("removed", "compacted"):
+                manifest.pop(name, None)
     write_manifest(path, manifest)
     if process_state().is_main_process:
-        root = split_path(path, split)
-        for stage in stages:
-            remove(root / stage)
-        if split == TRAIN_SPLIT and "index" in stages:
-            for file in path.glob("index.*"):
-                remove(file)
-            for other in path.glob("splits/*/neighbors"):
-                remove(other)
+        for entry in gone:
+            remove(entry)
     process_state().wait_for_everyone()
 
 

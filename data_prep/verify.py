@@ -43,6 +43,8 @@ from modeling_retro.datastore_manifest_retro import (
     PLAIN_NAME,
     TRAIN_SPLIT,
     allows_control_tokens,
+    index_name,
+    neighbors_folder,
     read_manifest,
 )
 from modeling_retro.datastore_retro import (
@@ -155,6 +157,8 @@ class _DatastoreVerifier:
         for split in self.manifest["splits"]:
             yield from self._embeddings(split)
         yield from self._index()
+        yield from self._bm25()
+        yield from self._removed()
         for split in self.manifest["splits"]:
             yield from self._neighbors(split)
 
@@ -167,6 +171,7 @@ class _DatastoreVerifier:
             "counts": "`retro verify --repair` counts anew",
             "embeddings": f"`retro verify --repair` makes it anew, `retro embed{split_option} --force` all",
             "index": "`retro verify --repair` makes it anew, and so does `retro index --force`",
+            "bm25": "`retro verify --repair` makes it anew, and so does `retro index --kind bm25 --force`",
             "neighbors": f"`retro verify --repair` makes it anew, `retro neighbors{split_option} --force` all",
             "tokenizer": "`retro chunk` with the same inputs and tokenizer writes it again",
             "encoder": "`retro embed` with the same encoder writes it again",
@@ -348,8 +353,58 @@ class _DatastoreVerifier:
             self.broken.add((TRAIN_SPLIT, "index"))
             yield self._finding(where, problem, "index")
 
+    def _removed(self) -> Iterator[Finding]:
+        """The lists of documents that were removed, and whose chunks are gone."""
+        document_id = None
+        if (TRAIN_SPLIT, "chunks") not in self.broken:
+            document_id = self.datastore.chunks.document_id
+        for key in ("removed", "compacted"):
+            record = self.manifest.get(key)
+            if record is None:
+                continue
+            file = self.path / record["name"]
+            remedy = "bring it back from a copy, or make the datastore anew from its documents"
+            if problem := _file_problem(file, record["sha256"]):
+                self.broken.add((TRAIN_SPLIT, "removed"))
+                yield Finding(file.name, problem, remedy)
+                continue
+            documents = np.load(file, allow_pickle=False)
+            if len(documents) != record["documents"] or (np.diff(documents) <= 0).any():
+                yield Finding(key, f"says {record['documents']} documents, its file lists {len(documents)}", remedy)
+            if document_id is None:
+                continue
+            chunks = int(np.isin(document_id, documents).sum())
+            expected = record.get("chunks", 0)
+            if chunks != expected:
+                yield Finding(key, f"says that {expected} of the chunks are theirs, the shards hold {chunks}", remedy)
+
+    def _bm25(self) -> Iterator[Finding]:
+        record = self.manifest.get("bm25")
+        if record is None:
+            return
+        folder, problems = self.path / record["folder"], []
+        for name, sha256 in record["sha256"].items():
+            if problem := _file_problem(folder / name, sha256):
+                problems.append((folder / name, problem))
+        chunks = self.manifest["splits"].get(TRAIN_SPLIT, {}).get("chunks", {})
+        if record["fingerprint"] != chunks_fingerprint(chunks.get("shards", [])):
+            problems.append(("bm25.fingerprint", "is of other chunks, or of fewer"))
+        if not problems:
+            try:
+                from modeling_retro.bm25_retro import Bm25Index  # needs a library that other datastores do without
+
+                index = Bm25Index(folder, record)
+                index.check()
+                if index.ntotal != (rows := sum(shard["rows"] for shard in chunks["shards"])):
+                    problems.append((folder, f"holds {index.ntotal} chunks, there are {rows}"))
+            except (ValueError, ImportError) as error:
+                problems.append((folder, f"cannot be read ({_short(error)})"))
+        for where, problem in problems:
+            self.broken.add((TRAIN_SPLIT, "bm25"))
+            yield self._finding(where, problem, "bm25")
+
     def _index_problems(self, record: dict[str, Any], rows: int) -> Iterator[tuple[Path | str, str]]:
-        file = self.path / "index.faiss"
+        file = self.path / index_name(self.manifest)
         try:
             index = read_index(file)
             for name, value in record["search_parameters"].items():
@@ -373,8 +428,8 @@ class _DatastoreVerifier:
         shards = self.manifest["splits"][split].get("chunks", {}).get("shards", [])
         records = {record["name"]: record for record in stage["shards"]}
         for shard in tqdm(shards, desc=f"Verifying neighbors of {split}", unit="shard"):
-            folder = split_path(self.path, split) / "neighbors" / shard["name"]
             record = records.get(shard["name"])
+            folder = split_path(self.path, split) / "neighbors" / neighbors_folder(record or shard)
             if record is None:
                 problems = ["is not made yet"]
             elif record["chunks_sha256"] != shard["sha256"]:
@@ -474,15 +529,22 @@ def repair_datastore(
                     record["shards"] = [shard for shard in record["shards"] if shard["name"] != found.shard]
         stages = {(found.stage, found.split) for found in findings}
         if ("index", None) in stages:
-            options = manifest.pop("index")["options"]
+            index = manifest.pop("index")
+        if ("bm25", None) in stages:
+            bm25 = manifest.pop("bm25")
         write_manifest(path, manifest)
         for split, record in manifest["splits"].items():
             if ("embeddings", split) in stages:
                 embed_chunks(path, split=split, **record["embeddings"]["options"])
         if ("index", None) in stages:
-            for file in path.glob("index.*"):
-                remove(file)
-            build_index(path, **options)
+            for name in index["sha256"]:
+                remove(path / name)
+            build_index(path, **index["options"])
+        if ("bm25", None) in stages:
+            from data_prep.bm25_index import build_bm25_index
+
+            remove(path / bm25["folder"])
+            build_bm25_index(path, **bm25["options"])
         for split, record in manifest["splits"].items():
             if ("neighbors", split) in stages:
                 find_neighbors(path, split=split, **record["neighbors"]["options"])

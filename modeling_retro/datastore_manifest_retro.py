@@ -24,10 +24,16 @@ from .configuration_retro import RetroConfig
 
 
 MANIFEST_NAME = "datastore.json"
-# Of what this code writes. It reads every version up to this one and refuses later ones. A field may be added without
-# a new version where older code can do without it; the version rises when older code would take one thing for another.
-FORMAT_VERSION = 1
+# The latest that this code reads; it reads every version up to this one and refuses later ones. A field may be added
+# without a new version where older code can do without it; the version rises when older code would take one thing for
+# another. A datastore is written with the first version that says all of it, so that older code reads most of them.
+FORMAT_VERSION = 2
+FIRST_FORMAT_VERSION = 1
+# Of a datastore that was changed: older code would return the documents that were removed.
+CHANGED_FORMAT_VERSION = 2
 TRAIN_SPLIT = "train"
+# Ways to find neighbors, and the indexes that each needs.
+INDEXES = {"dense": ("index",), "bm25": ("bm25",), "hybrid": ("index", "bm25"), "rerank": ("index",)}
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # A rule says what it expects of a value that breaks it, and nothing of others. A mapping has a rule for each key (one
@@ -64,10 +70,12 @@ _TEXT, _TEXT_OR_NULL, _BOOL, _FIELDS = _any_of(str), _any_of(str, type(None)), _
 _NAME = _matching(PLAIN_NAME.pattern, "a name without a path")
 _SHA256 = _matching("[0-9a-f]{64}", "a sha256 of 64 hexadecimal digits")
 _COUNTS = (_TEXT, _COUNT)
-_SHARD = {"name": _NAME, "sha256": _SHA256, "rows": _COUNT}
+_FILE = {"name": _NAME, "sha256": _SHA256}
+_SHARD = {**_FILE, "rows": _COUNT}
 
 SCHEMA: Rule = {
     "format_version": _SIZE,
+    "version?": _COUNT,  # how often documents were added, removed or folded away
     "chunk_size": _SIZE,
     "continuation_chunks": _COUNT,
     "allow_control_tokens?": _BOOL,
@@ -123,8 +131,16 @@ SCHEMA: Rule = {
             },
             "embeddings?": {"options": _FIELDS, "shards": [{**_SHARD, "chunks_sha256": _SHA256}]},
             "neighbors?": {
-                "options": {"num_neighbors": _SIZE},
-                "shards": [{**_SHARD, "chunks_sha256": _SHA256, "counts": _COUNTS}],
+                "options": {"num_neighbors": _SIZE, "retriever?": _matching("|".join(INDEXES), " or ".join(INDEXES))},
+                "shards": [
+                    {
+                        **_SHARD,
+                        "folder?": _NAME,
+                        "chunks_sha256": _SHA256,
+                        "counts": _COUNTS,
+                        "removed?": _SHA256,  # of the removed documents that were left out
+                    }
+                ],
                 "counts?": _COUNTS,
             },
         },
@@ -140,25 +156,37 @@ SCHEMA: Rule = {
         "fingerprint": _SHA256,
         "sha256": (_NAME, _SHA256),
     },
+    "bm25?": {
+        "options": {"terms": _matching("tokens|words", "tokens or words")},
+        "folder": _NAME,
+        "ntotal": _COUNT,
+        "num_terms": _COUNT,
+        "shards": _COUNT,
+        "fingerprint": _SHA256,
+        "sha256": (_NAME, _SHA256),
+    },
+    "removed?": {**_FILE, "documents": _COUNT, "chunks": _COUNT},  # whose chunks still stand among the others
+    "compacted?": {**_FILE, "documents": _COUNT},  # whose chunks are gone
     "extends?": (_NAME, _SHA256),
     "files?": (_inside, _SHA256),
 }
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path, name: str = MANIFEST_NAME) -> dict[str, Any]:
     """
     Reads `datastore.json` of a folder and compares it with its schema, before any file that it names is asked for.
 
     Args:
         path (`Path`): The folder.
+        name (`str`, *optional*, defaults to `"datastore.json"`): Name of the file, for those of earlier versions.
 
     Raises:
         ValueError: If the file is missing, is not JSON, was made by newer code, or holds a value that no datastore
             has; the field is named.
     """
-    file = path / MANIFEST_NAME
+    file = path / name
     if not file.is_file():
-        raise ValueError(f"{path} is not a datastore: it has no {MANIFEST_NAME}")
+        raise ValueError(f"{path} is not a datastore: it has no {name}")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -174,6 +202,39 @@ def read_manifest(path: Path) -> dict[str, Any]:
     for name, problem in _problems(manifest, SCHEMA, ""):
         raise ValueError(f"{file} is damaged or was altered: {name} {problem}; make or download the datastore again")
     return manifest
+
+
+def index_name(manifest: Mapping[str, Any]) -> str:
+    """Name of the file of the index, the one of the version that the manifest describes."""
+    return next((name for name in manifest["index"]["sha256"] if name.endswith(".faiss")), "index.faiss")
+
+
+def neighbors_folder(shard: Mapping[str, Any]) -> str:
+    """Name of the folder of a shard of neighbors. Those that were found anew have another than their chunks."""
+    return shard.get("folder", shard["name"])
+
+
+def files_of(manifest: Mapping[str, Any]) -> set[str]:
+    """
+    Files and folders of a version of a datastore that another version may have other ones of, relative to it. Not all
+    of them must be there: a datastore may keep no ids of its documents and no bad records.
+
+    Args:
+        manifest (`Mapping`): The contents of `datastore.json`.
+    """
+    names = set(manifest.get("index", {}).get("sha256", {}))
+    names |= {manifest[key]["name"] for key in ("removed", "compacted") if key in manifest}
+    names |= {manifest["bm25"]["folder"]} if "bm25" in manifest else set()
+    for split, record in manifest["splits"].items():
+        root = "" if split == TRAIN_SPLIT else f"splits/{split}/"
+        for shard in record.get("chunks", {}).get("shards", []):
+            names |= {f"{root}chunks/{shard['name']}", f"{root}documents/{shard['name']}.parquet"}
+            names.add(f"{root}quarantine/{shard['name']}.jsonl")
+        for shard in record.get("embeddings", {}).get("shards", []):
+            names.add(f"{root}embeddings/{shard['name']}.npy")
+        for shard in record.get("neighbors", {}).get("shards", []):
+            names.add(f"{root}neighbors/{neighbors_folder(shard)}")
+    return names
 
 
 def check_split_name(split: str) -> None:
@@ -267,6 +328,8 @@ def describe_datastore(manifest: Mapping[str, Any]) -> dict[str, Any]:
         facts["encoder"] = public_name(manifest["encoder"]["name"])
     if "index" in manifest:
         facts["index"] = manifest["index"]["factory"]
+    if "bm25" in manifest:
+        facts["bm25"] = manifest["bm25"]["options"]
     return facts
 
 

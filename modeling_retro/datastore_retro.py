@@ -25,10 +25,10 @@ datastore.take_neighbors([0, 1])[0]  # int64 [2, 128]: each with its continuatio
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,8 +38,20 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .chunk_encoder_retro import ChunkEncoder
 from .configuration_retro import RetroConfig
-from .datastore_manifest_retro import MANIFEST_NAME, PLAIN_NAME, TRAIN_SPLIT, check_model, read_manifest
+from .datastore_manifest_retro import (
+    MANIFEST_NAME,
+    PLAIN_NAME,
+    TRAIN_SPLIT,
+    check_model,
+    index_name,
+    neighbors_folder,
+    read_manifest,
+)
+from .datastore_versions_retro import HeldVersion, open_version
 
+
+if TYPE_CHECKING:
+    from .bm25_retro import Bm25Index
 
 try:
     import datasets
@@ -232,6 +244,8 @@ class DatastoreSplit:
 
     def __init__(self, path: Path, record: Mapping[str, Any], chunk_size: int, searched: bool):
         self.path = path
+        self._held: HeldVersion | None = None
+        self._is_removed: Callable[[np.ndarray], np.ndarray] | None = None  # chunk ids [...] -> bool [...]
         self.record = record
         self.searched = searched
         if "fingerprint" not in record.get("chunks", {}):
@@ -258,15 +272,19 @@ class DatastoreSplit:
                     f"the neighbors of {record['name']} belong to other chunks or another order of rows; "
                     "run `retro neighbors --force`"
                 )
-        parts = [read_columns(self.path / "neighbors" / record["name"]) for record in records]
-        return {
+        parts = [read_columns(self.path / "neighbors" / neighbors_folder(record)) for record in records]
+        columns = {
             name: parts[0][name] if len(parts) == 1 else np.concatenate([part[name] for part in parts])
             for name in ("neighbor_ids", "neighbor_scores")
         }
+        return columns if self._is_removed is None else drop_neighbors(columns, self._is_removed)
 
     @property
     def neighbor_ids(self) -> np.ndarray:
-        """`np.ndarray` int64 [n, K]: global ids of the searched chunks, best first; -1 where there are fewer."""
+        """
+        `np.ndarray` int64 [n, K]: global ids of the searched chunks, best first; -1 where there are fewer, as after a
+        neighbor was removed.
+        """
         return self._neighbors["neighbor_ids"]
 
     @property
@@ -275,9 +293,36 @@ class DatastoreSplit:
         return self._neighbors["neighbor_scores"]
 
 
+def _is_of_documents(chunks: ChunkTable, documents: np.ndarray, chunk_ids: np.ndarray) -> np.ndarray:
+    """Which chunks [...] are of some documents [n]."""
+    return np.isin(chunks.gather("document_id", chunk_ids), documents) & (chunk_ids >= 0)
+
+
+def drop_neighbors(
+    columns: Mapping[str, np.ndarray], is_dropped: Callable[[np.ndarray], np.ndarray]
+) -> dict[str, np.ndarray]:
+    """
+    Stored neighbors without some of them; those behind move up, and the places at the end become empty.
+
+    Args:
+        columns (`Mapping[str, np.ndarray]`): `neighbor_ids` int64 [n, K] and `neighbor_scores` float32 [n, K].
+        is_dropped (`Callable`): Says of ids [n, K] which to drop, bool [n, K].
+    """
+    ids = columns["neighbor_ids"]
+    kept = (ids >= 0) & ~is_dropped(ids)
+    order = np.argsort(~kept, axis=1, kind="stable")
+    kept = np.take_along_axis(kept, order, axis=1)
+    empty = {"neighbor_ids": -1, "neighbor_scores": 0}
+    return {
+        name: np.where(kept, np.take_along_axis(columns[name], order, axis=1), value).astype(columns[name].dtype)
+        for name, value in empty.items()
+    }
+
+
 class RetroDatastore:
     """
-    A datastore opened for reading; nothing in its folder is written.
+    A datastore opened for reading; nothing in its folder is written. What is added to it or removed later is not seen:
+    an opened datastore stays the version that it was.
 
     Args:
         path (`Path`): The folder that holds `datastore.json`.
@@ -291,6 +336,7 @@ class RetroDatastore:
         self.continuation_chunks: int = manifest["continuation_chunks"]
         self.neighbor_length = self.chunk_size * (1 + self.continuation_chunks)
         self._splits = {}
+        self._held: HeldVersion | None = None
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None, **hub_kwargs) -> "RetroDatastore":
@@ -310,7 +356,14 @@ class RetroDatastore:
             from .hub_transfer_retro import download_datastore
 
             path = download_datastore(str(name_or_path), revision=revision, **hub_kwargs)
-        return cls(path, read_manifest(path))
+        manifest, held = open_version(path)
+        datastore = cls(path, manifest)
+        datastore._held = held
+        return datastore
+
+    def is_current(self) -> bool:
+        """Whether the folder still holds the version that was opened, by one look at one file."""
+        return read_manifest(self.path) == self.manifest if self._held is None else self._held.is_current()
 
     def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
         """Uploads the datastore; the arguments are those of [`~modeling_retro.hub_transfer_retro.push_datastore`]."""
@@ -365,30 +418,103 @@ class RetroDatastore:
         if name not in self._splits:
             record = self.manifest["splits"][name]
             searched = name == TRAIN_SPLIT or record.get("searched", False)
-            self._splits[name] = DatastoreSplit(split_path(self.path, name), record, self.chunk_size, searched)
+            split = DatastoreSplit(split_path(self.path, name), record, self.chunk_size, searched)
+            split._held = self._held
+            if "removed" in self.manifest:
+                chunks = split.chunks if name == TRAIN_SPLIT else self.chunks
+                split._is_removed = partial(_is_of_documents, chunks, self.removed_documents)
+            self._splits[name] = split
         return self._splits[name]
+
+    @cached_property
+    def removed_documents(self) -> np.ndarray:
+        """
+        `np.ndarray` int64 [n], ascending: documents that were removed, but whose chunks still stand among the others,
+        until `retro compact` folds them away.
+        """
+        record = self.manifest.get("removed")
+        if record is None:
+            return np.zeros(0, dtype=np.int64)
+        return np.load(verify_file(self.path / record["name"], record["sha256"]), allow_pickle=False)
+
+    def is_removed(self, chunk_ids: Any) -> np.ndarray:
+        """
+        Which chunks are of documents that were removed.
+
+        Args:
+            chunk_ids (`np.ndarray`): Global chunk ids of any shape [...]; -1 stands for an absent chunk.
+
+        Returns:
+            `np.ndarray`: bool [...].
+        """
+        chunk_ids = np.asarray(chunk_ids, dtype=np.int64)
+        if "removed" not in self.manifest:
+            return np.zeros(chunk_ids.shape, dtype=bool)
+        return _is_of_documents(self.chunks, self.removed_documents, chunk_ids)
+
+    def check_compact(self, purpose: str) -> None:
+        """
+        Raises a `ValueError` if documents were removed whose chunks still stand among the others.
+
+        Args:
+            purpose (`str`): What cannot be done with them, such as "training on its chunks".
+        """
+        if "removed" in self.manifest:
+            raise ValueError(
+                f"{self.path} still holds the chunks of {self.manifest['removed']['documents']} removed documents, "
+                f"which {purpose} would use; run `retro compact` first"
+            )
 
     @cached_property
     def index(self) -> faiss.Index:
         """The faiss index over `chunks`, memory-mapped where its type allows, with the nprobe of the manifest set."""
-        record = self.manifest.get("index")
-        if record is None:
-            raise ValueError(f"{self.path} has no index; run `retro index`")
-        shards = self.manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"]
-        if record["fingerprint"] != chunks_fingerprint(shards):
-            if record["fingerprint"] == chunks_fingerprint(shards[: record["shards"]]):
-                raise ValueError(f"the index of {self.path} lacks chunks that were added later; run `retro index`")
-            raise ValueError(
-                f"the index of {self.path} belongs to other chunks or another order of rows; run `retro index --force`"
-            )
-        index = read_index(self.path / "index.faiss")
+        record = self._index_record("index", "index", "retro index")
+        file = self.path / index_name(self.manifest)
+        index = read_index(file)
         if index.ntotal != len(self.chunks):
-            raise ValueError(
-                f"{self.path / 'index.faiss'} holds {index.ntotal} vectors, the datastore {len(self.chunks)} chunks"
-            )
+            raise ValueError(f"{file} holds {index.ntotal} vectors, the datastore {len(self.chunks)} chunks")
         for name, value in record["search_parameters"].items():
             faiss.ParameterSpace().set_index_parameter(index, name, value)
         return index
+
+    @cached_property
+    def bm25(self) -> "Bm25Index":
+        """The BM25 index over `chunks`, memory-mapped."""
+        record = self._index_record("bm25", "BM25 index", "retro index --kind bm25")
+        from .bm25_retro import Bm25Index  # needs a library that the others do without
+
+        index = Bm25Index(self.path / record["folder"], record)
+        if index.ntotal != len(self.chunks):
+            raise ValueError(
+                f"{self.path / record['folder']} holds {index.ntotal} chunks, the datastore {len(self.chunks)}"
+            )
+        return index
+
+    def _index_record(self, key: str, name: str, command: str) -> dict[str, Any]:
+        """What the manifest says of an index, if it is one of the chunks that are there."""
+        record = self.manifest.get(key)
+        if record is None:
+            raise ValueError(f"{self.path} has no {name}; run `{command}`")
+        shards = self.manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"]
+        if record["fingerprint"] != chunks_fingerprint(shards):
+            if record["fingerprint"] == chunks_fingerprint(shards[: record["shards"]]):
+                raise ValueError(f"the {name} of {self.path} lacks chunks that were added later; run `{command}`")
+            raise ValueError(
+                f"the {name} of {self.path} belongs to other chunks or another order of rows; run `{command} --force`"
+            )
+        return record
+
+    @property
+    def retriever(self) -> str:
+        """
+        How neighbors are looked up unless told otherwise: as the stored ones of the training side were, else those of
+        other splits; by the index there is if none were found yet.
+        """
+        for name in sorted(self.manifest["splits"], key=lambda name: (name != TRAIN_SPLIT, name)):
+            options = self.manifest["splits"][name].get("neighbors", {}).get("options", {})
+            if "retriever" in options:
+                return options["retriever"]
+        return "bm25" if "index" not in self.manifest and "bm25" in self.manifest else "dense"
 
     def as_dataset(self) -> datasets.Dataset:
         """
@@ -400,6 +526,9 @@ class RetroDatastore:
         Returns:
             `datasets.Dataset`: `input_ids`, `length`, `document_id`, `num_bytes`; row i is chunk i.
 
+        Raises:
+            ValueError: If documents were removed whose chunks would still be found; run `retro compact`.
+
         Example:
 
         ```python
@@ -408,6 +537,7 @@ class RetroDatastore:
         scores, examples = dataset.get_nearest_examples("embeddings", query, k=4)
         ```
         """
+        self.check_compact("a search by `datasets`")
         chunks = datasets.concatenate_datasets([load_shard(path) for path in self.chunks.folders])
         no_vectors = np.zeros((0, self.index.d), dtype=np.float32)  # the index holds them already
         chunks.add_faiss_index_from_external_arrays(no_vectors, "embeddings", custom_index=self.index)
@@ -419,9 +549,16 @@ class RetroDatastore:
             root = split_path(self.path, name)
             for stage, suffix in (("chunks", ""), ("embeddings", ".npy"), ("neighbors", "")):
                 for shard in record.get(stage, {}).get("shards", []):
-                    verify_file(root / stage / (shard["name"] + suffix), shard["sha256"])
+                    name = neighbors_folder(shard) if stage == "neighbors" else shard["name"]
+                    verify_file(root / stage / (name + suffix), shard["sha256"])
         for name, sha256 in self.manifest.get("index", {}).get("sha256", {}).items():
             verify_file(self.path / name, sha256)
+        bm25 = self.manifest.get("bm25", {})
+        for name, sha256 in bm25.get("sha256", {}).items():
+            verify_file(self.path / bm25["folder"] / name, sha256)
+        for record in (self.manifest.get(name) for name in ("removed", "compacted")):
+            if record is not None:
+                verify_file(self.path / record["name"], record["sha256"])
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises a `ValueError` unless `tokenizer` is the one that made the chunks."""

@@ -42,7 +42,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFo
 from tqdm.auto import tqdm
 from transformers.utils import is_datasets_available
 
-from .datastore_manifest_retro import MANIFEST_NAME, TRAIN_SPLIT, public_name, read_manifest
+from .datastore_manifest_retro import MANIFEST_NAME, TRAIN_SPLIT, neighbors_folder, public_name, read_manifest
 from .durable_files_retro import sync, sync_file
 
 
@@ -52,7 +52,8 @@ if is_datasets_available():  # if not, datastore_retro has said what to install
 
 
 ARROW_NAME = "data-00000-of-00001.arrow"
-PARTS = ("chunks/", "neighbors/", "splits/", "index.", "tokenizer/", "encoder/")  # beside manifest and card
+# Beside manifest and card.
+PARTS = ("chunks/", "neighbors/", "splits/", "index.", "index-", "bm25", "tokenizer/", "encoder/")
 FILES_PER_UPLOAD = 16
 FILES_PER_COMMIT = 500
 
@@ -63,7 +64,7 @@ tags: [retro, retrieval]
 # {name}
 
 A RETRO datastore: {chunks:,} chunks of {chunk_size} tokens out of {documents:,} documents, with their index
-({factory}) and neighbors. Tokenizer: {tokenizer}. Encoder: {encoder}.
+({index}) and neighbors. Tokenizer: {tokenizer}. Encoder: {encoder}.
 
 ```python
 from modeling_retro import RetroRetriever
@@ -103,8 +104,13 @@ def push_datastore(
         `ConnectionError`: if the push breaks off.
     """
     manifest = read_manifest(path)
-    if "index" not in manifest:
+    if "index" not in manifest and "bm25" not in manifest:
         raise ValueError(f"{path} has no index; run `retro index` before it is pushed")
+    if "removed" in manifest:
+        raise ValueError(
+            f"{path} still holds the chunks of {manifest['removed']['documents']} removed documents; run "
+            "`retro compact` before it is pushed"
+        )
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
     repo = {"repo_id": repo_id, "repo_type": "dataset", "revision": revision or "main"}
@@ -132,7 +138,10 @@ def _upload_files(path: Path, manifest: dict[str, Any], api: HfApi, repo: dict[s
     """Uploads what the Hub keeps as LFS, a few files at a time; the rest comes with the commit."""
     shards = list(_shards(manifest))
     others = [file for shard in shards for file in sorted((path / shard).glob("*.json"))]
-    others += [file for name in ("index.*", "tokenizer/*", "encoder/**/*") for file in sorted(path.glob(name))]
+    others += [path / name for name in sorted(manifest.get("index", {}).get("sha256", {}))]
+    if bm25 := manifest.get("bm25"):
+        others += [path / bm25["folder"] / name for name in sorted(bm25["sha256"])]
+    others += [file for name in ("tokenizer/*", "encoder/**/*") for file in sorted(path.glob(name))]
     others = [file for file in others if file.is_file()]
     operations = []
     with tempfile.TemporaryDirectory() as folder, tqdm(total=len(shards) + len(others), desc=repo["repo_id"]) as bar:
@@ -252,18 +261,19 @@ def _shards(manifest: dict[str, Any]) -> Iterator[str]:
         prefix = "" if split == TRAIN_SPLIT else f"splits/{split}/"
         for stage in ("chunks", "neighbors"):
             for shard in record.get(stage, {}).get("shards", []):
-                yield f"{prefix}{stage}/{shard['name']}"
+                yield f"{prefix}{stage}/{neighbors_folder(shard) if stage == 'neighbors' else shard['name']}"
 
 
 def _public_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest without embeddings, which are not pushed, and without the folders of this machine."""
     manifest = copy.deepcopy(manifest)
+    manifest.pop("compacted", None)  # which documents are gone is nobody's business
     for record in manifest["splits"].values():
         record.pop("embeddings", None)
         for source in record["chunks"].get("sources", []):
             if Path(source["path"]).is_absolute():  # of a datastore that was made before paths were left out
                 source["path"] = Path(source["path"]).name
-    for part in ("tokenizer", "encoder"):
+    for part in {"tokenizer", "encoder"} & manifest.keys():
         manifest[part]["name"] = public_name(manifest[part]["name"])
     return manifest
 
@@ -273,15 +283,17 @@ def _card(repo_id: str, manifest: dict[str, Any], api: HfApi, repo: dict[str, st
     if repo is None:
         train = manifest["splits"][TRAIN_SPLIT]["chunks"]
         public = _public_manifest(manifest)
+        indexes = [manifest["index"]["factory"]] if "index" in manifest else []
+        indexes += ["BM25"] if "bm25" in manifest else []
         text = CARD.format(
             name=repo_id.split("/")[-1],
             repo_id=repo_id,
             chunks=train["num_chunks"],
             documents=train["num_documents"],
             chunk_size=manifest["chunk_size"],
-            factory=manifest["index"]["factory"],
+            index=" and ".join(indexes),
             tokenizer=public["tokenizer"]["name"],
-            encoder=public["encoder"]["name"],
+            encoder=public["encoder"]["name"] if "encoder" in public else "none",
         )
     else:
         text = Path(api.hf_hub_download(filename="README.md", **repo)).read_text(encoding="utf-8")

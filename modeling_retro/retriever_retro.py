@@ -34,15 +34,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from .chunk_encoder_retro import ChunkEncoder
+from .chunk_encoder_retro import ChunkEncoder, text_mask
 from .configuration_retro import RetroConfig
+from .datastore_manifest_retro import INDEXES
 from .datastore_retro import (  # faiss from there: the error without it names the extras
     ChunkTable,
     RetroDatastore,
     faiss,
 )
+from .ranking_retro import fuse, rerank
 
 
+# Results of each search that `hybrid` joins, or that `rerank` puts into another order.
+DEPTH = 64
 # The most results of a query that a GPU index can return.
 _MOST_ON_GPU = 2048
 
@@ -60,8 +64,8 @@ def search(
     Searches for k wanted results, fetching more and more until they are found or the index is exhausted.
 
     Args:
-        index (`faiss.Index`): The index.
-        queries (`np.ndarray`): float32 [n, dim].
+        index (`faiss.Index` or [`~modeling_retro.bm25_retro.Bm25Index`]): The index.
+        queries (`np.ndarray`): float32 [n, dim], or int64 [n, terms] for BM25.
         k (`int`): Number of results of a query.
         unwanted (`Mapping[str, Callable]`, *optional*):
             Functions (rows of queries [q], ids [q, width]) -> bool [q, width] of results that must not be returned,
@@ -86,8 +90,8 @@ def search(
         with _probing(used, factor) as all_lists:
             for start in range(0, len(pending), max(1, max_results // width)):
                 rows = pending[start : start + max(1, max_results // width)]
-                ids[rows], scores[rows], dropped = _search_block(used, queries, rows, k, width, unwanted)
-                done = (ids[rows, -1] >= 0) | (all_lists and width == index.ntotal)
+                ids[rows], scores[rows], dropped, ended = _search_block(used, queries, rows, k, width, unwanted)
+                done = (ids[rows, -1] >= 0) | (all_lists & (ended | (width == index.ntotal)))
                 for reason, number in dropped.items():
                     counts[reason] += int(number[done].sum())
                 short.append(rows[~done])
@@ -101,7 +105,7 @@ def search(
 @contextmanager
 def _probing(index: faiss.Index, factor: int) -> Iterator[bool]:
     """Multiplies nprobe of an inverted file for a while; yields whether all of the index is searched then."""
-    ivf = faiss.try_extract_index_ivf(index)
+    ivf = faiss.try_extract_index_ivf(index) if isinstance(index, faiss.Index) else None
     if ivf is None:
         yield True
         return
@@ -120,9 +124,13 @@ def _search_block(
     k: int,
     width: int,
     unwanted: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]],
-) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """The first k wanted ids and scores [q, k] of `width` results, and how many were dropped for each reason [q]."""
-    found_scores, found = index.search(np.ascontiguousarray(queries[rows], dtype=np.float32), width)
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], np.ndarray]:
+    """
+    The first k wanted ids and scores [q, k] of `width` results, how many were dropped for each reason [q], and whether
+    there was nothing more to find [q].
+    """
+    found_scores, found = index.search(np.ascontiguousarray(queries[rows]), width)
+    ended = found[:, -1] < 0
     wanted = found >= 0
     dropped = {}
     for reason, function in unwanted.items():
@@ -134,7 +142,7 @@ def _search_block(
     found = np.take_along_axis(np.where(wanted, found, -1), order, axis=1)
     found_scores = np.where(found >= 0, np.take_along_axis(found_scores, order, axis=1), 0)
     missing = ((0, 0), (0, k - found.shape[1]))
-    return np.pad(found, missing, constant_values=-1), np.pad(found_scores, missing), dropped
+    return np.pad(found, missing, constant_values=-1), np.pad(found_scores, missing), dropped, ended
 
 
 def other_document_filter(chunks: ChunkTable, documents: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
@@ -153,6 +161,97 @@ def other_document_filter(chunks: ChunkTable, documents: np.ndarray) -> Callable
         return (chunks.gather("document_id", ids) == documents[rows, None]) & (ids >= 0)
 
     return is_own
+
+
+def removed_filter(datastore: RetroDatastore) -> dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
+    """
+    Filters for [`search`] that drop the chunks of documents that were removed; none if nothing was.
+
+    Args:
+        datastore ([`RetroDatastore`]): What is searched.
+
+    Returns:
+        `dict[str, Callable]`: (rows [q], ids [q, width]) -> bool [q, width], under the reason `"removed"`.
+    """
+    return {"removed": lambda _, ids: datastore.is_removed(ids)} if "removed" in datastore.manifest else {}
+
+
+class NeighborSearch:
+    """
+    One way to find the neighbors of chunks in a datastore.
+
+    | retriever | finds |
+    |---|---|
+    | `dense` | the chunks with the nearest embeddings |
+    | `bm25` | those that share the most, and the rarest, terms with the chunk |
+    | `hybrid` | those that stand high in both lists, by reciprocal rank fusion of the first 64 of each |
+    | `rerank` | of the 64 nearest by embedding those that share the longest run of tokens with the chunk |
+
+    Args:
+        datastore ([`RetroDatastore`]): What is searched.
+        retriever (`str`, *optional*): One of these. Defaults to `datastore.retriever`.
+        index (`faiss.Index`, *optional*): Searched in place of the datastore's, such as a copy of it on GPUs.
+
+    Raises:
+        ValueError: If there is no such retriever, or the datastore lacks the index it needs.
+    """
+
+    def __init__(self, datastore: RetroDatastore, retriever: str | None = None, index: faiss.Index | None = None):
+        retriever = retriever or datastore.retriever
+        if retriever not in INDEXES:
+            raise ValueError(f"retriever is {retriever!r}, expected one of {', '.join(INDEXES)}")
+        self.datastore = datastore
+        self.retriever = retriever
+        self.needs_embeddings = "index" in INDEXES[retriever]
+        self._index = index
+
+    def open(self) -> None:
+        """Opens the indexes now rather than with the first search; a `ValueError` if one is missing or outdated."""
+        for name in INDEXES[self.retriever]:
+            getattr(self.datastore, name)
+
+    def __call__(
+        self,
+        input_ids: np.ndarray,
+        mask: np.ndarray,
+        embeddings: np.ndarray | None,
+        k: int,
+        unwanted: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] | None = None,
+        fetch: int | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+        """
+        Finds the neighbors of chunks.
+
+        Args:
+            input_ids (`np.ndarray`): Integers [n, m], the tokens of the chunks.
+            mask (`np.ndarray`): bool [n, m], False at padding.
+            embeddings (`np.ndarray`): float32 [n, dim], the embeddings of the chunks; None for `"bm25"`.
+            k (`int`): Number of neighbors of a chunk.
+            unwanted (`Mapping[str, Callable]`, *optional*): Filters, as [`search`] takes them.
+            fetch (`int`, *optional*): Results of the first fetch, as [`search`] takes it.
+
+        Returns:
+            `tuple`: ids int64 [n, k] (-1 absent; best first), scores float32 [n, k] (0 where absent), and counts, as
+            [`search`] returns them. Scores are those of the index for `dense` and `bm25`, of the fusion for `hybrid`,
+            and the tokens of the longest common run for `rerank`.
+        """
+        datastore, tokenizer = self.datastore, self.datastore.tokenizer
+        number = k if self.retriever in ("dense", "bm25") else max(k, DEPTH)
+        found = []
+        if self.needs_embeddings:
+            index = datastore.index if self._index is None else self._index
+            found.append(search(index, embeddings, number, unwanted, fetch, datastore.index))
+        if "bm25" in INDEXES[self.retriever]:
+            queries = datastore.bm25.queries(input_ids, mask, tokenizer)
+            found.append(search(datastore.bm25, queries, number, unwanted, fetch))
+        ids, scores, counts = found[0]
+        if self.retriever == "hybrid":
+            ids, scores = fuse(ids, found[1][0], k)
+            counts = {name: value + found[1][2][name] for name, value in counts.items()}
+        elif self.retriever == "rerank":
+            ids, scores = rerank(datastore.chunks, input_ids, text_mask(input_ids, mask, tokenizer), ids, k)
+        counts["short"] = int((ids[:, k - 1 :] < 0).any(axis=1).sum())
+        return ids, scores, counts
 
 
 @dataclass
@@ -184,6 +283,9 @@ class RetroRetriever:
         encoder ([`ChunkEncoder`], *optional*): Defaults to the encoder of the datastore.
         device (`str` or `torch.device`, *optional*): Where that encoder runs. Defaults to the first GPU, else the CPU.
         dtype (`str` or `torch.dtype`, *optional*): Its computing type.
+        retriever (`str`, *optional*):
+            How neighbors are found: `"dense"`, `"bm25"`, `"hybrid"` or `"rerank"` (see [`NeighborSearch`]). Defaults
+            to how the stored neighbors of the datastore were found. `"bm25"` needs no encoder.
     """
 
     def __init__(
@@ -192,10 +294,15 @@ class RetroRetriever:
         encoder: ChunkEncoder | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        retriever: str | None = None,
     ):
-        if encoder is None:
-            encoder = datastore.open_encoder(device, dtype)
-        datastore.check_encoder(encoder)
+        self.search = NeighborSearch(datastore, retriever)
+        if not self.search.needs_embeddings:
+            encoder = None
+        else:
+            if encoder is None:
+                encoder = datastore.open_encoder(device, dtype)
+            datastore.check_encoder(encoder)
         self.datastore = datastore
         self.encoder = encoder
 
@@ -207,6 +314,28 @@ class RetroRetriever:
     def __deepcopy__(self, memo: dict[int, Any]) -> "RetroRetriever":
         # transformers deep-copies keyword arguments; an index is shared, never copied.
         return self
+
+    def refresh(self) -> bool:
+        """
+        Takes the current version of the datastore, if its folder holds another one than is searched now.
+
+        Returns:
+            `bool`: Whether another one was taken.
+
+        Raises:
+            ValueError: If that version cannot be searched by this retriever; the one before is searched on.
+        """
+        if self.datastore.is_current():
+            return False
+        datastore = RetroDatastore.from_pretrained(self.datastore.path)
+        if self.encoder is not None:
+            datastore.check_encoder(self.encoder)
+        datastore.check_tokenizer(self.datastore.tokenizer)
+        datastore.check_chunk_size(self.datastore.chunk_size)
+        search = NeighborSearch(datastore, self.search.retriever)
+        search.open()
+        self.datastore, self.search = datastore, search
+        return True
 
     def check_model(self, config: RetroConfig) -> None:
         """Raises a `ValueError` unless a model of this configuration can read what is retrieved."""
@@ -233,14 +362,18 @@ class RetroRetriever:
             )
         input_ids = chunk_input_ids.cpu().numpy()
         mask = np.ones_like(input_ids, dtype=bool)
-        queries = self.encoder.encode_chunks(input_ids, mask, self.datastore.tokenizer)
-        unwanted = {}
+        embeddings = None
+        if self.encoder is not None:
+            embeddings = self.encoder.encode_chunks(input_ids, mask, self.datastore.tokenizer)
+        search = self.search  # `refresh` may put another in its place meanwhile
+        datastore = search.datastore
+        unwanted = removed_filter(datastore)
         if exclude_document_ids is not None:
             excluded = np.asarray(exclude_document_ids)
-            unwanted["own_document"] = other_document_filter(self.datastore.chunks, excluded)
-        ids, scores, _ = search(self.datastore.index, queries, k, unwanted)
-        neighbors, neighbor_mask = self.datastore.take_neighbors(ids)
-        documents = np.where(ids >= 0, self.datastore.chunks.gather("document_id", ids), -1)
+            unwanted["own_document"] = other_document_filter(datastore.chunks, excluded)
+        ids, scores, _ = search(input_ids, mask, embeddings, k, unwanted)
+        neighbors, neighbor_mask = datastore.take_neighbors(ids)
+        documents = np.where(ids >= 0, datastore.chunks.gather("document_id", ids), -1)
         arrays = (neighbors, neighbor_mask, scores, ids, documents)
         return RetrievedNeighbors(*(torch.from_numpy(array).to(chunk_input_ids.device) for array in arrays))
 

@@ -143,6 +143,8 @@ class Engine:
             Completions that run at the same time.
         max_waiting (`int`, *optional*, defaults to 64):
             Completions that wait; further ones are refused.
+        refresh (`Callable`, *optional*):
+            Called before each step, to take what has changed, such as [`RetroRetriever.refresh`] does.
     """
 
     def __init__(
@@ -152,7 +154,9 @@ class Engine:
         end_tokens: Collection[int],
         max_batch_size: int = 16,
         max_waiting: int = 64,
+        refresh: Callable[[], object] | None = None,
     ):
+        self.refresh = refresh
         self.tokenizer = tokenizer
         self.end_tokens = frozenset(end_tokens)
         self.max_batch_size = max_batch_size
@@ -162,6 +166,7 @@ class Engine:
         self._waiting: deque[Completion] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
+        self._refused: str | None = None
         self._thread = threading.Thread(target=self._run, name="retro-engine", daemon=True)
         self._thread.start()
 
@@ -212,12 +217,23 @@ class Engine:
                 if self._is_closed:
                     break
                 joining = self._take_waiting()
+            self._refresh()
             self._try(joining, self._join)
             self._let_go()
             self._try(self._running, self._step)
             self._let_go()
         for completion in (*self._running, *self._waiting):
             completion.send(CompletionEvent(error=RuntimeError("the server is shutting down")))
+
+    def _refresh(self) -> None:
+        """What has changed may be broken, or half copied; then the engine goes on with what it has."""
+        try:
+            if self.refresh is not None:
+                self.refresh()
+        except Exception as error:
+            if str(error) != self._refused:
+                logger.warning("the datastore's new version cannot be taken, the one before is searched on: %s", error)
+            self._refused = str(error)
 
     def _take_waiting(self) -> list[Completion]:
         joining = []

@@ -38,7 +38,7 @@ class LoadedModel:
     end_tokens: frozenset[int]
 
 
-def load_model(model: str, datastore: str, dtype: str = "auto") -> LoadedModel:
+def load_model(model: str, datastore: str, dtype: str = "auto", retriever: str | None = None) -> LoadedModel:
     """
     Loads a model and its datastore, to the first GPU if there is one.
 
@@ -48,6 +48,7 @@ def load_model(model: str, datastore: str, dtype: str = "auto") -> LoadedModel:
         dtype (`str`, *optional*, defaults to `"auto"`):
             Type of the weights. `"auto"` is that of the checkpoint on a GPU, and float32 on a CPU, many of which are
             slow in half precision.
+        retriever (`str`, *optional*): How neighbors are found. Defaults to how those that the datastore stores were.
 
     Returns:
         [`LoadedModel`]
@@ -60,9 +61,9 @@ def load_model(model: str, datastore: str, dtype: str = "auto") -> LoadedModel:
         raise ValueError(f"dtype is {dtype!r}, expected auto or a type of torch such as float32 or bfloat16")
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
-    retriever = RetroRetriever.from_pretrained(datastore)
-    loaded = load_retro_model(model, retriever.datastore, dtype=dtype).to(device).eval()
+    opened = RetroRetriever.from_pretrained(datastore, retriever=retriever)
+    loaded = load_retro_model(model, opened.datastore, dtype=dtype).to(device).eval()
     end_tokens = loaded.generation_config.eos_token_id
     end_tokens = [end_tokens] if isinstance(end_tokens, int) else end_tokens or []
-    end_tokens = frozenset([*end_tokens, retriever.datastore.tokenizer.eos_token_id]) - {None}
-    return LoadedModel(loaded, retriever, end_tokens)
+    end_tokens = frozenset([*end_tokens, opened.datastore.tokenizer.eos_token_id]) - {None}
+    return LoadedModel(loaded, opened, end_tokens)

@@ -48,7 +48,7 @@ def load_served_model(arguments: "ServeArguments") -> ServedModel:
             raise ValueError(f"--{name} is {getattr(arguments, name)}, expected at least 1")
     if arguments.max_waiting < 0 or (arguments.num_neighbors or 0) < 0:
         raise ValueError("--max_waiting and --num_neighbors cannot be negative")
-    loaded = load_model(arguments.model, arguments.datastore, arguments.dtype)
+    loaded = load_model(arguments.model, arguments.datastore, arguments.dtype, arguments.retriever)
     model, retriever = loaded.model, loaded.retriever
     datastore, tokenizer = retriever.datastore, retriever.datastore.tokenizer
     if allows_control_tokens(datastore.manifest):
@@ -65,6 +65,7 @@ def load_served_model(arguments: "ServeArguments") -> ServedModel:
         loaded.end_tokens,
         max_batch_size=arguments.max_batch_size,
         max_waiting=arguments.max_waiting,
+        refresh=retriever.refresh,
     )
     num_neighbors = arguments.num_neighbors
     return ServedModel(

@@ -30,7 +30,8 @@ from transformers import PreTrainedModel
 from data_prep.index import read_embeddings
 from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
 from modeling_retro.datastore_retro import DatastoreSplit, RetroDatastore
-from modeling_retro.retriever_retro import other_document_filter, search
+from modeling_retro.ranking_retro import longest_common_substring
+from modeling_retro.retriever_retro import NeighborSearch, other_document_filter, removed_filter
 
 from .evaluation_report import RetroEvaluation
 from .in_front import in_front_bits
@@ -54,6 +55,7 @@ def evaluate_retro(
     max_documents: int | None = None,
     measure_overlap: bool = False,
     domains: Sequence[str] | None = None,
+    retriever: str | None = None,
     seed: int = 0,
     show_progress: bool = True,
 ) -> RetroEvaluation:
@@ -79,7 +81,7 @@ def evaluate_retro(
             Number of neighbors k of a chunk, or several to measure each of.
         datastore_shares (`Sequence[float]`, *optional*, defaults to `(1.0,)`):
             Shares of the datastore's documents to retrieve from, to measure what its size is worth. Less than all is
-            searched anew, which needs the embeddings of the split.
+            searched anew, which needs the embeddings of the split unless it is searched by BM25.
         window_chunks (`int`, *optional*, defaults to 32):
             Length of a window in chunks. A window starts at position 0 and sees only the neighbors of its own chunks.
         stride_chunks (`int`, *optional*, defaults to 16):
@@ -92,6 +94,10 @@ def evaluate_retro(
             Whether to measure how much each chunk overlaps with its ten nearest neighbors, or those that are stored.
         domains (`Sequence[str]`, *optional*):
             Domain of each document, to report each by itself.
+        retriever (`str`, *optional*):
+            How neighbors are found: `"dense"`, `"bm25"`, `"hybrid"` or `"rerank"` (see
+            [`~modeling_retro.retriever_retro.NeighborSearch`]). Defaults to how the stored ones were found; with
+            another, they are searched for anew.
         seed (`int`, *optional*, defaults to 0):
             Seed of the random neighbors, of the shuffling and of the bootstrap.
         show_progress (`bool`, *optional*, defaults to `True`):
@@ -113,12 +119,11 @@ def evaluate_retro(
             f"stride_chunks is {stride_chunks}, expected at least 1 and less than window_chunks, {window_chunks}"
         )
     numbers = [num_neighbors] if isinstance(num_neighbors, int) else list(num_neighbors)
-    stored = split.neighbor_ids.shape[1]
-    if not numbers or not 1 <= min(numbers) <= max(numbers) <= stored:
-        raise ValueError(
-            f"num_neighbors is {num_neighbors}, expected numbers from 1 to the {stored} neighbors of a chunk that are "
-            "stored; run `retro neighbors` for more"
-        )
+    is_stored = retriever in (None, stored_retriever(split))
+    most = split.neighbor_ids.shape[1] if is_stored else len(datastore.chunks)
+    if not numbers or not 1 <= min(numbers) <= max(numbers) <= most:
+        remedy = "neighbors of a chunk that are stored; run `retro neighbors` for more" if is_stored else "chunks"
+        raise ValueError(f"num_neighbors is {num_neighbors}, expected numbers from 1 to the {most} {remedy}")
     if not datastore_shares or not 0 < min(datastore_shares) <= max(datastore_shares) <= 1:
         raise ValueError(f"datastore_shares is {list(datastore_shares)}, expected shares above 0 and up to 1")
     document_offsets = _document_offsets(split.chunks.document_id, max_documents)
@@ -133,13 +138,22 @@ def evaluate_retro(
         for offset, length in zip(document_offsets[:-1], np.diff(document_offsets), strict=True)
         for start, end, first_counted in sliding_windows(length, window_chunks, stride_chunks)
     ]
+    width = max(numbers)
+    if measure_overlap and not is_stored:
+        width = max(width, min(OVERLAP_NEIGHBORS, most))
     retrieved = {
         share: split.neighbor_ids[:num_chunks]
-        if share == 1
-        else neighbors_in_share(datastore, split, num_chunks, max(numbers), share, seed)
+        if share == 1 and is_stored
+        else neighbors_in_share(datastore, split, num_chunks, width, share, seed, retriever)
         for share in datastore_shares
     }
+    overlap = None
+    if measure_overlap:
+        overlap = neighbor_overlap(datastore, split, num_chunks, None if is_stored else retrieved[max(retrieved)])
     drawn = np.random.default_rng(seed).integers(len(datastore.chunks), size=(num_chunks, max(numbers)))
+    if "removed" in datastore.manifest:
+        living = np.flatnonzero(~datastore.is_removed(np.arange(len(datastore.chunks))))
+        drawn = living[drawn % len(living)]
     bits = {}
     for name, mode, number, share in _settings(modes, numbers, datastore_shares):
         neighbors = None
@@ -159,7 +173,7 @@ def evaluate_retro(
         document_offsets=document_offsets,
         num_tokens=int(num_tokens.sum()),
         num_neighbors=numbers,
-        overlap=neighbor_overlap(datastore, split, num_chunks) if measure_overlap else None,
+        overlap=overlap,
         domains=None if domains is None else list(domains),
         seed=seed,
     )
@@ -180,8 +194,19 @@ def _settings(
                 yield name, mode, number, share
 
 
+def stored_retriever(split: DatastoreSplit) -> str:
+    """How the stored neighbors of a split were found."""
+    return split.record.get("neighbors", {}).get("options", {}).get("retriever", "dense")
+
+
 def neighbors_in_share(
-    datastore: RetroDatastore, split: DatastoreSplit, num_chunks: int, num_neighbors: int, share: float, seed: int = 0
+    datastore: RetroDatastore,
+    split: DatastoreSplit,
+    num_chunks: int,
+    num_neighbors: int,
+    share: float,
+    seed: int = 0,
+    retriever: str | None = None,
 ) -> np.ndarray:
     """
     Nearest neighbors among some of the datastore's documents, drawn so that a larger share holds the smaller ones.
@@ -190,7 +215,7 @@ def neighbors_in_share(
         datastore ([`RetroDatastore`]):
             What is searched.
         split ([`DatastoreSplit`]):
-            The chunks that query, with their embeddings (`retro embed`).
+            The chunks that query, with their embeddings (`retro embed`) unless the retriever is `"bm25"`.
         num_chunks (`int`):
             Number of chunks that query, the first ones.
         num_neighbors (`int`):
@@ -199,6 +224,8 @@ def neighbors_in_share(
             Share of the documents.
         seed (`int`, *optional*, defaults to 0):
             Seed of the draw.
+        retriever (`str`, *optional*):
+            How neighbors are found. Defaults to how the stored ones of the split were.
 
     Returns:
         `np.ndarray`: global chunk ids int64 `[num_chunks, num_neighbors]`, -1 for absent ones.
@@ -209,13 +236,18 @@ def neighbors_in_share(
     def is_left_out(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
         return left_out[datastore.chunks.gather("document_id", ids)] & (ids >= 0)
 
-    unwanted = {"left_out": is_left_out}
+    unwanted = {"left_out": is_left_out, **removed_filter(datastore)}
     if split.searched:
         unwanted["own_document"] = other_document_filter(datastore.chunks, split.chunks.document_id[:num_chunks])
-    name = TRAIN_SPLIT if split.searched else split.path.name
-    embeddings = np.concatenate(read_embeddings(split.path, name, datastore.manifest))[:num_chunks]
+    search = NeighborSearch(datastore, retriever or stored_retriever(split))
+    embeddings = None
+    if search.needs_embeddings:
+        name = TRAIN_SPLIT if split.searched else split.path.name
+        embeddings = np.concatenate(read_embeddings(split.path, name, datastore.manifest))[:num_chunks]
+        embeddings = embeddings.astype(np.float32)
+    input_ids, mask = split.chunks.take(np.arange(num_chunks))
     fetch = math.ceil((2 * num_neighbors + 8) / share)
-    return search(datastore.index, embeddings.astype(np.float32), num_neighbors, unwanted, fetch=fetch)[0]
+    return search(input_ids, mask, embeddings, num_neighbors, unwanted, fetch)[0]
 
 
 class NeighborSource:
@@ -387,7 +419,9 @@ def _sum_over_processes(array: np.ndarray) -> np.ndarray:
     return reduce(torch.from_numpy(array).to(state.device), reduction="sum").cpu().numpy()
 
 
-def neighbor_overlap(datastore: RetroDatastore, split: DatastoreSplit, num_chunks: int) -> np.ndarray:
+def neighbor_overlap(
+    datastore: RetroDatastore, split: DatastoreSplit, num_chunks: int, neighbor_ids: np.ndarray | None = None
+) -> np.ndarray:
     """
     Longest token substring that each chunk shares with one of its ten nearest neighbors or their continuations, as a
     share of the chunk size (arXiv:2112.04426, section 2.6).
@@ -399,40 +433,20 @@ def neighbor_overlap(datastore: RetroDatastore, split: DatastoreSplit, num_chunk
             The chunks.
         num_chunks (`int`):
             Number of chunks to measure, the first ones.
+        neighbor_ids (`np.ndarray`, *optional*):
+            Their neighbors, int64 `[num_chunks, K]`. Defaults to those that are stored.
 
     Returns:
         `np.ndarray`: float64 `[num_chunks]`, from 0 to 1.
     """
+    neighbor_ids = split.neighbor_ids if neighbor_ids is None else neighbor_ids
     overlap = np.zeros(num_chunks)
     for start in range(0, num_chunks, 1024):
         chunk_ids = np.arange(start, min(start + 1024, num_chunks))
         tokens, mask = split.chunks.take(chunk_ids)
-        neighbors, neighbor_mask = datastore.take_neighbors(split.neighbor_ids[chunk_ids, :OVERLAP_NEIGHBORS])
+        neighbors, neighbor_mask = datastore.take_neighbors(neighbor_ids[chunk_ids, :OVERLAP_NEIGHBORS])
         # Padding equals nothing.
         tokens = np.where(mask, tokens, -1)[:, None]
         neighbors = np.where(neighbor_mask, neighbors, -2)
         overlap[chunk_ids] = longest_common_substring(tokens, neighbors).max(-1) / datastore.chunk_size
     return overlap
-
-
-def longest_common_substring(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """
-    Length of the longest run of tokens that stands in both of two sequences.
-
-    Args:
-        first (`np.ndarray`):
-            Token ids `[..., n]`.
-        second (`np.ndarray`):
-            Token ids `[..., p]`, with the same or broadcastable leading dimensions.
-
-    Returns:
-        `np.ndarray`: int64 `[...]`.
-    """
-    shape = np.broadcast_shapes(first.shape[:-1], second.shape[:-1])
-    # run[..., j]: length of the common run that ends at the current token of `first` and at token j - 1 of `second`.
-    run = np.zeros((*shape, second.shape[-1] + 1), dtype=np.int16)
-    longest = np.zeros(shape, dtype=np.int64)
-    for i in range(first.shape[-1]):
-        run[..., 1:] = np.where(first[..., i, None] == second, run[..., :-1] + 1, 0)
-        longest = np.maximum(longest, run.max(-1))
-    return longest

@@ -81,6 +81,7 @@ def teach(
     """
     opened, folder = RetroDatastore.from_pretrained(datastore), Path(output_dir)
     opened.check_model(model.config)
+    opened.check_compact("a teacher")
     source = opened.split(split)
     if not 1 <= num_neighbors <= source.neighbor_ids.shape[1]:
         raise ValueError(

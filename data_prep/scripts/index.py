@@ -12,19 +12,22 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The faiss index over the embeddings of a datastore: trained on a sample, filled shard by shard, merged, measured.
+An index over the chunks of a datastore: of their embeddings, by faiss, or of their terms, by BM25.
 
 ```bash
 retro index --datastore datastore
 retro index --datastore datastore --factory IVF131072,PQ32 --target-recall 0.9 --use-gpus
+retro index --datastore datastore --kind bm25
 ```
 
-Always reports recall@1 and recall@10 against exact search, and writes it into the manifest with the nprobe (efSearch
-for HNSW) that reaches the target. Many processes fill shards: `accelerate launch -m data_prep.scripts.index ...`.
+A faiss index is trained on a sample, filled shard by shard, merged and measured: it always reports recall@1 and
+recall@10 against exact search, and writes it into the manifest with the nprobe (efSearch for HNSW) that reaches the
+target. A BM25 index needs no embeddings; a datastore may hold both kinds. Many processes share the shards:
+`accelerate launch -m data_prep.scripts.index ...`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from data_prep.arguments import parse_arguments, run_command
 
@@ -34,6 +37,10 @@ class IndexArguments:
     """Options of `retro index`."""
 
     datastore: str = field(metadata={"help": "The datastore."})
+    kind: str = field(
+        default="faiss",
+        metadata={"help": "Of what: faiss of the embeddings, bm25 of the terms.", "choices": ["faiss", "bm25"]},
+    )
     factory: str = field(default="auto", metadata={"help": "A faiss factory string, or auto by number of chunks."})
     metric: str = field(
         default="inner_product", metadata={"help": "What is compared.", "choices": ["inner_product", "l2"]}
@@ -47,15 +54,41 @@ class IndexArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the samples."})
     use_gpus: bool = field(default=False, metadata={"help": "Train and fill on GPUs."})
     shard_index: bool = field(default=False, metadata={"help": "Split the index over GPUs instead of copying it."})
+    terms: str = field(
+        default="tokens",
+        metadata={"help": "bm25: the tokens of the datastore, or words.", "choices": ["tokens", "words"]},
+    )
+    k1: float = field(default=1.5, metadata={"help": "bm25: how much a term that stands in a chunk again counts."})
+    b: float = field(default=0.75, metadata={"help": "bm25: how much long chunks are marked down, from 0 to 1."})
     force: bool = field(default=False, metadata={"help": "Build the index anew."})
+
+
+_BM25_OPTIONS = ("terms", "k1", "b")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(IndexArguments, argv=argv, description=__doc__, prog="retro index")
-    from data_prep.index import build_index
+    options = {"datastore": arguments.datastore, "force": arguments.force}
+    for option in fields(IndexArguments):
+        name, value = option.name, getattr(arguments, option.name)
+        if name in ("datastore", "kind", "force"):
+            continue
+        if (name in _BM25_OPTIONS) == (arguments.kind == "bm25"):
+            options[name] = value
+        elif value != option.default:
+            raise ValueError(f"--{name} is {value!r}, but no option of --kind {arguments.kind}; leave it out")
     from data_prep.stage_files import process_state
 
-    record = build_index(**vars(arguments))
+    if arguments.kind == "bm25":
+        from data_prep.bm25_index import build_bm25_index
+
+        record = build_bm25_index(**options)
+        if process_state().is_main_process:
+            print(f"BM25 over {record['ntotal']} chunks: {record['num_terms']} {arguments.terms}")
+        return
+    from data_prep.index import build_index
+
+    record = build_index(**options)
     if process_state().is_main_process:
         recall = ", ".join(f"{name} {value:.3f}" for name, value in record["recall"].items() if "@" in name)
         parameters = ", ".join(f"{name} {value}" for name, value in record["search_parameters"].items()) or "exact"

@@ -17,6 +17,7 @@ The nearest neighbors of each chunk outside its own document.
 ```bash
 retro neighbors --datastore datastore --num-neighbors 4
 retro neighbors --datastore datastore --num-neighbors 4 --split validation
+retro neighbors --datastore datastore --retriever bm25
 ```
 
 Many processes share the shards: `accelerate launch -m data_prep.scripts.neighbors ...`.
@@ -35,6 +36,13 @@ class NeighborsArguments:
     datastore: str = field(metadata={"help": "The datastore."})
     num_neighbors: int = field(default=4, metadata={"help": "Neighbors of a chunk."})
     split: str = field(default="train", metadata={"help": "The split whose chunks are the queries."})
+    retriever: str = field(
+        default="dense",
+        metadata={
+            "help": "By embeddings, by shared terms, by both, or by embeddings and then shared runs of tokens.",
+            "choices": ["dense", "bm25", "hybrid", "rerank"],
+        },
+    )
     drop_near_duplicates: float | None = field(
         default=None, metadata={"help": "Drop neighbors that hold more than this share of the chunk's tokens."}
     )

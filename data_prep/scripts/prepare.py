@@ -55,8 +55,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{name}: {record['chunks']['num_chunks']} chunks of {record['chunks']['num_documents']} documents; "
                 + ", ".join(f"{number} {key.replace('_', ' ')}" for key, number in counts.items())
             )
-        index = manifest["index"]
-        print(f"index: {index['factory']}, recall@10 {index['recall']['recall@10']:.3f}, {index['search_parameters']}")
+        if index := manifest.get("index"):
+            recall = index["recall"]["recall@10"]
+            print(f"index: {index['factory']}, recall@10 {recall:.3f}, {index['search_parameters']}")
+        if bm25 := manifest.get("bm25"):
+            print(f"BM25 index: {bm25['num_terms']} {bm25['options']['terms']}")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,13 @@ class ServeArguments:
 
     model: str = field(metadata={"help": "Folder or Hub id of a RETRO model, or of any causal language model."})
     datastore: str = field(metadata={"help": "Folder or Hub id of the datastore to search."})
+    retriever: str | None = field(
+        default=None,
+        metadata={
+            "help": "How neighbors are found. As those that the datastore stores were when unset.",
+            "choices": ["dense", "bm25", "hybrid", "rerank"],
+        },
+    )
     served_model_name: str | None = field(
         default=None, metadata={"help": "What requests call the model; the last part of --model when unset."}
     )

@@ -116,11 +116,12 @@ def test_every_value_of_a_manifest_has_a_type_and_a_range(tiny_datastore_dir, tm
 )
 def test_a_newer_format_is_refused_and_an_older_one_is_read(tiny_datastore_dir, tmp_path, monkeypatch):
     manifest = json.loads((tiny_datastore_dir / MANIFEST_NAME).read_text())
-    (tmp_path / MANIFEST_NAME).write_text(json.dumps(manifest | {"format_version": 2}))
-    with pytest.raises(ValueError, match="has format version 2, this code reads versions up to 1.*install that"):
+    assert manifest["format_version"] == 1  # of one that was never changed, so that older code reads it too
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(manifest | {"format_version": 3}))
+    with pytest.raises(ValueError, match="has format version 3, this code reads versions up to 2.*install that"):
         read_manifest(tmp_path)
-    monkeypatch.setattr(datastore_manifest_retro, "FORMAT_VERSION", 3)
-    assert read_manifest(tmp_path)["format_version"] == 2
+    monkeypatch.setattr(datastore_manifest_retro, "FORMAT_VERSION", 4)
+    assert read_manifest(tmp_path)["format_version"] == 3
     # Fields may be added without a new version.
     (tmp_path / MANIFEST_NAME).write_text(json.dumps(manifest | {"mood": "good"}))
     assert read_manifest(tmp_path)["mood"] == "good"

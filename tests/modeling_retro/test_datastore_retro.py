@@ -182,7 +182,7 @@ def test_what_is_no_datastore_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not valid JSON"):
         RetroDatastore.from_pretrained(tmp_path)
     (tmp_path / "datastore.json").write_text('{"format_version": 99}')
-    with pytest.raises(ValueError, match="format version 99, this code reads versions up to 1"):
+    with pytest.raises(ValueError, match="format version 99, this code reads versions up to 2"):
         RetroDatastore.from_pretrained(tmp_path)
 
 

@@ -18,6 +18,7 @@ Measures what retrieval buys a RETRO language model on held-out documents: bits 
     retro evaluate --model model --datastore datastore --output_dir evaluation --num_neighbors 1 2 4 10 \\
         --modes off random on neighbor continuation shuffled --baseline decoder --overlap
     retro evaluate --model model --datastore datastore --output_dir sizes --datastore_share 0.125 0.25 0.5 1
+    retro evaluate --model model --datastore datastore --output_dir lexical --retriever bm25
     retro evaluate --model HuggingFaceTB/SmolLM2-135M --datastore datastore --output_dir untrained \\
         --modes off random on in_front
     accelerate launch -m trainers.scripts.evaluate_retro --model model --datastore datastore --output_dir evaluation
@@ -52,6 +53,13 @@ class EvaluateRetroArguments:
     datastore_share: list[float] = field(
         default_factory=lambda: [1.0],
         metadata={"help": "Shares of the datastore's documents to retrieve from, measuring each."},
+    )
+    retriever: str | None = field(
+        default=None,
+        metadata={
+            "help": "How neighbors are found. With another than the stored ones were, they are searched for anew.",
+            "choices": ["dense", "bm25", "hybrid", "rerank"],
+        },
     )
     baseline: str | None = field(
         default=None,
@@ -95,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from modeling_retro.datastore_manifest_retro import describe_datastore
     from modeling_retro.model_card_retro import save_model_card
 
-    from ..evaluation import evaluate_retro
+    from ..evaluation import evaluate_retro, stored_retriever
     from ..load_model import load_retro_model
 
     keep_freed_memory()
@@ -123,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         datastore_shares=arguments.datastore_share,
         measure_overlap=arguments.overlap,
         domains=domains,
+        retriever=arguments.retriever,
         **options,
     )
     if arguments.baseline is not None:
@@ -130,11 +139,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         measured = evaluate_retro(baseline, datastore, split, modes=["off"], **options)
         evaluation.chunk_bits["baseline"] = measured.chunk_bits["off"]
     if state.is_main_process:
-        facts = {"split": arguments.split, "datastore": describe_datastore(datastore.manifest)}
+        facts = {
+            "split": arguments.split,
+            "datastore": describe_datastore(datastore.manifest),
+            "retriever": arguments.retriever or stored_retriever(split),
+        }
         evaluation.save(arguments.output_dir, facts)
         if (
             arguments.model_card
-            and Path(arguments.model).is_dir()
+            and (Path(arguments.model) / "config.json").is_file()
             and AutoConfig.from_pretrained(arguments.model).model_type in ("retro", "retro_joint")
         ):
             save_model_card(arguments.model, {**evaluation.to_dict(), **facts})

@@ -32,6 +32,13 @@ class GenerateArguments:
     model: str = field(metadata={"help": "Folder or Hub id of a RETRO model, or of any causal language model."})
     datastore: str = field(metadata={"help": "Folder or Hub id of the datastore to search."})
     prompt: str = field(metadata={"help": "Text to continue."})
+    retriever: str | None = field(
+        default=None,
+        metadata={
+            "help": "How neighbors are found. As those that the datastore stores were when unset.",
+            "choices": ["dense", "bm25", "hybrid", "rerank"],
+        },
+    )
     max_new_tokens: int = field(default=192, metadata={"help": "Number of tokens to generate at most."})
     do_sample: bool = field(default=False, metadata={"help": "Sample, instead of taking the likeliest token."})
     temperature: float = field(default=0.8, metadata={"help": "Temperature of sampling."})
@@ -65,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..generation import format_chunks, generate_with_neighbors
     from ..load_model import load_retro_model
 
-    retriever = RetroRetriever.from_pretrained(arguments.datastore)
+    retriever = RetroRetriever.from_pretrained(arguments.datastore, retriever=arguments.retriever)
     model = load_retro_model(arguments.model, retriever.datastore, reader=arguments.reader)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.num_neighbors is not None:

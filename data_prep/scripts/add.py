@@ -1,0 +1,61 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Adds documents to a datastore that is being read: chunks, embeddings, index and neighbors.
+
+```bash
+retro add datastore more.jsonl
+retro add datastore more.jsonl folder_of_texts --refresh_neighbors
+```
+
+Whoever has the datastore open keeps the version that was opened; a server takes the new one by itself. The documents
+are read as those before them (`--text_column` of `retro chunk` and so on). If the run is interrupted, the datastore is
+what it was, and the same command goes on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from data_prep.arguments import name_leading_words, parse_arguments, run_command
+from data_prep.memory import keep_freed_memory
+
+
+@dataclass
+class AddArguments:
+    """Options of `retro add`."""
+
+    datastore: str = field(metadata={"help": "The datastore; may stand first."})
+    input: list[str] = field(
+        metadata={"help": "Files, folders and globs of documents, '-' for jsonl on standard input; may follow it."}
+    )
+    refresh_neighbors: bool = field(
+        default=False,
+        metadata={"help": "Search anew for the neighbors of chunks that were there before, which may now be nearer."},
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = name_leading_words(argv, "datastore", "input")
+    (arguments,) = parse_arguments(AddArguments, argv=argv, description=__doc__, prog="retro add")
+    from data_prep.living_datastore import add_documents, describe_version
+    from data_prep.stage_files import process_state
+
+    keep_freed_memory()
+    manifest = add_documents(arguments.datastore, arguments.input, arguments.refresh_neighbors)
+    if process_state().is_main_process:
+        print(describe_version(manifest))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,74 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Removes documents from a datastore that is being read: from this moment on nobody who opens it finds them.
+
+```bash
+retro remove datastore --documents 3 14
+retro remove articles --documents a3 a14
+```
+
+Documents are named by the user's own ids if the datastore was chunked with `--id_column`, else by the numbers that
+retrieval returns. Their chunks stay on the disk until `retro compact`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from data_prep.arguments import name_leading_words, parse_arguments, run_command
+from data_prep.memory import keep_freed_memory
+
+
+@dataclass
+class RemoveArguments:
+    """Options of `retro remove`."""
+
+    datastore: str = field(metadata={"help": "The datastore; may stand first."})
+    documents: list[str] = field(
+        metadata={"help": "The user's own ids of the documents if the datastore has them, else their numbers."}
+    )
+    by_number: bool = field(
+        default=False, metadata={"help": "--documents are numbers, also if the datastore has ids of its own."}
+    )
+    refresh_neighbors: bool = field(
+        default=False, metadata={"help": "Search anew for stored neighbors, in the place of those that are removed."}
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = name_leading_words(argv, "datastore")
+    (arguments,) = parse_arguments(RemoveArguments, argv=argv, description=__doc__, prog="retro remove")
+    from pathlib import Path
+
+    from data_prep.living_datastore import describe_version, has_own_ids, remove_documents
+    from data_prep.stage_files import process_state
+    from modeling_retro.datastore_manifest_retro import read_manifest
+
+    keep_freed_memory()
+    documents = arguments.documents
+    if arguments.by_number or not has_own_ids(read_manifest(Path(arguments.datastore))):
+        wrong = [word for word in documents if not word.isdecimal()]
+        if wrong:
+            raise ValueError(
+                f"--documents is {wrong[0]!r}, expected numbers: the documents of {arguments.datastore} have no other "
+                "ids, it was chunked without --id_column"
+            )
+        documents = [int(word) for word in documents]
+    manifest = remove_documents(arguments.datastore, documents, arguments.refresh_neighbors)
+    if process_state().is_main_process:
+        print(describe_version(manifest))
+
+
+if __name__ == "__main__":
+    run_command(main)

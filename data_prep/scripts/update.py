@@ -1,0 +1,60 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Brings the documents of a datastore up to date: adds new ones, and those that changed in the place of the old ones.
+
+```bash
+retro update articles articles.jsonl
+```
+
+Documents are told apart by the user's own id, so the datastore must have been chunked with `--id_column`. A document
+that is there with the same text costs nothing but reading it. Documents that the inputs lack stay; `retro remove`
+removes them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from data_prep.arguments import name_leading_words, parse_arguments, run_command
+from data_prep.memory import keep_freed_memory
+
+
+@dataclass
+class UpdateArguments:
+    """Options of `retro update`."""
+
+    datastore: str = field(metadata={"help": "The datastore; may stand first."})
+    input: list[str] = field(
+        metadata={"help": "Files, folders and globs of documents, '-' for jsonl on standard input; may follow it."}
+    )
+    refresh_neighbors: bool = field(
+        default=False,
+        metadata={"help": "Search anew for the neighbors of chunks that were there before, which may now be nearer."},
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = name_leading_words(argv, "datastore", "input")
+    (arguments,) = parse_arguments(UpdateArguments, argv=argv, description=__doc__, prog="retro update")
+    from data_prep.living_datastore import describe_version, update_documents
+    from data_prep.stage_files import process_state
+
+    keep_freed_memory()
+    manifest = update_documents(arguments.datastore, arguments.input, arguments.refresh_neighbors)
+    if process_state().is_main_process:
+        print(describe_version(manifest))
+
+
+if __name__ == "__main__":
+    run_command(main)
