@@ -12,11 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Datasets of other RETRO implementations to a datastore, so that nobody tokenizes and embeds twice.
+Imports data sets of other RETRO implementations into a datastore, so that they need not be tokenized and embedded
+again.
 
-`norlund` takes an `index.spec.json`, or a `data.spec.json` that also has neighbors. `retro_pytorch` takes the memory
-map of the chunks; `*.doc_ids.dat`, `*.chunks.knn.dat` and the sizes in `*.stats.json` are found beside it or given.
-What the files lack (embeddings, index, neighbors) the other stages make as usual.
+The format `norlund` takes an `index.spec.json`, or a `data.spec.json` that also has neighbors. The format
+`retro_pytorch` takes the memory map of the chunks. The files `*.doc_ids.dat`, `*.chunks.knn.dat` and `*.stats.json`,
+which holds the sizes, are found beside it unless they are given. If embeddings, index or neighbors are missing, the
+other stages make them as usual.
 """
 
 import json
@@ -55,14 +57,14 @@ from modeling_retro.durable_files_retro import whole
 
 logger = logging.get_logger(__name__)
 
-# Cosine that embeddings of another program must reach with those of the encoder that is said to have made them.
+# Smallest cosine between imported embeddings and those of the encoder that is said to have made them.
 _AGREEMENT = 0.98
 _SAMPLE = 32
 
 
 @dataclass
 class ForeignShard:
-    """A shard of another program: tokens [n, m] padded with 0, documents [n], vectors [n, dim], neighbors [n, k]."""
+    """A shard of another program: tokens [n, m], padded with 0, documents [n], vectors [n, dim], neighbors [n, k]."""
 
     name: str
     chunks: np.ndarray
@@ -84,28 +86,31 @@ def import_datastore(
     chunk_size: int = 64,
 ) -> dict[str, Any]:
     """
-    Imports chunks, and embeddings and neighbors where there are any, into a datastore.
+    Imports chunks into a datastore, and embeddings and neighbors if there are any.
 
-    The source text is gone, so `num_bytes` of a chunk are the bytes of its decoded text.
+    The source text is not available, so `num_bytes` of a chunk is the number of bytes of its decoded text.
 
     Args:
         format (`str`): `"norlund"` or `"retro_pytorch"`.
-        source (`str` or `Path`): `index.spec.json` or `data.spec.json`; or the memory map of the chunks.
+        source (`str` or `Path`): `index.spec.json` or `data.spec.json`, or the memory map of the chunks.
         output_dir (`str` or `Path`): The datastore.
         tokenizer (`str`, `Path` or `PreTrainedTokenizerBase`): The tokenizer that made the token ids.
         encoder (`str`, `Path` or [`ChunkEncoder`], *optional*):
-            The encoder that made the embeddings; without it they are not imported. A sample is compared.
+            The encoder that made the embeddings. A sample of them is compared with it. Without it, embeddings are not
+            imported.
         split (`str`, *optional*, defaults to `"train"`): The split to import to.
         doc_ids (`str` or `Path`, *optional*): Memory map of the document ids (`retro_pytorch`).
         knn (`str` or `Path`, *optional*): Memory map of the neighbors (`retro_pytorch`).
         stats (`str` or `Path`, *optional*): Json with the number of chunks (`retro_pytorch`).
-        chunk_size (`int`, *optional*, defaults to 64): Tokens in a chunk (`retro_pytorch`).
+        chunk_size (`int`, *optional*, defaults to 64): Number of tokens in a chunk (`retro_pytorch`).
 
     Returns:
         `dict`: the manifest.
 
     Raises:
-        ValueError: If files are missing, disagree with one another, or with the tokenizer or encoder; names which.
+        ValueError: If a file is missing, or disagrees with another file, the tokenizer or the encoder. The message
+        names
+            it.
     """
     if format == "norlund":
         shards = read_norlund(Path(source))
@@ -131,7 +136,7 @@ def import_datastore(
 
 
 def _load(path: Path, dimensions: int, rows: int | None = None) -> np.ndarray:
-    """A npy file, memory-mapped, of the expected dimensions and rows."""
+    """Memory-maps a npy file and checks its dimensions and rows."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -147,7 +152,7 @@ def read_norlund(spec: Path) -> list[ForeignShard]:
     Reads `index.spec.json` (a list of shards) or `data.spec.json` (`shards` with neighbors).
 
     Args:
-        spec (`Path`): The file; paths in it are relative to its folder.
+        spec (`Path`): The file. Paths in it are relative to its folder.
 
     Raises:
         ValueError: If a file is missing or two files disagree.
@@ -191,18 +196,18 @@ def read_retro_pytorch(
     chunk_size: int = 64,
 ) -> list[ForeignShard]:
     """
-    Reads the headerless memory maps of RETRO-pytorch: chunks int32 [N, m + 1], whose last column is the first token of
-    the next chunk, document ids int32 [N], neighbors int32 [N, k].
+    Reads the memory maps of RETRO-pytorch, which have no headers. They hold chunks int32 [N, m + 1], whose last column
+    is the first token of the next chunk, document ids int32 [N], and neighbors int32 [N, k].
 
     Args:
-        chunks (`Path`): Such as `train.chunks.dat`.
+        chunks (`Path`): The file of the chunks, such as `train.chunks.dat`.
         doc_ids (`str` or `Path`, *optional*): Defaults to `train.doc_ids.dat`.
         knn (`str` or `Path`, *optional*): Defaults to `train.chunks.knn.dat`, if there is one.
         stats (`str` or `Path`, *optional*): Defaults to `train.stats.json`.
-        chunk_size (`int`, *optional*, defaults to 64): Tokens in a chunk, m.
+        chunk_size (`int`, *optional*, defaults to 64): Number m of tokens in a chunk.
 
     Raises:
-        ValueError: If a file is missing or its size is not that of the number of chunks.
+        ValueError: If a file is missing, or its size does not fit the number of chunks.
     """
     stem = chunks.name.removesuffix(".dat").removesuffix(".chunks")
     doc_ids = Path(doc_ids or chunks.with_name(f"{stem}.doc_ids.dat"))
@@ -215,7 +220,7 @@ def read_retro_pytorch(
     number = json.loads(stats.read_text(encoding="utf-8"))["chunks"]
 
     def memory_map(file: Path, width: int | None) -> np.ndarray:
-        # The maps are allocated for a largest number of chunks; the rest of them is empty.
+        # The maps are allocated for the largest possible number of chunks, and the rest is empty.
         values = np.memmap(file, dtype=np.int32, mode="r")
         width = width or len(values) // max(1, number)
         if width == 0 or len(values) < number * width:
@@ -249,7 +254,7 @@ def _check_shards(shards: Sequence[ForeignShard], vocab_size: int) -> None:
 
 
 def _lengths(shard: ForeignShard) -> np.ndarray:
-    """Real tokens of each chunk: only the last chunk of a document is padded, with zeros at its end."""
+    """Number of real tokens of each chunk. Only the last chunk of a document is padded, with zeros at its end."""
     chunks = np.asarray(shard.chunks)
     trailing = np.argmax(chunks[:, ::-1] != 0, axis=1)
     is_last = np.diff(shard.document_id, append=-1) != 0
@@ -393,7 +398,7 @@ def _write_neighbors(path: Path, manifest: dict[str, Any], split: str, shards: S
 
     def make(index: int, temporary: Path) -> dict[str, Any]:
         ids = np.asarray(shards[index].neighbors, dtype=np.int64)
-        # Their scores were not kept; their order was.
+        # The files hold the order of the neighbors, but not their scores.
         columns = {"neighbor_ids": ids, "neighbor_scores": np.zeros(ids.shape, dtype=np.float32)}
         save_shard(temporary, columns, neighbor_features(k))
         return {"rows": len(ids), "counts": {}, "chunks_sha256": chunk_shards[index]["sha256"], "index": None}

@@ -14,8 +14,9 @@
 """
 Removes the training documents that nearly equal a held-out document: 13-gram Jaccard similarity of at least 0.8.
 
-Runs after `chunk` of all splits and before `embed`. Candidates come from MinHash signatures (Broder 1997), each is
-verified on the n-grams of token ids themselves. What was removed is listed in `duplicates.jsonl`.
+This stage runs after `chunk` of all splits and before `embed`. Candidates come from MinHash signatures (Broder 1997),
+and each candidate is verified on the n-grams of its token ids. `duplicates.jsonl` lists the documents that were
+removed.
 """
 
 import hashlib
@@ -49,18 +50,19 @@ from modeling_retro.durable_files_retro import remove, replace, whole
 logger = logging.get_logger(__name__)
 
 _SIGNATURE_SIZE = 128
-# Candidates are taken from a lower similarity on: missing a duplicate is worse than verifying one in vain.
+# Candidates need less similarity, because missing a duplicate is worse than verifying a document in vain.
 _MARGIN = 0.6
 _WORK = ".deduplicated-"
 
 
 class NearDuplicates:
     """
-    Finds the known document that a document nearly equals.
+    Finds the known document that a given document nearly equals.
 
     Args:
-        threshold (`float`): Jaccard similarity of the sets of n-grams from which two documents are near duplicates.
-        ngram (`int`): Tokens in an n-gram; a shorter document is one n-gram.
+        threshold (`float`):
+            Smallest Jaccard similarity of the sets of n-grams of two near duplicates.
+        ngram (`int`): Number of tokens in an n-gram. A shorter document is one n-gram.
     """
 
     def __init__(self, threshold: float = 0.8, ngram: int = 13):
@@ -74,7 +76,7 @@ class NearDuplicates:
         self._known: dict[Any, np.ndarray] = {}
 
     def add(self, key: Any, tokens: np.ndarray) -> None:
-        """Makes a document known under `key`; `tokens` are its ids [n]."""
+        """Adds a document with the token ids `tokens` [n] to the known ones, under `key`."""
         ngrams = self._ngrams(tokens)
         self._known[key] = ngrams
         self._index.insert(key, self._signature(ngrams))
@@ -93,7 +95,7 @@ class NearDuplicates:
         return key, similarity
 
     def _ngrams(self, tokens: np.ndarray) -> np.ndarray:
-        """The distinct n-grams as rows [g, ngram]; a document shorter than that is padded with -1."""
+        """The distinct n-grams as rows [g, ngram]. A document that is shorter than an n-gram is padded with -1."""
         tokens = np.asarray(tokens, dtype=np.int32)
         if len(tokens) < self.ngram:
             tokens = np.pad(tokens, (0, self.ngram - len(tokens)), constant_values=-1)
@@ -110,7 +112,7 @@ class NearDuplicates:
 
 
 def _hash(rows: np.ndarray) -> np.ndarray:
-    """32-bit hashes of rows of 32-bit integers: multiply and shift, modulo 2**64."""
+    """Hashes rows of 32-bit integers to 32 bits by multiply and shift, modulo 2**64."""
     hashes = np.zeros(len(rows), dtype=np.uint64)
     for column in rows.T:
         hashes = (hashes ^ column) * np.uint64(0x9E3779B97F4A7C15)
@@ -145,15 +147,15 @@ def deduplicate(
     Args:
         datastore (`str` or `Path`): The datastore.
         against (`Sequence[str]`, *optional*): The splits of held-out documents. Defaults to all but `"train"`.
-        threshold (`float`, *optional*, defaults to 0.8): Jaccard similarity from which a document is removed.
-        ngram (`int`, *optional*, defaults to 13): Tokens in an n-gram.
+        threshold (`float`, *optional*, defaults to 0.8): Smallest Jaccard similarity of documents that are removed.
+        ngram (`int`, *optional*, defaults to 13): Number of tokens in an n-gram.
         force (`bool`, *optional*, defaults to `False`): Whether to remove embeddings of chunks that change.
 
     Returns:
-        `dict`: what the manifest says: `documents` and `chunks` removed, and the options.
+        `dict`: the record in the manifest: the numbers of removed `documents` and `chunks`, and the options.
 
     Raises:
-        ValueError: If there is nothing to compare with, nothing would be left, or chunks are embedded already.
+        ValueError: If there is no held-out split, if no document would be left, or if the chunks are already embedded.
     """
     path = Path(datastore)
     with directory_lock(path):
@@ -210,7 +212,7 @@ def _remove_duplicates(
         }
 
     names = [record["name"] for record in shards]
-    # An interrupted run goes on only if it compares the same chunks in the same way.
+    # An interrupted run is resumed only if it compares the same chunks in the same way.
     run = hashlib.sha256(json.dumps([stage["fingerprint"], before], sort_keys=True).encode()).hexdigest()[:16]
     records = run_shards(path / (_WORK + run), [], names, make, description="Deduplicating")
     duplicates = [duplicate for record in records for duplicate in record.pop("duplicates")]
@@ -238,7 +240,7 @@ def _remove_duplicates(
 def _find_in_shard(
     detector: NearDuplicates, table: ChunkTable, index: int | None
 ) -> tuple[np.ndarray | None, list[dict[str, Any]]]:
-    """Mask of the rows to keep and the duplicates of a shard; nothing for a shard that was looked through before."""
+    """Mask of the rows to keep and the duplicates of a shard. Shards that were searched before are skipped."""
     if index is None:
         return None, []
     columns = table.shard(index)
@@ -258,8 +260,8 @@ def _find_in_shard(
 
 def _finish(path: Path, stage: dict[str, Any]) -> None:
     """
-    Puts the remaining chunks in the place of all chunks. The manifest names them already, so an interruption here
-    leaves nothing but this step to do, which the next run does first.
+    Replaces all chunks by the remaining ones. The manifest already names these, so if this step is interrupted, the
+    next run repeats only this step.
     """
     state = process_state()
     if "deduplicated" in stage and state.is_main_process:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Real text without a download: the docstrings of installed packages, one document a module."""
+"""Reads the docstrings of installed packages: real text that needs no download, with one document for each module"""
 
 import ast
 import hashlib
@@ -33,10 +33,10 @@ def read_docstrings(packages: Sequence[str], show_progress: bool = True) -> Iter
             Whether to show a progress bar over the files of each package.
 
     Yields:
-        `dict[str, str]`: `"text"`, the docstrings of one module in the order of the source (the module's own, then
-        those of its classes and functions) with empty lines in between, and `"id"`, the dotted name of the module.
-        Modules come in the order of their paths. Modules without docstrings, and those whose text equals that of an
-        earlier one, are left out.
+        `dict[str, str]`: `"text"` and `"id"`. The text holds the docstrings of one module in the order of the source
+        (that of the module first, then those of its classes and functions), with empty lines in between. The id is the
+        dotted name of the module. Modules come in the order of their paths. Modules without docstrings, and those
+        whose text equals that of an earlier module, are left out.
 
     Raises:
         `ValueError`: if a package is not installed as source files.
@@ -55,11 +55,12 @@ def read_docstrings(packages: Sequence[str], show_progress: bool = True) -> Iter
 
 def is_held_out(document_id: str) -> bool:
     """
-    Whether a document is kept out of training, in every version of a corpus: one in 32, by a hash of its id.
+    Whether a document is held out of training. A hash of its id decides, so that the same documents (one in 32) are
+    held out of every version of a corpus.
 
     Args:
         document_id (`str`):
-            Name of the document that stays when its text changes, such as the dotted name of a module.
+            Name of the document, which must stay the same when its text changes, such as the dotted name of a module.
 
     Returns:
         `bool`
@@ -80,11 +81,11 @@ def _package_directory(package: str) -> Path:
 def _module_docstrings(path: Path) -> str:
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # templates and test data with the suffix .py
+    except (SyntaxError, ValueError):  # templates and test data also have the suffix .py
         return ""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
     nodes.sort(key=lambda node: 0 if isinstance(node, ast.Module) else node.lineno)
     docstrings = (ast.get_docstring(node) for node in nodes)
-    # A lone surrogate escaped in a source has no UTF-8 form.
+    # A lone surrogate, which a source can hold as an escape, cannot be encoded in UTF-8.
     return "\n\n".join(filter(None, docstrings)).encode("utf-8", errors="replace").decode("utf-8")

@@ -12,14 +12,16 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Readers of documents and the policy for bad records.
+Reads documents and handles bad records.
 
-Inputs are files, folders and globs: `.jsonl`, `.json` (one object a line) and `.parquet` hold records with a text
-column, every other file is one document; `.gz` and `.zst` are unpacked on the way. Any `datasets` dataset is an input
-too. What can be read only once (standard input, a streamed dataset) is first copied to a file.
+Inputs are files, folders and globs. Files of the types `.jsonl`, `.json` (one object on each line) and `.parquet` hold
+records with a text column. Any other file is one document. Files that end in `.gz` or `.zst` are unpacked while they
+are read. Any `datasets` dataset is an input too. An input that can be read only once (standard input, a streamed
+dataset) is first copied to a file.
 
-A corpus is first *scanned* for the number and size of its records (nothing is parsed; several processes share the
-files), then read in parts that they share as well. A document's id is the position of its record in the inputs.
+A corpus is first *scanned* for the number and the sizes of its records, without parsing them. Then it is read in
+parts. Several processes share the files of the scan and the parts. The id of a document is the position of its record
+in the inputs.
 """
 
 import glob
@@ -46,7 +48,7 @@ from modeling_retro.durable_files_retro import whole
 
 _RECORD_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _PACKED_SUFFIXES = (".gz", ".zst")
-# A copied stream is known by its name.
+# Prefix of the names of copied streams.
 SPOOL = ".stream-"
 _READ_SIZE = 1 << 16
 _ROWS = 256
@@ -55,15 +57,15 @@ _ROWS = 256
 @dataclass(frozen=True)
 class Source:
     """
-    One file of records, or a list of text files of one document each.
+    One file of records, or a list of text files that hold one document each.
 
     Args:
         kind (`str`): `"jsonl"`, `"parquet"`, `"text"` or `"dataset"`.
-        path (`str`): The file, or what to call a dataset in messages.
+        path (`str`): The file, or the name of a dataset in messages.
         files (`tuple[str, ...]`, *optional*): The files of a `"text"` source.
         dataset (`datasets.Dataset`, *optional*): The data of a `"dataset"` source.
-        filter ([`Filter`], *optional*): Which records to keep.
-        folder (`str`, *optional*): Folder of this machine that is left out of what the manifest says.
+        filter ([`Filter`], *optional*): Condition of the records to keep.
+        folder (`str`, *optional*): Folder of this machine that paths in the manifest leave out.
     """
 
     kind: str
@@ -74,16 +76,16 @@ class Source:
     folder: str | None = field(default=None, compare=False)
 
     def public(self, path: str) -> str:
-        """A path of this source without the folders of this machine above it."""
+        """A path of this source, relative to the folder that is left out."""
         return path if self.folder is None else os.path.relpath(path, self.folder)
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest keeps, to tell whether an input is the same again."""
+        """The record for the manifest, by which a later run recognizes the input."""
         if self.kind == "dataset":
             size = self.dataset.data.nbytes
         else:
             size = sum(Path(file).stat().st_size for file in self.files or (self.path,))
-        # A copied stream stands in the datastore, wherever that is.
+        # A copied stream is in the datastore, whose path may change.
         path = "-" if Path(self.path).name.startswith(SPOOL) else self.public(self.path)
         return {"kind": self.kind, "path": path, "bytes": size, "filter": self.filter and str(self.filter)}
 
@@ -96,8 +98,8 @@ class Source:
 @dataclass(frozen=True)
 class Part:
     """
-    Records `start` to `stop` (exclusive) of the source with index `source`; `offset` in bytes for a jsonl that is not
-    packed; `broken` says why the source cannot be read further.
+    Records `start` to `stop` (exclusive) of the source with index `source`. `offset` is their position in bytes in a
+    jsonl file that is not compressed. `broken` is the reason why the source cannot be read further, if it cannot.
     """
 
     source: int
@@ -110,7 +112,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Document:
-    """A document: its text and the id column's value, if there is one."""
+    """A document: its text and, if there is an id column, its value there."""
 
     text: str
     document_id: int
@@ -119,7 +121,7 @@ class Document:
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that is no document: where it stands and why."""
+    """A record that is not a document: its place and the reason."""
 
     file: str
     line: int
@@ -148,11 +150,11 @@ class Filter:
 
     @property
     def key(self) -> str:
-        """The key it looks at."""
+        """The key that the condition tests."""
         return self._parse()[0]
 
     def keeps(self, record: dict[str, Any]) -> bool:
-        """Whether the condition holds for a record; a missing key is null."""
+        """Whether the condition holds for a record. A missing key counts as null."""
         key, operator, value = self._parse()
         found = _lookup(record, key)[1]
         return found in value if operator == "in" else (found == value) == (operator == "==")
@@ -177,11 +179,11 @@ class Filter:
 @dataclass(frozen=True)
 class RecordFormat:
     """
-    How a record becomes a document.
+    Describes how a record becomes a document.
 
     Args:
-        text_column (`str`, *optional*, defaults to `"text"`): Key or column of the text; `a.b` reaches inside.
-        id_column (`str`, *optional*): Key or column of the user's own id of a document.
+        text_column (`str`, *optional*, defaults to `"text"`): Key or column of the text. `a.b` names the key `b` of
+        the object `a`. id_column (`str`, *optional*): Key or column of the user's own id of a document.
         max_document_bytes (`int`, *optional*, defaults to 50,000,000): Longer records are bad records.
     """
 
@@ -190,12 +192,12 @@ class RecordFormat:
     max_document_bytes: int = 50_000_000
 
     def columns(self, source: Source) -> list[str]:
-        """Top-level columns that are read of a source."""
+        """The top-level columns of a source that are read."""
         keys = [self.text_column, self.id_column, source.filter and source.filter.key]
         return sorted({key.split(".")[0] for key in keys if key})
 
     def document(self, record: dict[str, Any], document_id: int) -> Document | str:
-        """The document of a record, or the reason why it is none."""
+        """The document of a record, or the reason why the record is not a document."""
         found, text = _lookup(record, self.text_column)
         if not found:
             return f"no {self.text_column!r} in the record (it has {', '.join(map(repr, record)) or 'nothing'})"
@@ -230,12 +232,13 @@ def find_sources(
     filter: str | None = None,
 ) -> list[Source]:
     """
-    Finds the files of files, folders and globs, in order; within a folder or glob sorted by path.
+    Finds the files of the inputs, in the order of the inputs. Within a folder or a glob they are sorted by path.
 
     Args:
         inputs (`str`, `Path`, `Dataset`, `Mapping` or a sequence of them):
-            What the user named. A mapping has `path`, or what [`open_dataset`] takes, and maybe a `filter` of its own.
-        filter (`str`, *optional*): The [`Filter`] of inputs without one of their own.
+            The inputs that the user named. A mapping has `path`, or the keys that [`open_dataset`] takes, and may have
+            its own `filter`.
+        filter (`str`, *optional*): The [`Filter`] of inputs that have none of their own.
 
     Raises:
         ValueError: If an input does not exist or holds no files.
@@ -262,7 +265,7 @@ def find_sources(
 
 def open_dataset(entry: Mapping[str, Any]) -> Dataset | IterableDataset:
     """
-    Loads a dataset of the Hub or of a folder.
+    Loads a dataset from the Hub or from a folder.
 
     Args:
         entry (`Mapping`): `dataset` (name or path), and optionally `config`, `split` (`"train"`) and `streaming`.
@@ -280,11 +283,12 @@ def open_dataset(entry: Mapping[str, Any]) -> Dataset | IterableDataset:
 
 def spool_streams(inputs: Any, folder: Path, name: str) -> Any:
     """
-    Copies the inputs that can be read only once to files in `folder`, unless they are there from an interrupted run.
+    Copies the inputs that can be read only once to files in `folder`, unless an interrupted run has already copied
+    them.
 
     Args:
-        inputs (`Any`): As [`find_sources`] takes them; `"-"` is standard input (jsonl).
-        folder (`Path`): Where to copy to.
+        inputs (`Any`): The inputs, as [`find_sources`] takes them. `"-"` is standard input (jsonl).
+        folder (`Path`): The folder to copy to.
         name (`str`): Part of the names of the files.
 
     Returns:
@@ -313,7 +317,7 @@ def spool_streams(inputs: Any, folder: Path, name: str) -> Any:
 
 def _find_files(entry: str | Path) -> list[Source]:
     path = Path(entry)
-    # Names in the manifest begin with the file or folder that was named, or with the first folder of a glob.
+    # Paths in the manifest begin with the file or folder that was named, or with the first folder of a glob.
     fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
     folder = os.path.dirname(os.path.abspath(Path(*fixed)))
     if path.is_file():
@@ -343,8 +347,8 @@ def _is_hidden(path: Path) -> bool:
 
 def scan_source(source: Source, max_document_bytes: int) -> Iterator[tuple[int, int] | BadRecord]:
     """
-    Yields (byte offset, bytes) of each record without parsing it, or ends with a [`BadRecord`] where the file is
-    broken. Sizes of parquet and dataset rows are averages.
+    Yields the offset and the size in bytes of each record without parsing it. Where a file is broken, it yields a
+    [`BadRecord`] and ends. The sizes of rows of parquet files and datasets are averages.
     """
     try:
         if source.kind == "jsonl":
@@ -369,7 +373,7 @@ def scan_source(source: Source, max_document_bytes: int) -> Iterator[tuple[int, 
 
 class RecordReader:
     """
-    Reads parts of sources; parts that follow one another in a packed file are unpacked in one pass.
+    Reads parts of sources. Consecutive parts of a compressed file are unpacked in one pass.
 
     Args:
         sources (`Sequence[Source]`): The sources.
@@ -389,7 +393,7 @@ class RecordReader:
 
         Args:
             part ([`Part`]): The part.
-            dropped ([`Dropped`]): Told of every record that is left out.
+            dropped ([`Dropped`]): Collects the records that are left out.
         """
         source = self.sources[part.source]
         for number, item in zip(range(part.start, part.stop), self._seek(part)):
@@ -418,7 +422,7 @@ class RecordReader:
                 self._source = part.source
                 self._position = part.start if source.seekable else 0
                 self._items = _read_items(source, self._position, part.offset, self.format)
-            # A packed file is unpacked up to the part, but not parsed.
+            # A compressed file is unpacked up to the part, but not parsed.
             for _ in zip(range(self._position, part.start), self._items):
                 pass
         return self._items
@@ -427,7 +431,7 @@ class RecordReader:
 @dataclass
 class Dropped:
     """
-    The records that a reader leaves out.
+    Collects the records that a reader leaves out.
 
     Args:
         on_bad_record (`str`): `"error"` raises a `ValueError` at the first bad record, `"skip"` keeps them in `bad`.
@@ -442,7 +446,7 @@ class Dropped:
             raise ValueError(f"on_bad_record must be 'error' or 'skip', got {self.on_bad_record!r}")
 
     def add(self, record: BadRecord) -> None:
-        """Raises or keeps a bad record, as the policy says."""
+        """Keeps a bad record, or raises an error, as `on_bad_record` says."""
         if self.on_bad_record == "error":
             raise ValueError(f"{record} (--on-bad-record skip leaves such records out)")
         self.bad.append(record)
@@ -457,15 +461,17 @@ def plan_parts(
     max_documents: int | None = None,
 ) -> list[Part]:
     """
-    Cuts sources into parts of whole records, the units that processes share.
+    Cuts sources into parts of whole records, which are distributed over the processes.
 
     Args:
         sources (`Sequence[Source]`): The sources.
         record_format ([`RecordFormat`]): How records become documents.
         part_bytes (`int`): A part ends with the record that reaches this size.
-        on_bad_record (`str`): What to do with a file that cannot be read to its end: `"error"` or `"skip"` the rest.
+        on_bad_record (`str`):
+            For a file that cannot be read to its end: `"error"` raises an error, and `"skip"` leaves out the rest.
         first_document_id (`int`, *optional*, defaults to 0): Id of the first record.
-        max_documents (`int`, *optional*): Stop after so many documents (bad and filtered records do not count).
+        max_documents (`int`, *optional*):
+            Largest number of documents. Bad and filtered records do not count.
 
     Returns:
         `list[Part]`: the parts, in order.
@@ -473,7 +479,7 @@ def plan_parts(
     state = process_state()
     cut: dict[int, list[Part]] = {}
     if max_documents is None:
-        # Every process scans its share of the sources.
+        # Each process scans its share of the sources.
         for index in range(state.process_index, len(sources), state.num_processes):
             cut[index] = _cut_source(sources[index], index, record_format, part_bytes, on_bad_record)[0]
         cut = {index: parts for mine in gather_object([cut]) for index, parts in mine.items()}
@@ -499,11 +505,11 @@ def _cut_source(
     on_bad_record: str,
     max_documents: int | None = None,
 ) -> tuple[list[Part], int]:
-    """The parts of one source, with document ids still to be set, and the documents that were counted for a cap."""
+    """The parts of one source, without document ids, and the number of its documents if `max_documents` is given."""
     parts: list[Part] = []
     documents, start, number, size, part_offset = 0, 0, 0, 0, 0
     broken = None
-    # Only a cap has to know which records are documents while scanning.
+    # Only `max_documents` needs to know during the scan which records are documents.
     items = _read_items(source, 0, 0, record_format) if max_documents is not None else None
     for item in scan_source(source, record_format.max_document_bytes):
         if isinstance(item, BadRecord):
@@ -532,12 +538,12 @@ def _is_document(source: Source, number: int, item: Any, record_format: RecordFo
 
 
 def record_location(source: Source, number: int) -> tuple[str, int]:
-    """File and line (counted from 1) of a record; the row for parquet and datasets."""
+    """File and line of a record, or its row for parquet and datasets, counted from 1."""
     return (source.files[number], 1) if source.kind == "text" else (source.path, number + 1)
 
 
 def _read_items(source: Source, start: int, offset: int, record_format: RecordFormat) -> Iterator[Any]:
-    """Yields what stands for each record, unparsed: (size, line), the name of a text file, or a row."""
+    """Yields each record without parsing it: (size, line), the name of a text file, or a row."""
     if source.kind == "jsonl":
         yield from _read_lines(source.path, offset, record_format.max_document_bytes)
     elif source.kind == "text":
@@ -576,7 +582,7 @@ def _open(path: str, offset: int = 0) -> io.BufferedReader:
 
 
 def _read_lines(path: str, offset: int, limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """Yields (size, line) of each line; the line is None where it is longer than `limit`."""
+    """Yields the size and the text of each line. The text is None if the line is longer than `limit`."""
     with _open(path, offset) as file:
         while line := file.readline(limit + 1):
             size = len(line)

@@ -12,9 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Embeddings of the chunks of a datastore, float16, one file a shard.
+Embeds the chunks of a datastore. Each shard of chunks gets one file of embeddings in float16.
 
-Many processes share the shards: `accelerate launch -m data_prep.scripts.embed ...`, one for each GPU.
+Many processes can share the shards, one for each GPU: `accelerate launch -m data_prep.scripts.embed ...`.
 """
 
 import itertools
@@ -62,32 +62,34 @@ def embed_chunks(
     force: bool = False,
 ) -> dict[str, Any]:
     """
-    Embeds the chunks of a split; shards that are finished are left as they are.
+    Embeds the chunks of a split. Finished shards are left as they are.
 
     Args:
         datastore (`str` or `Path`): The datastore.
-        encoder (`str`, `Path` or [`ChunkEncoder`], *optional*): Defaults to the encoder the datastore was begun with.
+        encoder (`str`, `Path` or [`ChunkEncoder`], *optional*):
+            The encoder. Defaults to the one that embedded the datastore before.
         revision (`str`, *optional*): Revision of the encoder on the Hub.
         split (`str`, *optional*, defaults to `"train"`): The split.
-        pooling (`str`, *optional*): `"mean"` or `"cls"`. Defaults to what the encoder's files say.
-        normalize (`bool`, *optional*): Whether embeddings get length 1. Defaults to what the encoder's files say.
-        truncate_dim (`int`, *optional*): Leading dimensions that are kept, for Matryoshka encoders.
+        pooling (`str`, *optional*): `"mean"` or `"cls"`. Defaults to the pooling that the files of the encoder name.
+        normalize (`bool`, *optional*):
+            Whether embeddings get length 1. Defaults to the setting in the files of the encoder.
+        truncate_dim (`int`, *optional*): Number of leading dimensions that are kept, for Matryoshka encoders.
         dtype (`str`, *optional*, defaults to `"float32"`): Computing type.
-        tokens_per_batch (`int`, *optional*, defaults to 4096): Tokens of a batch, padding included.
-        force (`bool`, *optional*, defaults to `False`): Embed the split anew.
+        tokens_per_batch (`int`, *optional*, defaults to 4096): Number of tokens in a batch, including padding.
+        force (`bool`, *optional*, defaults to `False`): Whether to embed the split again.
 
     Returns:
-        `dict`: what the manifest says of the split's embeddings.
+        `dict`: the record of the split's embeddings in the manifest.
 
     Raises:
-        ValueError: If the encoder is not the one the datastore was begun with, or its vectors are not finite.
+        ValueError: If the datastore was embedded by another encoder before, or the vectors are not finite.
     """
     path = Path(datastore)
     with directory_lock(path):
         manifest = open_manifest(path)
         chunks = RetroDatastore(path, manifest).split(split).chunks
         if force:
-            # Another encoder for what is searched is another encoder for what searches it.
+            # The searched split and the splits that search it must have the same encoder.
             for name in manifest["splits"] if split == TRAIN_SPLIT else [split]:
                 discard(path, manifest, name, "embeddings")
         encoder = _open_encoder(path, manifest, encoder, revision, pooling, normalize, truncate_dim, dtype)
@@ -148,7 +150,7 @@ def _open_encoder(
     truncate_dim: int | None,
     dtype: str,
 ) -> ChunkEncoder:
-    """Loads the encoder; the first one is recorded (and kept, unless it is on the Hub), others must equal it."""
+    """Loads the encoder. The first one is recorded, and copied unless it is on the Hub. Others must equal it."""
     datastore = RetroDatastore(path, manifest)
     recorded = manifest.get("encoder")
     state = process_state()
@@ -161,7 +163,7 @@ def _open_encoder(
         datastore.check_encoder(encoder)
     else:
         manifest["encoder"] = encoder.describe() | {"name": public_name(encoder.name)}
-    # Written each time, in case the copy was damaged.
+    # The copy is written each time, in case it was damaged.
     source, copy = Path(encoder.name), path / "encoder"
     if state.is_main_process and source.is_dir() and source.resolve() != copy.resolve():
         with whole(path / "encoder") as temporary:
@@ -171,8 +173,8 @@ def _open_encoder(
 
 
 def copy_encoder(source: Path, target: Path) -> None:
-    """Copies what loads the encoder: weights, configs and tokenizer, not the checkpoints of a training run."""
-    modules = source / "modules.json"  # of sentence-transformers; a module may stand in a folder of its own
+    """Copies the files that load the encoder: weights, configs and tokenizer, but no checkpoints of its training."""
+    modules = source / "modules.json"  # of sentence-transformers, in which a module may have its own folder
     paths = [module["path"] for module in json.loads(modules.read_text(encoding="utf-8"))] if modules.is_file() else []
     for path in paths:
         if ".." in Path(path).parts or Path(path).is_absolute():

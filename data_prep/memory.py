@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Memory of tensors on the CPU."""
+"""Settings for the memory of tensors on the CPU"""
 
 import ctypes
 import platform
@@ -23,9 +23,10 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 def keep_freed_memory() -> None:
     """
-    Has the process keep the memory that tensors free on the CPU. By default glibc gives every large block back to the
-    system at once and gets the next one as zeroed pages, one page fault each: more than half the time of a training
-    step of a small model on a virtual machine. Only glibc knows these settings; elsewhere nothing changes.
+    Makes the process keep the memory that tensors on the CPU free. By default, glibc returns every large block to the
+    system at once. The next block then consists of new pages, each of which costs a page fault. On a virtual machine
+    this can take more than half the time of a training step of a small model. Only glibc has these settings. With
+    other C libraries nothing changes.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Public collections of pairs: a list of them, and a download that goes on where it broke off."""
+"""Public collections of pairs: a list of them, and a download that can be resumed"""
 
 import csv
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ RECIPE_PATH = Path(__file__).parent / "recipes" / "sentence_pairs.tsv"
 
 def read_recipe(path: str | Path = RECIPE_PATH) -> dict[str, dict[str, str]]:
     """
-    Reads a list of pair sets: a table with the tab-separated columns `name`, `pairs`, `weight` and `path` (Hub dataset
-    and file).
+    Reads a list of pair sets. It is a table with the tab-separated columns `name`, `pairs`, `weight` and `path`
+    (dataset on the Hub and file).
 
     Args:
         path (`str`, *optional*):
@@ -47,7 +47,7 @@ def download_pairs(
     names: Sequence[str], output_dir: str | Path, recipe: str | Path = RECIPE_PATH, revision: str | None = None
 ) -> list[Path]:
     """
-    Downloads pair sets. What is there already is not fetched again; a file that broke off goes on where it stopped.
+    Downloads pair sets. Existing files are not downloaded again, and an interrupted download is resumed.
 
     Args:
         names (`Sequence[str]`):
@@ -57,7 +57,7 @@ def download_pairs(
         recipe (`str`, *optional*):
             See [`read_recipe`].
         revision (`str`, *optional*):
-            Of the Hub dataset.
+            Revision of the dataset on the Hub.
 
     Returns:
         `list[Path]`: the files.

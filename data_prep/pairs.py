@@ -12,11 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Pairs of texts for training the retriever: from jsonl files, the Hub, public collections, or a datastore.
+Reads pairs of texts for training the retriever from jsonl files, the Hub, public collections or a datastore.
 
-A pair set is a `datasets.Dataset` with the columns `anchor`, `positive` and, the same in all rows, hard negatives
-`negative_1`, `negative_2`, …, or each of them tokenized, as `anchor_input_ids` and so on. `anchor_document_id`,
-`positive_document_id`, … are optional: texts of one document are no negatives of each other.
+A pair set is a `datasets.Dataset` with the columns `anchor` and `positive`. It may have hard negatives `negative_1`,
+`negative_2`, …, of which all rows have the same number. All of these may be tokenized, with names such as
+`anchor_input_ids`. The columns `anchor_document_id`, `positive_document_id`, … are optional: with them, texts of one
+document are not used as negatives of each other.
 """
 
 import bisect
@@ -39,7 +40,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Part of the fingerprints of cached tables: raise it when the functions below give other rows for the same files.
+# Part of the fingerprints of cached tables. Raise it when the functions below make other rows from the same files.
 _SCHEMA_VERSION = 1
 
 _TEXT_COLUMN = re.compile(r"(anchor|positive|negative_[1-9][0-9]*)(_input_ids)?")
@@ -47,18 +48,18 @@ _TEXT_COLUMN = re.compile(r"(anchor|positive|negative_[1-9][0-9]*)(_input_ids)?"
 
 def pair_columns(column_names: Sequence[str]) -> list[str]:
     """
-    The columns of a pair set that hold texts or their tokens.
+    Returns the columns of a pair set that hold texts or their tokens.
 
     Args:
         column_names (`Sequence[str]`):
             All columns.
 
     Returns:
-        `list[str]`: anchor, positive and hard negatives in this order, e.g. `["anchor", "positive", "negative_1"]` or
-        `["anchor_input_ids", "positive_input_ids"]`.
+        `list[str]`: anchor, positive and hard negatives, in this order, such as `["anchor", "positive", "negative_1"]`
+        or `["anchor_input_ids", "positive_input_ids"]`.
 
     Raises:
-        `ValueError`: if one is missing, or some are tokenized and others not.
+        `ValueError`: if a column is missing, or if only some of them are tokenized.
     """
     matches = [match for match in map(_TEXT_COLUMN.fullmatch, column_names) if match]
     suffixes = {match[2] or "" for match in matches}
@@ -75,14 +76,14 @@ def pair_columns(column_names: Sequence[str]) -> list[str]:
 
 def hash_texts(texts: Sequence[str | Sequence[int]]) -> np.ndarray:
     """
-    Identity of texts, or of token sequences, the same in every process.
+    Hashes texts or sequences of tokens. The hashes are the same in every process.
 
     Args:
         texts (`Sequence[str]` or `Sequence[Sequence[int]]`):
             Texts or token ids.
 
     Returns:
-        `np.ndarray`: int64 `[len(texts)]`, equal for equal texts (and else with probability 2⁻⁶⁴).
+        `np.ndarray`: int64 `[len(texts)]`. Equal texts have equal hashes, and different texts with probability 2⁻⁶⁴.
     """
     data = (
         text.encode("utf-8", "surrogatepass") if isinstance(text, str) else np.asarray(text, dtype=np.int64).tobytes()
@@ -97,7 +98,7 @@ def _hash_batch(batch: Mapping[str, list], version: int) -> dict[str, np.ndarray
 
 def hash_pairs(dataset: Dataset, num_proc: int | None = None) -> np.ndarray:
     """
-    [`hash_texts`] of a pair set.
+    Hashes the texts of a pair set with [`hash_texts`].
 
     Args:
         dataset (`datasets.Dataset`):
@@ -122,12 +123,12 @@ def hash_pairs(dataset: Dataset, num_proc: int | None = None) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Records of files and of other people's datasets
+# Records of files and of datasets with other columns
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def _form(record: Any) -> str:
-    """Names the form of a record, so that a file is known to have one form only."""
+    """The name of the form of a record, by which a file is checked to have only one form."""
     if isinstance(record, list):
         return "list"
     if isinstance(record, dict):
@@ -141,14 +142,14 @@ def _form(record: Any) -> str:
 
 
 def _texts_of(record: Any) -> tuple[list[tuple[str, str]], list[str]]:
-    """The (anchor, positive) pairs and the hard negatives of a record of any of the forms."""
+    """The pairs (anchor, positive) and the hard negatives of a record of any form."""
     form = _form(record)
     if form == "list":
         if len(record) < 2:
             raise ValueError(f"expected an anchor and a positive, got a list of {len(record)}")
         return [(record[0], record[1])], list(record[2:])
     if form == "set":
-        # All pairs share the first text, so that none becomes a negative of another.
+        # All pairs share the first text, so that no text of the set becomes a negative of another.
         if len(record["set"]) < 2:
             raise ValueError(f"expected a set of at least 2 texts, got {len(record['set'])}")
         return [(record["set"][0], other) for other in record["set"][1:]], []
@@ -196,7 +197,7 @@ def _read_lines(path: str) -> Iterator[tuple[int, str]]:
 
 
 def _read_rows(files: Sequence[str], num_negatives: int, skip_bad_lines: bool, **stamps: Any) -> Iterator[dict]:
-    """Rows of jsonl files. `stamps` are not read: they tell one state of the files from another in the cache."""
+    """Yields the rows of jsonl files. `stamps` are not read: they distinguish states of the files in the cache."""
     for path in files:
         form = None
         for number, line in _read_lines(path):
@@ -216,7 +217,7 @@ def _read_rows(files: Sequence[str], num_negatives: int, skip_bad_lines: bool, *
 
 
 def _count_negatives(path: str, skip_bad_lines: bool) -> int:
-    """Hard negatives of the first record of a file."""
+    """Number of hard negatives of the first record of a file."""
     for number, line in _read_lines(path):
         try:
             return len(_texts_of(json.loads(line))[1])
@@ -227,7 +228,7 @@ def _count_negatives(path: str, skip_bad_lines: bool) -> int:
 
 
 def _as_pairs(dataset: Dataset | IterableDataset, columns: Sequence[str] | None, num_negatives: int | None):
-    """Somebody's dataset as a pair set: columns renamed, or records of a known form read."""
+    """Turns a dataset into a pair set, by renaming its columns or by reading its records."""
     names = list(dataset.column_names)
     if columns is not None:
         if len(columns) < 2 or not set(columns) <= set(names):
@@ -280,28 +281,28 @@ def load_pairs(
 
     Args:
         source (`str` or `Sequence[str]`):
-            Files `.jsonl` or `.jsonl.gz` whose lines are all `["anchor", "positive"(, "negative", …)]`,
-            `{"set": […]}`, `{"query": …, "pos": […], "neg": […]}`, `{"anchor": …, "positive": …, "negative": …}`, or
-            `{"questions": …, "is_duplicate": …}` (the duplicates are kept); or one folder of `save_to_disk`; or one
-            dataset that `load_dataset` knows, with columns of these names.
+            Files `.jsonl` or `.jsonl.gz`, one folder of `save_to_disk`, or one dataset that `load_dataset` knows and
+            that has columns of these names. All lines of a file have the same form: `["anchor", "positive"(,
+            "negative", …)]`, `{"set": […]}`, `{"query": …, "pos": […], "neg": […]}`, `{"anchor": …, "positive": …,
+            "negative": …}`, or `{"questions": …, "is_duplicate": …}`, of which only the duplicates are kept.
         columns (`Sequence[str]`, *optional*):
-            For datasets with other columns: those of the anchor, the positive and the hard negatives.
+            Names of the columns of the anchor, the positive and the hard negatives, for datasets with other names.
         split (`str`, *optional*, defaults to `"train"`), revision (`str`, *optional*):
-            For `load_dataset`.
+            Passed to `load_dataset`.
         num_negatives (`int`, *optional*):
-            Number of hard negatives to take. Defaults to that of the first record. Fewer in a record are an error.
+            Number of hard negatives. Defaults to that of the first record. A record with fewer is an error.
         skip_bad_lines (`bool`, *optional*, defaults to `False`):
-            Leave out malformed lines, with a warning each.
+            Whether to leave out malformed lines, with a warning for each.
         num_proc (`int`, *optional*):
             Number of processes that read files.
         streaming (`bool`, *optional*, defaults to `False`):
-            Return a `datasets.IterableDataset`; the workers of a `DataLoader` share its files.
+            Whether to return a `datasets.IterableDataset`. The workers of a `DataLoader` share its files.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: columns `anchor`, `positive`, `negative_1`, …
 
     Raises:
-        `ValueError`: naming file and line of what is not a pair.
+        `ValueError`: if a line is not a pair. The message names the file and the line.
     """
     sources = [str(source)] if isinstance(source, (str, Path)) else [str(item) for item in source]
     if not any(item.endswith((".jsonl", ".jsonl.gz")) for item in sources):
@@ -325,7 +326,7 @@ def load_pairs(
         "files": sources,
         "num_negatives": num_negatives,
         "skip_bad_lines": skip_bad_lines,
-        # Part of the fingerprint only. Tuples: lists would be shared out to the workers as the files are.
+        # Only a part of the fingerprint. These are tuples, because lists would be distributed over the workers.
         "states": tuple((state.st_size, state.st_mtime_ns) for state in states),
         "version": _SCHEMA_VERSION,
     }
@@ -344,13 +345,13 @@ def load_pairs(
 
 class PairMixture(torch.utils.data.Dataset):
     """
-    Several pair sets as one, for batches that come from one set each ([`NoDuplicatesBatchSampler`]).
+    Joins several pair sets, for batches that each come from one set ([`NoDuplicatesBatchSampler`]).
 
     Args:
         sets (`dict[str, datasets.Dataset]`):
-            The pair sets by name. Their hard negatives may differ in number.
+            The pair sets by name. The numbers of their hard negatives may differ.
         weights (`dict[str, float]`, *optional*):
-            Relative numbers of batches. Defaults to the numbers of pairs.
+            Relative numbers of batches of the sets. Defaults to their numbers of pairs.
     """
 
     def __init__(self, sets: Mapping[str, Dataset], weights: Mapping[str, float] | None = None):

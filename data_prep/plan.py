@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a datastore will need: chunks, bytes of every artifact, memory of the index, hours of the encoder."""
+"""Estimates the chunks, the sizes of the files, the memory of the index and the hours of the encoder of a datastore"""
 
 from data_prep.index import index_bytes, suggest_factory
 
@@ -20,7 +20,9 @@ _UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 
 
 def parse_number(text: str) -> int:
-    """A number with an optional unit (k, M, B or G, T); a `ValueError` if it is none or not positive."""
+    """
+    Parses a number with an optional unit (k, M, B or G, T). Raises a `ValueError` unless it is a positive number.
+    """
     scale = _UNITS.get(text[-1:], 1)
     try:
         number = int(float(text[:-1] if text[-1:] in _UNITS else text) * scale)
@@ -44,19 +46,20 @@ def plan_datastore(
     num_gpus: int = 1,
 ) -> dict[str, int | float | str]:
     """
-    Sizes of a datastore before it is built.
+    Estimates the sizes of a datastore before it is built.
 
     Args:
-        tokens (`int`): Tokens of the corpus.
-        chunk_size (`int`, *optional*, defaults to 64): Tokens in a chunk, m.
+        tokens (`int`): Number of tokens of the corpus.
+        chunk_size (`int`, *optional*, defaults to 64): Number m of tokens in a chunk.
         dim (`int`, *optional*, defaults to 384): Dimensions of the encoder.
-        vocab_size (`int`, *optional*, defaults to 49152): Vocabulary of the tokenizer.
-        tokens_per_document (`int`, *optional*, defaults to 800): Mean length; each wastes half a chunk on average.
-        num_neighbors (`int`, *optional*, defaults to 4): Neighbors kept of a chunk, K.
+        vocab_size (`int`, *optional*, defaults to 49152): Size of the vocabulary of the tokenizer.
+        tokens_per_document (`int`, *optional*, defaults to 800):
+            Mean length of a document. On average, half a chunk of each document is padding.
+        num_neighbors (`int`, *optional*, defaults to 4): Number K of neighbors that are stored for each chunk.
         factory (`str`, *optional*, defaults to `"auto"`): A faiss factory string.
-        max_index_memory (`float`, *optional*): GB the index may take, for `"auto"`.
-        chunks_per_second (`float`, *optional*, defaults to 4000): Chunks that one GPU embeds in a second.
-        num_gpus (`int`, *optional*, defaults to 1): GPUs that embed.
+        max_index_memory (`float`, *optional*): Largest size of the index in GB, for `"auto"`.
+        chunks_per_second (`float`, *optional*, defaults to 4000): Number of chunks that one GPU embeds in a second.
+        num_gpus (`int`, *optional*, defaults to 1): Number of GPUs that embed.
 
     Returns:
         `dict`: `chunks`, `factory`, bytes of `chunks_bytes`, `embeddings_bytes`, `index_bytes`, `neighbors_bytes`,

@@ -12,10 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-All stages of a datastore from one recipe: chunk, deduplicate, embed, index, neighbors.
+Runs all stages of a datastore from one recipe: chunk, deduplicate, embed, index, neighbors.
 
-A recipe is a YAML file, either your own or the name of one that comes with the package (see `data_prep/recipes`). The
-same command goes on after an interruption; a recipe that gained inputs adds them with `--append`.
+A recipe is your own YAML file, or the name of a recipe that comes with the package (see `data_prep/recipes`). The same
+command resumes an interrupted run. If inputs were added to a recipe, `--append` adds them to the datastore.
 """
 
 import os
@@ -62,7 +62,7 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
         recipe (`str` or `Path`): A YAML file, or the name of a recipe of the package, with or without `.yaml`.
 
     Raises:
-        ValueError: If there is no such recipe, or it has keys that mean nothing.
+        ValueError: If there is no such recipe, or it has unknown keys.
     """
     candidates = [Path(recipe), _RECIPES / recipe, _RECIPES / f"{recipe}.yaml"]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
@@ -111,14 +111,14 @@ def prepare_datastore(
     force: bool = False,
 ) -> dict[str, Any]:
     """
-    Runs all stages of a recipe; stages and shards that are finished are left as they are.
+    Runs all stages of a recipe. Finished stages and shards are left as they are.
 
     Args:
         recipe (`str`, `Path` or `Mapping`): A YAML file, the name of a recipe of the package, or the contents of one.
         output_dir (`str` or `Path`): The datastore.
-        data_dir (`str` or `Path`, *optional*, defaults to `"."`): Folder that relative inputs stand in.
-        append (`bool`, *optional*, defaults to `False`): Add the inputs that the datastore does not hold yet.
-        force (`bool`, *optional*, defaults to `False`): Rebuild everything.
+        data_dir (`str` or `Path`, *optional*, defaults to `"."`): Folder of the inputs with relative paths.
+        append (`bool`, *optional*, defaults to `False`): Whether to add the inputs that the datastore does not hold
+        yet. force (`bool`, *optional*, defaults to `False`): Whether to rebuild everything.
 
     Returns:
         `dict`: the manifest.
@@ -167,10 +167,12 @@ def prepare_datastore(
 
 def extend_datastore(base: str | Path, split: str, output_dir: str | Path) -> dict[str, Any]:
     """
-    Makes a datastore in which a split is searched together with the training side: its chunks are appended to those of
-    `base`, and it remains the split that queries, so that its neighbors never come from their own documents.
+    Makes a datastore in which a split is searched together with the training split. The chunks of the split are
+    appended to the searched chunks of `base`. The split still queries the datastore, and its neighbors never come from
+    the document of the query.
 
-    Files of `base` are linked, not copied, where the file system allows; its index is a start for the new one.
+    The files of `base` are linked instead of copied, if the file system allows it. The new index starts from that of
+    `base`.
 
     Args:
         base (`str` or `Path`): A datastore, embedded and indexed unless it is searched by BM25 alone.
@@ -178,7 +180,7 @@ def extend_datastore(base: str | Path, split: str, output_dir: str | Path) -> di
         output_dir (`str` or `Path`): The new datastore.
 
     Returns:
-        `dict`: the manifest of the new datastore, which wants `index` and `neighbors`.
+        `dict`: the manifest of the new datastore, which still needs the stages `index` and `neighbors`.
     """
     base, path = Path(base), Path(output_dir)
     source = read_manifest(base)
@@ -186,7 +188,7 @@ def extend_datastore(base: str | Path, split: str, output_dir: str | Path) -> di
     opened.check_compact("a datastore that extends it")
     is_embedded = "embeddings" in source["splits"][TRAIN_SPLIT]
     for name in (TRAIN_SPLIT, split) if is_embedded else ():
-        read_embeddings(split_path(base, name), name, source)  # refuses what is missing or altered
+        read_embeddings(split_path(base, name), name, source)  # raises if embeddings are missing or altered
     with directory_lock(path):
         manifest = open_manifest(path, create=True)
         train, own = source["splits"][TRAIN_SPLIT], source["splits"][split]
@@ -229,7 +231,7 @@ def extend_datastore(base: str | Path, split: str, output_dir: str | Path) -> di
 
 
 def _link_extension(base: Path, path: Path, split: str, source: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Links the files of an extended datastore; `names` are the new names of the shards of the split."""
+    """Links the files of an extended datastore. `names` are the new names of the shards of the split."""
     for name in ("tokenizer", "encoder", *source.get("index", {}).get("sha256", {})):
         if (base / name).exists():
             _link(base / name, path / name)
@@ -255,7 +257,7 @@ def _split_record(
 
 
 def _link(source: Path, target: Path) -> None:
-    """Links a file, or the files of a folder; copies them where they cannot be linked."""
+    """Links a file or the files of a folder, or copies them if they cannot be linked."""
 
     def link(file: str, copy: str) -> None:
         try:
@@ -271,7 +273,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _resolve(inputs: Any, folder: Path) -> list[Any]:
-    """Relative paths of a recipe are relative to the data folder."""
+    """Resolves the relative paths of a recipe against the data folder."""
     entries = inputs if isinstance(inputs, Sequence) and not isinstance(inputs, str) else [inputs]
     resolved = []
     for entry in entries:
@@ -284,7 +286,7 @@ def _resolve(inputs: Any, folder: Path) -> list[Any]:
 
 
 class _timed:
-    """Prints the name of a step and the seconds it took."""
+    """Prints the name of a step and the seconds that it took."""
 
     def __init__(self, name: str):
         self.name = name

@@ -12,21 +12,22 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Named tasks: a YAML file says where texts come from and what is done to them, and in which shares tasks train together.
+Reads a YAML file of named tasks. It says where the texts of each task come from, how they are prepared, and which
+share of the training each task has.
 
-    features:                    # the corruption; one for the file, because a batch mixes tasks
+    features:                    # the corruption, the same for all tasks, because a batch mixes tasks
       input_length: 512
       noise_density: 0.15
       mean_noise_span_length: 3.0
     tasks:
       wikitext:
-        source: Salesforce/wikitext           # a data set of the Hub, or a file or folder
+        source: Salesforce/wikitext           # a data set on the Hub, or a file or folder
         config: wikitext-103-raw-v1
         split: train
         text_column: text
         preprocessors: ["builtins:str.strip"] # functions from text to text, or to None to drop the row
         longer_than: 100                      # characters
-        limit: 1000000                        # rows, at most
+        limit: 1000000                        # largest number of rows
         repeat: true                          # start again at the end
     train:
       wikitext: 1.0                           # share of the rows
@@ -49,7 +50,7 @@ from transformers import PreTrainedTokenizerBase
 @dataclass(frozen=True)
 class TextTask:
     """
-    Texts of one source and what is done to them.
+    The texts of one source and their preparation.
 
     Args:
         source (`str`):
@@ -65,9 +66,9 @@ class TextTask:
         preprocessors (`list[str]`, *optional*):
             Functions from text to text, or to `None` to drop the row, applied in order, as `"module:function"`.
         longer_than (`int`, *optional*, defaults to 0):
-            Only texts of more characters are used, counted after the preprocessors.
+            Only texts with more characters are used. They are counted after the preprocessors.
         limit (`int`, *optional*):
-            Number of rows read, at most.
+            Largest number of rows that are read.
         repeat (`bool`, *optional*, defaults to `False`):
             Whether the source starts again at its end.
     """
@@ -106,12 +107,12 @@ class TextTask:
 @dataclass(frozen=True)
 class TaskFile:
     """
-    What a file of tasks holds.
+    The contents of a file of tasks.
 
     Args:
         tasks (`dict[str, TextTask]`): The tasks by name.
-        train (`dict[str, float]`): Share of each task in the training rows; the shares need not add up to 1.
-        evaluation (`list[str]`, *optional*): Tasks to evaluate on.
+        train (`dict[str, float]`): Share of each task in the training rows. The shares need not add up to 1.
+        evaluation (`list[str]`, *optional*): Names of the tasks to evaluate on.
         features (`dict[str, Any]`, *optional*): Options of [`~trainers.DataCollatorForSpanCorruption`].
     """
 
@@ -144,7 +145,7 @@ def read_tasks(path: str | os.PathLike) -> TaskFile:
     Reads a file of tasks.
 
     Raises:
-        `ValueError`: for unknown or missing keys, shares that are not positive, and names without a task.
+        `ValueError`: if keys are unknown or missing, if shares are not positive, or if a name has no task.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -169,19 +170,19 @@ def load_mixture(
     seed: int = 0,
 ) -> IterableDataset:
     """
-    Mixes tasks by their shares of the rows. Each task's texts are tokenized, without special tokens, joined and split
-    to rows of `row_length` tokens, 100 texts at a time; the rest of each hundred is a shorter row. Every row of the
-    finite tasks comes once; with a task that repeats the mixture never ends.
+    Mixes tasks by their shares of the rows. The texts of a task are tokenized without special tokens. Then 100 texts
+    at a time are joined and split into rows of `row_length` tokens, and the rest of each hundred becomes a shorter
+    row. Each row of a task that does not repeat comes once. If a task repeats, the mixture never ends.
 
     Args:
         tasks (`Mapping[str, TextTask]`):
             The tasks by name.
         shares (`Mapping[str, float]`):
-            Share of each task; they need not add up to 1.
+            Share of each task. The shares need not add up to 1.
         tokenizer (`PreTrainedTokenizerBase`):
             The tokenizer.
         row_length (`int`):
-            Tokens of a row, `raw_length` of [`~trainers.DataCollatorForSpanCorruption`].
+            Number of tokens in a row: `raw_length` of [`~trainers.DataCollatorForSpanCorruption`].
         seed (`int`, *optional*, defaults to 0):
             Seed of the mixing.
 
@@ -238,7 +239,7 @@ def _processed(texts: list[str | None], functions: list, longer_than: int) -> It
 
 
 def _tokenize(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, row_length: int) -> dict[str, list]:
-    # Text that spells a special token is text.
+    # Text that spells a special token is tokenized as text.
     texts = tokenizer(batch["text"], add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
     tokens = list(chain.from_iterable(texts["input_ids"]))
     return {"input_ids": [tokens[start : start + row_length] for start in range(0, len(tokens), row_length)]}

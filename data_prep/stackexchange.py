@@ -14,11 +14,11 @@
 """
 Turns a StackExchange dump into pairs for the retriever.
 
-Writes `title_body.jsonl.gz`, `title_answer.jsonl.gz` (the best answer of a question) and `duplicates.jsonl.gz` (titles
-of a question and of the one it repeats), with lines `["anchor", "positive"]`.
+Writes `title_body.jsonl.gz`, `title_answer.jsonl.gz` (with the best answer to a question) and `duplicates.jsonl.gz`
+(with the titles of a question and of the question that it repeats). Their lines are `["anchor", "positive"]`.
 
-Posts are read as a stream. What has to wait for its partner waits in a temporary SQLite file beside the output, so
-memory stays the same for dumps of any size.
+Posts are read as a stream. A text whose partner has not come yet waits in a temporary SQLite file beside the output,
+so dumps of any size need the same memory.
 """
 
 import gzip
@@ -72,11 +72,11 @@ JOIN questions AS other ON other.id = original WHERE one.title != other.title OR
 
 def html_to_text(html: str) -> str:
     """
-    The text of a post.
+    Extracts the text of a post.
 
     Args:
         html (`str`):
-            Its body.
+            Body of the post.
 
     Returns:
         `str`: the text in one line, without markup.
@@ -89,9 +89,9 @@ def html_to_text(html: str) -> str:
 
 class _RowParser:
     """
-    Hands the attributes of each `<row …/>` of an XML stream to a function, and keeps nothing.
+    Passes the attributes of each `<row …/>` of an XML stream to a function, and keeps nothing.
 
-    A dump declares no entities, so that a document type, where they would be declared, is refused.
+    A dump declares no entities. A document type could declare some, so it is refused.
     """
 
     def __init__(self, name: str, on_row: Callable[[Mapping[str, str]], None]):
@@ -154,7 +154,7 @@ class _OneMember(WriterFactory):
 
 
 def _read(path: Path, suffix: str, on_row: Callable[[Mapping[str, str]], None]) -> bool:
-    """Parses what ends in `suffix`, the file or members of the archive, and says whether there was any."""
+    """Parses the file, or the members of an archive, that end in `suffix`. Returns whether there were any."""
     if path.suffix != ".7z":
         if not path.name.endswith(suffix):
             return False
@@ -193,7 +193,7 @@ class _PairFile:
 
 
 class _Posts:
-    """Takes the rows of a dump; what cannot be written at once waits in the database."""
+    """Processes the rows of a dump. Texts that cannot be written at once wait in the database."""
 
     def __init__(
         self,
@@ -223,7 +223,7 @@ class _Posts:
             self.connection.execute("INSERT OR IGNORE INTO duplicates VALUES (?, ?)", ends)
 
     def write_joined(self) -> None:
-        """Writes the pairs whose two sides stand in different rows."""
+        """Writes the pairs whose two texts are in different rows."""
         for title, body in tqdm(self.connection.execute(_ANSWERS), desc="Writing answers", unit=" pairs"):
             self.files["title_answer"].write(title, html_to_text(body))
         for title, original in tqdm(self.connection.execute(_DUPLICATES), desc="Writing duplicates", unit=" pairs"):
@@ -238,20 +238,21 @@ def stackexchange_pairs(
 
     Args:
         inputs (`Sequence[str]`):
-            The dump: archives `.7z`, or files whose names end in `Posts.xml` and `PostLinks.xml`. There may be no
-            links.
+            The dump: archives `.7z`, or files whose names end in `Posts.xml` and `PostLinks.xml`. Links are optional.
         output_dir (`str`):
             Folder for `title_body.jsonl.gz`, `title_answer.jsonl.gz` and `duplicates.jsonl.gz`.
         min_question_score (`int`, *optional*, defaults to 0):
             Questions with a lower score are left out.
         min_answer_score (`int`, *optional*, defaults to 1):
-            Answers with a lower score are left out. Of the others the best is taken, the first of equal ones.
+            Answers with a lower score are left out. Among the others the best is used, or the first of several best.
 
     Returns:
         `dict[str, int]`: number of pairs in each file.
 
     Raises:
-        `ValueError`: naming file and line of XML that is broken, declares entities, or lacks what posts have.
+        `ValueError`: if the XML is broken, declares entities, or lacks attributes of posts. The message names the file
+        and
+            the line.
     """
     paths = [Path(path) for path in inputs]
     with whole(Path(output_dir)) as folder, ExitStack() as stack:

@@ -12,10 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The write side of `datastore.json`: locks, and shards that are made once by many processes.
+Writes `datastore.json`, locks the datastore, and lets many processes make the shards of a stage.
 
-A stage hands its shards to [`run_shards`]; each process makes some of them, each appears by a rename and is
-recorded with its checksum, so a run that is killed goes on where it stopped and ends with the same bytes.
+A stage passes its shards to [`run_shards`], and each process makes some of them. A shard gets its name when it is
+complete, and it is recorded with its checksum. A run that was killed can therefore be resumed and ends with the same
+bytes.
 """
 
 import contextlib
@@ -52,7 +53,7 @@ from modeling_retro.durable_files_retro import make_folder, recover_all, remove,
 logger = logging.get_logger(__name__)
 
 STAGES = ("chunks", "embeddings", "neighbors")
-# What is made of a stage, and goes with it.
+# The stages that are made from a stage, and are removed with it.
 _MADE_OF = {
     "chunks": ("embeddings", "index", "bm25"),
     "embeddings": ("index",),
@@ -65,17 +66,17 @@ _locks: dict[Path, int] = {}
 
 
 def process_state() -> PartialState:
-    """The processes of this run; those that have finished wait for the slowest without timing out."""
+    """The processes of this run. Those that have finished wait for the slowest without a time limit."""
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
 
 
 @contextlib.contextmanager
 def directory_lock(path: Path) -> Iterator[None]:
     """
-    Keeps other runs from writing to `path`; all processes of this run share the lock, and it ends with them.
+    Prevents other runs from writing to `path`. All processes of this run share the lock, which ends when they end.
 
     Args:
-        path (`Path`): The directory; made if it does not exist.
+        path (`Path`): The directory. It is created if it does not exist.
 
     Raises:
         ValueError: If another run holds the lock.
@@ -95,7 +96,7 @@ def directory_lock(path: Path) -> Iterator[None]:
                 raise ValueError(f"another run is writing to {path}; wait for it to end or stop it") from None
             recover_all(path)
         state.wait_for_everyone()
-        # Shared from here on: while any process of this run lives, no other run gets the exclusive lock.
+        # From here on the lock is shared. While any process of this run lives, no other run gets the exclusive lock.
         fcntl.flock(handle, fcntl.LOCK_SH)
         state.wait_for_everyone()
         _locks[path] = handle
@@ -107,7 +108,7 @@ def directory_lock(path: Path) -> Iterator[None]:
 
 def open_manifest(path: Path, create: bool = False) -> dict[str, Any]:
     """
-    Reads the manifest of a datastore that is to be written.
+    Reads the manifest of a datastore in order to write to it.
 
     Args:
         path (`Path`): The folder.
@@ -117,7 +118,7 @@ def open_manifest(path: Path, create: bool = False) -> dict[str, Any]:
         ValueError: If the folder holds something else than a datastore.
     """
     manifest = _new_manifest(path) if create and not (path / MANIFEST_NAME).exists() else read_manifest(path)
-    # Nobody writes before everybody has read.
+    # No process writes before all processes have read.
     process_state().wait_for_everyone()
     return manifest
 
@@ -130,7 +131,7 @@ def _new_manifest(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes `datastore.json` by the main process; the others wait for it."""
+    """Writes `datastore.json` in the main process, while the others wait."""
     state = process_state()
     if state.is_main_process:
         with superseding(path):
@@ -150,12 +151,12 @@ def check_options(stage: str, options: Mapping[str, Any], recorded: Mapping[str,
 
 def discard(path: Path, manifest: dict[str, Any], split: str, first_stage: str) -> None:
     """
-    Removes a stage of a split and what was made of it, from disk and from `manifest`. Neighbors go with the indexes
-    that found them.
+    Removes a stage of a split, and the stages that were made from it, from the disk and from `manifest`. Neighbors are
+    removed with the index that found them.
 
     Args:
         path (`Path`): The datastore.
-        manifest (`dict`): Its manifest; changed in place and written.
+        manifest (`dict`): Its manifest, which is changed in place and written.
         split (`str`): Name of the split.
         first_stage (`str`): `"chunks"`, `"embeddings"`, `"index"`, `"bm25"` or `"neighbors"`.
     """
@@ -168,7 +169,7 @@ def discard(path: Path, manifest: dict[str, Any], split: str, first_stage: str) 
             if "embeddings" in stages:
                 record.pop("embeddings", None)
         elif split != TRAIN_SPLIT or first_stage == "neighbors":
-            continue  # the neighbors of every split are ids of the chunks of this one
+            continue  # the neighbors of all splits are ids of the chunks of this split
         retriever = record.get("neighbors", {}).get("options", {}).get("retriever", "dense")
         if first_stage in ("chunks", "neighbors") or stages & set(INDEXES[retriever]):
             record.pop("neighbors", None)
@@ -200,13 +201,13 @@ def run_shards(
     in_order: bool = False,
 ) -> list[dict[str, Any]]:
     """
-    Makes the shards that are not finished yet, shared out over the processes.
+    Makes the shards that are not finished yet. The processes share them.
 
     Args:
         folder (`Path`): Folder of the stage.
         records (`Sequence[Mapping]`): Records of finished shards, from the manifest.
         names (`Sequence[str]`): Names of all shards, in order.
-        make (`Callable`): (index of the shard, path to write to) -> what to record of it.
+        make (`Callable`): (index of the shard, path to write to) -> the record of the shard.
         suffix (`str`, *optional*): Suffix of a shard's file, such as `".npy"`.
         description (`str`, *optional*): Label of the progress bar.
         in_order (`bool`, *optional*, defaults to `False`):
@@ -218,7 +219,7 @@ def run_shards(
     state = process_state()
     done = {record["name"]: dict(record) for record in records}
     todo = [i for i, name in enumerate(names) if name not in done and not _record_path(folder, name).exists()]
-    # One process decides: the others may look at the folder while shards are being finished.
+    # One process decides, because others could see the folder while shards are being finished.
     todo = broadcast_object_list([todo])[0]
     if in_order:
         ended = any(record.get("last") for record in finished_records(folder, names))
@@ -239,7 +240,7 @@ def run_shards(
 
 
 def finished_records(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Records of those of the named shards that were finished since the manifest was written last."""
+    """Records of the named shards that were finished after the manifest was last written."""
     files = [_record_path(folder, name) for name in names]
     return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
 
@@ -270,7 +271,7 @@ def _quiet_datasets() -> Iterator[None]:
 
 def save_shard(path: Path, columns: Mapping[str, Any], features: datasets.Features) -> None:
     """
-    Writes arrays as a folder of `datasets.load_from_disk`, in one record batch so that it is read as one view.
+    Writes arrays as a folder for `datasets.load_from_disk`, in one record batch, so that it is read as one view.
 
     Args:
         path (`Path`): The folder.
@@ -286,7 +287,8 @@ def save_shard(path: Path, columns: Mapping[str, Any], features: datasets.Featur
         else:
             arrays.append(pa.array(values, type=field.type))
     schema = features.arrow_schema
-    # `save_to_disk` writes batches of 1,000 rows: it makes the folder from one empty row, the data is written here.
+    # `save_to_disk` writes batches of 1,000 rows. Here it makes the folder from one empty row; the data is written
+    # below.
     row = pa.Table.from_arrays([pa.nulls(1, type=field.type) for field in schema], schema=schema)
     digest = hashlib.sha256()
     for name in features:

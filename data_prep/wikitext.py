@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Texts of a data set, such as WikiText, as one JSON object `{"text": ...}` a line and one file a split."""
+"""Writes the texts of a data set, such as WikiText, as lines `{"text": ...}` in one file for each split"""
 
 import json
 import os
@@ -32,19 +32,19 @@ def write_texts(
     longer_than: int = 100,
 ) -> dict[str, int]:
     """
-    Writes each split to `{output_dir}/{name}_{split}.jsonl`, row by row; a file appears when it is whole.
+    Writes each split to `{output_dir}/{name}_{split}.jsonl`, row by row. A file appears when it is complete.
 
     Args:
         splits (`Mapping[str, IterableDataset]`):
-            The texts by name of the split, such as an `IterableDatasetDict`.
+            The texts by the name of the split, such as an `IterableDatasetDict`.
         output_dir (`str` or `os.PathLike`):
-            Folder of the files; made if it is missing.
+            Folder of the files. It is created if it does not exist.
         name (`str`, *optional*, defaults to `"wikitext"`):
             First part of the names of the files.
         text_column (`str`, *optional*, defaults to `"text"`):
             Column that holds the text.
         longer_than (`int`, *optional*, defaults to 100):
-            Only rows of more characters are written.
+            Only rows with more characters are written.
 
     Returns:
         `dict[str, int]`: the number of rows written for each split.

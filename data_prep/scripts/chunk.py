@@ -12,15 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Documents to chunks of m tokens: the first stage of a datastore.
+Cuts documents into chunks of m tokens: the first stage of a datastore.
 
 ```bash
 retro chunk --input documents.jsonl --output-dir datastore --tokenizer HuggingFaceTB/SmolLM2-135M
 retro chunk --input held_out.jsonl --output-dir datastore --tokenizer HuggingFaceTB/SmolLM2-135M --split validation
 ```
 
-Many processes share the work (`accelerate launch -m data_prep.scripts.chunk ...`), and the same command goes on after
-an interruption. A chunk never crosses documents; the last one of a document is padded.
+Many processes can share the work (`accelerate launch -m data_prep.scripts.chunk ...`), and the same command resumes an
+interrupted run. A chunk never crosses the end of a document, and the last chunk of a document is padded.
 """
 
 from collections.abc import Sequence
@@ -34,35 +34,36 @@ from data_prep.memory import keep_freed_memory
 class ChunkArguments:
     """Options of `retro chunk`."""
 
-    output_dir: str = field(metadata={"help": "The datastore; made if it does not exist."})
+    output_dir: str = field(metadata={"help": "The datastore. It is created if it does not exist."})
     tokenizer: str = field(metadata={"help": "Folder or Hub id of a fast tokenizer."})
     input: list[str] = field(
         default_factory=list,
         metadata={"help": "Files, folders or globs of .jsonl[.gz|.zst], .parquet or text; - reads jsonl from stdin."},
     )
-    dataset: str | None = field(default=None, metadata={"help": "Or a dataset: Hub id or folder."})
+    dataset: str | None = field(default=None, metadata={"help": "A dataset in place of --input: Hub id or folder."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
     streaming: bool = field(default=False, metadata={"help": "Stream the dataset instead of downloading it whole."})
-    split: str = field(default="train", metadata={"help": "train is what is searched; other names only query."})
-    chunk_size: int = field(default=64, metadata={"help": "Tokens in a chunk."})
-    continuation_chunks: int = field(default=1, metadata={"help": "Chunks of the same document a neighbor goes on."})
-    text_column: str = field(default="text", metadata={"help": "Key of the text in a record; a.b reaches inside."})
-    id_column: str | None = field(default=None, metadata={"help": "Key of your own id; kept in documents/."})
+    split: str = field(default="train", metadata={"help": "The split train is searched. Others only query it."})
+    chunk_size: int = field(default=64, metadata={"help": "Number of tokens in a chunk."})
+    continuation_chunks: int = field(default=1, metadata={"help": "Chunks by which a neighbor continues."})
+    text_column: str = field(default="text", metadata={"help": "Key of the text in a record; a.b is b inside a."})
+    id_column: str | None = field(default=None, metadata={"help": "Key of your own id of a document."})
     filter: str | None = field(
-        default=None, metadata={"help": "As in 'meta.set == \"Wikipedia (en)\"': records to keep."}
+        default=None, metadata={"help": "Records to keep, such as 'meta.set == \"Wikipedia (en)\"'."}
     )
     on_bad_record: str = field(
-        default="error", metadata={"help": "error stops; skip writes it to quarantine/.", "choices": ["error", "skip"]}
+        default="error",
+        metadata={"help": "error stops; skip writes the record to quarantine/.", "choices": ["error", "skip"]},
     )
-    max_documents: int | None = field(default=None, metadata={"help": "Stop after so many documents."})
-    max_chunks: int | None = field(default=None, metadata={"help": "Stop before the document that goes over it."})
+    max_documents: int | None = field(default=None, metadata={"help": "Largest number of documents."})
+    max_chunks: int | None = field(default=None, metadata={"help": "Largest number of chunks."})
     max_document_bytes: int = field(default=50_000_000, metadata={"help": "Longer records are bad records."})
     allow_control_tokens: bool = field(
         default=False,
         metadata={"help": "Turn text such as <|endoftext|> into the control token that it spells, not into text."},
     )
-    shard_bytes: int = field(default=32_000_000, metadata={"help": "Bytes of input in a shard."})
+    shard_bytes: int = field(default=32_000_000, metadata={"help": "Number of bytes of input in a shard."})
     append: bool = field(default=False, metadata={"help": "Add the inputs that the split does not hold yet."})
     force: bool = field(default=False, metadata={"help": "Rebuild the split from nothing."})
 

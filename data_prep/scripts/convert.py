@@ -12,7 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 r"""
-Datasets of other RETRO implementations to a datastore, so that nobody tokenizes and embeds twice.
+Imports data sets of other RETRO implementations into a datastore, so that they need not be tokenized and embedded
+again.
 
 ```bash
 retro import --format norlund --source index.spec.json --output-dir datastore --tokenizer google-t5/t5-base \
@@ -21,9 +22,10 @@ retro import --format retro_pytorch --source train.chunks.dat --output-dir datas
     --tokenizer google-bert/bert-base-cased
 ```
 
-`norlund` takes an `index.spec.json`, or a `data.spec.json` that also has neighbors. `retro_pytorch` takes the memory
-map of the chunks; `*.doc_ids.dat`, `*.chunks.knn.dat` and the sizes in `*.stats.json` are found beside it or given.
-What the files lack (embeddings, index, neighbors) the other stages make as usual.
+The format `norlund` takes an `index.spec.json`, or a `data.spec.json` that also has neighbors. The format
+`retro_pytorch` takes the memory map of the chunks. The files `*.doc_ids.dat`, `*.chunks.knn.dat` and `*.stats.json`,
+which holds the sizes, are found beside it unless they are given. If embeddings, index or neighbors are missing, the
+other stages make them as usual.
 """
 
 from collections.abc import Sequence
@@ -37,11 +39,11 @@ class ImportArguments:
     """Options of `retro import`."""
 
     format: str = field(metadata={"help": "Where the files come from.", "choices": ["norlund", "retro_pytorch"]})
-    source: str = field(metadata={"help": "index.spec.json or data.spec.json; or the memory map of the chunks."})
-    output_dir: str = field(metadata={"help": "The datastore; made if it does not exist."})
+    source: str = field(metadata={"help": "index.spec.json or data.spec.json, or the memory map of the chunks."})
+    output_dir: str = field(metadata={"help": "The datastore. It is created if it does not exist."})
     tokenizer: str = field(metadata={"help": "Folder or Hub id of the tokenizer that made the token ids."})
     encoder: str | None = field(default=None, metadata={"help": "The encoder that made the embeddings."})
-    split: str = field(default="train", metadata={"help": "Split to import to; train is what is searched."})
+    split: str = field(default="train", metadata={"help": "Split to import to. The split train is searched."})
     doc_ids: str | None = field(default=None, metadata={"help": "retro_pytorch: memory map of the document ids."})
     knn: str | None = field(default=None, metadata={"help": "retro_pytorch: memory map of the neighbors."})
     stats: str | None = field(default=None, metadata={"help": "retro_pytorch: json with the number of chunks."})

@@ -18,8 +18,9 @@ Removes the training documents that nearly equal a held-out document: 13-gram Ja
 retro deduplicate --datastore datastore
 ```
 
-Runs after `chunk` of all splits and before `embed`. Candidates come from MinHash signatures (Broder 1997), each is
-verified on the n-grams of token ids themselves. What was removed is listed in `duplicates.jsonl`.
+This stage runs after `chunk` of all splits and before `embed`. Candidates come from MinHash signatures (Broder 1997),
+and each candidate is verified on the n-grams of its token ids. `duplicates.jsonl` lists the documents that were
+removed.
 """
 
 from collections.abc import Sequence
@@ -36,9 +37,13 @@ class DeduplicateArguments:
     against: list[str] = field(
         default_factory=list, metadata={"help": "Splits of held-out documents; by default all but train."}
     )
-    threshold: float = field(default=0.8, metadata={"help": "Jaccard similarity from which a document is removed."})
-    ngram: int = field(default=13, metadata={"help": "Tokens in an n-gram."})
-    force: bool = field(default=False, metadata={"help": "Also remove embeddings and neighbors that become stale."})
+    threshold: float = field(
+        default=0.8, metadata={"help": "Smallest Jaccard similarity of documents that are removed."}
+    )
+    ngram: int = field(default=13, metadata={"help": "Number of tokens in an n-gram."})
+    force: bool = field(
+        default=False, metadata={"help": "Also remove the embeddings and neighbors of chunks that change."}
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

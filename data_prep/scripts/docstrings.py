@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Real text without a download: the docstrings of installed packages, one document a module.
+Writes the docstrings of installed packages: real text that needs no download, with one document for each module.
 
     python -m data_prep.scripts.docstrings --packages transformers --output_file docstrings.jsonl
 """
@@ -32,7 +32,7 @@ class DocstringsArguments:
     Arguments of `python -m data_prep.scripts.docstrings`.
     """
 
-    output_file: str = field(metadata={"help": "Jsonl file to write, one document a line."})
+    output_file: str = field(metadata={"help": "Jsonl file to write, with one document on each line."})
     packages: list[str] = field(
         default_factory=lambda: ["transformers"], metadata={"help": "Names of installed packages to read."}
     )

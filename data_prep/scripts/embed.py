@@ -12,14 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Embeddings of the chunks of a datastore, float16, one file a shard.
+Embeds the chunks of a datastore. Each shard of chunks gets one file of embeddings in float16.
 
 ```bash
 retro embed --datastore datastore --encoder sentence-transformers/all-MiniLM-L6-v2
 retro embed --datastore datastore --split validation
 ```
 
-Many processes share the shards: `accelerate launch -m data_prep.scripts.embed ...`, one for each GPU.
+Many processes can share the shards, one for each GPU: `accelerate launch -m data_prep.scripts.embed ...`.
 """
 
 from collections.abc import Sequence
@@ -40,17 +40,17 @@ class EmbedArguments:
     revision: str | None = field(default=None, metadata={"help": "Revision of the encoder on the Hub."})
     split: str = field(default="train", metadata={"help": "The split to embed."})
     pooling: str | None = field(
-        default=None, metadata={"help": "By default what the encoder's files say.", "choices": ["mean", "cls"]}
+        default=None, metadata={"help": "By default that of the encoder's files.", "choices": ["mean", "cls"]}
     )
-    normalize: bool | None = field(default=None, metadata={"help": "By default what the encoder's files say."})
+    normalize: bool | None = field(default=None, metadata={"help": "By default as the encoder's files say."})
     truncate_dim: int | None = field(
-        default=None, metadata={"help": "Leading dimensions that are kept, for Matryoshka encoders."}
+        default=None, metadata={"help": "Number of leading dimensions that are kept, for Matryoshka encoders."}
     )
     dtype: str = field(
         default="float32", metadata={"help": "Computing type.", "choices": ["float32", "bfloat16", "float16"]}
     )
-    tokens_per_batch: int = field(default=4096, metadata={"help": "Tokens of a batch, padding included."})
-    force: bool = field(default=False, metadata={"help": "Embed the split anew."})
+    tokens_per_batch: int = field(default=4096, metadata={"help": "Number of tokens in a batch, including padding."})
+    force: bool = field(default=False, metadata={"help": "Embed the split again."})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

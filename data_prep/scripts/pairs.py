@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Pairs of texts for training the retriever: from jsonl files, the Hub, public collections, or a datastore.
+Reads pairs of texts for training the retriever from jsonl files, the Hub, public collections or a datastore.
 
 ```bash
 retro pairs --sources train.jsonl.gz --output_dir pairs              # read, check and store
@@ -21,9 +21,10 @@ retro pairs --download WikiAnswers --output_dir collections          # a set of 
 retro pairs --datastore datastore --output_dir pairs                 # no labels: from the documents themselves
 ```
 
-A pair set is a `datasets.Dataset` with the columns `anchor`, `positive` and, the same in all rows, hard negatives
-`negative_1`, `negative_2`, …, or each of them tokenized, as `anchor_input_ids` and so on. `anchor_document_id`,
-`positive_document_id`, … are optional: texts of one document are no negatives of each other.
+A pair set is a `datasets.Dataset` with the columns `anchor` and `positive`. It may have hard negatives `negative_1`,
+`negative_2`, …, of which all rows have the same number. All of these may be tokenized, with names such as
+`anchor_input_ids`. The columns `anchor_document_id`, `positive_document_id`, … are optional: with them, texts of one
+document are not used as negatives of each other.
 """
 
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ from data_prep.arguments import parse_arguments, run_command
 @dataclass
 class PairsArguments:
     """
-    Arguments of `retro pairs`: one of `sources`, `download` and `datastore`, and where to write.
+    Arguments of `retro pairs`. Give one of `sources`, `download` and `datastore`.
     """
 
     output_dir: str = field(metadata={"help": "Folder to write; for `download`, the folder of the files."})
@@ -44,12 +45,12 @@ class PairsArguments:
         default=None, metadata={"help": "Files .jsonl or .jsonl.gz, a folder of `save_to_disk`, or a Hub dataset."}
     )
     columns: list[str] | None = field(
-        default=None, metadata={"help": "Columns of anchor, positive and hard negatives, if others."}
+        default=None, metadata={"help": "Columns of anchor, positive and hard negatives, if they have other names."}
     )
     split: str = field(default="train", metadata={"help": "Split of the Hub dataset."})
     revision: str | None = field(default=None, metadata={"help": "Revision of the Hub dataset."})
     num_negatives: int | None = field(
-        default=None, metadata={"help": "Hard negatives taken of each record. Defaults to those of the first."}
+        default=None, metadata={"help": "Number of hard negatives. Defaults to that of the first record."}
     )
     skip_bad_lines: bool = field(default=False, metadata={"help": "Leave malformed lines out instead of stopping."})
     num_proc: int | None = field(default=None, metadata={"help": "Processes that read the files."})
@@ -62,10 +63,10 @@ class PairsArguments:
         default_factory=lambda: ["continuation", "entity", "title"],
         metadata={"help": "Pairs of chunks to make: continuation, entity, title."},
     )
-    max_documents: int = field(default=10, metadata={"help": "Names and titles in more documents are not rare."})
+    max_documents: int = field(default=10, metadata={"help": "Names and titles in more documents are not used."})
     min_tokens: int = field(default=16, metadata={"help": "Shorter chunks are left out."})
-    max_chunks: int = field(default=1_000_000, metadata={"help": "Chunks of the datastore to look at."})
-    seed: int = field(default=0, metadata={"help": "Seed of what is random in the pairs of chunks."})
+    max_chunks: int = field(default=1_000_000, metadata={"help": "Largest number of chunks to use."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random choices among chunks."})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

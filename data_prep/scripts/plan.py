@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-What a datastore will need: chunks, bytes of every artifact, memory of the index, hours of the encoder.
+Estimates the chunks, the sizes of the files, the memory of the index and the hours of the encoder of a datastore.
 
 ```bash
 retro plan --tokens 1.75T
@@ -30,20 +30,20 @@ from data_prep.arguments import parse_arguments, run_command
 class PlanArguments:
     """Options of `retro plan`."""
 
-    tokens: str = field(metadata={"help": "Tokens of the corpus, such as 1.75T, 40B, 10M."})
-    chunk_size: int = field(default=64, metadata={"help": "Tokens in a chunk."})
+    tokens: str = field(metadata={"help": "Number of tokens of the corpus, such as 1.75T, 40B, 10M."})
+    chunk_size: int = field(default=64, metadata={"help": "Number of tokens in a chunk."})
     dim: int = field(default=384, metadata={"help": "Dimensions of the encoder."})
     vocab_size: int = field(
-        default=49152, metadata={"help": "Vocabulary of the tokenizer; above 65536, 4 bytes an id."}
+        default=49152, metadata={"help": "Size of the vocabulary. Above 65536, an id has 4 bytes."}
     )
     tokens_per_document: int = field(default=800, metadata={"help": "Mean length of a document."})
-    num_neighbors: int = field(default=4, metadata={"help": "Neighbors kept of a chunk."})
+    num_neighbors: int = field(default=4, metadata={"help": "Neighbors stored for each chunk."})
     factory: str = field(default="auto", metadata={"help": "A faiss factory string, or auto."})
-    max_index_memory: float | None = field(default=None, metadata={"help": "GB the index may take."})
+    max_index_memory: float | None = field(default=None, metadata={"help": "Largest size of the index in GB."})
     chunks_per_second: float = field(
-        default=4000.0, metadata={"help": "Rate of the encoder on one GPU; measure yours with `retro embed`."}
+        default=4000.0, metadata={"help": "Chunks that one GPU embeds in a second. Measure it with `retro embed`."}
     )
-    num_gpus: int = field(default=1, metadata={"help": "GPUs that embed."})
+    num_gpus: int = field(default=1, metadata={"help": "Number of GPUs that embed."})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,15 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-All stages of a datastore from one recipe: chunk, deduplicate, embed, index, neighbors.
+Runs all stages of a datastore from one recipe: chunk, deduplicate, embed, index, neighbors.
 
 ```bash
 retro prepare --recipe own_documents.yaml --output-dir datastore
 accelerate launch --num_processes 8 -m data_prep.scripts.prepare --recipe massive_open_text.yaml --output-dir datastore
 ```
 
-A recipe is a YAML file, either your own or the name of one that comes with the package (see `data_prep/recipes`). The
-same command goes on after an interruption; a recipe that gained inputs adds them with `--append`.
+A recipe is your own YAML file, or the name of a recipe that comes with the package (see `data_prep/recipes`). The same
+command resumes an interrupted run. If inputs were added to a recipe, `--append` adds them to the datastore.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class PrepareArguments:
 
     recipe: str = field(metadata={"help": "A YAML file, or the name of a recipe of the package."})
     output_dir: str = field(metadata={"help": "The datastore."})
-    data_dir: str = field(default=".", metadata={"help": "Folder that relative inputs of the recipe stand in."})
+    data_dir: str = field(default=".", metadata={"help": "Folder of the inputs of the recipe with relative paths."})
     append: bool = field(default=False, metadata={"help": "Add the inputs that the datastore does not hold yet."})
     force: bool = field(default=False, metadata={"help": "Rebuild everything."})
 

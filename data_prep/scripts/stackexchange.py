@@ -20,11 +20,11 @@ retro stackexchange --inputs stackoverflow.com-Posts.7z stackoverflow.com-PostLi
 retro stackexchange --inputs Posts.xml PostLinks.xml --output_dir site --min_answer_score 3
 ```
 
-Writes `title_body.jsonl.gz`, `title_answer.jsonl.gz` (the best answer of a question) and `duplicates.jsonl.gz` (titles
-of a question and of the one it repeats), with lines `["anchor", "positive"]`.
+Writes `title_body.jsonl.gz`, `title_answer.jsonl.gz` (with the best answer to a question) and `duplicates.jsonl.gz`
+(with the titles of a question and of the question that it repeats). Their lines are `["anchor", "positive"]`.
 
-Posts are read as a stream. What has to wait for its partner waits in a temporary SQLite file beside the output, so
-memory stays the same for dumps of any size.
+Posts are read as a stream. A text whose partner has not come yet waits in a temporary SQLite file beside the output,
+so dumps of any size need the same memory.
 """
 
 from collections.abc import Sequence

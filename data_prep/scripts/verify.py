@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Computes every checksum, count and cross-reference of a datastore or a model anew, and says what is wrong.
+Computes all checksums, counts and cross-references of a datastore or a model again, and lists what is wrong.
 
 ```bash
 retro verify datastore
@@ -20,8 +20,9 @@ retro verify datastore --repair --input documents.jsonl held_out.jsonl
 retro verify model
 ```
 
-Each finding names the stage that makes the damaged part anew. `--repair` makes just these parts: shards of chunks from
-the inputs that they were made from, all else from the chunks. The exit code is 1 if anything is (still) wrong.
+Each finding names the stage that remakes the damaged part. `--repair` remakes only the damaged parts: shards of chunks
+from the inputs that they were made from, and everything else from the chunks. The exit code is 1 if anything is wrong,
+or still wrong after the repair.
 """
 
 import sys
@@ -36,9 +37,10 @@ class VerifyArguments:
     """Options of `retro verify`."""
 
     path: str = field(metadata={"help": "Folder or Hub id of a datastore, or folder of a model; may stand first."})
-    repair: bool = field(default=False, metadata={"help": "Make the damaged parts of a datastore anew."})
+    repair: bool = field(default=False, metadata={"help": "Remake the damaged parts of a datastore."})
     input: list[str] = field(
-        default_factory=list, metadata={"help": "With --repair: what the datastore was made from, wherever it is now."}
+        default_factory=list,
+        metadata={"help": "With --repair: the inputs that the datastore was made from, wherever they are now."},
     )
 
 

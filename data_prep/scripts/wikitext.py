@@ -12,12 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Writes the texts of a data set, one JSON object `{"text": ...}` a line and one file a split:
+Writes the texts of a data set as lines `{"text": ...}` in one file for each split:
 
     retro wikitext --output_dir data/
     retro chunk --input data/wikitext_train.jsonl ...
 
-Any text set of the Hub or of the disk will do in place of WikiText:
+Any data set of texts on the Hub or on the disk can replace WikiText:
 
     retro wikitext --source my_texts/ --name mine --output_dir data/
 """
