@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Static encoders made of transformers: one vector for each token of the vocabulary (model2vec)."""
+"""Makes static encoders, with one vector for each token of the vocabulary, from transformers (model2vec)"""
 
 from pathlib import Path
 
@@ -37,22 +37,23 @@ def distill_encoder(
     """
     Distills an encoder into one vector for each token of its vocabulary.
 
-    Each token is embedded by itself, pooled as the encoder pools; principal components keep `dim` dimensions; tokens
-    are weighted by their frequency as Zipf's law has it, in the order of the vocabulary.
+    Each token is embedded by itself, with the pooling of the encoder. The vectors are reduced to their `dim` principal
+    components. Tokens are weighted by their frequency, which Zipf's law gives from their order in the vocabulary.
 
     Args:
         encoder (`str` or `Path`): Folder or Hub id of a transformer with mean or cls pooling.
         output_dir (`str` or `Path`): Folder to write, in the format of model2vec and sentence-transformers.
         revision (`str`, *optional*): Revision of the encoder on the Hub.
-        dim (`int`, *optional*, defaults to 256): Dimensions that are kept.
-        sif_coefficient (`float`, *optional*, defaults to 1e-4): a in the weight a / (a + frequency), between 0 and 1.
+        dim (`int`, *optional*, defaults to 256): Number of dimensions that are kept.
+        sif_coefficient (`float`, *optional*, defaults to 1e-4):
+            The number a in the weight a / (a + frequency) of a token, between 0 and 1.
 
     Returns:
-        [`StaticChunkEncoder`]: what was written.
+        [`StaticChunkEncoder`]: the encoder that was written.
 
     Raises:
         ImportError: If model2vec is not installed.
-        ValueError: If the encoder is no transformer, or has fewer dimensions.
+        ValueError: If the encoder is not a transformer, or has fewer dimensions.
     """
     try:
         from model2vec.distill import distill_from_model
@@ -75,10 +76,10 @@ def distill_encoder(
         quantize_to="float32",
         pooling={"mean": "mean", "cls": "first"}[files.get("pooling", "mean")],
     )
-    # Those of the transformer mean nothing here, and padding would count.
+    # The padding of the transformer's tokenizer is not needed here, and it would count in the mean.
     static.tokenizer.no_padding()
     static.tokenizer.no_truncation()
-    # safetensors writes the bytes of an array as they lie in memory, and those of the components lie by columns.
+    # safetensors writes the bytes of an array in the order of memory, and the components are stored by columns.
     static.embedding = np.ascontiguousarray(static.embedding)
     static.config["tokenizer_name"] = static.base_model_name
     with whole(Path(output_dir)) as temporary:

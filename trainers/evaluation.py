@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-What retrieval buys: bits per byte and perplexity over held-out documents without neighbors, with random ones and with
-the retrieved ones, and how much of it is copying.
+Measures the gain from retrieval: bits per byte and perplexity over held-out documents without neighbors, with random
+ones and with the retrieved ones, and the share of the gain that comes from copying.
 """
 
 import math
@@ -60,44 +60,46 @@ def evaluate_retro(
     show_progress: bool = True,
 ) -> RetroEvaluation:
     """
-    Measures a RETRO model on whole held-out documents, in sliding windows. Every token is counted once, the end of
-    the document included (it has no bytes). A first token that the model has no context for is charged
-    `log2(vocab_size)` bits, unless it is the BOS, which is known: so the bits are those of a complete code of the
-    text. Runs on all processes of a distributed launch.
+    Measures a RETRO model on whole held-out documents, in sliding windows. Every token is counted once. This includes
+    the end of a document, which has no bytes. A first token without any context costs `log2(vocab_size)` bits, unless
+    it is the BOS token, which is known. The bits are therefore those of a complete code of the text. Works on all
+    processes of a distributed launch.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             A [`RetroForCausalLM`] or [`RetroJointForCausalLM`].
         datastore ([`RetroDatastore`]):
-            Where the neighbors come from.
+            The datastore of the neighbors.
         split ([`DatastoreSplit`]):
-            The held-out documents, whose neighbors have been found.
+            The held-out documents, with stored neighbors.
         modes (`Sequence[str]`, *optional*, defaults to `("off", "random", "on")`):
-            `"off"` without neighbors, `"random"` with chunks drawn from the datastore, `"on"` with the neighbors,
-            `"neighbor"` with them but not their continuations, `"continuation"` with their continuations alone,
-            `"shuffled"` with the tokens of each neighbor in random order, and `"in_front"` with the neighbors in front
-            of the window of the model without retrieval (see [`~trainers.in_front.in_front_bits`]).
+            `"off"` without neighbors, `"random"` with random chunks of the datastore, `"on"` with the neighbors,
+            `"neighbor"` with the neighbors but without their continuations, `"continuation"` with only the
+            continuations, `"shuffled"` with the tokens of each neighbor in random order, and `"in_front"` with the
+            neighbors in front of the window of the model without retrieval (see
+            [`~trainers.in_front.in_front_bits`]).
         num_neighbors (`int` or `Sequence[int]`, *optional*, defaults to 2):
-            Number of neighbors k of a chunk, or several to measure each of.
+            Number k of neighbors of a chunk, or several numbers, of which each is measured.
         datastore_shares (`Sequence[float]`, *optional*, defaults to `(1.0,)`):
-            Shares of the datastore's documents to retrieve from, to measure what its size is worth. Less than all is
-            searched anew, which needs the embeddings of the split unless it is searched by BM25.
+            Shares of the datastore's documents to retrieve from, which shows the effect of its size. For a share below
+            1, neighbors are searched again, which needs the embeddings of the split unless BM25 searches.
         window_chunks (`int`, *optional*, defaults to 32):
             Length of a window in chunks. A window starts at position 0 and sees only the neighbors of its own chunks.
         stride_chunks (`int`, *optional*, defaults to 16):
-            Step between windows; smaller than the window, so that a counted token always has context.
+            Step between windows. It must be smaller than the window, so that every counted token has context.
         batch_size (`int`, *optional*, defaults to 8):
             Number of windows in a forward pass.
         max_documents (`int`, *optional*):
-            Evaluate on the first documents of the split only.
+            Number of documents to evaluate on, from the beginning of the split. Defaults to all.
         measure_overlap (`bool`, *optional*, defaults to `False`):
-            Whether to measure how much each chunk overlaps with its ten nearest neighbors, or those that are stored.
+            Whether to measure the overlap of each chunk with its ten nearest neighbors, or with fewer if fewer are
+            stored.
         domains (`Sequence[str]`, *optional*):
-            Domain of each document, to report each by itself.
+            Domain of each document. Each domain is reported by itself.
         retriever (`str`, *optional*):
             How neighbors are found: `"dense"`, `"bm25"`, `"hybrid"` or `"rerank"` (see
-            [`~modeling_retro.retriever_retro.NeighborSearch`]). Defaults to how the stored ones were found; with
-            another, they are searched for anew.
+            [`~modeling_retro.retriever_retro.NeighborSearch`]). Defaults to the way in which the stored ones
+            were found. With another way, they are searched again.
         seed (`int`, *optional*, defaults to 0):
             Seed of the random neighbors, of the shuffling and of the bootstrap.
         show_progress (`bool`, *optional*, defaults to `True`):
@@ -107,8 +109,9 @@ def evaluate_retro(
         [`RetroEvaluation`]
 
     Raises:
-        `ValueError`: for a model with another chunk size than the datastore, unknown modes, a stride that is not
-            smaller than the window, more neighbors than were found, or a split without documents.
+        `ValueError`: if the model has another chunk size than the datastore, if a mode is unknown, if the stride is
+        not
+            smaller than the window, if fewer neighbors are stored, or if the split has no documents.
     """
     datastore.check_chunk_size(model.config.chunk_size)
     unknown = sorted(set(modes) - set(MODES))
@@ -195,7 +198,7 @@ def _settings(
 
 
 def stored_retriever(split: DatastoreSplit) -> str:
-    """How the stored neighbors of a split were found."""
+    """The way in which the stored neighbors of a split were found."""
     return split.record.get("neighbors", {}).get("options", {}).get("retriever", "dense")
 
 
@@ -209,15 +212,16 @@ def neighbors_in_share(
     retriever: str | None = None,
 ) -> np.ndarray:
     """
-    Nearest neighbors among some of the datastore's documents, drawn so that a larger share holds the smaller ones.
+    Finds the nearest neighbors among a random share of the datastore's documents. A larger share contains the smaller
+    ones.
 
     Args:
         datastore ([`RetroDatastore`]):
-            What is searched.
+            The datastore to search.
         split ([`DatastoreSplit`]):
-            The chunks that query, with their embeddings (`retro embed`) unless the retriever is `"bm25"`.
+            The queries: chunks with their embeddings (`retro embed`), which the retriever `"bm25"` does not need.
         num_chunks (`int`):
-            Number of chunks that query, the first ones.
+            Number of queries, from the beginning of the split.
         num_neighbors (`int`):
             Number of neighbors of a chunk.
         share (`float`):
@@ -225,7 +229,7 @@ def neighbors_in_share(
         seed (`int`, *optional*, defaults to 0):
             Seed of the draw.
         retriever (`str`, *optional*):
-            How neighbors are found. Defaults to how the stored ones of the split were.
+            How neighbors are found. Defaults to the way in which the stored ones of the split were found.
 
     Returns:
         `np.ndarray`: global chunk ids int64 `[num_chunks, num_neighbors]`, -1 for absent ones.
@@ -256,11 +260,11 @@ class NeighborSource:
 
     Args:
         datastore ([`RetroDatastore`]):
-            Where they come from.
+            The datastore of the neighbors.
         neighbor_ids (`np.ndarray`):
             Global chunk ids of the neighbors of each chunk, int64 `[chunks, k]`.
         mode (`str`, *optional*, defaults to `"on"`):
-            What is seen of them.
+            The mode, which selects the parts of the neighbors that are seen.
         seed (`int`, *optional*, defaults to 0):
             Seed of the shuffling.
     """
@@ -289,7 +293,7 @@ class NeighborSource:
         elif self.mode == "continuation":
             mask = mask & (np.arange(mask.shape[-1]) >= self.datastore.chunk_size)
         elif self.mode == "shuffled":
-            # Real tokens stand before padding and stay there; the order hangs on the chunks, not on the process.
+            # Real tokens stay in front of padding. The order depends on the chunks and not on the process.
             generator = np.random.default_rng([self.seed, int(chunk_ids.max())])
             order = np.argsort(generator.random(mask.shape) + ~mask, axis=-1)
             tokens = np.take_along_axis(tokens, order, axis=-1)
@@ -298,7 +302,7 @@ class NeighborSource:
 
 def sliding_windows(num_chunks: int, window_chunks: int, stride_chunks: int) -> list[tuple[int, int, int]]:
     """
-    Windows over a document of which every chunk is counted in exactly one.
+    Makes windows over a document. Every chunk is counted in exactly one of them.
 
     Args:
         num_chunks (`int`):
@@ -330,7 +334,7 @@ def chunk_bits(
     description: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Bits that the model needs for each chunk.
+    Computes the bits that the model needs for each chunk.
 
     Args:
         model ([`~transformers.PreTrainedModel`]), datastore ([`RetroDatastore`]), split ([`DatastoreSplit`]):
@@ -338,17 +342,17 @@ def chunk_bits(
         windows (`Sequence[tuple[int, int, int]]`):
             First chunk, end and first counted chunk of each window, as chunk ids of the split.
         neighbors ([`NeighborSource`], *optional*):
-            What chunks see. None evaluates without retrieval.
+            The neighbors that chunks see. `None` evaluates without retrieval.
         batch_size (`int`):
             Number of windows in a forward pass.
         description (`str`, *optional*):
-            Label of the progress bar; no bar when unset.
+            Label of the progress bar. Without it there is no bar.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: bits float64 and number of counted tokens int64, both `[chunks]`.
     """
     state = PartialState()
-    # Processes that share matrices compute the same windows together.
+    # Processes that share matrices (tensor parallelism) compute the same windows together.
     tp_size = model.tp_size or 1
     num_workers, worker = state.num_processes // tp_size, state.process_index // tp_size
     windows = np.array(sorted(windows, key=lambda window: window[1] - window[0]))
@@ -360,7 +364,7 @@ def chunk_bits(
     model.eval()
     rounds = range(-(-len(batches) // num_workers))
     for i in tqdm(rounds, desc=description, disable=description is None or not state.is_main_process):
-        # Sharded models need every process in every forward pass, so one without a batch left repeats another's.
+        # Sharded models need all processes in every forward pass, so a process without a batch repeats one of another.
         i = i * num_workers + worker
         start, end, first_counted = batches[i % len(batches)].T[..., None]
         chunk_ids = start + np.arange((end - start).max())  # [B, L]
@@ -382,7 +386,7 @@ def _token_nats(
     chunk_ids: np.ndarray,
     neighbors: NeighborSource | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Nats (float64) and whether they count, each `[B, L, m]`, of the tokens in windows of chunk ids `[B, L]`."""
+    """Nats (float64) of the tokens in windows of chunk ids `[B, L]`, and whether they count, each `[B, L, m]`."""
     input_ids, counted = split.chunks.take(chunk_ids)  # [B, L, m]
     inputs = {}
     if neighbors is not None:
@@ -390,7 +394,7 @@ def _token_nats(
         inputs["neighbor_input_ids"] = torch.from_numpy(neighbor_input_ids).to(model.device)
         inputs["neighbor_attention_mask"] = torch.from_numpy(neighbor_mask).to(model.device)
 
-    # Padding is on the right, where causal attention never looks from a real token: no mask is needed.
+    # Padding is on the right, where causal attention of real tokens does not look, so no mask is needed.
     tokens = torch.from_numpy(input_ids.reshape(len(chunk_ids), -1)).to(model.device)  # [B, T]
     with model.retrieval(False):
         logits = model(input_ids=tokens, use_cache=False, **inputs).logits[:, :-1].float()
@@ -405,7 +409,7 @@ def _token_nats(
 
 
 def _document_offsets(document_id: np.ndarray, max_documents: int | None) -> np.ndarray:
-    """First chunk of each document, and the end of the last: int64 `[documents + 1]`."""
+    """The first chunk of each document, and the end of the last document, int64 `[documents + 1]`."""
     document_id = np.asarray(document_id)
     offsets = np.flatnonzero(np.diff(document_id, prepend=-1))
     offsets = np.append(offsets, len(document_id))
@@ -423,18 +427,18 @@ def neighbor_overlap(
     datastore: RetroDatastore, split: DatastoreSplit, num_chunks: int, neighbor_ids: np.ndarray | None = None
 ) -> np.ndarray:
     """
-    Longest token substring that each chunk shares with one of its ten nearest neighbors or their continuations, as a
-    share of the chunk size (arXiv:2112.04426, section 2.6).
+    Measures the longest token substring that each chunk shares with one of its ten nearest neighbors or their
+    continuations, as a share of the chunk size (arXiv:2112.04426, section 2.6).
 
     Args:
         datastore ([`RetroDatastore`]):
-            Where the neighbors come from.
+            The datastore of the neighbors.
         split ([`DatastoreSplit`]):
             The chunks.
         num_chunks (`int`):
-            Number of chunks to measure, the first ones.
+            Number of chunks to measure, from the beginning of the split.
         neighbor_ids (`np.ndarray`, *optional*):
-            Their neighbors, int64 `[num_chunks, K]`. Defaults to those that are stored.
+            Their neighbors, int64 `[num_chunks, K]`. Defaults to the stored ones.
 
     Returns:
         `np.ndarray`: float64 `[num_chunks]`, from 0 to 1.
@@ -445,7 +449,7 @@ def neighbor_overlap(
         chunk_ids = np.arange(start, min(start + 1024, num_chunks))
         tokens, mask = split.chunks.take(chunk_ids)
         neighbors, neighbor_mask = datastore.take_neighbors(neighbor_ids[chunk_ids, :OVERLAP_NEIGHBORS])
-        # Padding equals nothing.
+        # Padding must not equal any token.
         tokens = np.where(mask, tokens, -1)[:, None]
         neighbors = np.where(neighbor_mask, neighbors, -2)
         overlap[chunk_ids] = longest_common_substring(tokens, neighbors).max(-1) / datastore.chunk_size

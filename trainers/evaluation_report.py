@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What an evaluation of RETRO found: numbers, tables and plots."""
+"""The results of an evaluation of RETRO: numbers, tables and plots"""
 
 import json
 import os
@@ -32,11 +32,11 @@ OVERLAP_EDGES = np.arange(9) / 8
 @dataclass
 class Difference:
     """
-    Bits per byte of one way to retrieve less those of another.
+    The difference in bits per byte between one way to retrieve and another.
 
     Args:
         bits_per_byte (`float`):
-            Below zero, the first is better.
+            The difference. Below zero, the first way is better.
         low (`float`), high (`float`):
             95 % confidence interval, by bootstrap over documents.
     """
@@ -52,21 +52,21 @@ class Difference:
 @dataclass
 class RetroEvaluation:
     """
-    What [`~trainers.evaluation.evaluate_retro`] measures. Ways to retrieve have the names of their modes, such as
-    `"on"`, or with several numbers of neighbors, mode and number, such as `"on k=2"`, and with other shares of the
-    datastore than all of it, the share, such as `"on k=2 share=0.5"`.
+    The results of [`~trainers.evaluation.evaluate_retro`]. The name of a way to retrieve is its mode, such as `"on"`.
+    If several numbers of neighbors are measured, the number is added (`"on k=2"`), and if only a share of the
+    datastore is searched, the share is added (`"on k=2 share=0.5"`).
 
     Args:
         chunk_bits (`dict[str, np.ndarray]`):
-            Bits of the code for each chunk, for each way to retrieve, float64 `[chunks]`.
+            Bits of the code for each chunk, float64 `[chunks]`, for each way to retrieve.
         chunk_bytes (`np.ndarray`):
             Bytes of the UTF-8 source of each chunk, int64 `[chunks]`.
         document_offsets (`np.ndarray`):
-            First chunk of each document, and the end of the last, int64 `[documents + 1]`.
+            The first chunk of each document, and the end of the last document, int64 `[documents + 1]`.
         num_tokens (`int`):
-            Number of tokens counted.
+            Number of counted tokens.
         num_neighbors (`list[int]`):
-            Neighbors of a chunk, where there are any.
+            Numbers of neighbors of a chunk that were measured.
         overlap (`np.ndarray`, *optional*):
             Longest token substring shared with a neighbor, as a share of the chunk size, float64 `[chunks]`.
         domains (`list[str]`, *optional*):
@@ -93,7 +93,7 @@ class RetroEvaluation:
         return np.add.reduceat(self.chunk_bits[name], self.document_offsets[:-1])
 
     def bits_per_byte(self, name: str) -> float:
-        """Bits of the code for the text per byte of its source."""
+        """Bits of the code per byte of the source text."""
         return float(self.chunk_bits[name].sum() / self.chunk_bytes.sum())
 
     def perplexity(self, name: str) -> float:
@@ -101,21 +101,21 @@ class RetroEvaluation:
         return float(2.0 ** (self.chunk_bits[name].sum() / self.num_tokens))
 
     def difference(self, name: str, reference: str) -> Difference:
-        """Bits per byte of `name` less those of `reference`, over the same documents."""
+        """The difference in bits per byte between `name` and `reference`, over the same documents."""
         bits = self.document_bits(name) - self.document_bits(reference)
         low, high = bootstrap_interval(bits, self.document_bytes, seed=self.seed)
         return Difference(float(bits.sum() / self.document_bytes.sum()), low, high)
 
     def references(self, name: str) -> list[str]:
-        """What `name` is compared with: no retrieval, and as many random neighbors."""
+        """The ways that `name` is compared with: no retrieval, and the same number of random neighbors."""
         number = [word for word in name.split()[1:] if word.startswith("k=")]
         candidates = ["off", " ".join(["random", *number])]
         return [candidate for candidate in candidates if candidate in self.chunk_bits and candidate != name]
 
     def overlap_curve(self) -> list[dict]:
         """
-        Bits per byte by overlap with the neighbors (arXiv:2112.04426, section 2.6): of the chunks in each bin, and of
-        those up to its upper end.
+        Bits per byte by overlap with the neighbors (arXiv:2112.04426, section 2.6), for the chunks in each bin and for
+        all chunks up to the upper end of the bin.
         """
         rows = []
         for low, high in zip(OVERLAP_EDGES[:-1], OVERLAP_EDGES[1:], strict=True):
@@ -175,9 +175,9 @@ class RetroEvaluation:
 
         Args:
             directory (`str` or `os.PathLike`):
-                Directory to write to; made if it is not there.
+                Directory to write to. It is created if it does not exist.
             facts (`Mapping`, *optional*):
-                What else to write into `evaluation.json`, such as the datastore.
+                Further entries of `evaluation.json`, such as a description of the datastore.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ class RetroEvaluation:
 
     def plot(self, path: str | os.PathLike) -> None:
         """
-        Draws the bits per byte of each way to retrieve, and how it changes each document.
+        Draws the bits per byte of each way to retrieve, and the change for each document.
 
         Args:
             path (`str` or `os.PathLike`):
@@ -219,7 +219,7 @@ class RetroEvaluation:
 
     def plot_overlap(self, path: str | os.PathLike) -> None:
         """
-        Draws the bits per byte of the chunks that overlap with their neighbors up to a share.
+        Draws the bits per byte of the chunks whose overlap with their neighbors is at most a share.
 
         Args:
             path (`str` or `os.PathLike`):
@@ -243,7 +243,8 @@ def bootstrap_interval(
     numerator: np.ndarray, denominator: np.ndarray, num_samples: int = 2000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
     """
-    Confidence interval of `numerator.sum() / denominator.sum()` when documents are drawn anew, with replacement.
+    Computes the bootstrap confidence interval of `numerator.sum() / denominator.sum()`, with documents drawn with
+    replacement.
 
     Args:
         numerator (`np.ndarray`), denominator (`np.ndarray`):

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Continues a prompt with a RETRO model and says which neighbors each chunk used."""
+"""Continues a prompt with a RETRO model and reports the neighbors of each chunk"""
 
 import textwrap
 from collections.abc import Sequence
@@ -26,15 +26,16 @@ from modeling_retro.retriever_retro import RetroRetriever
 @dataclass
 class GeneratedChunk:
     """
-    One chunk of a generated text and what was retrieved with it.
+    One chunk of a generated text and its neighbors.
 
     Args:
         text (`str`):
             Text of the chunk.
         neighbors (`list[str]`):
-            Texts of its neighbors with their continuations, best first. The tokens after the chunk use them.
+            Texts of the neighbors of the chunk with their continuations, best first. The tokens after the chunk see
+            them.
         scores (`list[float]`):
-            Their scores.
+            Scores of the neighbors.
     """
 
     text: str
@@ -58,9 +59,9 @@ def generate_with_neighbors(
         model ([`RetroForCausalLM`] or [`RetroJointForCausalLM`]):
             The model.
         retriever ([`RetroRetriever`]):
-            What it looks neighbors up with.
+            The retriever that looks up the neighbors.
         prompt (`str`):
-            Text to continue, not empty.
+            Text to continue. It must not be empty.
         pad_to_chunks (`bool`, *optional*, defaults to `False`):
             Whether to pad the prompt on the left to whole chunks, so that its end is looked up at once.
         allow_control_tokens (`bool`, *optional*, defaults to `False`):
@@ -106,7 +107,7 @@ def generate_with_neighbors(
 
 
 def format_chunks(chunks: Sequence[GeneratedChunk], width: int = 100) -> str:
-    """The chunks with their neighbors indented below, for reading."""
+    """Formats the chunks for reading, with their neighbors indented below."""
     lines = []
     for number, chunk in enumerate(chunks):
         lines.append(f"chunk {number}: {_shorten(chunk.text, 4 * width)}")

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The rival that needs no RETRO: a language model that reads the neighbors in front of its window"""
+"""The usual alternative to RETRO: a language model that reads the neighbors in front of its window"""
 
 import math
 from collections.abc import Sequence
@@ -38,16 +38,16 @@ def in_front_bits(
     description: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Bits that a model without retrieval needs for each chunk when the neighbors of the chunk before it stand in front
-    of its window (in-context retrieval, arXiv 2302.00083). The neighbors change with each chunk, so the model reads
-    the window anew for each. Every chunk sees the same neighbors and the same context as in
-    [`~trainers.evaluation.chunk_bits`], but that the last token of a chunk does not see those that it retrieved.
+    Computes the bits that a model without retrieval needs for each chunk, when the neighbors of the chunk before it
+    stand in front of its window (in-context retrieval, arXiv 2302.00083). The neighbors change with each chunk, so the
+    model reads the window again for each. A chunk sees the same neighbors and the same context as in
+    [`~trainers.evaluation.chunk_bits`], except that its last token does not see its own neighbors.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             A RETRO model, which is run without retrieval, or any causal language model.
         datastore ([`RetroDatastore`]):
-            Where neighbors come from.
+            The datastore of the neighbors.
         split ([`DatastoreSplit`]):
             The chunks to measure.
         windows (`Sequence[tuple[int, int, int]]`):
@@ -57,7 +57,7 @@ def in_front_bits(
         batch_size (`int`):
             Number of chunks in a forward pass.
         description (`str`, *optional*):
-            Label of the progress bar; no bar when unset.
+            Label of the progress bar. Without it there is no bar.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: bits float64 and number of counted tokens int64, both `[chunks]`.
@@ -93,19 +93,21 @@ def read_in_front(
     neighbor_ids: np.ndarray,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """
-    The model's predictions for some chunks, with the neighbors of the chunk before each in front of its window.
+    Computes the model's predictions for some chunks, with the neighbors of the chunk before in front of the window of
+    each.
 
     Args:
         model ([`~transformers.PreTrainedModel`]), datastore ([`RetroDatastore`]), split ([`DatastoreSplit`]):
             See [`in_front_bits`].
         jobs (`Sequence[tuple[int, int]]`):
-            Each chunk with the first chunk of its window. The first chunk of a window has no neighbors.
+            Pairs of a chunk and the first chunk of its window. The first chunk of a window has no neighbors.
         neighbor_ids (`np.ndarray`):
             Global chunk ids of the neighbors of each chunk, int64 `[chunks, k]`, -1 for absent ones.
 
     Returns:
-        `list[tuple[torch.Tensor, torch.Tensor]]`: for each chunk logits float32 `[n, V]` and the tokens int64 `[n]`
-        that they predict: all real tokens of the chunk, but for the first one of a window, which has no context.
+        `list[tuple[torch.Tensor, torch.Tensor]]`: for each chunk the logits float32 `[n, V]` and the tokens int64
+        `[n]` that they predict. These are all real tokens of the chunk, except the first token of a window, which has
+        no context.
     """
     rows, counts = [], []
     for chunk, start in jobs:
@@ -137,13 +139,13 @@ def _batch_bits(
     jobs: Sequence[tuple[int, int]],
     neighbor_ids: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bits and counted tokens of some chunks, each given with the first chunk of its window."""
+    """Bits and numbers of counted tokens of some chunks. Each chunk is given with the first chunk of its window."""
     found, counted = np.zeros(len(jobs)), np.zeros(len(jobs), dtype=np.int64)
     predictions = read_in_front(model, datastore, split, jobs, neighbor_ids)
     for n, ((chunk, start), (logits, tokens)) in enumerate(zip(jobs, predictions, strict=True)):
         nats = F.cross_entropy(logits, tokens, reduction="none").double()
         found[n], counted[n] = nats.sum().item() / math.log(2), len(tokens)
-        # The first token of a window has no context; a BOS is known.
+        # The first token of a window has no context, but a BOS token is known.
         first_token = split.chunks.take(np.array([start]))[0][0, 0]
         if chunk == start and first_token != datastore.tokenizer.bos_token_id:
             found[n] += math.log2(model.config.vocab_size)

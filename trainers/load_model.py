@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Loading a model for a datastore, whatever its kind"""
+"""Loads a model of any kind for a datastore"""
 
 from typing import Any
 
@@ -30,10 +30,9 @@ def load_retro_model(name_or_path: str, datastore: RetroDatastore, **kwargs: Any
         name_or_path (`str`):
             Folder or Hub id of the model.
         datastore ([`RetroDatastore`]):
-            The datastore that it is for; a wrapped model takes its chunk sizes.
+            The datastore that the model will read. A wrapped model gets its chunk sizes.
         kwargs:
-            Passed to `from_pretrained`; for a model that is wrapped, also fields of [`RetroJointConfig`] and
-            `reader`.
+            Passed to `from_pretrained`. For a model that is wrapped, also fields of [`RetroJointConfig`] and `reader`.
 
     Returns:
         [`RetroForCausalLM`] or [`RetroJointForCausalLM`]

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Contrastive losses of the retriever encoder: every other pair of the batch is a negative."""
+"""Contrastive losses for the encoder of the retriever, in which the other texts of a batch are negatives"""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -32,9 +32,9 @@ class MultipleNegativesRankingLoss(nn.Module):
     $$\mathcal{L} = -\frac{1}{B} \sum_i \log
     \frac{\exp \lambda s(a_i, c_i)}{\sum_{j \notin F_i} \exp \lambda s(a_i, c_j)}$$
 
-    \\(F_i\\) are the false negatives: candidates whose text is the anchor's or its positive's, positives of an equal
-    anchor, and candidates from the document of the anchor or of its positive. They are known where `text_ids` and
-    `document_ids` are given, as [`SiameseDataCollator`] does.
+    \\(F_i\\) are the false negatives: candidates whose text equals the anchor or its positive, positives of an equal
+    anchor, and candidates from the document of the anchor or of its positive. They are left out if `text_ids` and
+    `document_ids` are given, as [`SiameseDataCollator`] gives them.
 
     Source: [arXiv:1705.00652](https://huggingface.co/papers/1705.00652), section 4.4, and
     [arXiv:1807.03748](https://huggingface.co/papers/1807.03748), equation 4.
@@ -45,10 +45,12 @@ class MultipleNegativesRankingLoss(nn.Module):
         similarity (`str`, *optional*, defaults to `"cosine"`):
             `"cosine"` or `"dot"`.
         symmetric (`bool`, *optional*, defaults to `False`):
-            Also ranks the anchor of each positive above all other anchors; the loss is the mean of both directions.
+            Whether to also rank the anchor of each positive above all other anchors. The loss is then the mean of both
+            directions.
         gather_across_devices (`bool`, *optional*, defaults to `False`):
-            Takes the candidates of all processes, with gradient. The mean over processes of loss and gradient is that
-            of one process with the joint batch. Every process needs the same number of pairs.
+            Whether to use the candidates of all processes, with gradients. The means of loss and gradient over the
+            processes equal those of one process with the joint batch. All processes must have the same number of
+            pairs.
 
     Example:
 
@@ -90,21 +92,23 @@ class MultipleNegativesRankingLoss(nn.Module):
             embeddings (`torch.FloatTensor` of shape `(columns, batch_size, dim)`):
                 Anchors, positives, first hard negatives, and so on.
             text_ids (`torch.LongTensor` of shape `(columns, batch_size)`, *optional*):
-                Equal for equal texts.
+                Numbers of the texts. Equal texts have equal numbers.
             document_ids (`torch.LongTensor` of shape `(columns, batch_size)`, *optional*):
-                Equal for texts of the same document, -1 for unknown.
+                Numbers of the documents of the texts, -1 if unknown.
 
         Returns:
-            `torch.FloatTensor`: the mean loss of this process's pairs, a scalar.
+            `torch.FloatTensor`: the mean loss of the pairs of this process, a scalar.
 
         Raises:
-            `ValueError`: if an anchor has no candidate but its own positive.
+            `ValueError`: if an anchor has no other candidate than its own positive.
         """
         columns, rows, false_negatives = self._prepare(embeddings, text_ids, document_ids)
         return self._loss_of_rows(columns, rows, false_negatives).mean()
 
     def _prepare(self, embeddings, text_ids, document_ids):
-        """Columns of the joint batch, the rows of this process in it, and a function from rows to their masks."""
+        """
+        Returns the columns of the joint batch, the rows of this process in it, and a function from rows to masks.
+        """
         batch_size = embeddings.shape[1]
         start = 0
         if self.gather_across_devices and _num_processes() > 1:
@@ -145,16 +149,16 @@ class MultipleNegativesRankingLoss(nn.Module):
 
 class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
     r"""
-    [`MultipleNegativesRankingLoss`] for batches larger than memory: only one mini-batch holds activations at a time.
-    Loss and gradients are those of the whole batch, for the price of a second forward pass.
+    [`MultipleNegativesRankingLoss`] for batches that are larger than memory. Only one mini-batch at a time holds
+    activations. Loss and gradients are those of the whole batch, at the cost of a second forward pass.
 
     Source: GradCache, [arXiv:2101.06983](https://huggingface.co/papers/2101.06983), section 3.2.
 
     Args:
         mini_batch_size (`int`, *optional*, defaults to `32`):
-            Number of texts (not pairs) embedded at a time.
+            Number of texts (not pairs) that are embedded at a time.
         kwargs (`dict[str, Any]`, *optional*):
-            Those of [`MultipleNegativesRankingLoss`].
+            Arguments of [`MultipleNegativesRankingLoss`].
 
     Example:
 
@@ -196,13 +200,13 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
             backward (`Callable`, *optional*, defaults to `torch.Tensor.backward`):
                 Backpropagates a scalar, e.g. `accelerator.backward`.
             no_sync (`Callable`, *optional*):
-                Context in which processes do not average gradients; used for all mini-batches but the last.
+                Context in which processes do not average gradients, for all mini-batches but the last.
 
         Returns:
             `torch.FloatTensor`: the loss, detached.
         """
         mini_batches = split_by_length(inputs, self.mini_batch_size)
-        # The second pass must draw the dropout masks of the first.
+        # The second pass must draw the same dropout masks as the first.
         seeds = torch.randint(2**62, (len(mini_batches),)).tolist()
 
         # Step 1: embeddings without graph
@@ -227,7 +231,7 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         return loss
 
     def _backward_to_embeddings(self, embeddings, text_ids, document_ids) -> Tensor:
-        """The score matrix is never whole in memory either: one slice of its rows at a time."""
+        """Computes one slice of rows of the score matrix at a time, so that the whole matrix is never in memory."""
         gathered, rows, false_negatives = self._prepare(embeddings, text_ids, document_ids)
         columns = gathered.detach().requires_grad_()
         total = torch.zeros((), dtype=columns.dtype, device=columns.device)
@@ -241,21 +245,21 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
 
 def _false_negatives(text_ids: Tensor | None, document_ids: Tensor | None, rows: Tensor, targets: slice) -> Tensor:
     """
-    Which candidates must not count as negatives.
+    Finds the candidates that must not count as negatives.
 
     Args:
-        text_ids, document_ids (`torch.LongTensor` of shape `(columns, N)` or `None`): Of the joint batch.
-        rows (`torch.LongTensor` of shape `(n,)`): The rows whose mask is asked for.
-        targets (`slice`): The columns that hold the candidates, M = N times their number.
+        text_ids, document_ids (`torch.LongTensor` of shape `(columns, N)` or `None`): Those of the joint batch.
+        rows (`torch.LongTensor` of shape `(n,)`): The rows of the mask.
+        targets (`slice`): The columns that hold the M candidates, which are N times the number of columns.
 
     Returns:
-        `torch.BoolTensor`: `(n, M)`; never true for the candidate that belongs to the row.
+        `torch.BoolTensor`: `(n, M)`. It is never true for the candidate that belongs to the row.
     """
     mask = torch.zeros((len(rows), 1), dtype=torch.bool, device=rows.device)
     if text_ids is not None:
         candidates = text_ids[targets].flatten()
         anchors, positives = text_ids[0, rows, None], text_ids[1, rows, None]
-        # Pairs that share a side: the other side of one suits the other as well. Hard negatives stay negatives.
+        # If two pairs share a text, the other text of one is also right for the other. Hard negatives stay negatives.
         shares = (text_ids[0] == anchors) if targets.start == 1 else (text_ids[1] == positives)  # [n, N]
         others = torch.zeros(len(rows), len(candidates) - shares.shape[1], dtype=torch.bool, device=rows.device)
         mask = mask | (candidates == anchors) | (candidates == positives) | torch.cat([shares, others], dim=1)
@@ -270,16 +274,17 @@ def _false_negatives(text_ids: Tensor | None, document_ids: Tensor | None, rows:
 
 def split_by_length(inputs: dict[str, Tensor], size: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """
-    Mini-batches of texts of like length, so that little of them is padding.
+    Makes mini-batches of texts of similar length, so that they need little padding.
 
     Args:
         inputs (`dict[str, torch.Tensor]`):
             Inputs of an encoder, `(texts, length)`, with an `attention_mask`.
         size (`int`):
-            Texts in a mini-batch.
+            Number of texts in a mini-batch.
 
     Returns:
-        `list[tuple[torch.LongTensor, dict[str, torch.Tensor]]]`: for each mini-batch, the rows it holds, and them.
+        `list[tuple[torch.LongTensor, dict[str, torch.Tensor]]]`: the numbers of the rows and the rows of each
+        mini-batch.
     """
     order = inputs["attention_mask"].sum(dim=1).argsort(stable=True)
     mini_batches = []
@@ -291,7 +296,7 @@ def split_by_length(inputs: dict[str, Tensor], size: int) -> list[tuple[Tensor, 
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers of all devices come from `seed` inside and are untouched outside."""
+    """Seeds the random numbers of all devices inside the context, and restores their state afterwards."""
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(seed)
         yield
@@ -302,14 +307,14 @@ def _num_processes() -> int:
 
 
 def _all_gather(tensor: Tensor) -> Tensor:
-    """Tensors [B, ...] of all processes as one [W * B, ...], in the order of the ranks."""
+    """Joins the tensors [B, ...] of all processes into one [W * B, ...], in the order of the ranks."""
     gathered = tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:])
     dist.all_gather_into_tensor(gathered, tensor.contiguous())
     return gathered
 
 
 class _AllGather(torch.autograd.Function):
-    """`_all_gather` with gradient: each process gets the sum of what all processes ask of its part."""
+    """`_all_gather` with gradients: each process gets the sum of the gradients of all processes for its part."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Muon for the matrices of the layers, AdamW for everything else, as one optimizer."""
+"""An optimizer that uses Muon for the matrices of the layers and AdamW for all other weights"""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,19 +22,19 @@ from torch import nn
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """
-    Optimizes the weights of the linear layers with [`~torch.optim.Muon`], in the scaling of
-    [arXiv:2502.16982](https://huggingface.co/papers/2502.16982) that shares learning rate and weight decay with AdamW,
-    and embeddings, head and norms with [`~torch.optim.AdamW`].
+    Optimizes the weights of the linear layers with [`~torch.optim.Muon`], and embeddings, head and norms with
+    [`~torch.optim.AdamW`]. Muon is scaled as in [arXiv:2502.16982](https://huggingface.co/papers/2502.16982), so that
+    both can have the same learning rate and weight decay.
 
     Args:
         model (`nn.Module`):
-            The model; parameters that need no gradient are left out.
+            The model. Parameters without gradients are left out.
         lr (`float`):
             Learning rate.
         weight_decay (`float`):
             Weight decay of the matrices and the embeddings.
         decay_names (`list[str]`):
-            Names of the parameters that decay.
+            Names of the parameters with weight decay.
         betas (`tuple[float, float]`):
             Betas of AdamW.
         eps (`float`):
@@ -67,13 +67,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__([*muon.param_groups, *adamw.param_groups], defaults={"lr": lr})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates all parameters; see [`~torch.optim.Optimizer.step`]."""
+        """Updates all parameters (see [`~torch.optim.Optimizer.step`])."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         muon, adamw = self._optimizers
-        # Loading a checkpoint puts new groups and states in place of those that the two were made with.
+        # Loading a checkpoint replaces the groups and states that the two optimizers were made with.
         muon.param_groups = [group for group in self.param_groups if "ns_steps" in group]
         adamw.param_groups = [group for group in self.param_groups if "ns_steps" not in group]
         for optimizer in self._optimizers:

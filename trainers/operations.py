@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Operations that a model needs for a token, without retrieval, with it, and with the neighbors in front"""
+"""Counts the operations of a model for a token, without retrieval, with it, and with the neighbors in front"""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,14 +23,14 @@ def operations_per_token(
     model: PreTrainedModel, num_neighbors: int, window_chunks: int, modes: tuple[str, ...] = ("off", "on", "in_front")
 ) -> dict[str, float]:
     """
-    Counts the operations for one token at the end of a full window, on average over its chunk. What was read before
-    stays in the cache, but for neighbors in front of the window: where they change, it is read again.
+    Counts the operations for one token at the end of a full window, on average over its chunk. Earlier tokens are in
+    the cache. But if neighbors stand in front of the window, the whole window is read again whenever they change.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             A RETRO model of either kind.
         num_neighbors (`int`):
-            Number of neighbors of a chunk, none of which comes again.
+            Number of neighbors of a chunk. None of them was read before.
         window_chunks (`int`):
             Length of the window in chunks.
         modes (`tuple[str, ...]`, *optional*):
@@ -40,7 +40,7 @@ def operations_per_token(
         `dict[str, float]`: operations (two for a multiplication with an addition) for each mode.
     """
     size, length = model.config.chunk_size, model.config.neighbor_length * num_neighbors
-    # In SDPA's kernel for CPUs the counter sees nothing.
+    # The counter does not see the operations of SDPA's kernel for CPUs.
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
 

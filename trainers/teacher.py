@@ -12,9 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-A teacher for a model that reads neighbors: the same decoder, or a larger one of the same vocabulary, with the neighbor
-in front of its window. Its most probable next tokens are written down once, and training pulls the model towards them
-(block distillation, arXiv 2605.15913; CEPED, arXiv 2402.16617).
+Makes a teacher for a model that reads neighbors. The teacher is the same decoder, or a larger one with the same
+vocabulary, which reads the neighbor in front of its window. Its most probable next tokens are computed and stored
+once, and training pulls the model towards them (block distillation, arXiv 2605.15913; CEPED, arXiv 2402.16617).
 """
 
 import json
@@ -37,7 +37,7 @@ from .in_front import read_in_front
 
 
 TEACHER_NAME = "teacher.json"
-ROWS_PER_SHARD = 32  # what is lost at most when the command is killed
+ROWS_PER_SHARD = 32  # a run that is killed loses at most one shard
 
 
 def teach(
@@ -51,27 +51,27 @@ def teach(
     batch_size: int = 8,
 ) -> dict[str, Any]:
     """
-    Writes down what a teacher predicts for each token of a split. A row of `row_chunks` chunks is a window: a chunk is
-    read with what stands before it in its row and its document, and with the neighbors of the chunk before in front.
-    The first chunk of a document or row has no neighbors and is left out.
+    Stores the predictions of a teacher for each token of a split. A row of `row_chunks` chunks is a window. The
+    teacher reads a chunk together with the earlier chunks of the same document in its row, and with the neighbors of
+    the chunk before it in front. The first chunk of a document or row has no neighbors and is left out.
 
     Args:
         datastore (`str` or `Path`):
             The datastore, with neighbors of the split.
         model ([`~transformers.PreTrainedModel`]):
-            The teacher: a RETRO model of either kind, which is run without retrieval.
+            The teacher: a RETRO model of either kind, which runs without retrieval.
         output_dir (`str` or `Path`):
-            Folder to write to. One that was begun before is completed.
+            Folder to write to. If it holds an interrupted run, that run is resumed.
         split (`str`, *optional*, defaults to `"train"`):
-            The split that is trained on.
+            The split for training.
         row_chunks (`int`, *optional*, defaults to 8):
-            Chunks in a row of the training, `RetroTrainingArguments.row_chunks`.
+            Number of chunks in a row of the training, `RetroTrainingArguments.row_chunks`.
         num_neighbors (`int`, *optional*, defaults to 1):
-            Neighbors in front of the window.
+            Number of neighbors in front of the window.
         top_tokens (`int`, *optional*, defaults to 50):
-            Number of tokens kept for each position, the most probable ones.
+            Number of most probable tokens that are stored for each position.
         batch_size (`int`, *optional*, defaults to 8):
-            Chunks in a forward pass.
+            Number of chunks in a forward pass.
 
     Returns:
         `dict`: the contents of `teacher.json`.
@@ -166,25 +166,25 @@ def _check_options(folder: Path, expected: dict[str, Any]) -> None:
 
 
 def _window_start(document_id: np.ndarray, chunk: int, row_chunks: int) -> int:
-    """The first chunk of the row of a chunk that belongs to the same document."""
+    """The first chunk in the row of a chunk that belongs to the same document as the chunk."""
     row = chunk // row_chunks * row_chunks
     return row + int(np.searchsorted(document_id[row : chunk + 1], document_id[chunk]))
 
 
 class TeacherPredictions:
     """
-    What a teacher predicts for the tokens of a split, read from the files that [`teach`] wrote.
+    The predictions of a teacher for the tokens of a split, read from the files that [`teach`] wrote.
 
     Args:
         folder (`str` or `Path`):
             The folder.
         source ([`RetroDatastore`] or [`DatastoreSplit`]):
-            What is trained on.
+            The split for training.
         row_chunks (`int`):
-            Chunks in a row of the training.
+            Number of chunks in a row of the training.
 
     Raises:
-        ValueError: If the folder is of another split or other rows, or not finished.
+        ValueError: If the folder belongs to another split or to other rows, or is not finished.
     """
 
     def __init__(self, folder: str | Path, source: RetroDatastore | DatastoreSplit, row_chunks: int):
@@ -211,14 +211,14 @@ class TeacherPredictions:
 
     def take(self, chunk_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """
-        The teacher's most probable tokens in the place of each token of chunks.
+        Returns the tokens that the teacher considers most probable in the place of each token of chunks.
 
         Args:
             chunk_ids (`np.ndarray`): int64 `[...]`, -1 for absent chunks.
 
         Returns:
-            `tuple[np.ndarray, np.ndarray]`: token ids int64 `[..., m, K]`, -1 where the teacher says nothing, and log
-            probabilities float32 `[..., m, K]`.
+            `tuple[np.ndarray, np.ndarray]`: token ids int64 `[..., m, K]`, -1 where the teacher has no prediction, and
+            log probabilities float32 `[..., m, K]`.
         """
         flat = np.asarray(chunk_ids, dtype=np.int64).reshape(-1)
         token_ids = np.full((len(flat), *self.shape), -1, dtype=np.int64)
@@ -236,24 +236,25 @@ def teacher_loss(
     logits: torch.Tensor, token_ids: torch.LongTensor, log_probs: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Kullback-Leibler divergence of a model from its teacher, over the tokens that the teacher names and all others
-    taken together.
+    Computes the Kullback-Leibler divergence of a model from its teacher, over the tokens that the teacher names and
+    over all other tokens taken together.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, T, V)`):
-            The model's logits.
+            Logits of the model.
         token_ids (`torch.LongTensor` of shape `(batch_size, T, K)`):
-            The teacher's most probable tokens in the place of each token of the row; -1 where it says nothing.
+            The most probable tokens of the teacher in the place of each token of the row, -1 where it has none.
         log_probs (`torch.Tensor` of shape `(batch_size, T, K)`):
-            Their log probabilities.
+            Log probabilities of these tokens.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the sum over all places with a teacher, in nats, and their number.
+        `tuple[torch.Tensor, torch.Tensor]`: the sum over all places with a prediction of the teacher, in nats, and the
+        number of these places.
     """
     is_taught = token_ids[:, 1:, 0] >= 0  # [B, T - 1]; the logits before a token predict it
     log_p = log_probs[:, 1:][is_taught].float()  # [N, K]
     log_q = F.log_softmax(logits[:, :-1][is_taught].float(), dim=-1).gather(1, token_ids[:, 1:][is_taught])
-    # Rounding must not leave the rest below zero.
+    # Rounding could make the probability of the other tokens negative.
     rest_p = (1 - log_p.exp().sum(-1)).clamp(min=1e-6)
     rest_q = (1 - log_q.exp().sum(-1)).clamp(min=1e-6)
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1) + rest_p * (rest_p.log() - rest_q.log())
