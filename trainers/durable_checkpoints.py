@@ -23,8 +23,9 @@ from modeling_retro.durable_files_retro import sync, whole
 
 class DurableCheckpointsMixin:
     """
-    Makes a `Trainer` write its state, by which [`last_complete_checkpoint`] knows a whole checkpoint, after all else
-    of the checkpoint is on the disk. Only then are older checkpoints removed.
+    Makes a `Trainer` write its state after the rest of a checkpoint is on the disk, because
+    [`last_complete_checkpoint`] recognizes a complete checkpoint by this file. Older checkpoints are removed only
+    then.
     """
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

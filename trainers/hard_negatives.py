@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Hard negatives: texts that an encoder takes for the positive of an anchor, and that are not."""
+"""Finds hard negatives: texts that an encoder takes for the positive of an anchor although they are not"""
 
 import numpy as np
 from datasets import Dataset
@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from data_prep.pairs import hash_pairs
 from modeling_retro.chunk_encoder_retro import ChunkEncoder
-from modeling_retro.datastore_retro import faiss  # faiss from here: the error without it names the extras
+from modeling_retro.datastore_retro import faiss  # if faiss is missing, this import names the extras
 from modeling_retro.retriever_retro import search
 
 
@@ -36,27 +36,27 @@ def mine_negatives(
     seed: int = 0,
 ) -> Dataset:
     """
-    Adds hard negatives to pairs: the nearest texts among all positives that are not the anchor, not a positive of an
-    equal anchor, and not so near that they are likely right as well.
+    Adds hard negatives to pairs. They are the nearest texts among all positives. The anchor, positives of an equal
+    anchor, and texts that are so near that they are probably right as well, are not used.
 
     Source of the relative threshold: NV-Retriever, [arXiv:2407.15831](https://huggingface.co/papers/2407.15831),
     section 3.2 (TopK-PercPos).
 
     Args:
         pairs (`datasets.Dataset`):
-            Columns `anchor` and `positive`.
+            Pairs with the columns `anchor` and `positive`.
         encoder ([`~modeling_retro.chunk_encoder_retro.ChunkEncoder`]):
             The encoder.
         num_negatives (`int`, *optional*, defaults to 1):
-            Hard negatives of each pair; pairs with fewer are left out.
+            Number of hard negatives of each pair. Pairs with fewer are left out.
         depth (`int`, *optional*, defaults to 50):
             Number of nearest texts to take them from.
         max_relative_score (`float`, *optional*, defaults to 0.95):
-            Highest score of a negative, as a share of the positive's.
+            Highest score of a negative, as a share of the score of the positive.
         factory (`str`, *optional*, defaults to `"Flat"`):
             faiss factory of the index.
         seed (`int`, *optional*, defaults to 0):
-            Seed of the sample an index is trained on.
+            Seed of the sample on which an index is trained.
 
     Returns:
         `datasets.Dataset`: columns `anchor`, `positive`, `negative_1`, …
@@ -86,7 +86,7 @@ def mine_negatives(
     ids, scores, _ = search(index, anchors, min(depth, len(documents)), unwanted)
     positive_scores = (anchors * documents[document_of_row]).sum(axis=1)
     usable = (ids >= 0) & (scores <= max_relative_score * positive_scores[:, None])
-    order = np.argsort(~usable, axis=1, kind="stable")[:, :num_negatives]  # the nearest usable ones
+    order = np.argsort(~usable, axis=1, kind="stable")[:, :num_negatives]  # the nearest usable texts
     chosen = np.take_along_axis(ids, order, axis=1)
     complete = np.flatnonzero(usable.sum(axis=1) >= num_negatives)
     logger.info("%d of %d pairs have %d hard negatives", len(complete), len(pairs), num_negatives)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Training arguments of the retriever encoder."""
+"""Training arguments of the encoder of the retriever"""
 
 from dataclasses import dataclass
 
@@ -24,17 +24,17 @@ class RetrieverTrainingArguments(RetrieverTrainingOptions, LocalTrainingArgument
     """
     Configuration class for [`RetrieverTrainer`].
 
-    Only the parameters specific to retriever training are listed here; see [`~transformers.TrainingArguments`] for the
-    others.
+    Only the parameters that are specific to retriever training are listed here. See
+    [`~transformers.TrainingArguments`] for the others.
 
     Parameters:
         > Parameters that control the embeddings
 
         pooling (`str`, *optional*, defaults to `"mean"`):
-            How token states become one embedding: `"mean"` over the tokens that are not padding, or `"cls"`, the first
-            of them.
+            How the states of tokens become one embedding: `"mean"` over the tokens that are not padding, or `"cls"`,
+            the first token.
         max_length (`int`, *optional*):
-            Longer texts are cut to this number of tokens. Defaults to what tokenizer and encoder can take.
+            Longer texts are cut to this number of tokens. Defaults to the limit of tokenizer and encoder.
 
         > Parameters that control the loss
 
@@ -43,19 +43,19 @@ class RetrieverTrainingArguments(RetrieverTrainingOptions, LocalTrainingArgument
         similarity (`str`, *optional*, defaults to `"cosine"`):
             `"cosine"` (the saved encoder normalizes its embeddings) or `"dot"`.
         symmetric (`bool`, *optional*, defaults to `False`):
-            Also rank the anchors for each positive.
+            Whether to also rank the anchors for each positive.
         gather_across_devices (`bool`, *optional*, defaults to `True`):
-            Take the texts of all processes as negatives, with gradient.
+            Whether to use the texts of all processes as negatives, with gradients.
         mini_batch_size (`int`, *optional*):
-            Number of texts in memory at a time (GradCache). Unset, a whole batch is.
+            Number of texts in memory at a time (GradCache). Defaults to a whole batch.
 
     These parameters have default values different from [`~transformers.TrainingArguments`]:
 
-    - `per_device_train_batch_size`: Defaults to `64` instead of `8`. More pairs are more negatives for each.
+    - `per_device_train_batch_size`: Defaults to `64` instead of `8`. A larger batch has more negatives.
     - `per_device_eval_batch_size`: Defaults to `64` instead of `8`.
     - `learning_rate`: Defaults to `2e-5` instead of `5e-5`.
     - `warmup_steps`: Defaults to `0.1` (of all steps) instead of `0`.
-    - `use_cpu`: Is `True` by itself where there is no accelerator.
+    - `use_cpu`: Is set to `True` if there is no accelerator.
     - `remove_unused_columns`: Defaults to `False` instead of `True`. The columns hold texts, not model inputs.
     """
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How well embeddings retrieve: Recall@k, MRR, nDCG over pairs or a set in BEIR layout; Spearman over scores."""
+"""Measures retrieval by embeddings: Recall@k, MRR and nDCG on pairs or a BEIR set, and Spearman on scored pairs"""
 
 import csv
 import json
@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 
 from data_prep.pairs import hash_texts
 from modeling_retro.chunk_encoder_retro import ChunkEncoder
-from modeling_retro.datastore_retro import faiss  # faiss from here: the error without it names the extras
+from modeling_retro.datastore_retro import faiss  # if faiss is missing, this import names the extras
 
 
 def retrieval_metrics(
@@ -35,11 +35,11 @@ def retrieval_metrics(
     excluded: np.ndarray | None = None,
 ) -> dict[str, float]:
     r"""
-    Metrics of an exact search by inner product, means over the queries that have a relevant document.
+    Computes metrics of an exact search by inner product, as means over the queries that have a relevant document.
 
     - recall@k: share of the relevant documents among the first k
     - mrr@k: 1 / rank of the first relevant document, 0 if it is not among the first k
-    - ndcg@k: \\(\sum_i g_i / \log_2(1 + i)\\) over the first k, by its value for the best order
+    - ndcg@k: \\(\sum_i g_i / \log_2(1 + i)\\) over the first k, divided by its value for the best order
 
     Args:
         queries (`np.ndarray`):
@@ -47,11 +47,11 @@ def retrieval_metrics(
         documents (`np.ndarray`):
             float32 `[D, d]`.
         relevance (`np.ndarray`):
-            int64 `[R, 2]`, rows (query, document), or `[R, 3]` with a gain above 0 as third column.
+            int64 `[R, 2]`, rows (query, document), or `[R, 3]` with a gain above 0 as the third column.
         ks (`Sequence[int]`, *optional*, defaults to `(1, 10, 100)`):
             Numbers of documents for recall. MRR and nDCG are those at 10.
         excluded (`np.ndarray`, *optional*):
-            int64 `[Q]`: a document that does not count for a query (the query itself), -1 for none.
+            int64 `[Q]`, a document that does not count for each query (such as the query itself), -1 for none.
 
     Returns:
         `dict[str, float]`: `recall@1`, …, `mrr@10`, `ndcg@10`.
@@ -70,7 +70,7 @@ def retrieval_metrics(
         order = np.argsort(ranked == excluded[:, None], axis=1, kind="stable")
         ranked = np.take_along_axis(np.where(ranked == excluded[:, None], -1, ranked), order, axis=1)[:, :depth]
 
-    # Gain of each document found, [Q, depth], by binary search among the (query, document) pairs
+    # The gain of each document found, [Q, depth], by binary search among the pairs (query, document)
     keys = relevance[:, 0].astype(np.int64) * len(documents) + relevance[:, 1].astype(np.int64)
     order = np.argsort(keys)
     keys, gains, owners = keys[order], gains[order].astype(np.float64), relevance[order, 0].astype(np.int64)
@@ -90,7 +90,7 @@ def retrieval_metrics(
     by_gain = np.lexsort((-gains, owners))
     rank = np.arange(len(owners)) - np.searchsorted(
         owners, owners
-    )  # place of each judgement in its query's best order
+    )  # place of each judgement in the best order for its query
     best = np.where(rank < 10, gains[by_gain] * discounts[rank.clip(max=9)], 0.0)
     ideal = np.bincount(owners, weights=best, minlength=len(queries))
     dcg = found[:, :10] @ discounts[: found[:, :10].shape[1]]
@@ -100,13 +100,13 @@ def retrieval_metrics(
 
 def spearman(first: np.ndarray, second: np.ndarray, scores: Sequence[float]) -> float:
     """
-    Rank correlation of cosine similarities with the scores people gave.
+    Computes the rank correlation of cosine similarities with scores that people gave.
 
     Args:
         first, second (`np.ndarray`):
             float32 `[n, d]`, embeddings of the two texts of each pair.
         scores (`Sequence[float]`):
-            Their scores.
+            Scores of the pairs.
 
     Returns:
         `float`: Spearman's correlation.
@@ -118,7 +118,7 @@ def spearman(first: np.ndarray, second: np.ndarray, scores: Sequence[float]) -> 
 @dataclass
 class RetrievalSet:
     """
-    Queries, documents and which belong together.
+    Queries, documents, and the relevant documents of each query.
 
     Args:
         queries, documents (`list[str]`):
@@ -126,7 +126,7 @@ class RetrievalSet:
         relevance (`np.ndarray`):
             int64 `[R, 3]`, rows (query, document, gain).
         excluded (`np.ndarray`):
-            int64 `[Q]`: for a query that is one of the documents, that document; else -1.
+            int64 `[Q]`, the document that equals the query if there is one, else -1.
     """
 
     queries: list[str]
@@ -136,7 +136,7 @@ class RetrievalSet:
 
     @classmethod
     def from_pairs(cls, anchors: Sequence[str], positives: Sequence[str]) -> "RetrievalSet":
-        """Anchors as queries, positives as documents; equal texts are one."""
+        """Uses anchors as queries and positives as documents. Equal texts count as one."""
         _, first_query, query_of_row = np.unique(hash_texts(anchors), return_index=True, return_inverse=True)
         _, first_document, document_of_row = np.unique(hash_texts(positives), return_index=True, return_inverse=True)
         relevance = np.unique(np.stack([query_of_row, document_of_row], axis=1), axis=0)
@@ -153,7 +153,7 @@ class RetrievalSet:
         Reads `corpus.jsonl`, `queries.jsonl` and `qrels/{split}.tsv`. Queries without a judgement are left out.
 
         Raises:
-            `ValueError`: naming file and line of what cannot be read.
+            `ValueError`: if a line cannot be read. The message names the file and the line.
         """
         folder = Path(folder)
         documents = _read_beir_texts(folder / "corpus.jsonl")
@@ -240,7 +240,7 @@ def evaluate_retriever(
 
 
 def read_scored_pairs(path: str | Path) -> tuple[list[str], list[str], np.ndarray]:
-    """Reads lines `{"sentence1": …, "sentence2": …, "score": …}`: first texts, second texts and scores."""
+    """Reads lines `{"sentence1": …, "sentence2": …, "score": …}` into first texts, second texts and scores."""
     rows = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):

@@ -11,7 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a saved encoder needs beside weights and tokenizer: files for sentence-transformers, and a model card."""
+"""
+Writes the files of a saved encoder besides weights and tokenizer: those of sentence-transformers and a model card
+"""
 
 import json
 import os
@@ -25,7 +27,7 @@ def save_sentence_transformers_files(
     folder: str | os.PathLike, dimension: int, pooling: str, normalized: bool, max_length: int
 ) -> None:
     """
-    Adds to a saved encoder what sentence-transformers reads (all its versions) beside weights, config and tokenizer.
+    Adds the files that sentence-transformers (in all its versions) needs besides weights, config and tokenizer.
 
     Args:
         folder (`str`):

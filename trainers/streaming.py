@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Training on documents as they stream by, with a position that a resumed run returns to exactly."""
+"""Trains on a stream of documents, with a position to which a resumed run returns exactly"""
 
 import itertools
 import json
@@ -46,12 +46,12 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "t
 
 def load_document_stream(name_or_path: str) -> IterableDataset:
     """
-    Opens documents to read one after the other, never all at once.
+    Opens documents that are read one after another and never all at once.
 
     Args:
         name_or_path (`str`):
-            File or glob of `.jsonl`, `.parquet` or `.txt` (one document a file), compressed or not, or the Hub id of a
-            dataset, whose split `train` is read.
+            File or glob of `.jsonl`, `.parquet` or `.txt` files, which may be compressed (a `.txt` file is one
+            document), or the Hub id of a dataset, whose split `train` is read.
 
     Returns:
         `datasets.IterableDataset`: with a column `text`.
@@ -77,13 +77,13 @@ class StreamedRow:
         input_ids (`np.ndarray`):
             Token ids `[n, m]`, padded with 0.
         length (`np.ndarray`):
-            Tokens of each chunk `[n]`.
+            Number of tokens of each chunk `[n]`.
         document_id (`np.ndarray`):
-            Which document of the stream each chunk is of `[n]`.
+            Number of the document in the stream to which each chunk belongs `[n]`.
         number (`int`):
-            How many rows came before.
+            Number of rows before this one.
         position (`dict`):
-            Where the next row begins, for [`StreamedRows.position`].
+            The position where the next row begins, for [`StreamedRows.position`].
     """
 
     input_ids: np.ndarray
@@ -95,15 +95,17 @@ class StreamedRow:
 
 class StreamedRows(TorchIterableDataset):
     """
-    Chunks of a stream of documents in rows of `row_chunks`, without end: after the last document comes the first
-    again, in the next epoch of the stream. A document that is cut by the end of a row goes on in the next.
+    Chunks of a stream of documents, in rows of `row_chunks`. The rows have no end: after the last document the first
+    one comes again, in the next epoch of the stream. A document that is cut by the end of a row continues in the next
+    row.
 
     Args:
         documents (`datasets.IterableDataset`):
-            The documents, with a column `text`. Its position must be exact, which the buffer of
-            `IterableDataset.shuffle` is not: shuffle the documents before they are written.
+            The documents, with a column `text`. The position of the stream must be exact, so do not use
+            `IterableDataset.shuffle`, whose buffer is not saved. Shuffle the documents before they are written
+            instead.
         chunker ([`DocumentChunker`]):
-            What cuts them.
+            Cuts the documents into chunks.
         row_chunks (`int`):
             Number of chunks in a row.
     """
@@ -136,13 +138,13 @@ class StreamedRows(TorchIterableDataset):
                     waiting = []
 
     def _documents_from(self, start: dict[str, Any]) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]:
-        """Chunks of each document from a position on, and the position before the first that is wanted of them."""
+        """Yields the chunks of each document from a position on, and the position before the first of these chunks."""
         state, skipped, document_id = start["documents"], start["chunks"], start["document"]
         for epoch in itertools.count(start["epoch"]):
             self.documents.set_epoch(epoch)
             if state is not None:
                 self.documents.load_state_dict(state)
-            # The state of a stream is that of its last example: before the first there is what it was set to.
+            # The state of a stream belongs to its last example. Before the first, it is the state that was loaded.
             before, found = state, False
             for example in self.documents:
                 columns, _ = self.chunker.chunk([Document(_text_of(example, document_id), document_id)])
@@ -164,7 +166,7 @@ def _text_of(example: dict[str, Any], document_id: int) -> str:
 
 @dataclass
 class _RowSource:
-    """The chunks of one row with their neighbors, in the place of a split of the datastore."""
+    """The chunks of one row with their neighbors, used in place of a split of the datastore."""
 
     row: StreamedRow
     neighbor_ids: np.ndarray
@@ -187,11 +189,11 @@ class _RowSource:
 class StreamCollator:
     """
     Looks up the neighbors of the chunks of streamed rows and makes a batch of them, as [`DataCollatorForRetro`] does
-    of the datastore's own. `stream_position` is where the row after the last begins, in JSON.
+    for chunks of the datastore. `stream_position` is the position after the last row, in JSON.
 
     Args:
         retriever ([`RetroRetriever`]):
-            What looks the chunks up.
+            Looks up the chunks.
         options (`dict`):
             Options of [`DataCollatorForRetro`].
     """
@@ -207,24 +209,24 @@ class StreamCollator:
     def _batch_of(self, row: StreamedRow) -> dict[str, torch.Tensor]:
         k = max(self.options["num_neighbors"])
         neighbor_ids = np.full((len(row.length), k), -1)
-        # A chunk that is not whole is its document's last: nothing is left to see its neighbors.
+        # An incomplete chunk is the last of its document, so no token would see its neighbors.
         whole = row.length == row.input_ids.shape[1]
         if whole.any():
             chunks = torch.from_numpy(row.input_ids[whole].astype(np.int64))
             neighbor_ids[whole] = self.retriever.retrieve(chunks, k).chunk_ids.numpy()
         source = _RowSource(row, neighbor_ids)
         collator = DataCollatorForRetro(self.retriever.datastore, source=source, **self.options)
-        # The number of the row is the seed of what is drawn for it.
+        # The number of the row seeds the random choices for it.
         return collator([{"epoch": row.number, "start": 0, "end": len(row.length)}])
 
 
 class RetroStreamTrainer(RetroTrainer):
     """
-    [`RetroTrainer`] on a stream of documents in place of the datastore's own. Neighbors are looked up on the way; the
-    documents should not be in the datastore, where they would find themselves.
+    [`RetroTrainer`] for a stream of documents in place of the chunks of the datastore. Neighbors are looked up during
+    the training. The documents should not be in the datastore, because they would find themselves.
 
-    A checkpoint holds the position in the stream, so that a resumed run goes on with the very next row and reads
-    nothing twice but the file it stopped in.
+    A checkpoint holds the position in the stream, so that a resumed run continues with the next row. Only the file in
+    which the run stopped is read again.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -232,9 +234,9 @@ class RetroStreamTrainer(RetroTrainer):
         args ([`RetroTrainingArguments`]):
             The arguments of the training, with `max_steps`.
         retriever ([`RetroRetriever`]):
-            What looks neighbors up in its datastore.
+            Looks up neighbors in its datastore.
         documents (`datasets.IterableDataset`):
-            What is trained on, see [`StreamedRows`].
+            The documents to train on (see [`StreamedRows`]).
         eval_dataset ([`DatastoreSplit`], *optional*):
             Held-out documents with their neighbors.
         kwargs:
@@ -252,7 +254,7 @@ class RetroStreamTrainer(RetroTrainer):
     ):
         if args.max_steps < 1:
             raise ValueError("max_steps is not set, and a stream has no end: say how many steps to train")
-        # Every process reads the stream and looks up its own rows; a resumed one starts where the position says.
+        # Every process reads the stream and looks up its own rows. A resumed run starts at the position of the stream.
         args.accelerator_config.dispatch_batches = False
         args.ignore_data_skip = True
         self._stream_position: str | None = None
@@ -276,12 +278,12 @@ class RetroStreamTrainer(RetroTrainer):
         return batches, num_items_in_batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # A stream has no epochs to count: what is logged is the share of the training that is done.
+        # A stream has no epochs to count, so the share of the training that is done is logged.
         self.state.epoch = self.state.global_step / self.state.max_steps
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # The rows of the last process are the last of a step.
+        # The last process has the last rows of a step.
         position = broadcast_object_list([self._stream_position], from_process=self.args.world_size - 1)[0]
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Training arguments that suit the machine."""
+"""Training arguments that adapt to the machine"""
 
 from dataclasses import dataclass
 
@@ -22,8 +22,8 @@ from transformers import TrainingArguments
 @dataclass
 class LocalTrainingArguments(TrainingArguments):
     """
-    [`~transformers.TrainingArguments`] that take the CPU by themselves where there is no accelerator. With those of
-    transformers, `bf16` ends in an error there, and every data loader warns that it cannot pin memory.
+    [`~transformers.TrainingArguments`] that choose the CPU by themselves if there is no accelerator. On such a machine
+    the arguments of transformers raise an error for `bf16`, and every data loader warns that it cannot pin memory.
     """
 
     def __post_init__(self):

@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The options that this package adds to [`~transformers.TrainingArguments`] or gives other defaults. They stand apart
-from the classes of training arguments because those import torch, which `--help` need not wait for.
+The options that this package adds to [`~transformers.TrainingArguments`], or whose defaults it changes. They are
+separate from the classes of training arguments, because those import torch, which `--help` does without.
 """
 
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class RetroTrainingOptions:
-    """Options of a RETRO language model, explained in [`~trainers.retro_config.RetroTrainingArguments`]."""
+    """Options of training a RETRO language model (see [`~trainers.retro_config.RetroTrainingArguments`])."""
 
     # Parameters whose default values differ from TrainingArguments
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate."})
@@ -29,7 +29,7 @@ class RetroTrainingOptions:
     warmup_steps: float = field(
         default=0.02, metadata={"help": "Steps of linear warm-up; a number below 1 is a share of all steps."}
     )
-    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of all weights but norms and biases."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of all weights except norms and biases."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must be false: rows are ranges of chunks, not inputs of the model."}
@@ -41,7 +41,7 @@ class RetroTrainingOptions:
     # Parameters that control the neighbors
     num_neighbors: list[int] = field(
         default_factory=lambda: [2],
-        metadata={"help": "Number of neighbors that a chunk sees in training; of several, each row draws one."},
+        metadata={"help": "Number of neighbors of a chunk in training. Each row draws one of several numbers."},
     )
     neighbor_dropout: float = field(
         default=0.1, metadata={"help": "Share of chunks that see no neighbors in a training step."}
@@ -56,7 +56,7 @@ class RetroTrainingOptions:
     )
 
     # Parameters that control the loss
-    lm_weight: float = field(default=1.0, metadata={"help": "Weight of the language modeling loss beside a teacher."})
+    lm_weight: float = field(default=1.0, metadata={"help": "Weight of the language modeling loss with a teacher."})
     teacher: str | None = field(default=None, metadata={"help": "Folder that `retro teach` wrote."})
     teacher_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence from the teacher."})
 
@@ -92,13 +92,13 @@ class RetroTrainingOptions:
     # Parameters that control what is saved
     retrofit_only: bool = field(
         default=False,
-        metadata={"help": "Save only what was added to a frozen decoder, with the decoder's checksum."},
+        metadata={"help": "Save only the weights that were added to a frozen decoder, with its checksum."},
     )
 
 
 @dataclass
 class RetrieverTrainingOptions:
-    """Options of a retriever, explained in [`~trainers.retriever_config.RetrieverTrainingArguments`]."""
+    """Options of training a retriever (see [`~trainers.retriever_config.RetrieverTrainingArguments`])."""
 
     # Parameters whose default values differ from TrainingArguments
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Number of pairs per device in training."})
@@ -115,7 +115,7 @@ class RetrieverTrainingOptions:
     pooling: str = field(default="mean", metadata={"help": "Pooling of token states.", "choices": ["mean", "cls"]})
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Longer texts are cut to this number of tokens. Defaults to what the encoder can take."},
+        metadata={"help": "Longer texts are cut to this number of tokens. Defaults to the limit of the encoder."},
     )
 
     # Parameters that control the loss
@@ -125,9 +125,9 @@ class RetrieverTrainingOptions:
     )
     symmetric: bool = field(default=False, metadata={"help": "Also rank the anchors for each positive."})
     gather_across_devices: bool = field(
-        default=True, metadata={"help": "Take the texts of all processes as negatives, with gradient."}
+        default=True, metadata={"help": "Use the texts of all processes as negatives, with gradients."}
     )
     mini_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Number of texts in memory at a time (GradCache). Unset, a whole batch is."},
+        metadata={"help": "Number of texts in memory at a time (GradCache). Defaults to a whole batch."},
     )
