@@ -274,8 +274,8 @@ def _main_table(evaluation: Mapping[str, Any]) -> str:
     rows = []
     for name, bits_per_byte in evaluation["bits_per_byte"].items():
         # "on k=2 share=0.5" is compared with "random k=2".
-        number = [word for word in name.split()[1:] if word.startswith("k=")]
-        references = ("off", " ".join(["random", *number]))
+        words = [word for word in name.split()[1:] if not word.startswith("share=")]
+        references = ("off", " ".join(["random", *words]))
         differences = [_difference(evaluation["differences"], name, reference) for reference in references]
         rows.append([name, _number(bits_per_byte), f"{evaluation['perplexity'][name]:.3f}", *differences])
     note = (

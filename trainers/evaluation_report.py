@@ -108,8 +108,8 @@ class RetroEvaluation:
 
     def references(self, name: str) -> list[str]:
         """The ways that `name` is compared with: no retrieval, and the same number of random neighbors."""
-        number = [word for word in name.split()[1:] if word.startswith("k=")]
-        candidates = ["off", " ".join(["random", *number])]
+        words = [word for word in name.split()[1:] if not word.startswith("share=")]
+        candidates = ["off", " ".join(["random", *words])]
         return [candidate for candidate in candidates if candidate in self.chunk_bits and candidate != name]
 
     def overlap_curve(self) -> list[dict]:

@@ -71,6 +71,7 @@ ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 RETRO_TINY = Path(__file__).parent / "retro_tiny"
 
 SMOLLM2, TINY = "smollm2", "retro-tiny"
+SMOLLM2_READER = "smollm2-135m-instruct"  # comes with the package
 
 # Of a pretrained language model the sizes of the datastore and of the evaluation: it is larger, but need not train.
 PRETRAINED_MAX_CHUNKS = {"train": 6_000, "validation": 64}
@@ -168,11 +169,15 @@ def quickstart(
         retro = load_retro_tiny(output_dir)
     else:
         with _stage("model", seconds):
-            retro = load_pretrained(output_dir, name, datastore)
+            retro = load_pretrained(name, datastore)
     operations = None
     with _stage("evaluation", seconds):
         if is_pretrained:
             evaluation, operations = evaluate_pretrained(retro, datastore)
+            if model == SMOLLM2:
+                retro = load_pretrained(name, datastore, SMOLLM2_READER)
+                evaluation, operations = evaluate_reader(retro, datastore, evaluation, operations)
+            save_reference(output_dir / "model", retro, datastore)
         else:
             evaluation = evaluate_retro(
                 retro,
@@ -203,20 +208,21 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def load_pretrained(output_dir: Path, name: str, datastore: RetroDatastore) -> PreTrainedModel:
-    """
-    A causal language model that reads neighbors, untrained. `output_dir/model` holds what it takes to load it again: a
-    reference to the base.
-    """
+def load_pretrained(name: str, datastore: RetroDatastore, reader: str | None = None) -> PreTrainedModel:
+    """Loads a causal language model that reads neighbors, either untrained or with a reader of the package."""
     dtype = torch.bfloat16 if _computes_in_bf16() else torch.float32
-    model = load_retro_model(name, datastore, dtype=dtype)
-    folder = output_dir / "model"
-    if not folder.exists():
-        model.freeze_decoder()
-        with whole(folder) as temporary:
-            datastore.tokenizer.save_pretrained(temporary)
-            model.save_pretrained(temporary, retrofit_only=True)
+    model = load_retro_model(name, datastore, dtype=dtype, reader=reader)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def save_reference(folder: Path, model: PreTrainedModel, datastore: RetroDatastore) -> None:
+    """Writes a folder that the model can be loaded from again. It refers to the base instead of copying it."""
+    if folder.exists():
+        return
+    model.freeze_decoder()
+    with whole(folder) as temporary:
+        datastore.tokenizer.save_pretrained(temporary)
+        model.save_pretrained(temporary, retrofit_only=True)
 
 
 def evaluate_pretrained(model: PreTrainedModel, datastore: RetroDatastore) -> tuple[RetroEvaluation, dict[str, float]]:
@@ -241,6 +247,24 @@ def evaluate_pretrained(model: PreTrainedModel, datastore: RetroDatastore) -> tu
         "on k=2": operations_per_token(model, 2, window, modes=("on",))["on"],
     }
     return evaluation, operations
+
+
+def evaluate_reader(
+    model: PreTrainedModel, datastore: RetroDatastore, untrained: RetroEvaluation, operations: dict[str, float]
+) -> tuple[RetroEvaluation, dict[str, float]]:
+    """
+    Adds what a model measures that was trained to read neighbors. Without retrieval it is the model of the evaluation
+    before.
+    """
+    split, options = datastore.split("validation"), {**PRETRAINED_WINDOWS, "batch_size": 4}
+    bits, operations = dict(untrained.chunk_bits), dict(operations)
+    for number, modes in {1: ("random", "on"), 2: ("on",)}.items():
+        evaluation = evaluate_retro(model, datastore, split, modes, number, **options)
+        for mode in modes:
+            bits[f"{mode} k={number} reader"] = evaluation.chunk_bits[mode]
+        counted = operations_per_token(model, number, PRETRAINED_WINDOWS["window_chunks"], modes=("on",))["on"]
+        operations |= {f"{mode} k={number} reader": counted for mode in modes}
+    return replace(untrained, chunk_bits=bits), operations
 
 
 def _claim_directory(output_dir: Path, options: dict) -> None:
@@ -446,7 +470,8 @@ def generate_example(output_dir: Path, model: PreTrainedModel, evaluation: Retro
     is_whole = held_out.length == datastore.chunk_size
     side_by_side = evaluation is not None
     if side_by_side:
-        gain = np.roll(evaluation.chunk_bits["off"] - evaluation.chunk_bits["on k=1"], -1)
+        on = "on k=1 reader" if "on k=1 reader" in evaluation.chunk_bits else "on k=1"
+        gain = np.roll(evaluation.chunk_bits["off"] - evaluation.chunk_bits[on], -1)
         gain[evaluation.document_offsets[1:] - 1] = -np.inf  # the last chunk of a document has no successor
         is_whole = np.where(is_whole[: len(gain)], gain, -np.inf)
     input_ids, mask = held_out.take(np.argmax(is_whole))

@@ -145,16 +145,21 @@ def test_measuring_again_embeds_and_chunks_nothing(measured, documents, retro_ti
 
 
 @pytest.fixture(scope="module")
-def wrapped(documents, tiny_tokenizer, tiny_encoder_dir, tmp_path_factory):
+def decoder_dir(tiny_tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("decoder")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny_tokenizer), **sizes)).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wrapped(documents, decoder_dir, tiny_encoder_dir, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("quickstart") / "wrapped"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quickstart, "find_encoder", lambda: tiny_encoder_dir)
-        run(output_dir, documents, model=folder)
+        run(output_dir, documents, model=decoder_dir)
     return output_dir
 
 
@@ -166,6 +171,50 @@ def test_a_pretrained_model_is_measured_beside_itself_with_the_neighbor_in_front
     assert operations["off"] < operations["on k=1"] < operations["on k=2"] < operations["in_front k=1"]
     generated = (wrapped / "generated.txt").read_text()
     assert "without" in generated and "with retrieval" in generated and "neighbor 1" in generated
+
+
+def test_smollm2_is_measured_untrained_and_with_the_reader_of_the_package(
+    wrapped, documents, decoder_dir, tiny_encoder_dir, tmp_path, monkeypatch
+):
+    datastore = RetroDatastore.from_pretrained(wrapped / "datastore")
+    sizes = {"chunk_size": datastore.chunk_size, "continuation_chunks": datastore.continuation_chunks}
+    adapter = {"r": 2, "target_modules": "all-linear"}
+    reader = RetroJointForCausalLM.from_decoder_pretrained(decoder_dir, neighbor_adapter=adapter, **sizes)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in reader.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    reader.freeze_decoder()
+    reader.save_pretrained(tmp_path / "reader", retrofit_only=True)
+    for name, value in {
+        "find_encoder": lambda: tiny_encoder_dir,
+        "find_smollm2": lambda folder: str(decoder_dir),
+        "SMOLLM2_READER": str(tmp_path / "reader"),
+    }.items():
+        monkeypatch.setattr(quickstart, name, value)
+    run(tmp_path / "quickstart", documents, model="smollm2")
+    report = json.loads((tmp_path / "quickstart" / "report.json").read_text())
+    untrained = json.loads((wrapped / "report.json").read_text())["bits_per_byte"]
+    added = ["random k=1 reader", "on k=1 reader", "on k=2 reader"]
+    assert list(report["bits_per_byte"]) == list(report["gflops_per_token"]) == [*untrained, *added]
+    assert {name: report["bits_per_byte"][name] for name in untrained} == pytest.approx(untrained)
+    model = RetroJointForCausalLM.from_pretrained(tmp_path / "quickstart" / "model", dtype=torch.float32)
+    found = evaluate_retro(
+        model,
+        datastore,
+        datastore.split("validation"),
+        ("on",),
+        1,
+        **quickstart.PRETRAINED_WINDOWS,
+        show_progress=False,
+    )
+    assert report["bits_per_byte"]["on k=1 reader"] == pytest.approx(found.bits_per_byte("on"))
+    assert found.bits_per_byte("on") != pytest.approx(untrained["on k=1"], abs=1e-6)
+    # It is compared with its own random neighbors, not with those of the untrained model.
+    difference = report["bits_per_byte"]["on k=1 reader"] - report["bits_per_byte"]["random k=1 reader"]
+    table = (tmp_path / "quickstart" / "evaluation" / "evaluation.md").read_text().splitlines()
+    assert f"{difference:+.4f}" in next(line for line in table if line.startswith("| on k=1 reader")).split("|")[-2]
 
 
 def test_what_is_saved_of_a_pretrained_model_is_a_reference_to_it(wrapped):
