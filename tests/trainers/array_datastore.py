@@ -49,6 +49,7 @@ class ArraySource:
     def __init__(self, documents, chunk_size, neighbor_ids, num_bytes=None):
         self.chunks = ArrayChunks(documents, chunk_size, num_bytes)
         self.neighbor_ids = np.array(neighbor_ids)
+        self.record = {"neighbors": {"options": {}}}
 
 
 class ArrayTokenizer:
