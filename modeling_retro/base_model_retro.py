@@ -14,12 +14,13 @@
 """Models that are made from a pretrained decoder: the checksum of the decoder, and saving only the added weights"""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from .durable_files_retro import remove, whole_files
@@ -124,6 +125,16 @@ class RetroBaseModelMixin:
             self.config.save_pretrained(directory)
             save_file(weights, directory / RETROFIT_WEIGHTS_NAME, metadata={"format": "pt"})
 
+    @staticmethod
+    def _base_of_adapter(name_or_path: str | os.PathLike | None, **hub_arguments) -> str | None:
+        """The base of a PEFT adapter if it was saved with `retrofit_only=True`, which transformers cannot load."""
+        adapter = None if name_or_path is None else find_adapter_config_file(str(name_or_path), **hub_arguments)
+        if adapter is None:
+            return None
+        base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        return None if base is None or cached_file(base, RETROFIT_WEIGHTS_NAME, **missing) is None else base
+
     @classmethod
     def from_pretrained(
         cls,
@@ -155,11 +166,17 @@ class RetroBaseModelMixin:
                 **hub_arguments,
             )
         if weights is None:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            base = cls._base_of_adapter(pretrained_model_name_or_path, **hub_arguments)
+            if base is None:
+                return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            model = cls.from_pretrained(base, *args, base_model_name_or_path=base_model_name_or_path, **kwargs)
+            model.load_adapter(pretrained_model_name_or_path)
+            return model
 
         config = kwargs.pop("config", None)
         if config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_arguments)
+        config.name_or_path = str(pretrained_model_name_or_path)  # PEFT takes it as the base of an adapter
         # These arguments belong to the repository of the model and not to that of the base.
         for name in ("revision", "subfolder", "_commit_hash", "trust_remote_code", "code_revision"):
             kwargs.pop(name, None)

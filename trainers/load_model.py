@@ -13,9 +13,12 @@
 # limitations under the License.
 """Loads a model of any kind for a datastore"""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import find_adapter_config_file
 
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointConfig, RetroJointForCausalLM
 from modeling_retro.datastore_retro import RetroDatastore
@@ -28,7 +31,7 @@ def load_retro_model(name_or_path: str, datastore: RetroDatastore, **kwargs: Any
 
     Args:
         name_or_path (`str`):
-            Folder or Hub id of the model.
+            Folder or Hub id of the model, or of a PEFT adapter of it.
         datastore ([`RetroDatastore`]):
             The datastore that the model will read. A wrapped model gets its chunk sizes.
         kwargs:
@@ -40,7 +43,9 @@ def load_retro_model(name_or_path: str, datastore: RetroDatastore, **kwargs: Any
     Raises:
         `ValueError`: if the model cannot be wrapped or does not fit the datastore.
     """
-    config = AutoConfig.from_pretrained(name_or_path)
+    adapter = find_adapter_config_file(name_or_path)
+    base = name_or_path if adapter is None else json.loads(Path(adapter).read_text())["base_model_name_or_path"]
+    config = AutoConfig.from_pretrained(base)
     kwargs = {name: value for name, value in kwargs.items() if name != "reader" or value is not None}
     classes = {RetroConfig.model_type: RetroForCausalLM, RetroJointConfig.model_type: RetroJointForCausalLM}
     added = sorted(set(kwargs) & {"reader", "neighbor_adapter", "row_adapter", "neighbor_bias"})

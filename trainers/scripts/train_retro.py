@@ -18,6 +18,7 @@ Trains a RETRO language model on a datastore whose neighbors have been found.
     retro train --datastore datastore --model smollm2-retro --freeze_decoder true --output_dir model
     retro train --datastore datastore --model HuggingFaceTB/SmolLM2-135M --neighbor_adapter_rank 16 \\
         --freeze_decoder true --retrofit_only true --teacher teacher --row_chunks 8 --output_dir reader
+    retro train --datastore datastore --model model --lora_rank 16 --output_dir adapter --num_train_epochs 1
     retro train --datastore datastore --train_documents new.jsonl --model model --output_dir out --max_steps 10000
     retro train --accelerate-config ddp --datastore datastore --model_config small.yaml --output_dir model
     accelerate launch -m trainers.scripts.train_retro --datastore datastore --model_config small.yaml --output_dir out
@@ -41,6 +42,7 @@ from ..training_options import RetroTrainingOptions
 
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from modeling_retro import RetroDatastore, RetroForCausalLM
@@ -91,6 +93,17 @@ class TrainRetroArguments:
     neighbor_bias: bool = field(
         default=False, metadata={"help": "Learn a scalar that is added to the attention scores of neighbors."}
     )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={"help": "Rank of a LoRA adapter that is trained and saved while all other weights are frozen."},
+    )
+    lora_layers: str = field(
+        default="decoder",
+        metadata={
+            "help": "Linear layers with the adapter: those of the decoder, or those of chunked cross attention.",
+            "choices": ["decoder", "cross_attention"],
+        },
+    )
     train_split: str | None = field(
         default=None, metadata={"help": "Split to train on, in place of the datastore's own chunks."}
     )
@@ -128,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         eval_datastore = RetroDatastore.from_pretrained(arguments.eval_datastore)
     eval_dataset = eval_datastore.split(arguments.eval_split) if evaluates else None
     if arguments.train_documents is None:
+        datastore.check_compact("training")
         source = datastore if arguments.train_split is None else datastore.split(arguments.train_split)
         row_chunks, teacher = training_arguments.row_chunks, None
         if training_arguments.teacher is not None:
@@ -174,6 +188,26 @@ def load_model(
     if (arguments.model is None) == (arguments.model_config is None):
         raise ValueError("give either --model (to go on training) or --model_config (from scratch)")
     num_shares = arguments.fsdp_size * arguments.tp_size
+    if arguments.lora_rank is not None:
+        refused = {
+            "freeze_decoder": training_arguments.freeze_decoder,
+            "retrofit_only": training_arguments.retrofit_only,
+            "model_config": arguments.model_config is not None,
+            "fsdp_size or tp_size": num_shares > 1,
+            **dict.fromkeys(adapter_fields(arguments), True),
+        }
+        for name, is_given in refused.items():
+            if is_given:
+                raise ValueError(
+                    f"--lora_rank is {arguments.lora_rank}, which trains an adapter of --model alone: leave out {name}"
+                )
+        model = load_retro_model(arguments.model, datastore, dtype=torch.float32)
+        if not model.name_or_path:
+            raise ValueError(
+                f"{arguments.model} is no RETRO model yet, and an adapter must name one as its base: make it by `retro "
+                f"retrofit --base {arguments.model} --attention joint --retrofit_only true --output_dir FOLDER`"
+            )
+        return add_lora(model, arguments.lora_rank, arguments.lora_layers)
     if num_shares == 1:
         if arguments.model_config is not None:
             return _model_from_scratch(arguments, datastore)
@@ -193,6 +227,40 @@ def load_model(
         state.wait_for_everyone()
     distributed_config = DistributedConfig(fsdp_size=arguments.fsdp_size, tp_size=arguments.tp_size)
     return load_retro_model(str(start), datastore, dtype=torch.float32, distributed_config=distributed_config)
+
+
+def add_lora(model: "PreTrainedModel", rank: int, layers: str = "decoder") -> "PeftModel":
+    """
+    A model with a LoRA adapter; its other weights are frozen.
+
+    Args:
+        model ([`RetroForCausalLM`] or [`RetroJointForCausalLM`]): The model.
+        rank (`int`): Rank of the adapter. Its scale is 2.
+        layers (`str`, *optional*, defaults to `"decoder"`):
+            `"decoder"` for all linear layers of the decoder except its head, `"cross_attention"` for those of chunked
+            cross attention.
+
+    Raises:
+        ImportError: If PEFT is not installed.
+        ValueError: For a rank below 1, or for the cross attention of a model that has none.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("--lora_rank needs PEFT: `pip install peft`") from error
+    from modeling_retro import RetroForCausalLM
+
+    if isinstance(model, RetroForCausalLM):
+        modules = "(self_attn|mlp)" if layers == "decoder" else "cross_attn"
+        targets = rf"model\.layers\.\d+\.{modules}\.\w+_proj"
+    elif layers == "decoder":
+        targets = "all-linear"
+    else:
+        raise ValueError(
+            "--lora_layers is cross_attention, which a wrapped model does not have; leave it out, or take "
+            "--neighbor_adapter_rank for an adapter that reads neighbors"
+        )
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
 
 
 def adapter_fields(arguments: TrainRetroArguments) -> dict[str, Any]:
