@@ -11,4 +11,4 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Everything that answers: a server that speaks the API of OpenAI, and a page that shows the looking-up."""
+"""A server with the API of OpenAI, and a page that shows what retrieval is worth"""

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What is answered: the JSON of the API of OpenAI, with the neighbors of each chunk"""
+"""The answers of the server: the JSON of the API of OpenAI, with the neighbors of each chunk"""
 
 import time
 import uuid
@@ -28,11 +28,11 @@ from .text_stream import TextToken
 
 class Answer:
     """
-    The answer to one request, at once or piece by piece.
+    The answer to one request, as a whole or piece by piece.
 
     Args:
-        request ([`CompletionRequest`] or [`ChatRequest`]): What was asked for.
-        tokenizer (`PreTrainedTokenizerBase`): Of the model.
+        request ([`CompletionRequest`] or [`ChatRequest`]): The request.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the model.
         prompt_lengths (`Sequence[int]`): Number of tokens of each prompt.
     """
 
@@ -53,7 +53,7 @@ class Answer:
         self._has_started = [False] * num_choices
 
     def add(self, index: int, event: CompletionEvent) -> None:
-        """Takes a piece of choice `index`."""
+        """Adds a piece to choice `index`."""
         whole = self._events[index]
         if not self.request.stream:
             whole.text += event.text
@@ -62,7 +62,7 @@ class Answer:
         whole.num_tokens, whole.finish_reason = event.num_tokens, event.finish_reason
 
     def usage(self) -> dict[str, int]:
-        """How many tokens there were."""
+        """The numbers of tokens of prompts and completions."""
         completion = sum(event.num_tokens for event in self._events)
         return {
             "prompt_tokens": self._num_prompt_tokens,
@@ -71,7 +71,7 @@ class Answer:
         }
 
     def whole(self) -> dict[str, Any]:
-        """The answer when all pieces were taken."""
+        """The whole answer, after all pieces were added."""
         choices = []
         for index, event in enumerate(self._events):
             content = (
@@ -82,7 +82,7 @@ class Answer:
         return self._envelope(name, choices, usage=self.usage())
 
     def piece(self, index: int, event: CompletionEvent) -> dict[str, Any] | None:
-        """A piece of a stream; `None` if it has nothing to tell."""
+        """A piece of a stream, or `None` if the piece is empty."""
         if not (event.text or event.tokens or event.retrieved or event.finish_reason):
             return None
         content = {"text": event.text}
@@ -93,7 +93,7 @@ class Answer:
         return self._stream_envelope([self._choice(index, content, event)])
 
     def last_piece(self) -> dict[str, Any] | None:
-        """The piece behind all others, if the tokens are to be counted."""
+        """The last piece of a stream, if it must count the tokens."""
         if not self.request.stream_options.include_usage:
             return None
         return self._stream_envelope([], usage=self.usage())
@@ -134,7 +134,7 @@ class Answer:
             "tokens": [self._token(token.chosen.id) for token in tokens],
             "token_logprobs": [token.chosen.logprob for token in tokens],
             "top_logprobs": [
-                # Parts of characters look alike: the likeliest of them stands for all.
+                # Tokens that are parts of characters have the same text, so the likeliest of them stands for all.
                 {self._token(id): logprob for id, logprob in reversed(token.chosen.top)} if token.chosen.top else None
                 for token in tokens
             ],
@@ -143,7 +143,7 @@ class Answer:
 
     def _chat_token(self, id: int, logprob: float) -> dict[str, Any]:
         text = self._token(id)
-        # The bytes of a part of a character are not those of its replacement.
+        # A part of a character is shown as a replacement character, whose bytes are not those of the part.
         return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
     def _token(self, id: int) -> str:

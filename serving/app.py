@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The HTTP side of the server: the API of OpenAI, health and metrics"""
+"""The HTTP interface of the server: the API of OpenAI, health and metrics"""
 
 import asyncio
 import json
@@ -43,7 +43,7 @@ COUNTED_PATHS = frozenset([COMPLETIONS, CHAT, "/v1/models", "/health", "/metrics
 
 
 class RequestError(Exception):
-    """A request that cannot be answered, with what the client is told."""
+    """A request that cannot be answered, with the error for the client."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -52,7 +52,7 @@ class RequestError(Exception):
 
 
 class CompletionError(Exception):
-    """A completion that went wrong inside of the server."""
+    """A completion that failed inside the server."""
 
 
 @dataclass
@@ -61,15 +61,15 @@ class ServedModel:
     The model that a server answers with.
 
     Args:
-        name (`str`): What requests call it.
-        engine ([`Engine`]): Runs it.
-        prompts ([`PromptEncoder`]): Makes its prompts.
-        retriever ([`RetroRetriever`]): What its chunks are looked up with.
-        num_neighbors (`int`): Neighbors of a chunk, if a request does not say.
-        vocab_size (`int`): Its number of tokens.
-        max_prompt_tokens (`int`): Longest prompt.
-        max_tokens (`int`): Longest completion.
-        context_length (`int`): Longest prompt and completion together.
+        name (`str`): Name of the model in requests.
+        engine ([`Engine`]): Runs the model.
+        prompts ([`PromptEncoder`]): Makes the prompts of the model.
+        retriever ([`RetroRetriever`]): Looks up the chunks.
+        num_neighbors (`int`): Number of neighbors of a chunk, unless a request names another.
+        vocab_size (`int`): Size of the vocabulary.
+        max_prompt_tokens (`int`): Largest number of tokens in a prompt.
+        max_tokens (`int`): Largest number of tokens in a completion.
+        context_length (`int`): Largest number of tokens in a prompt and its completion together.
     """
 
     name: str
@@ -84,10 +84,10 @@ class ServedModel:
 
     def encode(self, request: CompletionRequest | ChatRequest) -> list[list[int]]:
         """
-        The tokens of the prompts of a request.
+        Tokenizes the prompts of a request.
 
         Raises:
-            RequestError: For another model, and for prompts that are empty, too long or not of the vocabulary.
+            RequestError: If the request names another model, or if a prompt is empty, too long or has unknown tokens.
         """
         if request.model != self.name:
             message = f"the model {request.model!r} does not exist here; this server has {self.name!r}"
@@ -129,7 +129,7 @@ class ServedModel:
 
     def max_new_tokens(self, request: CompletionRequest | ChatRequest, prompt_length: int) -> int:
         """
-        How many tokens may follow a prompt.
+        Returns the largest number of tokens that may follow a prompt.
 
         Raises:
             RequestError: If the request asks for more.
@@ -149,9 +149,9 @@ class Run:
 
     Args:
         served ([`ServedModel`]): The model.
-        metrics ([`Metrics`]): Where they are counted.
-        request ([`CompletionRequest`] or [`ChatRequest`]): What was asked for.
-        prompts (`list[list[int]]`): Its prompts.
+        metrics ([`Metrics`]): Counts the completions.
+        request ([`CompletionRequest`] or [`ChatRequest`]): The request.
+        prompts (`list[list[int]]`): Tokens of the prompts of the request.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class Run:
         return emit
 
     async def events(self) -> AsyncIterator[tuple[int, CompletionEvent]]:
-        """The pieces of all completions as they come. Whoever stops listening frees their rows."""
+        """Yields the pieces of all completions as they come. When the consumer stops, their rows are freed."""
         left, is_first = len(self.completions), True
         try:
             while left > 0:
@@ -207,7 +207,7 @@ class Run:
             self.metrics.duration.observe(time.perf_counter() - self._start_time)
 
     async def whole(self) -> dict[str, Any]:
-        """The answer, when all is there."""
+        """The whole answer, when all completions have ended."""
         async for _ in self.events():
             pass
         return self.answer.whole()
@@ -218,7 +218,7 @@ class Run:
             async for index, event in self.events():
                 if (piece := self.answer.piece(index, event)) is not None:
                     yield _server_sent(piece)
-        except CompletionError as error:  # the status was sent long ago
+        except CompletionError as error:  # the status was already sent
             yield _server_sent(error_body(str(error), "server_error"))
             return
         if (piece := self.answer.last_piece()) is not None:
@@ -237,13 +237,13 @@ async def _until_disconnected(request: Request) -> None:
 
 def create_app(served: ServedModel, api_key: str | None = None) -> FastAPI:
     """
-    The server as an ASGI application.
+    Makes the server as an ASGI application.
 
     Args:
         served ([`ServedModel`]):
-            What it answers with.
+            The model that answers.
         api_key (`str`, *optional*):
-            The key that requests under `/v1` must carry; none when unset.
+            The key that requests under `/v1` must carry. Without it, no key is needed.
 
     Returns:
         `FastAPI`
@@ -275,7 +275,7 @@ def create_app(served: ServedModel, api_key: str | None = None) -> FastAPI:
             whole.cancel()
             with suppress(asyncio.CancelledError):
                 await whole
-            return Response(status_code=499)  # nobody reads it
+            return Response(status_code=499)  # the client has left
         return JSONResponse(whole.result())
 
     @app.post(COMPLETIONS)
@@ -313,7 +313,7 @@ def create_app(served: ServedModel, api_key: str | None = None) -> FastAPI:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    """All that goes wrong is told in the form of the API of OpenAI."""
+    """Reports all errors in the form of the API of OpenAI."""
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
@@ -325,7 +325,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        # Of the forms that a prompt may have, the errors of each are listed; the first says enough.
+        # A prompt may have several forms, and the errors for each form are listed. The first one is enough.
         first = error.errors()[0]
         place = [str(part) for part in first["loc"] if part != "body"]
         is_json = first["type"] != "json_invalid"

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Rows that a model continues together, each as if it were alone"""
+"""Rows that a model continues together, with the same result as for each row alone"""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 @dataclass
 class RetrievedChunk:
     """
-    What was found for one chunk of a row.
+    The neighbors of one chunk of a row.
 
     Args:
         index (`int`):
@@ -34,11 +34,11 @@ class RetrievedChunk:
         input_ids (`list[list[int]]`):
             Tokens of the neighbors with their continuations, best first, without padding.
         scores (`list[float]`):
-            Their scores.
+            Scores of the neighbors.
         document_ids (`list[int]`):
-            The documents they are from; -1 where the retriever does not know.
+            Ids of their documents, -1 if the retriever does not know them.
         chunk_ids (`list[int]`):
-            Their global chunk ids; -1 where the retriever does not know.
+            Their global chunk ids, -1 if the retriever does not know them.
     """
 
     index: int
@@ -51,15 +51,15 @@ class RetrievedChunk:
 @dataclass
 class Row:
     """
-    One document that grows.
+    A document that is being generated.
 
     Args:
         tokens (`list[int]`):
-            Its tokens: the prompt, at least one, and what came after it.
+            Tokens of the prompt, at least one, and of the continuation.
         num_neighbors (`int`):
-            Neighbors that are looked up for each chunk; 0 switches retrieval off.
+            Number of neighbors that are looked up for each chunk. 0 switches retrieval off.
         retrieved (`list[RetrievedChunk]`):
-            What was found for each whole chunk.
+            The neighbors of each whole chunk.
     """
 
     tokens: list[int]
@@ -69,14 +69,14 @@ class Row:
 
 class DecodingBatch:
     """
-    Rows of a RETRO model that are decoded together, with one forward pass a token. A row joins when its prompt has
-    passed through the model alone, and leaves at any time; what it computes does not depend on the others.
+    Rows of a RETRO model that are decoded together, with one forward pass for each token. A row joins after the model
+    has read its prompt alone, and it can leave at any time. Its result does not depend on the other rows.
 
     Args:
         model ([`RetroForCausalLM`] or [`RetroJointForCausalLM`]):
             The model, in evaluation mode.
         retriever:
-            What neighbors are looked up with, see [`RetroGenerationMixin`].
+            Looks up neighbors (see [`RetroGenerationMixin`]).
     """
 
     def __init__(self, model: PreTrainedModel, retriever: Any):
@@ -84,18 +84,18 @@ class DecodingBatch:
         self.retriever = retriever
         self.rows: list[Row] = []
         self._cache = None
-        self._cached: list[int] = []  # number of tokens of each row in the cache, where rows stand at the right
+        self._cached: list[int] = []  # number of tokens of each row in the cache, whose rows are padded on the left
 
     @torch.inference_mode()
     def add(self, rows: Sequence[Row]) -> torch.Tensor:
         """
-        Reads the prompts of new rows and puts them below the others.
+        Reads the prompts of new rows and adds the rows to the batch.
 
         Args:
             rows (`Sequence[Row]`): The rows, each with at least one token.
 
         Returns:
-            `torch.FloatTensor` of shape `(len(rows), vocab_size)`: what comes next in each of them.
+            `torch.FloatTensor` of shape `(len(rows), vocab_size)`: logits of the next token of each row.
         """
         caches, logits = [], []
         for inputs in self._prompt_inputs(rows):
@@ -114,13 +114,14 @@ class DecodingBatch:
     @torch.inference_mode()
     def score(self, row: Row) -> list[float]:
         """
-        Bits that the model needs for each token of a row but the first. The row does not join the batch.
+        Computes the bits that the model needs for each token of a row except the first. The row does not join the
+        batch.
 
         Args:
             row ([`Row`]): The row, with at least one token.
 
         Returns:
-            `list[float]`: of `len(row.tokens) - 1` numbers.
+            `list[float]`: the bits of `len(row.tokens) - 1` tokens.
         """
         (inputs,) = self._prompt_inputs([row])
         with self.model.retrieval(False):
@@ -131,10 +132,10 @@ class DecodingBatch:
     @torch.inference_mode()
     def step(self) -> torch.Tensor:
         """
-        Reads the last token of each row, the one that was appended since the last call.
+        Reads the last token of each row, which was appended after the previous call.
 
         Returns:
-            `torch.FloatTensor` of shape `(len(self.rows), vocab_size)`: what comes next.
+            `torch.FloatTensor` of shape `(len(self.rows), vocab_size)`: logits of the next token of each row.
         """
         size, device = self.model.config.chunk_size, self.model.device
         chunks = [
@@ -165,7 +166,7 @@ class DecodingBatch:
 
     @torch.inference_mode()
     def keep(self, indices: Sequence[int]) -> None:
-        """Keeps the rows `indices` and lets the others go, with the padding that only they needed."""
+        """Keeps the rows `indices` and removes the others, together with padding that is no longer needed."""
         longest = max(self._cached, default=0)
         self.rows = [self.rows[n] for n in indices]
         self._cached = [self._cached[n] for n in indices]
@@ -176,7 +177,7 @@ class DecodingBatch:
         self._cache.drop_columns(longest - max(self._cached))
 
     def _prompt_inputs(self, rows: Sequence[Row]) -> list[dict[str, torch.Tensor]]:
-        """Inputs of a forward pass over each row alone, whose chunks are looked up together."""
+        """Makes the inputs of a forward pass over each row alone. The chunks of all rows are looked up together."""
         size, device = self.model.config.chunk_size, self.model.device
         chunks = [
             (n, row.tokens[start : start + size])
@@ -189,7 +190,7 @@ class DecodingBatch:
         for n, row in enumerate(rows):
             own = [i for i, (owner, _) in enumerate(chunks) if owner == n]
             if own:
-                # No wider than alone: the others may ask for more neighbors.
+                # Other rows may ask for more neighbors, which this row would not have alone.
                 inputs[n]["neighbor_input_ids"] = found_ids[own][None, :, : row.num_neighbors]
                 inputs[n]["neighbor_attention_mask"] = found_mask[own][None, :, : row.num_neighbors]
         return inputs
@@ -198,8 +199,8 @@ class DecodingBatch:
         self, rows: Sequence[Row], chunks: Sequence[tuple[int, list[int]]]
     ) -> tuple[torch.LongTensor | None, torch.BoolTensor | None]:
         """
-        Neighbors `(len(chunks), k, neighbor_length)` of chunks, given with the number of their row, and their mask,
-        by one call of the retriever; those beyond the number that a row wants are masked.
+        Looks up chunks, which are given with the numbers of their rows, with one call of the retriever. Returns the
+        neighbors `(len(chunks), k, neighbor_length)` and their mask. Neighbors beyond the number of a row are masked.
         """
         if not chunks:
             return None, None

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the page of `retro demo` does, and the page"""
+"""The functions of the page of `retro demo`, and the page itself"""
 
 from collections.abc import Iterator
 
@@ -24,13 +24,13 @@ from .sampling import SamplingParameters
 from .worth import continue_both_ways, read_text
 
 
-# Longest text that is measured at once, in tokens.
+# Largest number of tokens of a text that is measured.
 MAX_TEXT_TOKENS = 1024
 
 
 class Demo:
     """
-    What the page does, without the page.
+    The functions of the page, without the page.
 
     Args:
         loaded ([`LoadedModel`]): Model and datastore.
@@ -43,7 +43,7 @@ class Demo:
         self.prompts = PromptEncoder(loaded.retriever.datastore.tokenizer)
 
     def example(self) -> str:
-        """A text to begin with: the first whole chunk that was held out, else one of the datastore."""
+        """An example of a prompt: the first whole chunk of the held-out documents, or else one of the datastore."""
         datastore = self.retriever.datastore
         name = "validation" if "validation" in datastore.manifest["splits"] else "train"
         chunks = datastore.split(name).chunks
@@ -55,13 +55,13 @@ class Demo:
         self, prompt: str, num_neighbors: int, temperature: float, max_tokens: int, seed: int
     ) -> Iterator[tuple[str, str]]:
         """
-        Continues a prompt both ways.
+        Continues a prompt with neighbors and without.
 
         Yields:
             `tuple[str, str]`: HTML of the text with neighbors and of the text without.
 
         Raises:
-            ValueError: For a prompt that is empty or too long.
+            ValueError: If the prompt is empty or too long.
         """
         ids = self._encode(prompt)
         sampling = SamplingParameters(temperature=temperature, top_p=0.95, seed=seed)
@@ -77,7 +77,7 @@ class Demo:
             `tuple[str, str]`: a sentence in Markdown, and HTML of the text.
 
         Raises:
-            ValueError: For a text that is empty or too long.
+            ValueError: If the text is empty or too long.
         """
         reading = read_text(self.model, self.retriever, self._encode(text), num_neighbors)
         on, off = reading.bits_per_byte()
@@ -94,10 +94,10 @@ class Demo:
 
 def create_page(demo: Demo) -> gr.Blocks:
     """
-    The page as a gradio app.
+    Makes the page as a gradio app.
 
     Args:
-        demo ([`Demo`]): What it does.
+        demo ([`Demo`]): The functions of the page.
     """
     size = demo.retriever.datastore.chunk_size
     num_chunks = len(demo.retriever.datastore.chunks)

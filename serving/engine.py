@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Continuous batching: completions that are asked for together run together"""
+"""Continuous batching: completions that are requested at the same time run together"""
 
 import logging
 import threading
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class QueueFullError(Exception):
-    """More completions wait than the server takes."""
+    """Too many completions are waiting."""
 
 
 @dataclass
@@ -40,12 +40,12 @@ class CompletionEvent:
     A piece of a completion.
 
     Args:
-        text (`str`): What comes next.
-        tokens (`list[TextToken]`): The tokens whose text it is.
-        retrieved (`list[RetrievedChunk]`): Chunks that were looked up since the piece before.
-        num_tokens (`int`): Tokens that were generated so far, an end of the text included.
+        text (`str`): The new text.
+        tokens (`list[TextToken]`): The tokens of this text.
+        retrieved (`list[RetrievedChunk]`): Chunks that were looked up after the previous piece.
+        num_tokens (`int`): Number of tokens that were generated so far, including a token that ends the text.
         finish_reason (`str`, *optional*): `"stop"` or `"length"` in the last piece.
-        error (`Exception`, *optional*): What ended the completion instead.
+        error (`Exception`, *optional*): The error that ended the completion.
     """
 
     text: str = ""
@@ -58,12 +58,12 @@ class CompletionEvent:
 
 class Completion:
     """
-    One completion on its way.
+    A completion that is waiting or running.
 
     Args:
-        row ([`Row`]): The prompt, and how many neighbors are looked up.
-        max_tokens (`int`): Tokens to generate at most.
-        parameters ([`SamplingParameters`]): How they are chosen.
+        row ([`Row`]): The prompt and the number of neighbors to look up.
+        max_tokens (`int`): Largest number of tokens to generate.
+        parameters ([`SamplingParameters`]): How the tokens are chosen.
         stop (`Sequence[str]`): Sequences that end the text.
         emit (`Callable[[CompletionEvent], None]`): Called with each piece, in the thread of the engine.
     """
@@ -88,15 +88,15 @@ class Completion:
         self._num_retrieved = 0
 
     def cancel(self) -> None:
-        """Frees the row as soon as the forward pass that runs is over."""
+        """Frees the row as soon as the running forward pass has ended."""
         self.is_cancelled = True
 
     def start(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Called when the row joins the batch."""
+        """Prepares the completion when its row joins the batch."""
         self._text = TextStream(tokenizer, self.stop)
 
     def advance(self, logits: torch.Tensor, logprobs: torch.Tensor, end_tokens: Collection[int]) -> None:
-        """Chooses the next token from logits `(vocab_size,)` and sends what is certain by now."""
+        """Chooses the next token from logits `(vocab_size,)` and sends the text that is certain."""
         chosen = self._sampler.choose(logits, logprobs)
         self.num_tokens += 1
         event = CompletionEvent(num_tokens=self.num_tokens)
@@ -119,7 +119,7 @@ class Completion:
         self.send(event)
 
     def send(self, event: CompletionEvent) -> None:
-        """Passes a piece on; nobody listens any more if that fails."""
+        """Passes a piece on. If that fails, the client has left."""
         self.is_finished = event.finish_reason is not None or event.error is not None
         try:
             self.emit(event)
@@ -129,20 +129,20 @@ class Completion:
 
 class Engine:
     """
-    Runs completions on a model, in a thread of its own. Those that wait join the running ones after each token, and
-    each gets what it would get alone.
+    Runs completions on a model in its own thread. After each token, waiting completions join the running ones. The
+    result of a completion does not depend on the others.
 
     Args:
         batch ([`DecodingBatch`]):
-            Model and retriever.
+            The model and its retriever.
         tokenizer (`PreTrainedTokenizerBase`):
-            Of the model.
+            The tokenizer of the model.
         end_tokens (`Collection[int]`):
             Tokens that end a text.
         max_batch_size (`int`, *optional*, defaults to 16):
-            Completions that run at the same time.
+            Largest number of completions that run at the same time.
         max_waiting (`int`, *optional*, defaults to 64):
-            Completions that wait; further ones are refused.
+            Largest number of completions that wait. Further ones are refused.
         refresh (`Callable`, *optional*):
             Called before each step, to take what has changed, such as [`RetroRetriever.refresh`] does.
     """
@@ -172,25 +172,25 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        """`bool`: Whether completions are taken."""
+        """`bool`: Whether the engine accepts completions."""
         return self._thread.is_alive() and not self._is_closed
 
     @property
     def num_running(self) -> int:
-        """`int`: Completions that run."""
+        """`int`: Number of running completions."""
         return len(self._running)
 
     @property
     def num_waiting(self) -> int:
-        """`int`: Completions that wait."""
+        """`int`: Number of waiting completions."""
         return len(self._waiting)
 
     def submit(self, completions: Sequence[Completion]) -> None:
         """
-        Takes all of some completions, or none.
+        Accepts all of the completions, or none.
 
         Raises:
-            QueueFullError: If too many wait.
+            QueueFullError: If too many completions are waiting.
         """
         with self._changed:
             if self._is_closed:
@@ -203,7 +203,7 @@ class Engine:
             self._changed.notify()
 
     def close(self) -> None:
-        """Ends the thread; what runs or waits ends with an error."""
+        """Ends the thread. Running and waiting completions end with an error."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -244,7 +244,7 @@ class Engine:
         return joining
 
     def _try(self, completions: list[Completion], function: Callable[[list[Completion]], None]) -> None:
-        """What goes wrong is told to those whom it concerns, and the others go on."""
+        """Runs a function on completions. An error ends only these, and the others continue."""
         try:
             if completions:
                 function(completions)

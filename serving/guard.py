@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What stands in front of every request: the key, the length of the body, the counting"""
+"""Checks that come before every request: the key, the length of the body, and the counting of requests"""
 
 import secrets
 
@@ -24,13 +24,13 @@ from .metrics import Metrics
 
 class Guard:
     """
-    Refuses requests under `/v1` without the key and those with too long a body, before anything of them is read.
+    Refuses requests under `/v1` without the key, and requests with too long a body, before reading them.
 
     Args:
-        app (`ASGIApp`): What it stands in front of.
-        metrics ([`Metrics`]): Where requests are counted.
-        api_key (`str`, *optional*): The key; without one everybody may ask.
-        max_body_bytes (`int`): Longest body.
+        app (`ASGIApp`): The application that receives the accepted requests.
+        metrics ([`Metrics`]): Counts the requests.
+        api_key (`str`, *optional*): The key. Without it, no key is needed.
+        max_body_bytes (`int`): Largest size of a body.
         paths (`frozenset[str]`): Paths that are counted by their name.
     """
 
@@ -44,7 +44,7 @@ class Guard:
         self.paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or answers it."""
+        """Passes a request on, or refuses it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

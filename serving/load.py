@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What server and page load: model, retriever, and the tokens that end a text"""
+"""Loads the model, the retriever and the tokens that end a text, for the server and the page"""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class LoadedModel:
 
     Args:
         model ([`RetroForCausalLM`] or [`RetroJointForCausalLM`]): The model, in evaluation mode.
-        retriever ([`RetroRetriever`]): What its chunks are looked up with.
+        retriever ([`RetroRetriever`]): Looks up the chunks.
         end_tokens (`frozenset[int]`): Tokens that end a text.
     """
 
@@ -40,15 +40,16 @@ class LoadedModel:
 
 def load_model(model: str, datastore: str, dtype: str = "auto", retriever: str | None = None) -> LoadedModel:
     """
-    Loads a model and its datastore, to the first GPU if there is one.
+    Loads a model and its datastore. The model goes to the first GPU if there is one.
 
     Args:
         model (`str`): Folder or Hub id of a RETRO model, or of any causal language model.
         datastore (`str`): Folder or Hub id of the datastore.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the weights. `"auto"` is that of the checkpoint on a GPU, and float32 on a CPU, many of which are
-            slow in half precision.
-        retriever (`str`, *optional*): How neighbors are found. Defaults to how those that the datastore stores were.
+            Type of the weights. `"auto"` is the type of the checkpoint on a GPU, and float32 on a CPU, because many
+            CPUs are slow in half precision.
+        retriever (`str`, *optional*): How neighbors are found. Defaults to the way in which the stored ones were
+        found.
 
     Returns:
         [`LoadedModel`]

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the server counts, in the form that Prometheus reads"""
+"""The counters of the server, in the format of Prometheus"""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -26,7 +26,7 @@ class Metrics:
     Counters of a server.
 
     Args:
-        engine ([`Engine`]): What it runs.
+        engine ([`Engine`]): The engine of the server.
     """
 
     def __init__(self, engine: Engine):
@@ -49,5 +49,5 @@ class Metrics:
         return kind(name, text, labels, registry=self.registry, **options)
 
     def text(self) -> bytes:
-        """All of them, as Prometheus asks for them."""
+        """All counters in the format of Prometheus."""
         return generate_latest(self.registry)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A reading as HTML: each token in the color of its worth, and the neighbors of the chunk under the cursor"""
+"""Shows a reading as HTML: tokens colored by their worth, and the neighbors of the chunk under the cursor"""
 
 import itertools
 from html import escape
@@ -19,9 +19,9 @@ from html import escape
 from .worth import Neighbor, Piece, Reading, Stretch
 
 
-# Bits from which on a token has the full color.
+# Number of bits from which on a token has the full color.
 FULL_BITS = 4.0
-# Told apart by those who do not tell red from green.
+# Blue and orange, which people who cannot distinguish red and green can distinguish.
 HELPED, HARMED = (38, 132, 255), (255, 122, 26)
 
 _names = itertools.count()
@@ -59,13 +59,13 @@ CSS = """
 
 
 def background(worth: float) -> str:
-    """The color behind a token whose neighbors saved so many bits, as CSS."""
+    """The background color, as CSS, of a token whose neighbors saved `worth` bits."""
     red, green, blue = HELPED if worth > 0 else HARMED
     return f"rgba({red}, {green}, {blue}, {min(1.0, abs(worth) / FULL_BITS) * 0.7:.2f})"
 
 
 def legend() -> str:
-    """What the colors mean."""
+    """A legend of the colors."""
     helped, harmed = background(FULL_BITS), background(-FULL_BITS)
     return (
         '<div class="retro-legend">'
@@ -78,8 +78,8 @@ def legend() -> str:
 
 def reading_html(reading: Reading) -> str:
     """
-    The text of a reading beside the neighbors of one of its chunks: the one under the cursor, else the one that was
-    clicked, else the last one that read any.
+    Shows the text of a reading, and beside it the neighbors of one of its chunks. This is the chunk under the cursor,
+    or else the chunk that was clicked, or else the last chunk that read neighbors.
 
     Args:
         reading ([`Reading`]): The text.
@@ -99,7 +99,7 @@ def reading_html(reading: Reading) -> str:
         tokens = "".join(map(_token, stretch.pieces))
         labels.append(f'<label for="{name}-{n}" class="c{n}">{tokens}</label>')
         panels.append(f'<div class="retro-panel p{n}">{_panel(n, stretch)}</div>')
-        # What is under the cursor wins over what was clicked.
+        # The chunk under the cursor has priority over the one that was clicked.
         rules += [
             f"#{name}:not(:has(label:hover)):has(#{name}-{n}:checked) .p{n} {{ display: block; }}",
             f"#{name}:has(.c{n}:hover) .p{n} {{ display: block; }}",
@@ -112,7 +112,7 @@ def reading_html(reading: Reading) -> str:
 
 
 def plain_html(prompt: str, continuation: str) -> str:
-    """A text without neighbors: what was given, and what was generated."""
+    """Shows a prompt and its continuation without neighbors."""
     return (
         f'<div class="retro"><div class="retro-plain">{escape(prompt)}'
         f'<span style="border-bottom: 1px dotted currentColor">{escape(continuation)}</span></div></div>'

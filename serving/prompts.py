@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Prompts to tokens, in which only the server's own template can put control tokens"""
+"""Turns prompts into tokens. Only the chat template of the server can add control tokens"""
 
 import re
 import secrets
@@ -25,12 +25,12 @@ from data_prep.chunk import DocumentChunker
 
 class PromptEncoder:
     """
-    Makes token ids of prompts and conversations. What a user writes stays text where it spells a control token, such
-    as `<|im_end|>`, as the text of documents does.
+    Tokenizes prompts and conversations. Text of a user that spells a control token, such as `<|im_end|>`, is tokenized
+    as ordinary text, like that of documents.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
-            A fast tokenizer, with a chat template if there are to be conversations.
+            A fast tokenizer. Conversations need one with a chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -38,22 +38,22 @@ class PromptEncoder:
         self._plain = DocumentChunker(tokenizer, chunk_size=1)
         control = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._control_ids = set(control)
-        # Of two that begin alike the longer one is meant. Without any, a pattern that is found nowhere.
+        # If one spelling begins with another, the longer one counts. Without spellings, the pattern matches nothing.
         spellings = sorted(control.values(), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
 
     def encode_text(self, text: str) -> list[int]:
         """
-        Tokens of the beginning of a document.
+        Tokenizes the beginning of a document.
 
         Args:
             text (`str`): The text.
 
         Returns:
-            `list[int]`: the ids, with a BOS in front if the tokenizer puts one there.
+            `list[int]`: the ids, with a BOS token in front if the tokenizer adds one.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If the text has no tokens.
         """
         ids = [*self._plain.prefix, *self._plain.encode(text).tolist()]
         if not ids:
@@ -62,20 +62,20 @@ class PromptEncoder:
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """
-        Tokens of a conversation in the tokenizer's chat template, up to where the assistant speaks.
+        Tokenizes a conversation in the chat template of the tokenizer, up to the beginning of the next answer.
 
         Args:
-            messages (`Sequence[Mapping[str, str]]`): What was said, each with a `role` and a `content`.
+            messages (`Sequence[Mapping[str, str]]`): The messages, each with a `role` and a `content`.
 
         Returns:
             `list[int]`: the ids.
 
         Raises:
-            ValueError: If the tokenizer has no chat template, or its template refuses the messages.
+            ValueError: If the tokenizer has no chat template, or the template refuses the messages.
         """
         if self.tokenizer.chat_template is None:
             raise ValueError("the model's tokenizer has no chat template; use /v1/completions")
-        # What spells a control token is hidden from the template behind a word that nobody can guess.
+        # Text that spells a control token is replaced by a random word while the template is applied.
         word, spelled = secrets.token_hex(16), []
 
         def hide(match: re.Match) -> str:
@@ -93,7 +93,7 @@ class PromptEncoder:
                 ids += self._plain.encode(spelled[int(piece)]).tolist()
             else:
                 ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
-        # A normalizer may make a control token of text that does not spell one.
+        # A normalizer may turn text that does not spell a control token into one.
         if sum(id in self._control_ids for id in ids) != len(self._control.findall(text)):
             raise ValueError("a message makes a control token of the model's tokenizer; leave such text out")
         return ids

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Which token comes next"""
+"""Chooses the next token"""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -28,19 +28,19 @@ class SamplingParameters:
 
     Args:
         temperature (`float`, *optional*, defaults to 1.0):
-            Divides the logits; 0 takes the likeliest token.
+            Divides the logits. 0 takes the most probable token.
         top_p (`float`, *optional*, defaults to 1.0):
             Share of the probability to sample from.
         seed (`int`, *optional*):
-            Seed of the sampling; any when unset.
+            Seed of the sampling. Defaults to a random one.
         presence_penalty (`float`, *optional*, defaults to 0.0):
-            Taken from the logit of each token that was generated before.
+            Subtracted from the logit of each token that was generated before.
         frequency_penalty (`float`, *optional*, defaults to 0.0):
-            Taken from it once for each time.
+            Subtracted from the logit of a token for each time that it was generated before.
         logit_bias (`Mapping[int, float]`, *optional*):
             Added to the logits of some tokens.
         num_logprobs (`int`, *optional*, defaults to 0):
-            Number of likeliest tokens that are reported with each token.
+            Number of most probable tokens that are reported with each token.
     """
 
     temperature: float = 1.0
@@ -55,7 +55,7 @@ class SamplingParameters:
 @dataclass
 class ChosenToken:
     """
-    A token and what the model thought of it, before temperature, penalties and biases.
+    A token and its probability, before temperature, penalties and biases.
 
     Args:
         id (`int`):
@@ -63,7 +63,7 @@ class ChosenToken:
         logprob (`float`):
             The natural logarithm of its probability.
         top (`list[tuple[int, float]]`):
-            The likeliest tokens with theirs, best first.
+            The most probable tokens with the logarithms of their probabilities, best first.
     """
 
     id: int
@@ -73,10 +73,10 @@ class ChosenToken:
 
 class Sampler:
     """
-    Chooses the tokens of one completion, one after the other. What it draws depends on its seed alone.
+    Chooses the tokens of one completion, one after another. Its random choices depend only on its seed.
 
     Args:
-        parameters ([`SamplingParameters`]): How to choose.
+        parameters ([`SamplingParameters`]): How the tokens are chosen.
     """
 
     def __init__(self, parameters: SamplingParameters):
@@ -90,9 +90,11 @@ class Sampler:
 
     def choose(self, logits: torch.Tensor, logprobs: torch.Tensor) -> ChosenToken:
         """
+        Chooses a token.
+
         Args:
-            logits (`torch.FloatTensor` of shape `(vocab_size,)`): What the model says, on the CPU.
-            logprobs (`torch.FloatTensor` of shape `(vocab_size,)`): Their logarithmic softmax.
+            logits (`torch.FloatTensor` of shape `(vocab_size,)`): The logits of the model, on the CPU.
+            logprobs (`torch.FloatTensor` of shape `(vocab_size,)`): Their log softmax.
         """
         parameters = self.parameters
         changes = dict(parameters.logit_bias)
@@ -112,7 +114,7 @@ class Sampler:
         probabilities = logits.softmax(-1)
         if self.parameters.top_p < 1:
             values, order = probabilities.sort(descending=True)
-            # The token that reaches the share still belongs to it.
+            # The token that reaches the share is still included.
             values[values.cumsum(-1) - values >= self.parameters.top_p] = 0
             return int(order[torch.multinomial(values, 1, generator=self._generator)])
         return int(torch.multinomial(probabilities, 1, generator=self._generator))

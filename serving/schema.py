@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What may be asked for: the requests of the API of OpenAI, with what retrieval adds"""
+"""The requests of the API of OpenAI, with the fields that retrieval adds"""
 
 from typing import Annotated, Any, Literal
 
@@ -25,14 +25,14 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class Strict(BaseModel):
-    """Refuses what it does not know, rather than answering another question than was asked."""
+    """Refuses unknown fields, because ignoring one would answer another request."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def drop_nulls(cls, values: Any) -> Any:
-        """Null is the default."""
+        """Treats null as the default."""
         return (
             {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
         )
@@ -44,7 +44,7 @@ class StreamOptions(Strict):
 
     Args:
         include_usage (`bool`, *optional*, defaults to `False`): Whether the last piece counts the tokens.
-        include_obfuscation (`bool`, *optional*, defaults to `False`): Taken, without effect.
+        include_obfuscation (`bool`, *optional*, defaults to `False`): Accepted, but without effect.
     """
 
     include_usage: bool = False
@@ -53,17 +53,17 @@ class StreamOptions(Strict):
 
 class GenerationRequest(Strict):
     """
-    What completions and conversations have in common. The fields are those of OpenAI's API, and these four.
+    The fields that completions and conversations have in common: those of the API of OpenAI, and these four.
 
     Args:
         retrieval (`bool`, *optional*, defaults to `True`):
             Whether chunks are looked up.
         num_neighbors (`int`, *optional*):
-            Neighbors of each chunk. Those of the model when unset.
+            Number of neighbors of each chunk. Defaults to that of the model.
         pad_to_chunks (`bool`, *optional*, defaults to `False`):
             Whether the prompt is padded on the left to whole chunks, so that its end is looked up at once.
         include_neighbors (`bool`, *optional*, defaults to `True`):
-            Whether the answer holds the neighbors.
+            Whether the answer contains the neighbors.
     """
 
     model: str
@@ -87,16 +87,16 @@ class GenerationRequest(Strict):
     @field_validator("stop", mode="before")
     @classmethod
     def one_or_several(cls, value: Any) -> Any:
-        """One sequence may stand without brackets."""
+        """Accepts a single sequence without brackets."""
         return [value] if isinstance(value, str) else value
 
     @property
     def num_logprobs(self) -> int:
-        """`int`: Number of likeliest tokens to report with each token."""
+        """`int`: Number of most probable tokens to report with each token."""
         raise NotImplementedError
 
     def sampling(self, number: int) -> SamplingParameters:
-        """How completion `number` of a prompt is sampled; each draws otherwise."""
+        """The parameters of sampling completion `number` of a prompt. Each completion has another seed."""
         return SamplingParameters(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -116,7 +116,7 @@ class CompletionRequest(GenerationRequest):
         prompt (`str`, `list[str]`, `list[int]` or `list[list[int]]`):
             One or several texts to continue, or their tokens.
         logprobs (`int`, *optional*):
-            Number of likeliest tokens to report with each token; with 0 only its own.
+            Number of most probable tokens to report with each token. With 0, only the token itself is reported.
     """
 
     prompt: str | list[str] | list[int] | list[list[int]]
@@ -129,13 +129,13 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """`list`: The prompts, one or several."""
+        """`list`: The prompts as a list, even if there is only one."""
         is_one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
         return [self.prompt] if is_one else self.prompt
 
 
 class TextPart(Strict):
-    """A part of a message that is text, the only kind there is here."""
+    """A text part of a message. Other kinds are refused."""
 
     type: Literal["text"]
     text: str
@@ -146,8 +146,8 @@ class Message(Strict):
     A message of a conversation.
 
     Args:
-        role (`str`): Who speaks.
-        content (`str` or `list[TextPart]`): What is said.
+        role (`str`): Role of the speaker.
+        content (`str` or `list[TextPart]`): Text of the message.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -167,7 +167,7 @@ class ChatRequest(GenerationRequest):
         messages (`list[Message]`): The conversation.
         max_completion_tokens (`int`, *optional*): The newer name of `max_tokens`.
         logprobs (`bool`, *optional*, defaults to `False`): Whether tokens are reported.
-        top_logprobs (`int`, *optional*, defaults to 0): Number of likeliest tokens to report with each.
+        top_logprobs (`int`, *optional*, defaults to 0): Number of most probable tokens to report with each token.
     """
 
     messages: list[Message] = Field(min_length=1)
@@ -177,7 +177,7 @@ class ChatRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def check(self) -> "ChatRequest":
-        """The two names of the same limit become one, and likeliest tokens want their token."""
+        """Merges the two names of the same limit, and refuses `top_logprobs` without `logprobs`."""
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         self.max_tokens = self.max_completion_tokens or self.max_tokens

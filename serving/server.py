@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""From the options of `retro serve` to a model that answers"""
+"""Loads the model that `retro serve` serves"""
 
 import sys
 from pathlib import Path
@@ -35,13 +35,13 @@ def load_served_model(arguments: "ServeArguments") -> ServedModel:
     Opens the datastore, loads the model and starts its engine.
 
     Args:
-        arguments ([`ServeArguments`]): What to serve.
+        arguments ([`ServeArguments`]): Options of `retro serve`.
 
     Returns:
         [`ServedModel`]
 
     Raises:
-        ValueError: If the model does not fit the datastore, or for limits below 1.
+        ValueError: If the model does not fit the datastore, or a limit is below 1.
     """
     for name in ("max_batch_size", "max_prompt_tokens", "max_tokens"):
         if getattr(arguments, name) < 1:
@@ -58,7 +58,7 @@ def load_served_model(arguments: "ServeArguments") -> ServedModel:
             file=sys.stderr,
         )
     config = model.config.get_text_config()
-    context_length = getattr(config, "max_position_embeddings", None) or 1 << 30  # some have no positions
+    context_length = getattr(config, "max_position_embeddings", None) or 1 << 30  # some models have no positions
     engine = Engine(
         DecodingBatch(model, retriever),
         tokenizer,

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The page of `retro demo` as a Space of the Hub"""
+"""Writes the page of `retro demo` as a Space of the Hub"""
 
 import shutil
 from importlib.metadata import metadata, requires, version
@@ -61,19 +61,19 @@ prompt with neighbors and without, and colors each token by what its neighbors d
 
 def export_space(folder: str | Path, model: str, datastore: str) -> str:
     """
-    Writes the page as a folder that runs by itself: the code, and the model and the datastore if they are folders of
-    this machine; those of the Hub stay there.
+    Writes the page as a folder that runs by itself. It contains the code, and the model and the datastore if they are
+    folders of this machine. A model or datastore on the Hub is loaded from there.
 
     Args:
-        folder (`str` or `Path`): New or empty.
+        folder (`str` or `Path`): Folder to write to, which must be new or empty.
         model (`str`): Folder or Hub id of the model.
         datastore (`str`): Folder or Hub id of the datastore.
 
     Returns:
-        `str`: What was written, and how to upload it.
+        `str`: a summary of the folder, and how to upload it.
 
     Raises:
-        ValueError: If there is something in the folder, or the model does not fit the datastore.
+        ValueError: If the folder is not empty, or the model does not fit the datastore.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -85,7 +85,7 @@ def export_space(folder: str | Path, model: str, datastore: str) -> str:
     partial.mkdir(parents=True)
     links = ""
     if Path(model).is_dir():
-        # Whole: a base that only this machine has would be missing there.
+        # The whole model is saved, because the Space could not load a base that only this machine has.
         loaded.save_pretrained(partial / "model")
         opened.tokenizer.save_pretrained(partial / "model")
         model = "model"
@@ -114,7 +114,7 @@ def export_space(folder: str | Path, model: str, datastore: str) -> str:
 
 
 def _requirements() -> list[str]:
-    """What the package needs for the page, pinned to what is installed here; gradio comes with the Space."""
+    """The requirements of the page, pinned to the installed versions. gradio comes with the Space."""
     needed = {}
     for line in requires(DISTRIBUTION):
         requirement = Requirement(line)

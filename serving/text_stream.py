@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Tokens to text as it comes, up to a stop sequence"""
+"""Turns tokens into text while they are generated, up to a stop sequence"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .sampling import ChosenToken
 @dataclass
 class TextToken:
     """
-    A token with the place of its text in the completion.
+    A token and the place of its text in the completion.
 
     Args:
         chosen ([`ChosenToken`]): The token.
@@ -37,15 +37,15 @@ class TextToken:
 
 class TextStream:
     """
-    Turns the tokens of one completion into text. Characters of several tokens come when they are whole, and text that
-    may be the beginning of a stop sequence is held back until that is known.
+    Turns the tokens of one completion into text. A character of several tokens is returned when it is complete. Text
+    that may be the beginning of a stop sequence is held back until this is decided.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
-        stop (`Sequence[str]`, *optional*): Sequences that end the completion and do not belong to it.
+        stop (`Sequence[str]`, *optional*): Sequences that end the completion and are not part of it.
 
     Attributes:
-        is_stopped (`bool`): Whether a stop sequence came.
+        is_stopped (`bool`): Whether a stop sequence was found.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):
@@ -53,16 +53,16 @@ class TextStream:
         self.stop = stop
         self.is_stopped = False
         self._ids: list[int] = []
-        self._start = self._end = 0  # of the tokens whose text came last
-        self._length = 0  # characters that left
+        self._start = self._end = 0  # range of the tokens whose text was returned last
+        self._length = 0  # number of characters that were returned
         self._held = ""
         self._tokens: list[TextToken] = []
 
     def push(self, token: ChosenToken) -> tuple[str, list[TextToken]]:
-        """Takes the next token and returns the text that is certain by now, with its tokens."""
+        """Adds the next token, and returns the text that is certain now, with its tokens."""
         self._tokens.append(TextToken(token, self._length + len(self._held)))
         self._ids.append(token.id)
-        # Decoded behind the token before it: some tokenizers drop the space in front of a text.
+        # Tokens are decoded together with the one before them, because some tokenizers drop the first space of a text.
         before, text = self._decode(self._end), self._decode(len(self._ids))
         if not text.endswith("\ufffd"):
             self._held += text[len(before) :]
@@ -70,7 +70,7 @@ class TextStream:
         return self._release(is_last=False)
 
     def finish(self) -> tuple[str, list[TextToken]]:
-        """The rest, when no token follows."""
+        """Returns the rest of the text after the last token."""
         if self.is_stopped:
             return "", []
         self._held += self._decode(len(self._ids))[len(self._decode(self._end)) :]
@@ -99,6 +99,6 @@ class TextStream:
 
 
 def _overlap(text: str, sequence: str) -> int:
-    """Length of the longest end of `text` that a longer `sequence` begins with."""
+    """Length of the longest end of `text` with which `sequence`, which is longer, begins."""
     longest = min(len(text), len(sequence) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(sequence[:n])), 0)

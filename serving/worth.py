@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the neighbors of a text were worth, token by token, and what was copied from them"""
+"""Measures what the neighbors of a text were worth for each token, and finds text that was copied from them"""
 
 import math
 from collections.abc import Collection, Iterator, Sequence
@@ -27,7 +27,7 @@ from .sampling import ChosenToken, Sampler, SamplingParameters
 from .text_stream import TextStream
 
 
-# So many tokens in a row, found in a neighbor and in the text that read it, count as copied.
+# Number of consecutive tokens that count as copied if a neighbor and the text that read it share them.
 COPIED_TOKENS = 4
 
 
@@ -37,10 +37,10 @@ class Piece:
     A token, or the tokens of one character.
 
     Args:
-        text (`str`): Its text.
-        bits_on (`float`): Bits that the model needs for it with neighbors; 0 for a first token.
-        bits_off (`float`): Bits that it needs without.
-        is_given (`bool`): Whether it stood in the prompt.
+        text (`str`): The text of the tokens.
+        bits_on (`float`): Bits that the model needs for them with neighbors, 0 for a first token.
+        bits_off (`float`): Bits that the model needs without neighbors.
+        is_given (`bool`): Whether they are part of the prompt.
     """
 
     text: str
@@ -57,12 +57,12 @@ class Piece:
 @dataclass
 class Neighbor:
     """
-    A neighbor, for reading.
+    A neighbor, in a form for people to read.
 
     Args:
-        parts (`list[tuple[str, bool]]`): Its text in parts, each with whether the text that read it has it too.
-        source (`str`): Where it is from.
-        score (`float`): How near it is.
+        parts (`list[tuple[str, bool]]`): The text in parts, each with whether the text that read it has the part too.
+        source (`str`): The document and the part of it that the neighbor comes from.
+        score (`float`): Score of the neighbor.
     """
 
     parts: list[tuple[str, bool]]
@@ -73,11 +73,12 @@ class Neighbor:
 @dataclass
 class Stretch:
     """
-    The tokens of one chunk, and the neighbors that were read while they were predicted: those of the chunk before.
+    The tokens of one chunk, and the neighbors that were read while they were predicted, which are those of the chunk
+    before.
 
     Args:
-        pieces (`list[Piece]`): Its tokens.
-        neighbors (`list[Neighbor]`): What it read.
+        pieces (`list[Piece]`): The tokens of the chunk.
+        neighbors (`list[Neighbor]`): The neighbors that were read.
     """
 
     pieces: list[Piece] = field(default_factory=list)
@@ -86,10 +87,10 @@ class Stretch:
 
 class Reading:
     """
-    A text that grows, chunk by chunk, with what each chunk read.
+    A text that grows chunk by chunk, with the neighbors that each chunk read.
 
     Args:
-        retriever ([`RetroRetriever`]): What its chunks are looked up with.
+        retriever ([`RetroRetriever`]): Looks up the chunks of the text.
     """
 
     def __init__(self, retriever: RetroRetriever):
@@ -102,7 +103,7 @@ class Reading:
         self._pending = (0.0, 0.0)
 
     def add(self, token: int, bits_on: float, bits_off: float, is_given: bool) -> None:
-        """Takes the next token with the bits that it needed."""
+        """Adds the next token with the bits that it needed."""
         if len(self._ids) % self.datastore.chunk_size == 0:
             self.stretches.append(Stretch())
         self._ids.append(token)
@@ -115,7 +116,7 @@ class Reading:
             self.num_bytes += len(text.encode())
 
     def look_up(self, retrieved: Sequence[RetrievedChunk]) -> None:
-        """Takes what was found so far for the chunks of the text."""
+        """Adds the neighbors that were found so far for the chunks of the text."""
         self._retrieved = list(retrieved)
         size = self.datastore.chunk_size
         for number, stretch in enumerate(self.stretches[1:], start=1):
@@ -125,7 +126,7 @@ class Reading:
                 stretch.neighbors = self._describe(self._retrieved[number - 1], reader)
 
     def bits_per_byte(self) -> tuple[float, float]:
-        """With neighbors and without; the first token is free."""
+        """Bits per byte with neighbors and without. The first token costs nothing."""
         pieces = [piece for stretch in self.stretches for piece in stretch.pieces]
         num_bytes = max(1, self.num_bytes)
         return sum(piece.bits_on for piece in pieces) / num_bytes, sum(piece.bits_off for piece in pieces) / num_bytes
@@ -142,7 +143,7 @@ class Reading:
         return neighbors
 
     def _source(self, document: int, chunk_id: int) -> str:
-        """Which part of which document, and how that begins; datastores know no titles."""
+        """The number of the part and its document, and the beginning of the document, because it has no title."""
         if chunk_id < 0:
             return "from outside of the datastore"
         chunks = self.datastore.chunks
@@ -158,12 +159,12 @@ class Reading:
 
 def copied_places(neighbor: Sequence[int], reader: Sequence[int], length: int = COPIED_TOKENS) -> list[bool]:
     """
-    Which tokens of a neighbor stand in a run of at least `length` tokens that its reader has too.
+    Finds the tokens of a neighbor that are in a run of at least `length` tokens that the text that read it has too.
 
     Args:
         neighbor (`Sequence[int]`): Tokens of the neighbor.
-        reader (`Sequence[int]`): Tokens that were predicted while it was read.
-        length (`int`, *optional*, defaults to 4): Shortest run.
+        reader (`Sequence[int]`): Tokens that were predicted while the neighbor was read.
+        length (`int`, *optional*, defaults to 4): Number of tokens in the shortest run.
     """
     runs = {tuple(reader[start : start + length]) for start in range(len(reader) - length + 1)}
     copied = [False] * len(neighbor)
@@ -174,7 +175,7 @@ def copied_places(neighbor: Sequence[int], reader: Sequence[int], length: int = 
 
 
 def split_copied(ids: Sequence[int], copied: Sequence[bool]) -> list[tuple[list[int], bool]]:
-    """Tokens in parts that are copied or not."""
+    """Splits tokens into parts that are copied and parts that are not."""
     parts: list[tuple[list[int], bool]] = []
     for id, is_copied in zip(ids, copied, strict=True):
         if not parts or parts[-1][1] != is_copied:
@@ -190,9 +191,9 @@ def read_text(model: PreTrainedModel, retriever: RetroRetriever, ids: Sequence[i
 
     Args:
         model ([`RetroForCausalLM`] or [`RetroJointForCausalLM`]): The model.
-        retriever ([`RetroRetriever`]): What chunks are looked up with.
+        retriever ([`RetroRetriever`]): Looks up the chunks.
         ids (`Sequence[int]`): Tokens of the text, at least one.
-        num_neighbors (`int`): Neighbors of each chunk.
+        num_neighbors (`int`): Number of neighbors of each chunk.
 
     Returns:
         [`Reading`]
@@ -210,12 +211,12 @@ def read_text(model: PreTrainedModel, retriever: RetroRetriever, ids: Sequence[i
 @dataclass
 class Comparison:
     """
-    A prompt as it is continued with neighbors and without.
+    The continuations of a prompt with neighbors and without.
 
     Args:
-        on ([`Reading`]): The text with neighbors, each token with its worth.
-        off (`str`): The continuation without.
-        is_finished (`bool`): Whether nothing more comes.
+        on ([`Reading`]): The text with neighbors and the worth of each token.
+        off (`str`): The continuation without neighbors.
+        is_finished (`bool`): Whether the continuations are complete.
     """
 
     on: Reading
@@ -234,20 +235,20 @@ def continue_both_ways(
     end_tokens: Collection[int],
 ) -> Iterator[Comparison]:
     """
-    Continues a prompt with neighbors and without, side by side in one batch. A third row, without neighbors, follows
-    the first: it tells what each of its tokens would have cost.
+    Continues a prompt with neighbors and without, side by side in one batch. A third row reads the tokens of the first
+    row without neighbors. It tells how many bits each of these tokens would have cost without them.
 
     Args:
         model ([`RetroForCausalLM`] or [`RetroJointForCausalLM`]): The model.
-        retriever ([`RetroRetriever`]): What chunks are looked up with.
+        retriever ([`RetroRetriever`]): Looks up the chunks.
         ids (`Sequence[int]`): Tokens of the prompt, at least one.
-        num_neighbors (`int`): Neighbors of each chunk.
-        max_tokens (`int`): Tokens to generate at most.
-        sampling ([`SamplingParameters`]): How they are chosen, by both with the same seed.
+        num_neighbors (`int`): Number of neighbors of each chunk.
+        max_tokens (`int`): Largest number of tokens to generate.
+        sampling ([`SamplingParameters`]): How the tokens are chosen, with the same seed for both.
         end_tokens (`Collection[int]`): Tokens that end a text.
 
     Yields:
-        [`Comparison`]: the same one, after each token.
+        [`Comparison`]: the same object, after each token.
     """
     comparison = Comparison(read_text(model, retriever, ids, num_neighbors))
     yield comparison

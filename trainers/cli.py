@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The command `retro`: a thin dispatcher to modules that also run by `python -m` and `accelerate launch -m`."""
+"""The command `retro`, which runs modules that `python -m` and `accelerate launch -m` can run as well"""
 
 import argparse
 import importlib
@@ -77,7 +77,7 @@ def accelerate_config_names() -> list[str]:
 
 def run_module(module: str, options: Sequence[str]) -> None:
     """
-    Runs the `main` of a module, in this process or, with `--accelerate-config`, in those that accelerate launches.
+    Runs the `main` of a module in this process or, with `--accelerate-config`, in processes that accelerate launches.
 
     Args:
         module (`str`):
@@ -86,7 +86,7 @@ def run_module(module: str, options: Sequence[str]) -> None:
             Words of the command line after the command.
 
     Raises:
-        `ValueError`: for an accelerate config that is neither a known name nor a file.
+        `ValueError`: if the accelerate config is neither a known name nor a file.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--accelerate-config", "--accelerate_config")

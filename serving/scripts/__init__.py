@@ -11,4 +11,4 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Command-line scripts; each runs by `retro COMMAND` and by `python -m`."""
+"""Command-line scripts. Each can be run with `retro COMMAND` and with `python -m`."""

@@ -12,14 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-A page that shows what looking up is worth: a prompt continued with neighbors beside without, each token in the color
-of what its neighbors did for it, and the neighbors themselves. After `retro quickstart` it is one command:
+Shows in a browser what retrieval is worth. The page continues a prompt with neighbors and without, side by side. The
+color of a token shows how much its neighbors helped, and the page shows the neighbors too. After `retro quickstart` it
+takes one command:
 
     retro demo
     retro demo --model model --datastore datastore --port 7870
     retro demo --export space
 
-The last one writes the page as a Space of the Hub, with model and datastore.
+The last command writes the page as a Space of the Hub, with the model and the datastore.
 """
 
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ class DemoArguments:
     """
 
     folder: str = field(
-        default="retro-quickstart", metadata={"help": "Output of `retro quickstart`: holds model and datastore."}
+        default="retro-quickstart", metadata={"help": "Output folder of `retro quickstart`, with model and datastore."}
     )
     model: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of another model than the one in --folder."}

@@ -12,16 +12,16 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Serves a model that looks things up, with the API of OpenAI.
+Serves a model with retrieval, with the API of OpenAI.
 
     retro serve --model model --datastore datastore
 
-Any client of that API can ask it, under the name of the model's folder:
+Any client of this API can use it. The name of the model is that of its folder:
 
     curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
         -d '{"model": "model", "prompt": "The class"}'
 
-A key that requests must carry is taken from the environment variable RETRO_API_KEY.
+If the environment variable RETRO_API_KEY holds a key, requests must carry it.
 """
 
 import ipaddress
@@ -47,26 +47,26 @@ class ServeArguments:
     retriever: str | None = field(
         default=None,
         metadata={
-            "help": "How neighbors are found. As those that the datastore stores were when unset.",
+            "help": "How neighbors are found. Defaults to the way in which the stored ones were found.",
             "choices": ["dense", "bm25", "hybrid", "rerank"],
         },
     )
     served_model_name: str | None = field(
-        default=None, metadata={"help": "What requests call the model; the last part of --model when unset."}
+        default=None, metadata={"help": "Name of the model in requests. Defaults to the last part of --model."}
     )
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 for all."})
     port: int = field(default=8000, metadata={"help": "Port to listen on; 0 for a free one."})
     num_neighbors: int | None = field(
         default=None,
-        metadata={"help": "Neighbors of a chunk if a request does not say. Those of the model when unset."},
+        metadata={"help": "Neighbors of a chunk unless a request names another number. Defaults to the model's."},
     )
-    max_batch_size: int = field(default=16, metadata={"help": "Completions that run together."})
-    max_waiting: int = field(default=64, metadata={"help": "Completions that wait; more are answered with 429."})
+    max_batch_size: int = field(default=16, metadata={"help": "Largest number of completions that run together."})
+    max_waiting: int = field(default=64, metadata={"help": "Completions that may wait; others get status 429."})
     max_prompt_tokens: int = field(default=4096, metadata={"help": "Longest prompt in tokens."})
     max_tokens: int = field(default=1024, metadata={"help": "Longest completion in tokens."})
     dtype: str = field(
         default="auto",
-        metadata={"help": "float32, bfloat16 …; auto is float32 on a CPU, and on a GPU that of the checkpoint."},
+        metadata={"help": "float32, bfloat16, …; auto is float32 on a CPU, and the type of the checkpoint on a GPU."},
     )
 
 

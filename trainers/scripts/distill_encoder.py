@@ -12,13 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Makes a static encoder of a transformer: one vector for each token of its vocabulary (model2vec). It embeds chunks many
-times faster, and so embeds large datastores where there is no GPU.
+Makes a static encoder from a transformer: one vector for each token of its vocabulary (model2vec). It embeds chunks
+many times faster, so that large datastores can be embedded without a GPU.
 
     retro distill-encoder --encoder sentence-transformers/all-MiniLM-L6-v2 --output_dir static-encoder
     retro embed --datastore datastore --encoder static-encoder
 
-Wants `pip install retro-transformers[static]`. Nothing is downloaded if the encoder is a folder.
+This needs `pip install retro-transformers[static]`. Nothing is downloaded if the encoder is a folder.
 """
 
 from collections.abc import Sequence
@@ -36,10 +36,10 @@ class DistillEncoderArguments:
     encoder: str = field(metadata={"help": "Folder or Hub id of the encoder to distill."})
     output_dir: str = field(metadata={"help": "Folder to write."})
     revision: str | None = field(default=None, metadata={"help": "Revision of the encoder on the Hub."})
-    dim: int = field(default=256, metadata={"help": "Dimensions that are kept, by principal components."})
+    dim: int = field(default=256, metadata={"help": "Number of principal components that are kept."})
     sif_coefficient: float = field(
         default=1e-4,
-        metadata={"help": "Tokens weigh a / (a + frequency): a small a tones frequent tokens down."},
+        metadata={"help": "A token has the weight a / (a + frequency). A small a reduces that of frequent tokens."},
     )
 
 

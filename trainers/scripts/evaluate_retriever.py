@@ -17,10 +17,10 @@ Measures how well an encoder retrieves.
     retro evaluate-retriever --encoder encoder --pairs held-out.jsonl
     retro evaluate-retriever --encoder encoder --beir scifact --split test --output_file scifact.json
     retro evaluate-retriever --encoder encoder --scored_pairs sts-test.jsonl
-    retro evaluate-retriever --pairs held-out.jsonl --save_beir benchmark     # a retrieval set out of held-out pairs
+    retro evaluate-retriever --pairs held-out.jsonl --save_beir benchmark     # makes a retrieval set from pairs
 
-Pairs: each anchor is looked up among all positives. BEIR: `corpus.jsonl`, `queries.jsonl`, `qrels/{split}.tsv`. Scored
-pairs: lines `{"sentence1": …, "sentence2": …, "score": …}`. The search is exact.
+For pairs, each anchor is looked up among all positives. A BEIR set is a folder with `corpus.jsonl`, `queries.jsonl`
+and `qrels/{split}.tsv`. Scored pairs are lines `{"sentence1": …, "sentence2": …, "score": …}`. The search is exact.
 """
 
 import json
@@ -39,11 +39,13 @@ class EvaluateRetrieverArguments:
 
     encoder: str | None = field(default=None, metadata={"help": "Folder or Hub id of the encoder."})
     pairs: str | None = field(default=None, metadata={"help": "Held-out pair set, as for `retro train-retriever`."})
-    columns: list[str] | None = field(default=None, metadata={"help": "Columns of anchor and positive, if others."})
+    columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns of anchor and positive, if they have other names."}
+    )
     beir: str | None = field(default=None, metadata={"help": "Folder of a retrieval set in BEIR layout."})
     split: str = field(default="test", metadata={"help": "Judgements of the BEIR set to use."})
     scored_pairs: str | None = field(default=None, metadata={"help": "File .jsonl of scored pairs."})
-    pooling: str | None = field(default=None, metadata={"help": "Overrides the pooling the encoder was saved with."})
+    pooling: str | None = field(default=None, metadata={"help": "Overrides the pooling of the saved encoder."})
     recall_at: list[int] = field(default_factory=lambda: [1, 10, 100], metadata={"help": "Depths k of recall@k."})
     save_beir: str | None = field(default=None, metadata={"help": "Folder to write the pairs to, in BEIR layout."})
     output_file: str | None = field(default=None, metadata={"help": "File .json for the results."})

@@ -48,16 +48,16 @@ class EvaluateRetroArguments:
     )
     num_neighbors: list[int] = field(
         default_factory=lambda: [2],
-        metadata={"help": "Number of neighbors of a chunk, or several to measure each of."},
+        metadata={"help": "Number of neighbors of a chunk, or several numbers to measure."},
     )
     datastore_share: list[float] = field(
         default_factory=lambda: [1.0],
-        metadata={"help": "Shares of the datastore's documents to retrieve from, measuring each."},
+        metadata={"help": "Shares of the datastore's documents to retrieve from, each of which is measured."},
     )
     retriever: str | None = field(
         default=None,
         metadata={
-            "help": "How neighbors are found. With another than the stored ones were, they are searched for anew.",
+            "help": "How neighbors are found. Defaults to the way in which the stored ones were found.",
             "choices": ["dense", "bm25", "hybrid", "rerank"],
         },
     )
@@ -70,7 +70,7 @@ class EvaluateRetroArguments:
     overlap: bool = field(default=False, metadata={"help": "Report by the overlap of chunks with their neighbors."})
     domains: str | None = field(
         default=None,
-        metadata={"help": "Text file with the domain of each document on a line, to report each by itself."},
+        metadata={"help": "Text file with the domain of each document on a line. Each domain is reported."},
     )
     window_chunks: int = field(default=32, metadata={"help": "Length in chunks of the sliding windows."})
     stride_chunks: int = field(default=16, metadata={"help": "Step in chunks between two windows."})
@@ -84,7 +84,7 @@ class EvaluateRetroArguments:
         },
     )
     model_card: bool = field(
-        default=True, metadata={"help": "Write the numbers into the card of a model in a folder, too."}
+        default=True, metadata={"help": "Also write the numbers into the card of a model in a folder."}
     )
     dtype: str = field(
         default="float32",

@@ -35,16 +35,16 @@ class GenerateArguments:
     retriever: str | None = field(
         default=None,
         metadata={
-            "help": "How neighbors are found. As those that the datastore stores were when unset.",
+            "help": "How neighbors are found. Defaults to the way in which the stored ones were found.",
             "choices": ["dense", "bm25", "hybrid", "rerank"],
         },
     )
-    max_new_tokens: int = field(default=192, metadata={"help": "Number of tokens to generate at most."})
-    do_sample: bool = field(default=False, metadata={"help": "Sample, instead of taking the likeliest token."})
+    max_new_tokens: int = field(default=192, metadata={"help": "Largest number of tokens to generate."})
+    do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the most probable token."})
     temperature: float = field(default=0.8, metadata={"help": "Temperature of sampling."})
     top_p: float = field(default=0.95, metadata={"help": "Share of the probability to sample from."})
     num_neighbors: int | None = field(
-        default=None, metadata={"help": "Neighbors of a chunk. Those of the model when unset."}
+        default=None, metadata={"help": "Number of neighbors of a chunk. Defaults to the model's."}
     )
     pad_to_chunks: bool = field(
         default=False, metadata={"help": "Pad the prompt on the left to whole chunks, so that its end is looked up."}

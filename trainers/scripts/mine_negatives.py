@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Finds hard negatives: texts that an encoder takes for the positive of an anchor, and that are not.
+Finds hard negatives: texts that an encoder takes for the positive of an anchor although they are not.
 
     retro mine-negatives --encoder encoder --pairs train.jsonl.gz --num_negatives 2 --output_file hard.jsonl.gz
     retro train-retriever --model_name_or_path encoder --pairs hard.jsonl.gz --output_dir better-encoder
@@ -36,15 +36,17 @@ class MineNegativesArguments:
     encoder: str = field(metadata={"help": "Folder or Hub id of the encoder."})
     pairs: list[str] = field(metadata={"help": "Pair set, as for `retro train-retriever`."})
     output_file: str = field(metadata={"help": "File .jsonl or .jsonl.gz to write."})
-    columns: list[str] | None = field(default=None, metadata={"help": "Columns of anchor and positive, if others."})
-    num_negatives: int = field(default=1, metadata={"help": "Hard negatives of each pair."})
+    columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns of anchor and positive, if they have other names."}
+    )
+    num_negatives: int = field(default=1, metadata={"help": "Number of hard negatives of each pair."})
     depth: int = field(default=50, metadata={"help": "Number of nearest texts to take them from."})
     max_relative_score: float = field(
         default=0.95,
-        metadata={"help": "Texts that score more than this share of the positive's score may be right: left out."},
+        metadata={"help": "Texts with more than this share of the positive's score are left out: they may be right."},
     )
     factory: str = field(default="Flat", metadata={"help": "faiss factory of the index; Flat is exact."})
-    seed: int = field(default=0, metadata={"help": "Seed of the sample an index is trained on."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sample on which an index is trained."})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,16 +12,16 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Makes a RETRO model of a pretrained decoder, in one of two ways.
+Makes a RETRO model from a pretrained decoder, in one of two ways.
 
     retro retrofit --base HuggingFaceTB/SmolLM2-135M --attention joint --retrofit-only --output-dir smollm2-joint
     retro retrofit --base HuggingFaceTB/SmolLM2-135M --output-dir smollm2-retro
     retro retrofit --base Qwen/Qwen3-0.6B --output-dir qwen3-retro --cross-attention-layers 9 15 21 --retrofit-only
 
-`--attention joint` wraps any causal language model: its own attention reads the neighbors, and nothing has to be
-trained. `--attention cross`, for Llama, Mistral, Qwen2, Qwen3, SmolLM3 and Granite, adds the paper's chunked cross
-attention. That model starts as exactly its decoder; train it with
-`retro train --model smollm2-retro --freeze-decoder true ...`.
+`--attention joint` wraps any causal language model. Its own attention reads the neighbors, and nothing has to be
+trained. `--attention cross` adds the chunked cross attention of the paper to Llama, Mistral, Qwen2, Qwen3, SmolLM3 or
+Granite. At first, this model computes exactly what its decoder computes. Train it with `retro train --model
+smollm2-retro --freeze-decoder true ...`.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ from data_prep.arguments import parse_arguments, run_command
 @dataclass
 class RetrofitArguments:
     """
-    Arguments of `retro retrofit`. What is left out takes the default of [`RetroConfig`].
+    Arguments of `retro retrofit`. Other fields have the defaults of [`RetroConfig`].
     """
 
     base: str = field(metadata={"help": "Hub id or folder of the decoder."})
@@ -52,11 +52,13 @@ class RetrofitArguments:
         default=True, metadata={"help": "Copy the decoder's layers into cross attention and neighbor encoder."}
     )
     retrofit_only: bool = field(
-        default=False, metadata={"help": "Write only what RETRO adds, with the name and checksum of the decoder."}
+        default=False, metadata={"help": "Write only the new weights, with the name and checksum of the decoder."}
     )
-    chunk_size: int = field(default=64, metadata={"help": "Tokens in a chunk: that of the datastore."})
-    continuation_chunks: int = field(default=1, metadata={"help": "Chunks that a neighbor goes on: as the datastore."})
-    num_neighbors: int = field(default=2, metadata={"help": "Neighbors that the model asks for."})
+    chunk_size: int = field(default=64, metadata={"help": "Tokens in a chunk: as in the datastore."})
+    continuation_chunks: int = field(
+        default=1, metadata={"help": "Chunks by which a neighbor continues: as in the datastore."}
+    )
+    num_neighbors: int = field(default=2, metadata={"help": "Number of neighbors that the model asks for."})
     reader: str | None = field(
         default=None,
         metadata={
@@ -65,7 +67,8 @@ class RetrofitArguments:
         },
     )
     cross_attention_layers: list[int] | None = field(
-        default=None, metadata={"help": "Layers (from 0) with chunked cross attention; every third from the sixth."}
+        default=None,
+        metadata={"help": "Layers (from 0) with chunked cross attention. Defaults to every third from the sixth."},
     )
     neighbor_encoder_num_hidden_layers: int = field(default=2, metadata={"help": "Layers of the neighbor encoder."})
 

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Writes down what a model predicts with the neighbor in front of its window, as the teacher of a model that reads
+Stores the predictions of a model with the neighbor in front of its window, as a teacher for a model that reads
 neighbors.
 
     retro teach --datastore datastore --model HuggingFaceTB/SmolLM2-135M --row_chunks 8 --output_dir teacher
@@ -20,8 +20,8 @@ neighbors.
         --freeze_decoder true --retrofit_only true --teacher teacher --row_chunks 8 --output_dir reader
     accelerate launch -m trainers.scripts.teach --datastore datastore --model model --output_dir teacher
 
-The same command run again goes on where it stopped. The teacher may be any causal language model with the tokenizer of
-the datastore.
+The same command resumes an interrupted run. The teacher may be any causal language model with the tokenizer of the
+datastore.
 """
 
 from collections.abc import Sequence
@@ -37,11 +37,11 @@ class TeachArguments:
     datastore: str = field(metadata={"help": "Folder or Hub id of the datastore, with neighbors."})
     model: str = field(metadata={"help": "Folder or Hub id of the teacher: a RETRO model or any causal one."})
     output_dir: str = field(metadata={"help": "Folder to write to."})
-    split: str = field(default="train", metadata={"help": "Split of the datastore that is trained on."})
-    row_chunks: int = field(default=8, metadata={"help": "Chunks in a row of the training: `--row_chunks` of it."})
-    num_neighbors: int = field(default=1, metadata={"help": "Neighbors in front of the window."})
-    top_tokens: int = field(default=50, metadata={"help": "Tokens kept for each position, the most probable ones."})
-    batch_size: int = field(default=8, metadata={"help": "Chunks in a forward pass."})
+    split: str = field(default="train", metadata={"help": "Split of the datastore for training."})
+    row_chunks: int = field(default=8, metadata={"help": "Chunks in a row of the training: its `--row_chunks`."})
+    num_neighbors: int = field(default=1, metadata={"help": "Number of neighbors in front of the window."})
+    top_tokens: int = field(default=50, metadata={"help": "Number of most probable tokens stored for each position."})
+    batch_size: int = field(default=8, metadata={"help": "Number of chunks in a forward pass."})
     dtype: str = field(
         default="float32",
         metadata={"help": "Torch dtype of the weights.", "choices": ["float32", "bfloat16", "float16"]},

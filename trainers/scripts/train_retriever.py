@@ -19,8 +19,9 @@ Trains the encoder that finds neighbors, on pairs of texts.
     accelerate launch -m trainers.scripts.train_retriever --model_name_or_path … --pairs a.jsonl.gz b.jsonl.gz \
         --weights 2 1 --mini_batch_size 64 --per_device_train_batch_size 1024 --output_dir encoder
 
-Several pair sets are a mixture: each batch comes from one of them. The folder written loads in sentence-transformers,
-in AutoModel, and as `retro embed --encoder`. The same command run again goes on from the last checkpoint in it.
+Several pair sets form a mixture, in which each batch comes from one of them. sentence-transformers, AutoModel and
+`retro embed --encoder` can load the folder that is written. The same command resumes an interrupted run from its last
+checkpoint.
 """
 
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 @dataclass
 class TrainRetrieverArguments:
     """
-    Arguments of `retro train-retriever` beside [`RetrieverTrainingArguments`].
+    Arguments of `retro train-retriever`, besides those of [`RetrieverTrainingArguments`].
     """
 
     pairs: list[str] = field(
@@ -60,7 +61,7 @@ class TrainRetrieverArguments:
         metadata={"help": "YAML or JSON file with `model_type` and fields of its config, to start from scratch."},
     )
     tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer. Defaults to that of the encoder to start from."}
+        default=None, metadata={"help": "Tokenizer. Defaults to that of the encoder."}
     )
     weights: list[float] | None = field(
         default=None, metadata={"help": "Relative number of batches of each pair set. Defaults to their sizes."}
@@ -73,11 +74,11 @@ class TrainRetrieverArguments:
         default=None, metadata={"help": "Columns of anchor, positive and hard negatives in Hub datasets."}
     )
     num_negatives: int | None = field(
-        default=None, metadata={"help": "Hard negatives taken of each record. Defaults to those of the first."}
+        default=None, metadata={"help": "Number of hard negatives. Defaults to that of the first record."}
     )
     skip_bad_lines: bool = field(default=False, metadata={"help": "Leave malformed lines out instead of stopping."})
     streaming: bool = field(
-        default=False, metadata={"help": "Do not read the (single) pair set into a table first; needs --max_steps."}
+        default=False, metadata={"help": "Do not read the (single) pair set into a table first. Needs --max_steps."}
     )
     eval_pairs: str | None = field(default=None, metadata={"help": "Held-out pair set."})
 

@@ -20,12 +20,12 @@ subwords, from scratch or from a checkpoint:
     accelerate launch -m trainers.scripts.train_span_corruption --tasks tasks.yaml --output_dir t5 \\
         --model_name_or_path google/t5-v1_1-small --max_steps 10000
 
-`--optim adafactor` is Adafactor as T5 was pretrained with: its learning rate is relative to the scale of each
-parameter. From scratch, a small model learns soonest on short inputs (`input_length` 32 in the tasks file, so that a
-row has one span or two): to find the surroundings of a span among many is what takes longest.
+`--optim adafactor` is the Adafactor of T5's pretraining, whose learning rate is relative to the scale of each
+parameter. A small model that starts from scratch learns fastest on short inputs (`input_length` 32 in the tasks file,
+so that a row has one or two spans), because learning to find the surroundings of a span among many takes longest.
 
-The same command goes on from the last checkpoint. `output_dir` then holds the model, and `output_dir/encoder` its
-encoder half, which `retro train-retriever` can start from.
+The same command resumes an interrupted run from its last checkpoint. `output_dir` holds the model, and
+`output_dir/encoder` holds its encoder, from which `retro train-retriever` can start.
 """
 
 from collections.abc import Sequence
@@ -44,37 +44,39 @@ if TYPE_CHECKING:
 @dataclass
 class SpanCorruptionArguments:
     """
-    Arguments of `retro train-span-corruption`, beside those of [`~transformers.TrainingArguments`].
+    Arguments of `retro train-span-corruption`, besides those of [`~transformers.TrainingArguments`].
 
     Args:
         tasks (`str`):
-            YAML file of tasks, see [`data_prep.span_corruption_tasks`].
+            YAML file of tasks (see [`data_prep.span_corruption_tasks`]).
         model_name_or_path (`str`, *optional*):
-            Checkpoint to go on from. Defaults to a new model.
+            Checkpoint to continue from. Defaults to a new model.
         config_name_or_path (`str`, *optional*):
             Configuration of a new model. Defaults to a [`~transformers.T5Config`] with a gated GELU.
         model_config (`str`, *optional*):
             Changes to the configuration of a new model, `"d_model=512,num_layers=8"`.
         tokenizer_name_or_path (`str`, *optional*):
-            Tokenizer. Defaults to that of the checkpoint, for a new model to bytes, as ByT5.
+            Tokenizer. Defaults to that of the checkpoint, or for a new model to that of ByT5, whose tokens are bytes.
         shuffle_buffer (`int`, *optional*, defaults to 10000):
-            Rows to shuffle among; 0 keeps the order of the tasks' texts.
+            Number of rows among which rows are shuffled. 0 keeps the order of the texts.
     """
 
     tasks: str = field(metadata={"help": "YAML file of tasks, see data_prep/span_corruption_tasks.py."})
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint to go on from; a new model if not given."}
+        default=None, metadata={"help": "Checkpoint to continue from. Defaults to a new model."}
     )
     config_name_or_path: str | None = field(
-        default=None, metadata={"help": "Configuration of a new model; T5 with a gated GELU if not given."}
+        default=None, metadata={"help": "Configuration of a new model. Defaults to T5 with a gated GELU."}
     )
     model_config: str | None = field(
         default=None, metadata={"help": "Changes to the configuration of a new model: d_model=512,num_layers=8."}
     )
     tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer; that of the checkpoint, or bytes for a new model, if not given."}
+        default=None, metadata={"help": "Tokenizer. Defaults to that of the checkpoint, or to bytes for a new model."}
     )
-    shuffle_buffer: int = field(default=10_000, metadata={"help": "Rows to shuffle among; 0 keeps the order."})
+    shuffle_buffer: int = field(
+        default=10_000, metadata={"help": "Rows among which rows are shuffled; 0 keeps the order."}
+    )
 
 
 def load_model(args: SpanCorruptionArguments) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -131,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--max_steps is {training_args.max_steps}, expected the number of steps: the rows are a stream"
         )
     set_seed(training_args.seed)
-    # Batches differ in width where rows are short: every process takes its own from the stream.
+    # If rows are short, batches differ in width. Every process therefore takes its own from the stream.
     training_args.accelerator_config.dispatch_batches = False
     tasks = read_tasks(args.tasks)
     if endless := [name for name in tasks.evaluation if tasks.tasks[name].repeat]:
@@ -142,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{args.tasks}: features: {error}") from error
 
-    # Repeated as a whole, so that a resumed run finds its place by counting batches.
+    # The whole mixture is repeated, so that a resumed run finds its place by counting batches.
     train_dataset = load_mixture(tasks.tasks, tasks.train, tokenizer, collator.raw_length, training_args.seed).repeat(
         None
     )
@@ -150,8 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_dataset = train_dataset.shuffle(seed=training_args.seed, buffer_size=args.shuffle_buffer)
     optimizer = None
     if training_args.optim == "adafactor":
-        # As T5 was pretrained: the learning rate is relative to the scale of each parameter. Trainer's own is
-        # absolute, which suits neither T5's large embeddings nor its small queries.
+        # As in the pretraining of T5, the learning rate is relative to the scale of each parameter. That of Trainer is
+        # absolute, which fits neither the large embeddings of T5 nor its small queries.
         optimizer = (
             Adafactor,
             {"lr": training_args.learning_rate, "scale_parameter": True, "relative_step": False},
