@@ -177,6 +177,10 @@ def deduplicate(
             if not force:
                 raise ValueError(f"{path} is embedded already; deduplicate before that, or use --force to embed anew")
             discard(path, manifest, TRAIN_SPLIT, "embeddings")
+        if manifest.get("bm25", {}).get("shards", 0) > before["shards"]:
+            if not force:
+                raise ValueError(f"{path} is indexed already; deduplicate before that, or use --force to index anew")
+            discard(path, manifest, TRAIN_SPLIT, "bm25")
         return _remove_duplicates(path, manifest, opened, before)
 
 
