@@ -12,10 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The faiss index over the embeddings of a datastore: trained on a sample, filled shard by shard, merged, measured.
+Builds the faiss index over the embeddings of a datastore: trains it on a sample, fills it shard by shard, merges the
+shards and measures the index.
 
-Always reports recall@1 and recall@10 against exact search, and writes it into the manifest with the nprobe (efSearch
-for HNSW) that reaches the target. Many processes fill shards: `accelerate launch -m data_prep.scripts.index ...`.
+It always measures recall@1 and recall@10 against exact search, and writes them into the manifest with the nprobe
+(efSearch for HNSW) that reaches the target. Many processes can fill the shards: `accelerate launch -m
+data_prep.scripts.index ...`.
 """
 
 import hashlib
@@ -41,7 +43,7 @@ from data_prep.stage_files import (
     write_manifest,
 )
 from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, index_name
-from modeling_retro.datastore_retro import (  # faiss from here: the error without it names the extras
+from modeling_retro.datastore_retro import (  # if faiss is missing, this import names the extras
     checksum,
     chunks_fingerprint,
     faiss,
@@ -56,11 +58,11 @@ logger = logging.get_logger(__name__)
 
 _WORK = ".index-"
 _RECALL_AT = (1, 10)
-# Results that an index with refined codes (…,RFlat) scores exactly, for each one wanted.
+# Number of results that an index with refined codes (…,RFlat) scores exactly for each wanted result.
 _REFINED = 8
-# Below this, exact search takes milliseconds a query and needs no tuning.
+# Up to this number, an exact search takes milliseconds for a query and needs no tuning.
 _EXACT_UP_TO = 50_000
-# Vectors that are converted to float32 at once.
+# Number of vectors that are converted to float32 at once.
 _BLOCK = 1 << 16
 
 
@@ -70,12 +72,12 @@ def read_embeddings(path: Path, split: str, manifest: dict[str, Any], verify: bo
 
     Args:
         path (`Path`): Folder of the split.
-        split (`str`): Its name.
+        split (`str`): Name of the split.
         manifest (`dict`): The manifest of the datastore.
         verify (`bool`, *optional*, defaults to `True`): Whether to compare checksums.
 
     Returns:
-        `list[np.ndarray]`: float16 [chunks of the shard, dim].
+        `list[np.ndarray]`: float16 [chunks of the shard, dim] for each shard.
 
     Raises:
         ValueError: If embeddings are missing, altered, or belong to other chunks or another order of rows.
@@ -123,23 +125,26 @@ def build_index(
 
     Args:
         datastore (`str` or `Path`): The datastore.
-        factory (`str`, *optional*, defaults to `"auto"`): A faiss factory string; `"auto"` picks one by size.
+        factory (`str`, *optional*, defaults to `"auto"`):
+            A faiss factory string. `"auto"` chooses one by the number of chunks.
         metric (`str`, *optional*, defaults to `"inner_product"`): `"inner_product"` or `"l2"`.
         max_index_memory (`float`, *optional*):
-            GB. `"auto"` compresses vectors to fit it; an inverted file that is larger is merged on disk.
-        max_training_vectors (`int`, *optional*, defaults to 1,000,000): Vectors of the random training sample.
-        target_recall (`float`, *optional*, defaults to 0.95): recall@10 that nprobe or efSearch is set for.
-        recall_queries (`int`, *optional*, defaults to 1000): Queries that recall is measured with.
+            Largest size of the index in GB. `"auto"` compresses vectors to fit into it. A larger inverted file is
+            merged on disk.
+        max_training_vectors (`int`, *optional*, defaults to 1,000,000): Size of the random training sample.
+        target_recall (`float`, *optional*, defaults to 0.95): The recall@10 for which nprobe or efSearch is set.
+        recall_queries (`int`, *optional*, defaults to 1000): Number of queries to measure the recall with.
         seed (`int`, *optional*, defaults to 0): Seed of the samples.
-        use_gpus (`bool`, *optional*, defaults to `False`): Train and fill on GPUs.
-        shard_index (`bool`, *optional*, defaults to `False`): Split the index over GPUs instead of copying it.
-        force (`bool`, *optional*, defaults to `False`): Build the index anew.
+        use_gpus (`bool`, *optional*, defaults to `False`): Whether to train and fill the index on GPUs.
+        shard_index (`bool`, *optional*, defaults to `False`): Whether to split the index over GPUs instead of copying
+        it. force (`bool`, *optional*, defaults to `False`): Whether to build the index again.
 
     Returns:
-        `dict`: what the manifest says of the index: `factory`, `ntotal`, `search_parameters`, `recall`, ….
+        `dict`: the record of the index in the manifest: `factory`, `ntotal`, `search_parameters`, `recall`, ….
 
     Raises:
-        ValueError: If faiss does not know the factory or has no GPUs, or embeddings are missing or of other chunks.
+        ValueError: If faiss does not know the factory or has no GPUs, or if embeddings are missing or belong to other
+            chunks.
     """
     path = Path(datastore)
     if use_gpus and not faiss.get_num_gpus():
@@ -178,8 +183,8 @@ def build_index(
 
 class _IndexBuild:
     """
-    One run of `build_index` in a folder of its own, so that an interrupted run goes on step by step and the index in
-    use is replaced only at the end.
+    One run of `build_index`. It works in its own folder, so that an interrupted run is resumed at the step where it
+    stopped, and the index in use is replaced only at the end.
     """
 
     def __init__(
@@ -201,7 +206,7 @@ class _IndexBuild:
         self.shard_index = shard_index
         self.state = process_state()
         self.record_path = work / "record.json"
-        # A datastore that was changed keeps the index of the version before for those who read it.
+        # A datastore that was changed keeps the index of the earlier version for its readers.
         self.name = f"index-{manifest['version']}" if manifest.get("version") else "index"
         self.merged = work / f"{self.name}.faiss"
         if self.record_path.exists():
@@ -225,7 +230,7 @@ class _IndexBuild:
         return suggest_factory(int(self.offsets[-1]), self.dim, None if memory is None else memory * 1e9)
 
     def train(self) -> None:
-        """Trains an empty index on a random sample, or empties the index that shards are added to."""
+        """Trains an empty index on a random sample, or empties the index to which shards are added."""
         if self.state.is_main_process and not self._trained.exists():
             if self.before is not None:
                 index = empty_copy(self.path / index_name(self.manifest))
@@ -247,7 +252,7 @@ class _IndexBuild:
         self.state.wait_for_everyone()
 
     def fill(self) -> None:
-        """Adds each shard to a copy of the trained index of its own, unless the type cannot be merged."""
+        """Adds each shard to its own copy of the trained index, unless indexes of this type cannot be merged."""
         if not self._mergeable:
             return
         names = [record["name"] for record in self.manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"]]
@@ -264,7 +269,7 @@ class _IndexBuild:
         run_shards(self.work, [], new, make, suffix=".faiss", description=f"Filling {self.factory}")
 
     def merge(self) -> None:
-        """Merges the shards: in memory, or on disk if the index is larger than `max_index_memory`."""
+        """Merges the shards in memory, or on disk if the index is larger than `max_index_memory`."""
         if self.state.is_main_process and not self.merged.exists():
             old = [self.path / index_name(self.manifest)] if self.before else []
             shards = self.manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"][self.first_shard :]
@@ -286,7 +291,7 @@ class _IndexBuild:
         self.state.wait_for_everyone()
 
     def measure(self, fingerprint: str) -> None:
-        """Sets the search parameters for the target recall and records everything."""
+        """Sets the search parameters for the target recall, and writes the record."""
         queries, excluded, source = self._held_out_queries()
         exact = self._exact_search(queries, excluded)
         if self.state.is_main_process:
@@ -321,7 +326,7 @@ class _IndexBuild:
         """Moves the finished index into the datastore."""
         record = json.loads(self.record_path.read_text(encoding="utf-8"))
         if self.state.is_main_process:
-            for name in sorted(record["sha256"], reverse=True):  # the lists before the index that reads them
+            for name in sorted(record["sha256"], reverse=True):  # first the lists, then the index that reads them
                 if (self.work / name).exists():
                     replace(self.work / name, self.path / name)
             for name in set(self.before["sha256"] if self.before else ()) - set(record["sha256"]):
@@ -362,7 +367,7 @@ class _IndexBuild:
                 index.add(vectors)
 
     def _sample(self, number: int) -> np.ndarray:
-        """Random rows over all shards, float32, in the order of the chunks."""
+        """A random sample of the rows of all shards, float32, in the order of the chunks."""
         total = int(self.offsets[-1])
         rows = np.arange(total)
         if number < total:
@@ -377,7 +382,7 @@ class _IndexBuild:
         return np.concatenate(parts).astype(np.float32)
 
     def _held_out_queries(self) -> tuple[np.ndarray, np.ndarray, str]:
-        """Queries [q, dim], the row that each must not find (-1 for none), and where they come from."""
+        """Queries [q, dim], the row that each query must not find (-1 for none), and the source of the queries."""
         number = self.options["recall_queries"]
         generator = np.random.default_rng(self.options["seed"] + 1)
         for split in sorted(set(self.manifest["splits"]) - {TRAIN_SPLIT}):
@@ -391,7 +396,7 @@ class _IndexBuild:
         return self._rows(rows), rows, f"{TRAIN_SPLIT}, each without itself"
 
     def _scores(self, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """True scores [q, n] of the chunks found, larger is better; an index may know its vectors only roughly."""
+        """Exact scores [q, n] of the chunks found, larger is better. The scores of an index may be approximate."""
         rows, place = np.unique(np.maximum(ids, 0), return_inverse=True)
         vectors = self._rows(rows)[place.reshape(ids.shape)]
         if self.options["metric"] == "l2":
@@ -401,7 +406,7 @@ class _IndexBuild:
         return np.where(ids >= 0, scores, -np.inf)
 
     def _exact_search(self, queries: np.ndarray, excluded: np.ndarray) -> np.ndarray:
-        """True scores [q, 10] of the nearest neighbors; each process searches its shards."""
+        """Exact scores [q, 10] of the nearest neighbors. Each process searches its shards."""
         k = _RECALL_AT[-1] + 1
         kind = _metric(self.options["metric"])
         scores, ids = np.zeros((len(queries), 0), dtype=np.float32), np.zeros((len(queries), 0), dtype=np.int64)
@@ -437,7 +442,7 @@ def _last_line(error: Exception) -> str:
 
 
 def make_index(factory: str, dim: int, metric: str) -> faiss.Index:
-    """An empty index of a faiss factory string; a `ValueError` if faiss does not know it."""
+    """Makes an empty index from a faiss factory string. Raises a `ValueError` if faiss does not know it."""
     try:
         return faiss.index_factory(dim, factory, _metric(metric))
     except RuntimeError as error:
@@ -446,13 +451,13 @@ def make_index(factory: str, dim: int, metric: str) -> faiss.Index:
 
 def suggest_factory(rows: int, dim: int, max_bytes: float | None = None) -> str:
     """
-    A factory for a number of vectors: exact up to 50,000, then an inverted file of about 8 sqrt(rows) lists whose
-    codes are as precise as the memory allows.
+    Chooses a factory for a number of vectors. Up to 50,000 vectors are searched exactly. More get an inverted file of
+    about 8 sqrt(rows) lists, whose codes are as precise as the memory allows.
 
     Args:
         rows (`int`): Number of vectors.
-        dim (`int`): Their dimension.
-        max_bytes (`float`, *optional*): Memory of the index. Defaults to no limit.
+        dim (`int`): Dimension of the vectors.
+        max_bytes (`float`, *optional*): Largest size of the index in memory. Defaults to no limit.
 
     Returns:
         `str`: The factory string.
@@ -471,7 +476,7 @@ def suggest_factory(rows: int, dim: int, max_bytes: float | None = None) -> str:
 
 
 def index_bytes(factory: str, rows: int, dim: int) -> int:
-    """Bytes of an index: its codes and ids, and the centroids of an inverted file."""
+    """Size of an index in bytes, with its codes, its ids, and the centroids of an inverted file."""
     index = make_index(factory.replace("_HNSW32", ""), dim, "inner_product")
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None:
@@ -480,7 +485,7 @@ def index_bytes(factory: str, rows: int, dim: int) -> int:
 
 
 def write_index(index: faiss.Index, path: Path) -> None:
-    """Writes an index; a `ValueError` names the file if that fails, as on a full disk."""
+    """Writes an index. Raises an `OSError` that names the file if that fails, for example on a full disk."""
     try:
         faiss.write_index(index, str(path))
     except RuntimeError as error:
@@ -489,12 +494,12 @@ def write_index(index: faiss.Index, path: Path) -> None:
 
 def merge_on_disk(index: faiss.Index, files: Sequence[Path], data: Path) -> None:
     """
-    Fills an empty inverted file with the lists of others, which stay on disk like the result.
+    Fills an empty inverted file with the lists of other indexes. These lists and the result stay on the disk.
 
     Args:
-        index (`faiss.Index`): The trained index; its lists will be those of the file `data`.
+        index (`faiss.Index`): The trained index, which will read its lists from the file `data`.
         files (`Sequence[Path]`): Indexes with the same training.
-        data (`Path`): The file of the lists, to stand beside the index.
+        data (`Path`): The file of the lists, which must be in the same folder as the index.
     """
     remove(data)
     ivf = faiss.extract_index_ivf(index)
@@ -504,13 +509,13 @@ def merge_on_disk(index: faiss.Index, files: Sequence[Path], data: Path) -> None
         vector.push_back(faiss.extract_index_ivf(part).invlists)
     lists = faiss.OnDiskInvertedLists(ivf.nlist, ivf.code_size, str(data))
     index.ntotal = ivf.ntotal = lists.merge_from_multiple(vector.data(), vector.size())
-    lists.filename = data.name  # found beside the index, wherever both are moved
+    lists.filename = data.name  # relative to the index, so that both can be moved
     ivf.replace_invlists(lists, True)
     lists.this.disown()
 
 
 def empty_copy(path: Path) -> faiss.Index:
-    """The trained index of a file without its vectors."""
+    """Reads the trained index of a file, without its vectors."""
     index = read_index(path)
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is None:
@@ -526,7 +531,7 @@ def empty_copy(path: Path) -> faiss.Index:
 
 def to_gpus(index: faiss.Index, shard: bool) -> faiss.Index:
     """
-    Moves an index to GPUs: to all of them if this process is alone, else to the one of this process.
+    Moves an index to GPUs: to all of them if there is only one process, or else to the GPU of this process.
 
     Args:
         index (`faiss.Index`): The index.
@@ -541,7 +546,7 @@ def to_gpus(index: faiss.Index, shard: bool) -> faiss.Index:
 
 
 def without(ids: np.ndarray, excluded: np.ndarray) -> np.ndarray:
-    """The first ten ids of each row that are not the excluded one; -1 where there are fewer."""
+    """The first ten ids of each row without the excluded one, -1 if there are fewer."""
     wanted = (ids != excluded[:, None]) & (ids >= 0)
     order = np.argsort(~wanted, axis=1, kind="stable")[:, : _RECALL_AT[-1]]
     return np.take_along_axis(np.where(wanted, ids, -1), order, axis=1)
@@ -549,16 +554,17 @@ def without(ids: np.ndarray, excluded: np.ndarray) -> np.ndarray:
 
 def recall_at(found: np.ndarray, exact: np.ndarray) -> dict[str, float]:
     """
-    recall@n: the share of the first n results that are among the n nearest. Of equally near ones any will do.
+    Computes recall@n: the share of the first n results that are among the n nearest. Equally near results count as
+    equal.
 
     Args:
-        found (`np.ndarray`): float32 [q, 10] true scores of what was found, in the order found; -inf absent.
-        exact (`np.ndarray`): float32 [q, 10] scores of the nearest, best first; -inf absent.
+        found (`np.ndarray`): float32 [q, 10], exact scores of the results in their order, -inf if absent.
+        exact (`np.ndarray`): float32 [q, 10], scores of the nearest, best first, -inf if absent.
     """
     recall = {}
     for n in _RECALL_AT:
         present = np.isfinite(exact[:, :n])
-        last = np.where(present, exact[:, :n], np.inf).min(axis=1, keepdims=True)  # score of the n-th nearest
+        last = np.where(present, exact[:, :n], np.inf).min(axis=1, keepdims=True)  # score of the nth nearest
         hits = np.isfinite(found[:, :n]) & (found[:, :n] >= last - 1e-5 * np.abs(last))
         recall[f"recall@{n}"] = round(float(hits.sum() / max(1, present.sum())), 4)
     return recall
@@ -568,15 +574,16 @@ def tune(
     index: faiss.Index, recall_now: Callable[[], dict[str, float]], target: float
 ) -> tuple[dict[str, int], dict[str, float]]:
     """
-    The smallest nprobe (efSearch for HNSW) whose recall@10 reaches the target, to about 1/16, or the best there is.
+    Finds the smallest nprobe (efSearch for HNSW), to about 1/16, whose recall@10 reaches the target, or else the best
+    one.
 
     Args:
         index (`faiss.Index`): The index.
-        recall_now (`Callable`): Measures the recall of the index with the parameters it has.
+        recall_now (`Callable`): Measures the recall of the index with its current parameters.
         target (`float`): The recall@10 to reach.
 
     Returns:
-        `tuple[dict, dict]`: the search parameters and the recall they give.
+        `tuple[dict, dict]`: the search parameters and their recall.
     """
     ivf = faiss.try_extract_index_ivf(index)
     inner = faiss.downcast_index(index)

@@ -12,10 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Documents come and go in a datastore that is being read.
+Adds, updates and removes documents of a datastore while others read it.
 
-Each function makes one new version (see `next_version`). Those who have the datastore open keep the version that they
-opened; who opens it afterwards never finds a document that was removed.
+Each function makes one new version (see `next_version`). A reader keeps the version that it opened. A reader that
+opens the datastore afterwards never finds a removed document.
 """
 
 import time
@@ -66,23 +66,23 @@ Inputs = str | Path | Dataset | IterableDataset | Sequence[str | Path | Dataset 
 
 def add_documents(datastore: str | Path, inputs: Inputs, refresh_neighbors: bool = False) -> dict[str, Any]:
     """
-    Adds documents to what is searched: they are chunked with the options of the datastore, deduplicated if it was,
-    embedded and indexed, and get neighbors if the others have some.
+    Adds documents to the searched ones. They are chunked with the options of the datastore, deduplicated if the
+    datastore was, embedded and indexed, and they get neighbors if the other documents have neighbors.
 
     Args:
         datastore (`str` or `Path`): The datastore.
         inputs (`str`, `Path`, `datasets.Dataset` or a sequence of them):
-            Files, folders, globs, `"-"` for jsonl on standard input, or datasets. All of them are added, whether they
-            were added before or not.
+            Files, folders, globs, `"-"` for jsonl on standard input, or datasets. All of them are added, even if they
+            were added before.
         refresh_neighbors (`bool`, *optional*, defaults to `False`):
-            Whether to search anew for the neighbors of chunks that were there before. If not, they keep theirs, which
-            are marked stale.
+            Whether to search the neighbors of the earlier chunks again. If not, these chunks keep their neighbors,
+            which are marked as stale.
 
     Returns:
         `dict`: the manifest of the new version.
 
     Raises:
-        ValueError: If a record is bad, no document has text, or nothing can be added to the datastore.
+        ValueError: If a record is bad, if no document has text, or if the datastore cannot be changed.
     """
     path = Path(datastore)
     request = {"command": "add", "inputs": _describe(inputs), "refresh_neighbors": refresh_neighbors}
@@ -100,22 +100,23 @@ def remove_documents(
     datastore: str | Path, documents: Sequence[int | str], refresh_neighbors: bool = False
 ) -> dict[str, Any]:
     """
-    Removes documents from what is searched. Their chunks are never returned from now on; [`compact_datastore`] takes
-    them off the disk. Documents that were removed before are left out silently.
+    Removes documents from the searched ones. Their chunks are never returned from now on, and [`compact_datastore`]
+    removes them from the disk. Documents that were removed before are ignored.
 
     Args:
         datastore (`str` or `Path`): The datastore.
         documents (`Sequence[int]` or `Sequence[str]`):
-            Their numbers (`document_ids` of what is retrieved), or the user's own ids if the datastore was chunked
-            with an `id_column`.
+            Numbers of the documents (`document_ids` of retrieved neighbors), or the user's own ids if the datastore
+            was chunked with an `id_column`.
         refresh_neighbors (`bool`, *optional*, defaults to `False`):
-            Whether to search anew for stored neighbors. If not, they lack the removed documents and are marked stale.
+            Whether to search the stored neighbors again. If not, they lack the removed documents and are marked as
+            stale.
 
     Returns:
-        `dict`: the manifest of the new version, or the one there is if all documents were removed before.
+        `dict`: the manifest of the new version, or the current one if all documents were removed before.
 
     Raises:
-        ValueError: If there is no such document, or none would be left.
+        ValueError: If there is no such document, or no document would be left.
     """
     path = Path(datastore)
     with directory_lock(path):
@@ -142,8 +143,8 @@ def remove_documents(
 
 def update_documents(datastore: str | Path, inputs: Inputs, refresh_neighbors: bool = False) -> dict[str, Any]:
     """
-    Adds documents and removes those with the same id that they take the place of. A document that is there with the
-    same tokens stays as it is.
+    Adds documents, and removes the earlier documents with the same ids. A document that already exists with the same
+    tokens stays as it is.
 
     Args:
         datastore (`str` or `Path`): The datastore, chunked with an `id_column`.
@@ -151,10 +152,11 @@ def update_documents(datastore: str | Path, inputs: Inputs, refresh_neighbors: b
         refresh_neighbors (`bool`, *optional*, defaults to `False`): As [`add_documents`] takes it.
 
     Returns:
-        `dict`: the manifest of the new version, or the one there is if no document is new or changed.
+        `dict`: the manifest of the new version, or the current one if no document is new or changed.
 
     Raises:
-        ValueError: If the datastore has no ids of its own for documents, or as [`add_documents`] does.
+        ValueError: If the documents of the datastore have no ids of their own, or for the reasons of
+        [`add_documents`].
     """
     path = Path(datastore)
     request = {"command": "update", "inputs": _describe(inputs), "refresh_neighbors": refresh_neighbors}
@@ -176,7 +178,7 @@ def update_documents(datastore: str | Path, inputs: Inputs, refresh_neighbors: b
         if not any(shard["rows"] for shard in new_shards):
             return False
         ids, numbers = _own_ids(folder, new_shards)
-        # Of several new documents with one id, the last one counts.
+        # If several new documents have the same id, the last one counts.
         last = dict(zip(ids, numbers, strict=True))
         replaced = [known[name] for name in last if name in known]
         repeated = [number for name, number in zip(ids, numbers, strict=True) if name and last[name] != number]
@@ -190,16 +192,16 @@ def update_documents(datastore: str | Path, inputs: Inputs, refresh_neighbors: b
 
 def compact_datastore(datastore: str | Path, refresh_neighbors: bool = False) -> dict[str, Any]:
     """
-    Folds the removed documents away: their chunks and embeddings leave the disk (as soon as nobody reads an earlier
-    version), the index is built anew without them. Documents keep their numbers, chunks get new ones.
+    Removes the chunks and embeddings of removed documents from the disk, as soon as no earlier version is read, and
+    builds the index again without them. Documents keep their numbers, and chunks get new ones.
 
     Args:
         datastore (`str` or `Path`): The datastore.
         refresh_neighbors (`bool`, *optional*, defaults to `False`):
-            Whether to search anew for stored neighbors that are stale. If not, they stay stale.
+            Whether to search stale neighbors again. If not, they stay stale.
 
     Returns:
-        `dict`: the manifest of the new version, or the one there is if nothing was removed.
+        `dict`: the manifest of the new version, or the current one if no document was removed.
     """
     path = Path(datastore)
     with directory_lock(path):
@@ -218,7 +220,7 @@ def compact_datastore(datastore: str | Path, refresh_neighbors: bool = False) ->
 
 
 def describe_version(manifest: dict[str, Any]) -> str:
-    """One line on a version: its number, what it holds, and how much of the stored neighbors is of an earlier one."""
+    """Describes a version in one line: its number, its contents, and the share of stored neighbors that is stale."""
     chunks = manifest["splits"][TRAIN_SPLIT]["chunks"]
     removed = manifest.get("removed", {"documents": 0, "chunks": 0})
     line = (
@@ -237,7 +239,7 @@ def describe_version(manifest: dict[str, Any]) -> str:
 
 
 def has_own_ids(manifest: dict[str, Any]) -> bool:
-    """Whether the documents that are searched have ids that the user gave them."""
+    """Whether the searched documents have ids of the user."""
     options = manifest["splits"].get(TRAIN_SPLIT, {}).get("chunks", {}).get("options", {})
     return options.get("id_column") is not None
 
@@ -246,7 +248,7 @@ _SIDES = ("left", "right")
 
 
 def _describe(inputs: Inputs) -> list[dict[str, Any]]:
-    """What tells whether an interrupted run was given the same inputs; streams never are the same."""
+    """Describes inputs, so that a resumed run recognizes them. A stream never equals another."""
     entries = [inputs] if isinstance(inputs, (str, Path, Dataset, IterableDataset)) else list(inputs)
     if any(isinstance(entry, IterableDataset) or entry == "-" for entry in entries if not isinstance(entry, Dataset)):
         return broadcast_object_list([[{"streamed": time.time_ns()}]])[0]
@@ -259,7 +261,7 @@ def _append(
     inputs: Inputs,
     is_known: Callable[[Document, np.ndarray], bool] | None = None,
 ) -> list[dict[str, Any]]:
-    """Chunks new documents; returns the records of their shards."""
+    """Chunks new documents and returns the records of their shards."""
     stage = before["splits"][TRAIN_SPLIT]["chunks"]
     if not stage["parts"]:
         raise ValueError(f"{folder.parent} was imported, its documents were not read here; nothing can be added to it")
@@ -281,7 +283,7 @@ def _append(
 
 
 def _bring_up_to_date(folder: Path, before: dict[str, Any], refresh_neighbors: bool) -> None:
-    """Embeds and indexes what is not yet, and finds neighbors of it, as far as the version `before` had these."""
+    """Embeds and indexes new chunks and finds their neighbors, as far as the version `before` had these stages."""
     manifest = open_manifest(folder)
     train = manifest["splits"][TRAIN_SPLIT]
     number = len(train["chunks"]["shards"])
@@ -290,7 +292,7 @@ def _bring_up_to_date(folder: Path, before: dict[str, Any], refresh_neighbors: b
     if "index" in before:
         build_index(folder, **before["index"]["options"])
     if "bm25" in before:
-        from data_prep.bm25_index import build_bm25_index  # needs a library that other datastores do without
+        from data_prep.bm25_index import build_bm25_index  # needs a library that other datastores do not need
 
         build_bm25_index(folder, **before["bm25"]["options"])
     manifest = open_manifest(folder)
@@ -307,7 +309,7 @@ def _bring_up_to_date(folder: Path, before: dict[str, Any], refresh_neighbors: b
 
 
 def _numbers_of(path: Path, manifest: dict[str, Any], documents: Sequence[int | str]) -> np.ndarray:
-    """The numbers int64 [n], ascending, of documents that are there or were removed, given by number or by own id."""
+    """The numbers int64 [n], ascending, of documents that are named by number or by own id, even if removed."""
     opened = RetroDatastore(path, manifest)
     there = opened.chunks.document_id
     gone = _read_numbers(path, manifest, "compacted")
@@ -341,7 +343,7 @@ def _own_ids(path: Path, shards: Sequence[dict[str, Any]]) -> tuple[list[str | N
 
 
 def _living_documents(opened: RetroDatastore) -> dict[str, int]:
-    """Number of each document that has an id of its own and was not removed."""
+    """The number of each document that has its own id and was not removed."""
     ids, numbers = _own_ids(opened.path, opened.manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"])
     is_living = np.isin(numbers, opened.chunks.document_id) & ~np.isin(numbers, opened.removed_documents)
     return {name: number for name, number, keep in zip(ids, numbers, is_living, strict=True) if keep and name}
@@ -355,7 +357,9 @@ def _read_numbers(path: Path, manifest: dict[str, Any], key: str) -> np.ndarray:
 
 
 def _write_numbers(path: Path, manifest: dict[str, Any], key: str, numbers: np.ndarray) -> None:
-    """Writes numbers of documents to a file of the version that `manifest` describes, and names it there."""
+    """
+    Writes the numbers of documents to a file of the version that `manifest` describes, and records the file in it.
+    """
     file = path / f"{key}-{manifest['version']}.npy"
     state = process_state()
     if state.is_main_process:
@@ -374,7 +378,7 @@ def _set_removed(folder: Path, documents: np.ndarray) -> None:
 
 
 def _fold_away(folder: Path) -> None:
-    """Takes the chunks of removed documents out of all shards; the others get new numbers, in all neighbors too."""
+    """Removes the chunks of removed documents from all shards, and renumbers the others, also in all neighbors."""
     manifest = open_manifest(folder)
     opened = RetroDatastore(folder, manifest)
     train = manifest["splits"][TRAIN_SPLIT]
@@ -395,7 +399,7 @@ def _fold_away(folder: Path) -> None:
         train["embeddings"]["shards"] = embedding_shards
     for split, shards in neighbors.items():
         manifest["splits"][split]["neighbors"]["shards"] = shards
-    for index in ("index", "bm25"):  # are built anew: their chunks have other numbers
+    for index in ("index", "bm25"):  # these are built again, because chunks have new numbers
         manifest.pop(index, None)
     gone = np.union1d(_read_numbers(folder, manifest, "compacted"), opened.removed_documents)
     _write_numbers(folder, manifest, "compacted", gone)
@@ -409,7 +413,7 @@ def _fold_away(folder: Path) -> None:
 def _compact_chunks(
     folder: Path, manifest: dict[str, Any], opened: RetroDatastore, kept: list[np.ndarray]
 ) -> tuple[list[dict[str, Any]], dict[int, str]]:
-    """The records of all shards of chunks, and the new names of those that lost some, by their position."""
+    """The records of all shards of chunks, and the new names, by position, of those that lost chunks."""
     shards = manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"]
     names = {i: f"shard-{i:05d}-v{manifest['version']}" for i in range(len(shards)) if not kept[i].all()}
     positions = list(names)
@@ -453,7 +457,7 @@ def _compact_embeddings(
     names: dict[int, str],
     kept: list[np.ndarray],
 ) -> list[dict[str, Any]] | None:
-    """The records of all shards of embeddings, or None without any."""
+    """The records of all shards of embeddings, or None if there are none."""
     shards = manifest["splits"][TRAIN_SPLIT].get("embeddings", {}).get("shards")
     if not shards:
         return None
@@ -486,7 +490,7 @@ def _compact_neighbors(
     new_ids: np.ndarray,
     fingerprint: str,
 ) -> list[dict[str, Any]]:
-    """The records of the neighbors of a split, which name the chunks by their new numbers."""
+    """The records of the neighbors of a split, with the new numbers of chunks."""
     root, stage = split_path(folder, split), manifest["splits"][split]["neighbors"]
     features = neighbor_features(stage["options"]["num_neighbors"])
     suffix = f".v{manifest['version']}"

@@ -12,9 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The nearest neighbors of each chunk outside its own document.
+Finds the nearest neighbors of each chunk outside its own document.
 
-Many processes share the shards: `accelerate launch -m data_prep.scripts.neighbors ...`.
+Many processes can share the shards: `accelerate launch -m data_prep.scripts.neighbors ...`.
 """
 
 from collections.abc import Callable
@@ -58,19 +58,19 @@ def neighbor_features(num_neighbors: int) -> Features:
 
 
 def searched_version(manifest: dict[str, Any]) -> dict[str, str]:
-    """What neighbors were found in, as their record says it: identities of the chunks and of the removed documents."""
+    """The identities of the searched chunks and of the removed documents, as the record of neighbors names them."""
     removed = {"removed": manifest["removed"]["sha256"]} if "removed" in manifest else {}
     return {"index": manifest["splits"][TRAIN_SPLIT]["chunks"]["fingerprint"], **removed}
 
 
 def is_stale(record: dict[str, Any], manifest: dict[str, Any]) -> bool:
     """
-    Whether documents were added or removed since a shard of neighbors was searched for. What it holds is still right
-    but for removed documents, which readers leave out; nearer neighbors may be missing.
+    Whether documents were added or removed after the neighbors of a shard were searched. Its neighbors are still
+    right, except for removed documents, which readers leave out. But nearer neighbors may be missing.
 
     Args:
-        record (`dict`): What the manifest says of the shard.
-        manifest (`dict`): The manifest. Neighbors that were imported never become stale.
+        record (`dict`): The record of the shard in the manifest.
+        manifest (`dict`): The manifest. Imported neighbors never become stale.
     """
     found = {name: record[name] for name in ("index", "removed") if name in record}
     return record.get("index") is not None and found != searched_version(manifest)
@@ -87,25 +87,25 @@ def find_neighbors(
     force: bool = False,
 ) -> dict[str, Any]:
     """
-    Finds neighbors of every chunk of a split among the searched chunks, never in the chunk's own document.
+    Finds neighbors of every chunk of a split among the searched chunks, but never in the chunk's own document.
 
-    More and more results are fetched until enough are left; everything dropped is counted. Shards that were added to
-    the datastore later are searched for; neighbors found before stay as they are.
+    More and more results are fetched until enough are left, and all dropped results are counted. If shards were added
+    to the datastore, only the neighbors of their chunks are searched, and earlier ones stay as they are.
 
     Args:
         datastore (`str` or `Path`): The datastore.
-        num_neighbors (`int`, *optional*, defaults to 4): Neighbors of a chunk, K.
+        num_neighbors (`int`, *optional*, defaults to 4): Number K of neighbors of a chunk.
         split (`str`, *optional*, defaults to `"train"`): The split whose chunks are the queries.
         retriever (`str`, *optional*, defaults to `"dense"`):
             `"dense"`, `"bm25"`, `"hybrid"` or `"rerank"` (see [`~modeling_retro.retriever_retro.NeighborSearch`]).
         drop_near_duplicates (`float`, *optional*):
-            Drop neighbors that hold more than this share of the chunk's tokens, such as 0.9.
-        use_gpus (`bool`, *optional*, defaults to `False`): Search on GPUs.
-        shard_index (`bool`, *optional*, defaults to `False`): Split the index over GPUs instead of copying it.
-        force (`bool`, *optional*, defaults to `False`): Search anew.
+            Neighbors that hold more than this share of the chunk's tokens, such as 0.9, are dropped.
+        use_gpus (`bool`, *optional*, defaults to `False`): Whether to search on GPUs.
+        shard_index (`bool`, *optional*, defaults to `False`): Whether to split the index over GPUs instead of copying
+        it. force (`bool`, *optional*, defaults to `False`): Whether to search again.
 
     Returns:
-        `dict`: what the manifest says of the split's neighbors, with counts of everything dropped.
+        `dict`: the record of the split's neighbors in the manifest, with counts of all dropped results.
 
     Raises:
         ValueError: If `num_neighbors` is not between 1 and the number of searched chunks, there is no such retriever,
@@ -134,7 +134,7 @@ def find_neighbors(
             "drop_near_duplicates": drop_near_duplicates,
         }
         stage = manifest["splits"][split].setdefault("neighbors", {"options": options, "shards": []})
-        stage["options"].setdefault("retriever", "dense")  # older manifests do not say
+        stage["options"].setdefault("retriever", "dense")  # older manifests do not record it
         check_options("neighbors", options, stage["options"])
         sources = {source["name"]: source["sha256"] for source in chunk_shards}
         for record in stage["shards"]:
@@ -169,7 +169,7 @@ def find_neighbors(
             }
 
         names = [record["name"] for record in chunk_shards]
-        # Those who read a version of the datastore keep the neighbors that it had.
+        # Readers of an earlier version of the datastore keep its neighbors.
         suffix = f".v{manifest['version']}" if manifest.get("version") else ""
         stage["shards"] = run_shards(root / "neighbors", stage["shards"], names, make, suffix, f"Neighbors of {split}")
         totals = [record["counts"] for record in stage["shards"]]
@@ -186,7 +186,7 @@ def _unwanted(
     searched: bool,
     threshold: float | None,
 ) -> dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
-    """The filters of a block of query chunks, given as columns of their shard."""
+    """Makes the filters of a block of query chunks, which are given as columns of their shard."""
     unwanted = removed_filter(datastore)
     if searched:
         unwanted["own_document"] = other_document_filter(datastore.chunks, columns["document_id"])
@@ -199,7 +199,7 @@ def near_duplicate_filter(
     chunks: ChunkTable, input_ids: np.ndarray, mask: np.ndarray, threshold: float
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """
-    A filter for `search` that drops results which hold more than a share of the tokens of the query chunk.
+    Makes a filter for `search` that drops results which hold more than a share of the tokens of the query chunk.
 
     Args:
         chunks ([`ChunkTable`]): The searched chunks.

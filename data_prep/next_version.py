@@ -12,11 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-A new version of a datastore, made beside the one that is read.
+Makes a new version of a datastore while others read the current one.
 
-The folder `.next` holds it: links to what stays, and what is new. When it is finished, what is new is moved to its
-place under names that no version had before, and `datastore.json` is replaced. At every moment before that the old
-version is whole, from then on the new one is; a run that is killed goes on when the same command is run again.
+The new version is made in the folder `.next`, from links to the files that stay and from new files. When it is
+finished, the new files are moved to their places, under names that no version had before, and `datastore.json` is
+replaced. Until then the old version is complete, and from then on the new one is. A run that was killed is resumed
+when the same command is run again.
 """
 
 import json
@@ -43,7 +44,7 @@ from modeling_retro.durable_files_retro import make_folder, remove, replace, wri
 _NEXT = ".next"
 _REQUEST = "request.json"
 _READY = "ready.json"
-# What all versions share; deduplication adds lines to its report.
+# Folders that all versions share. Deduplication adds lines to its report.
 _SHARED = ("tokenizer", "encoder")
 _REPORT = "duplicates.jsonl"
 
@@ -54,10 +55,10 @@ def change_datastore(path: Path, request: dict[str, Any], make: Callable[[Path],
 
     Args:
         path (`Path`): The datastore.
-        request (`dict`): What is asked for, in JSON. An interrupted run with the same request goes on.
+        request (`dict`): The requested change, in JSON. An interrupted run with the same request is resumed.
         make (`Callable`):
-            Makes the new version of the folder that it is given, which holds the current one. Returns whether it
-            changed anything.
+            Turns the given folder, which holds the current version, into the new version. Returns whether it changed
+            anything.
 
     Returns:
         `dict`: the manifest of the new version, or of the current one if nothing changed.
@@ -86,7 +87,7 @@ def change_datastore(path: Path, request: dict[str, Any], make: Callable[[Path],
 
 
 def finish_change(path: Path) -> dict[str, Any] | None:
-    """Puts a version in its place that an interrupted run had finished; returns what that run was asked for."""
+    """Publishes a version that an interrupted run had finished, and returns the request of that run."""
     with directory_lock(path):
         begun = _begun(path)
         if begun is None or not begun["is_ready"]:
@@ -96,7 +97,7 @@ def finish_change(path: Path) -> dict[str, Any] | None:
 
 
 def check_changeable(path: Path, manifest: dict[str, Any]) -> None:
-    """Raises a `ValueError` for a datastore that documents cannot be added to or removed from."""
+    """Raises a `ValueError` if documents cannot be added to the datastore or removed from it."""
     if "files" in manifest:
         raise ValueError(
             f"{path} was downloaded: it has no embeddings, and others may share it; change the datastore that was "
@@ -114,12 +115,12 @@ def check_changeable(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def _begun(path: Path) -> dict[str, Any] | None:
-    """What an interrupted run was asked for, if the datastore is still the same. All processes get the same answer."""
+    """The request of an interrupted run, if the datastore is still the same. All processes get the same answer."""
     begun, folder = None, path / _NEXT
     if process_state().is_main_process and (folder / _REQUEST).is_file():
         begun = json.loads((folder / _REQUEST).read_text(encoding="utf-8"))
         begun["is_ready"] = (folder / _READY).is_file()
-        # It may be in its place already.
+        # The version may already be in its place.
         is_there = begun["is_ready"] and read_manifest(folder) == read_manifest(path)
         if begun["manifest"] != checksum(path / MANIFEST_NAME) and not is_there:
             begun = None

@@ -12,9 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Whether a datastore or a model is what it says it is: every checksum, count and cross-reference, computed anew.
+Verifies a datastore or a model by computing all checksums, counts and cross-references again.
 
-A [`Finding`] names the file or field, what is wrong with it, and what makes it anew. `retro verify` is the command.
+A [`Finding`] names the file or field, the problem, and the stage that remakes it. The command is `retro verify`.
 """
 
 import json
@@ -69,15 +69,15 @@ _TOTALS = {"num_chunks": "rows", "num_documents": "documents", "num_tokens": "to
 @dataclass(frozen=True)
 class Finding:
     """
-    Something that is wrong.
+    A problem that was found.
 
     Args:
-        where (`str`): File or folder, relative to what was verified, or a field of the manifest.
-        problem (`str`): What is wrong with it.
-        remedy (`str`): What makes it anew.
-        stage (`str`, *optional*): The stage that [`repair_datastore`] runs again; None where it cannot help.
-        split (`str`, *optional*): Of which split.
-        shard (`str`, *optional*): Of which shard; None stands for the whole stage.
+        where (`str`): File or folder, relative to the verified folder, or a field of the manifest.
+        problem (`str`): Description of the problem.
+        remedy (`str`): How to remake the damaged part.
+        stage (`str`, *optional*): The stage that [`repair_datastore`] runs again, None if it cannot help.
+        split (`str`, *optional*): The split of the damaged part.
+        shard (`str`, *optional*): The damaged shard, None for the whole stage.
     """
 
     where: str
@@ -96,13 +96,13 @@ def verify(path: str | Path) -> list[Finding]:
     Verifies a datastore or a model.
 
     Args:
-        path (`str` or `Path`): Its folder.
+        path (`str` or `Path`): Folder of the datastore or model.
 
     Returns:
-        `list[Finding]`: what is wrong, nothing if all is well.
+        `list[Finding]`: the problems, empty if there are none.
 
     Raises:
-        ValueError: If the folder holds neither.
+        ValueError: If the folder holds neither a datastore nor a model.
     """
     path = Path(path)
     if (path / MANIFEST_NAME).is_file():
@@ -114,13 +114,13 @@ def verify(path: str | Path) -> list[Finding]:
 
 def verify_datastore(path: str | Path) -> list[Finding]:
     """
-    Verifies a datastore, and those that search its other splits too (`search_all`).
+    Verifies a datastore, and the datastores in it that also search its other splits (`search_all`).
 
     Args:
-        path (`str` or `Path`): Its folder.
+        path (`str` or `Path`): Folder of the datastore.
 
     Returns:
-        `list[Finding]`: what is wrong, nothing if all is well.
+        `list[Finding]`: the problems, empty if there are none.
     """
     path = Path(path)
     try:
@@ -138,14 +138,14 @@ def verify_datastore(path: str | Path) -> list[Finding]:
 
 
 class _DatastoreVerifier:
-    """One pass over all files of a datastore."""
+    """Verifies all files of a datastore in one pass."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path = path
         self.manifest = manifest
         self.datastore = RetroDatastore(path, manifest)
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        # Found broken: what hangs on them is not looked into.
+        # Stages of splits that are damaged. The parts that depend on them are not checked.
         self.broken: set[tuple[str, str]] = set()
 
     def findings(self) -> Iterator[Finding]:
@@ -188,7 +188,7 @@ class _DatastoreVerifier:
         return Finding(where, problem, remedy, stage, split, shard)
 
     def _files(self) -> Iterator[Finding]:
-        """Files of a downloaded datastore that are as they came; those that became Arrow are shards."""
+        """Checks the files of a downloaded datastore that were not converted. Those that became Arrow are shards."""
         for name, sha256 in self.manifest.get("files", {}).items():
             if not name.endswith(".parquet") and (problem := _file_problem(self.path / name, sha256)):
                 yield self._finding(self.path / name, problem, "index")
@@ -198,7 +198,7 @@ class _DatastoreVerifier:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
             found = tokenizer_fingerprint(tokenizer)
-        except Exception as error:  # whatever a damaged file makes of the libraries that read it
+        except Exception as error:  # libraries raise all kinds of errors for damaged files
             yield self._finding(folder, f"cannot be read ({_short(error)})", "tokenizer")
             return
         for key in ("vocab_size", "sha256"):
@@ -215,7 +215,7 @@ class _DatastoreVerifier:
             self.datastore.check_encoder(self.datastore.open_encoder())
         except Exception as error:
             if not (self.path / "encoder").is_dir() and isinstance(error, OSError):
-                return  # one of the Hub, which cannot be reached from here
+                return  # an encoder on the Hub, which cannot be reached
             yield self._finding(self.path / "encoder", f"is not what was embedded with ({_short(error)})", "encoder")
 
     def _chunks(self, split: str) -> Iterator[Finding]:
@@ -252,7 +252,7 @@ class _DatastoreVerifier:
     def _read_shard(
         self, folder: Path, record: dict[str, Any], kind: str
     ) -> tuple[dict[str, np.ndarray] | None, list[str]]:
-        """The columns of a shard, if they can be looked into, and what is wrong with its files."""
+        """The columns of a shard, if they can be read, and the problems of its files."""
         expected = {
             "chunks": {"input_ids": 2, "length": 1, "document_id": 1, "num_bytes": 1},
             "neighbors": {"neighbor_ids": 2, "neighbor_scores": 2},
@@ -347,14 +347,14 @@ class _DatastoreVerifier:
             problems.append(("index.fingerprint", "is of other chunks, or of fewer"))
         if record["encoder_sha256"] != self.manifest.get("encoder", {}).get("sha256"):
             problems.append(("index.encoder_sha256", "is that of another encoder"))
-        if not problems:  # faiss trusts what it reads
+        if not problems:  # faiss does not check the files that it reads
             problems = list(self._index_problems(record, sum(shard["rows"] for shard in chunks["shards"])))
         for where, problem in problems:
             self.broken.add((TRAIN_SPLIT, "index"))
             yield self._finding(where, problem, "index")
 
     def _removed(self) -> Iterator[Finding]:
-        """The lists of documents that were removed, and whose chunks are gone."""
+        """Checks the lists of removed documents and of compacted documents."""
         document_id = None
         if (TRAIN_SPLIT, "chunks") not in self.broken:
             document_id = self.datastore.chunks.document_id
@@ -391,7 +391,7 @@ class _DatastoreVerifier:
             problems.append(("bm25.fingerprint", "is of other chunks, or of fewer"))
         if not problems:
             try:
-                from modeling_retro.bm25_retro import Bm25Index  # needs a library that other datastores do without
+                from modeling_retro.bm25_retro import Bm25Index  # needs a library that other datastores do not need
 
                 index = Bm25Index(folder, record)
                 index.check()
@@ -461,7 +461,7 @@ class _DatastoreVerifier:
         in_order = np.sort(ids, axis=1)
         if ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any():
             yield "has the same neighbor twice"
-        # Neighbors that were imported are those that another program chose.
+        # Imported neighbors were chosen by another program.
         if self.broken & {(split, "chunks"), (TRAIN_SPLIT, "chunks")} or record.get("index") is None:
             return
         if self.datastore.split(split).searched:
@@ -472,7 +472,7 @@ class _DatastoreVerifier:
 
 
 def _counts(columns: dict[str, np.ndarray]) -> dict[str, int]:
-    """What the record of a shard of chunks says of its columns."""
+    """The counts in the record of a shard of chunks, computed from its columns."""
     return {
         "rows": len(columns["length"]),
         "documents": len(np.unique(columns["document_id"])),
@@ -497,18 +497,19 @@ def repair_datastore(
     path: str | Path, inputs: str | Path | Dataset | Sequence[str | Path | Dataset] = ()
 ) -> list[Finding]:
     """
-    Makes anew what [`verify_datastore`] finds, and nothing else.
+    Remakes the parts in which [`verify_datastore`] finds problems, and nothing else.
 
     Args:
         path (`str` or `Path`): The datastore.
         inputs (`str`, `Path`, `datasets.Dataset` or a sequence of them, *optional*):
-            What the datastore was made from, wherever it is now; shards of chunks are made from it byte for byte.
+            The inputs that the datastore was made from, wherever they are now. Shards of chunks are remade from them,
+            byte for byte.
 
     Returns:
-        `list[Finding]`: what is still wrong.
+        `list[Finding]`: the problems that are left.
 
     Raises:
-        ValueError: If a shard of chunks cannot be made from the inputs.
+        ValueError: If a shard of chunks cannot be remade from the inputs.
     """
     path = Path(path)
     with directory_lock(path):
@@ -521,7 +522,7 @@ def repair_datastore(
         manifest = open_manifest(path)
         for split in {found.split for found in findings if found.stage == "counts"}:
             _count_anew(path, manifest, split)
-        # What is found on a whole is made last; a shard that lacks its record is made by its stage.
+        # Whole stages are remade last. A shard without a record is made by its stage.
         for stage in ("embeddings", "neighbors"):
             for found in findings:
                 if found.stage == stage:
@@ -552,7 +553,7 @@ def repair_datastore(
 
 
 def _count_anew(path: Path, manifest: dict[str, Any], split: str) -> None:
-    """Sets the counts of a split to what its shards hold, if these are the shards that were recorded."""
+    """Sets the counts of a split to those of its shards, if these are the recorded shards."""
     stage = manifest["splits"][split]["chunks"]
     for record in stage["shards"]:
         folder = verify_file(split_path(path, split) / "chunks" / record["name"], record["sha256"])
@@ -562,14 +563,14 @@ def _count_anew(path: Path, manifest: dict[str, Any], split: str) -> None:
 
 def verify_model(path: str | Path) -> list[Finding]:
     """
-    Verifies a RETRO model: its weights can be read, are finite and are those that its configuration wants; its base,
-    its tokenizer and its evaluation are the ones it names.
+    Verifies a RETRO model. Its weights must be readable, finite and those of its configuration. Its base, its
+    tokenizer and its evaluation must be the ones that it names.
 
     Args:
-        path (`str` or `Path`): Its folder.
+        path (`str` or `Path`): Folder of the model.
 
     Returns:
-        `list[Finding]`: what is wrong, nothing if all is well.
+        `list[Finding]`: the problems, empty if there are none.
     """
     path = Path(path)
     save_again = "save the model again, or download it again"
@@ -631,7 +632,7 @@ def _base_findings(config: RetroConfig | RetroJointConfig) -> Iterator[Finding]:
 
 
 def _weight_problems(path: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, str]]:
-    """Reads all weights into `shapes`; yields (file, problem)."""
+    """Reads all weights and compares them with `shapes`. Yields (file, problem)."""
     files = {file.name: file for file in sorted(path.glob("*.safetensors"))}
     if not files:
         yield "the model", "has no weights in safetensors files"

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the manifest of a datastore says"""
+"""The manifest of a datastore: its schema, and checks of its values"""
 
 import json
 import os
@@ -24,21 +24,22 @@ from .configuration_retro import RetroConfig
 
 
 MANIFEST_NAME = "datastore.json"
-# The latest that this code reads; it reads every version up to this one and refuses later ones. A field may be added
-# without a new version where older code can do without it; the version rises when older code would take one thing for
-# another. A datastore is written with the first version that says all of it, so that older code reads most of them.
+# The latest version that this code reads. It reads every version up to this one and refuses later ones. A field may be
+# added without a new version if older code can do without the field. The version increases when older code would
+# misread the new format. A datastore is written with the first version that can describe it, so that older code can
+# read most datastores.
 FORMAT_VERSION = 2
 FIRST_FORMAT_VERSION = 1
-# Of a datastore that was changed: older code would return the documents that were removed.
+# The version of a datastore that was changed. Older code would return the documents that were removed.
 CHANGED_FORMAT_VERSION = 2
 TRAIN_SPLIT = "train"
 # Ways to find neighbors, and the indexes that each needs.
 INDEXES = {"dense": ("index",), "bm25": ("bm25",), "hybrid": ("index", "bm25"), "rerank": ("index",)}
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# A rule says what it expects of a value that breaks it, and nothing of others. A mapping has a rule for each key (one
-# with a question mark may be missing, keys it does not know may be there), or a pair of one rule for all names and one
-# for all values; a list has one rule for all elements.
+# A rule returns a description of the expected value if a value breaks it, and None otherwise. A mapping has a rule for
+# each key, or a pair of one rule for all names and one for all values. A key with a question mark may be missing, and
+# unknown keys are allowed. A list has one rule for all elements.
 Rule = Callable[[Any], str | None] | dict[str, "Rule"] | tuple["Rule", "Rule"] | list["Rule"]
 
 
@@ -75,7 +76,7 @@ _SHARD = {**_FILE, "rows": _COUNT}
 
 SCHEMA: Rule = {
     "format_version": _SIZE,
-    "version?": _COUNT,  # how often documents were added, removed or folded away
+    "version?": _COUNT,  # number of times that documents were added, removed or compacted
     "chunk_size": _SIZE,
     "continuation_chunks": _COUNT,
     "allow_control_tokens?": _BOOL,
@@ -165,8 +166,8 @@ SCHEMA: Rule = {
         "fingerprint": _SHA256,
         "sha256": (_NAME, _SHA256),
     },
-    "removed?": {**_FILE, "documents": _COUNT, "chunks": _COUNT},  # whose chunks still stand among the others
-    "compacted?": {**_FILE, "documents": _COUNT},  # whose chunks are gone
+    "removed?": {**_FILE, "documents": _COUNT, "chunks": _COUNT},  # their chunks are still in the files
+    "compacted?": {**_FILE, "documents": _COUNT},  # their chunks are no longer in the files
     "extends?": (_NAME, _SHA256),
     "files?": (_inside, _SHA256),
 }
@@ -174,15 +175,16 @@ SCHEMA: Rule = {
 
 def read_manifest(path: Path, name: str = MANIFEST_NAME) -> dict[str, Any]:
     """
-    Reads `datastore.json` of a folder and compares it with its schema, before any file that it names is asked for.
+    Reads `datastore.json` of a folder and compares it with its schema, before any file that it names is opened.
 
     Args:
         path (`Path`): The folder.
         name (`str`, *optional*, defaults to `"datastore.json"`): Name of the file, for those of earlier versions.
 
     Raises:
-        ValueError: If the file is missing, is not JSON, was made by newer code, or holds a value that no datastore
-            has; the field is named.
+        ValueError: If the file is missing, is not JSON, was made by newer code, or holds an impossible value. The
+        message
+            names the field.
     """
     file = path / name
     if not file.is_file():
@@ -205,19 +207,21 @@ def read_manifest(path: Path, name: str = MANIFEST_NAME) -> dict[str, Any]:
 
 
 def index_name(manifest: Mapping[str, Any]) -> str:
-    """Name of the file of the index, the one of the version that the manifest describes."""
+    """Name of the file of the index of the version that the manifest describes."""
     return next((name for name in manifest["index"]["sha256"] if name.endswith(".faiss")), "index.faiss")
 
 
 def neighbors_folder(shard: Mapping[str, Any]) -> str:
-    """Name of the folder of a shard of neighbors. Those that were found anew have another than their chunks."""
+    """
+    Name of the folder of a shard of neighbors. If they were searched again, it differs from that of their chunks.
+    """
     return shard.get("folder", shard["name"])
 
 
 def files_of(manifest: Mapping[str, Any]) -> set[str]:
     """
-    Files and folders of a version of a datastore that another version may have other ones of, relative to it. Not all
-    of them must be there: a datastore may keep no ids of its documents and no bad records.
+    Lists the files and folders of a version of a datastore, without those that all versions share, relative to the
+    datastore. Some may not exist, because a datastore need not have ids of its documents or bad records.
 
     Args:
         manifest (`Mapping`): The contents of `datastore.json`.
@@ -244,7 +248,7 @@ def check_split_name(split: str) -> None:
 
 
 def _problems(value: Any, rule: Rule, name: str) -> Iterator[tuple[str, str]]:
-    """The fields of a manifest that break their rules, and how."""
+    """Yields the fields of a manifest that break their rules, with a description of the problem."""
     if callable(rule):
         if expected := rule(value):
             yield name, f"is {value!r:.80}, expected {expected}"
@@ -277,11 +281,12 @@ def check_model(manifest: Mapping[str, Any], name: str | Path, config: RetroConf
 
     Args:
         manifest (`Mapping`): The contents of `datastore.json`.
-        name (`str` or `Path`): What errors call the datastore.
-        config ([`RetroConfig`]): Of the model. If it knows its tokenizer (`tokenizer_sha256`), that is compared too.
+        name (`str` or `Path`): Name of the datastore in errors.
+        config ([`RetroConfig`]): Config of the model. If it names its tokenizer (`tokenizer_sha256`), that is compared
+        too.
 
     Raises:
-        ValueError: If the chunk size or the tokenizer is another.
+        ValueError: If the chunk size or the tokenizer differs.
     """
     if config.chunk_size != manifest["chunk_size"]:
         raise ValueError(f"chunk_size {config.chunk_size} is not the chunk size of {name}: {manifest['chunk_size']}")
@@ -300,15 +305,15 @@ def check_model(manifest: Mapping[str, Any], name: str | Path, config: RetroConf
 
 def allows_control_tokens(manifest: Mapping[str, Any]) -> bool:
     """
-    Whether text that spells a special token became that token when the datastore was made. Datastores that do not say
-    were made before there was a choice, and allow it.
+    Whether text that spells a special token became that token when the datastore was made. A datastore without a
+    record of this was made before there was a choice, and allowed it.
     """
     return manifest.get("allow_control_tokens", True)
 
 
 def describe_datastore(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """
-    What a report says of a datastore: its sizes and what made it, without the folders of this machine.
+    Describes a datastore for a report: its sizes and origin, without the folders of this machine.
 
     Args:
         manifest (`Mapping`): The contents of `datastore.json`.
@@ -334,6 +339,6 @@ def describe_datastore(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def public_name(name: str) -> str:
-    """A name of the Hub as it is; of a folder of this machine only its last part."""
+    """A name on the Hub unchanged, or only the last part of the name of a folder."""
     is_folder = Path(name).is_absolute() or name[:1] in (".", "~") or Path(name).exists()
     return os.path.basename(os.path.abspath(name)) if is_folder and name else name

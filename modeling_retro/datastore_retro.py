@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The datastore, opened for reading: its chunks, its splits and its index.
+Opens a datastore for reading: its chunks, its splits and its index.
 
 ```python
 from modeling_retro import RetroDatastore
@@ -66,13 +66,14 @@ except ImportError as error:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """
-    Identity of a tokenizer: equal for two tokenizers that give every text the same ids.
+    Computes the identity of a tokenizer. It is equal for two tokenizers that give every text the same ids.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer.
 
     Returns:
-        `dict`: `vocab_size` (with added tokens) and `sha256` of the serialised tokenizer, padding and truncation off.
+        `dict`: `vocab_size`, with added tokens, and `sha256` of the serialised tokenizer without padding and
+        truncation.
     """
     if not tokenizer.is_fast:
         raise ValueError(
@@ -85,25 +86,27 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def chunks_fingerprint(shards: Sequence[Mapping[str, Any]]) -> str:
-    """Identity of a set of chunks and of their order, from the checksums of its shards."""
+    """The identity of a set of chunks in their order, from the checksums of its shards."""
     return hashlib.sha256(" ".join(shard["sha256"] for shard in shards).encode()).hexdigest()
 
 
 class ChunkTable:
     """
-    Read-only chunks of one split: zero-copy views of the Arrow files of its shards, opened when first touched.
+    The chunks of one split, read-only. They are zero-copy views of the Arrow files of its shards, which are opened on
+    first use.
 
     Args:
         folders (`Sequence[Path]`): Folders written by `datasets.Dataset.save_to_disk`, in the order of the chunk ids.
-        rows (`Sequence[int]`): Number of chunks of each folder.
-        chunk_size (`int`): Tokens in a chunk, m.
+        rows (`Sequence[int]`): Number of chunks in each folder.
+        chunk_size (`int`): Number m of tokens in a chunk.
     """
 
     def __init__(self, folders: Sequence[Path], rows: Sequence[int], chunk_size: int):
         self.folders = list(folders)
         self.chunk_size = chunk_size
         self.offsets = np.concatenate([[0], np.cumsum(np.asarray(rows, dtype=np.int64))]).astype(np.int64)
-        # A mapped file holds a file descriptor; a large datastore has more shards than a process may open.
+        # Each mapped file needs a file descriptor, and a large datastore has more shards than a process may open
+        # files.
         self._shard = lru_cache(maxsize=256)(self._open)
         self._columns: dict[str, np.ndarray] = {}
 
@@ -121,17 +124,17 @@ class ChunkTable:
 
     @property
     def length(self) -> np.ndarray:
-        """`np.ndarray` int32 [N]: real tokens of each chunk; the rest of a chunk is padding."""
+        """`np.ndarray` int32 [N]: Number of real tokens in each chunk. The rest of a chunk is padding."""
         return self._column("length")
 
     @property
     def document_id(self) -> np.ndarray:
-        """`np.ndarray` int64 [N], non-decreasing: the chunks of a document are consecutive and in order."""
+        """`np.ndarray` int64 [N]: Document of each chunk, ascending. The chunks of a document are consecutive."""
         return self._column("document_id")
 
     @property
     def num_bytes(self) -> np.ndarray:
-        """`np.ndarray` int64 [N]: UTF-8 bytes of the source text that the tokens of each chunk cover."""
+        """`np.ndarray` int64 [N]: Number of UTF-8 bytes of the source text that the tokens of each chunk cover."""
         return self._column("num_bytes")
 
     def take(self, chunk_ids: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -151,7 +154,7 @@ class ChunkTable:
 
     def gather(self, column: str, chunk_ids: np.ndarray) -> np.ndarray:
         """
-        Values of a column for chunks of any shape [...]; zeros for absent chunks (-1).
+        Gathers the values of a column for chunks of any shape [...]. Absent chunks (-1) get zeros.
 
         Args:
             column (`str`): `"input_ids"`, `"length"`, `"document_id"` or `"num_bytes"`.
@@ -175,7 +178,9 @@ class ChunkTable:
         return values.reshape((*np.shape(chunk_ids), *first.shape[1:]))
 
     def shard(self, index: int) -> dict[str, np.ndarray]:
-        """Columns of one shard as views of its file: `input_ids` [n, m], `length`, `document_id`, `num_bytes` [n]."""
+        """
+        The columns of one shard as views of its file: `input_ids` [n, m], `length`, `document_id`, `num_bytes` [n].
+        """
         return self._shard(index)
 
     def _column(self, name: str) -> np.ndarray:
@@ -198,7 +203,7 @@ class ChunkTable:
 
 
 def load_shard(folder: Path) -> datasets.Dataset:
-    """A shard as a memory-mapped dataset; a `ValueError` if its own list of files leads out of its folder."""
+    """Opens a shard as a memory-mapped dataset. Raises a `ValueError` if its list of files leads out of its folder."""
     for file in json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
         if not PLAIN_NAME.fullmatch(file["filename"]):
             raise ValueError(f"{folder / 'state.json'} names {file['filename']!r}, expected a name without a path")
@@ -207,10 +212,11 @@ def load_shard(folder: Path) -> datasets.Dataset:
 
 def read_columns(folder: Path) -> dict[str, np.ndarray]:
     """
-    Columns of a folder written by `datasets.Dataset.save_to_disk` as zero-copy views of its memory-mapped file.
+    Reads the columns of a folder that `datasets.Dataset.save_to_disk` wrote, as zero-copy views of its memory-mapped
+    file.
 
     Args:
-        folder (`Path`): The folder. A file of one record batch is viewed; several batches are copied into one array.
+        folder (`Path`): The folder. If its file has several record batches, they are copied into one array.
 
     Returns:
         `dict[str, np.ndarray]`: [n] for scalar columns, [n, width] for fixed-size lists.
@@ -233,13 +239,13 @@ def read_columns(folder: Path) -> dict[str, np.ndarray]:
 
 class DatastoreSplit:
     """
-    Chunks of one split and their neighbors among the searched chunks.
+    The chunks of one split, and their neighbors among the searched chunks.
 
     Args:
         path (`Path`): Folder of the split: the datastore itself, or `splits/NAME` in it.
-        record (`dict`): What the manifest says of the split.
-        chunk_size (`int`): Tokens in a chunk, m.
-        searched (`bool`): Whether these chunks are searched too, so that a chunk must not find its document.
+        record (`dict`): The record of the split in the manifest.
+        chunk_size (`int`): Number m of tokens in a chunk.
+        searched (`bool`): Whether these chunks are also searched, so that a chunk must not find its own document.
     """
 
     def __init__(self, path: Path, record: Mapping[str, Any], chunk_size: int, searched: bool):
@@ -282,14 +288,14 @@ class DatastoreSplit:
     @property
     def neighbor_ids(self) -> np.ndarray:
         """
-        `np.ndarray` int64 [n, K]: global ids of the searched chunks, best first; -1 where there are fewer, as after a
-        neighbor was removed.
+        `np.ndarray` int64 [n, K]: Global ids of the searched chunks, best first. -1 if there are fewer, for example
+        because a neighbor was removed.
         """
         return self._neighbors["neighbor_ids"]
 
     @property
     def neighbor_scores(self) -> np.ndarray:
-        """`np.ndarray` float32 [n, K]: scores of `neighbor_ids` in the metric of the index."""
+        """`np.ndarray` float32 [n, K]: Scores of `neighbor_ids` in the metric of the index."""
         return self._neighbors["neighbor_scores"]
 
 
@@ -302,11 +308,11 @@ def drop_neighbors(
     columns: Mapping[str, np.ndarray], is_dropped: Callable[[np.ndarray], np.ndarray]
 ) -> dict[str, np.ndarray]:
     """
-    Stored neighbors without some of them; those behind move up, and the places at the end become empty.
+    Drops some of the stored neighbors. Those behind move up, and the places at the end become empty.
 
     Args:
         columns (`Mapping[str, np.ndarray]`): `neighbor_ids` int64 [n, K] and `neighbor_scores` float32 [n, K].
-        is_dropped (`Callable`): Says of ids [n, K] which to drop, bool [n, K].
+        is_dropped (`Callable`): Maps ids [n, K] to bool [n, K], True for those to drop.
     """
     ids = columns["neighbor_ids"]
     kept = (ids >= 0) & ~is_dropped(ids)
@@ -321,8 +327,8 @@ def drop_neighbors(
 
 class RetroDatastore:
     """
-    A datastore opened for reading; nothing in its folder is written. What is added to it or removed later is not seen:
-    an opened datastore stays the version that it was.
+    A datastore that is opened for reading. Nothing is written to its folder. An opened datastore stays the version
+    that it was when it was opened: documents that are added or removed later do not change it.
 
     Args:
         path (`Path`): The folder that holds `datastore.json`.
@@ -341,7 +347,7 @@ class RetroDatastore:
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None, **hub_kwargs) -> "RetroDatastore":
         """
-        Opens a datastore of a folder or of a dataset repository of the Hub.
+        Opens a datastore from a folder or from a dataset repository on the Hub.
 
         Args:
             name_or_path (`str` or `Path`): A folder with `datastore.json`, or the id of a dataset repository.
@@ -349,7 +355,7 @@ class RetroDatastore:
             hub_kwargs: Further arguments of [`~huggingface_hub.snapshot_download`].
 
         Raises:
-            ValueError: If there is no datastore, or its files disagree with its manifest.
+            ValueError: If there is no datastore, or its files do not agree with its manifest.
         """
         path = Path(name_or_path)
         if not path.is_dir():
@@ -362,11 +368,11 @@ class RetroDatastore:
         return datastore
 
     def is_current(self) -> bool:
-        """Whether the folder still holds the version that was opened, by one look at one file."""
+        """Whether the folder still holds the version that was opened. The check looks at one file."""
         return read_manifest(self.path) == self.manifest if self._held is None else self._held.is_current()
 
     def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
-        """Uploads the datastore; the arguments are those of [`~modeling_retro.hub_transfer_retro.push_datastore`]."""
+        """Uploads the datastore. The arguments are those of [`~modeling_retro.hub_transfer_retro.push_datastore`]."""
         from .hub_transfer_retro import push_datastore
 
         return push_datastore(self.path, repo_id, **kwargs)
@@ -375,7 +381,7 @@ class RetroDatastore:
         return f"RetroDatastore({str(self.path)!r}, {len(self.chunks)} chunks of {self.chunk_size} tokens)"
 
     def __getstate__(self) -> dict[str, Any]:
-        # A memory-mapped index and views of files are opened anew where the copy is used (data loader workers).
+        # A copy, such as that in a data loader worker, opens the memory-mapped index and files for itself.
         return {"path": self.path, "manifest": self.manifest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -390,22 +396,22 @@ class RetroDatastore:
 
     @property
     def chunks(self) -> ChunkTable:
-        """[`ChunkTable`]: the chunks that are searched (the training side)."""
+        """[`ChunkTable`]: The searched chunks, which are those of the training split."""
         return self.split(TRAIN_SPLIT).chunks
 
     @property
     def neighbor_ids(self) -> np.ndarray:
-        """`np.ndarray` int64 [N, K]: neighbors of the searched chunks themselves."""
+        """`np.ndarray` int64 [N, K]: Neighbors of the searched chunks."""
         return self.split(TRAIN_SPLIT).neighbor_ids
 
     @property
     def neighbor_scores(self) -> np.ndarray:
-        """`np.ndarray` float32 [N, K]: scores of `neighbor_ids`."""
+        """`np.ndarray` float32 [N, K]: Scores of `neighbor_ids`."""
         return self.split(TRAIN_SPLIT).neighbor_scores
 
     def split(self, name: str) -> DatastoreSplit:
         """
-        One split: `"train"` is what is searched, the others are chunked text that queries it.
+        Returns one split. `"train"` holds the searched chunks. The chunks of other splits only look things up in it.
 
         Args:
             name (`str`): Name of the split, such as `"validation"`.
@@ -429,8 +435,8 @@ class RetroDatastore:
     @cached_property
     def removed_documents(self) -> np.ndarray:
         """
-        `np.ndarray` int64 [n], ascending: documents that were removed, but whose chunks still stand among the others,
-        until `retro compact` folds them away.
+        `np.ndarray` int64 [n], ascending: Documents that were removed, but whose chunks are still in the files until
+        `retro compact` removes them.
         """
         record = self.manifest.get("removed")
         if record is None:
@@ -439,7 +445,7 @@ class RetroDatastore:
 
     def is_removed(self, chunk_ids: Any) -> np.ndarray:
         """
-        Which chunks are of documents that were removed.
+        Finds the chunks of documents that were removed.
 
         Args:
             chunk_ids (`np.ndarray`): Global chunk ids of any shape [...]; -1 stands for an absent chunk.
@@ -454,10 +460,10 @@ class RetroDatastore:
 
     def check_compact(self, purpose: str) -> None:
         """
-        Raises a `ValueError` if documents were removed whose chunks still stand among the others.
+        Raises a `ValueError` if the files still hold chunks of removed documents.
 
         Args:
-            purpose (`str`): What cannot be done with them, such as "training on its chunks".
+            purpose (`str`): The use that this forbids, such as "training on its chunks".
         """
         if "removed" in self.manifest:
             raise ValueError(
@@ -467,7 +473,7 @@ class RetroDatastore:
 
     @cached_property
     def index(self) -> faiss.Index:
-        """The faiss index over `chunks`, memory-mapped where its type allows, with the nprobe of the manifest set."""
+        """The faiss index over `chunks`, with the nprobe of the manifest, memory-mapped if its type allows it."""
         record = self._index_record("index", "index", "retro index")
         file = self.path / index_name(self.manifest)
         index = read_index(file)
@@ -481,7 +487,7 @@ class RetroDatastore:
     def bm25(self) -> "Bm25Index":
         """The BM25 index over `chunks`, memory-mapped."""
         record = self._index_record("bm25", "BM25 index", "retro index --kind bm25")
-        from .bm25_retro import Bm25Index  # needs a library that the others do without
+        from .bm25_retro import Bm25Index  # needs a library that the other retrievers do not need
 
         index = Bm25Index(self.path / record["folder"], record)
         if index.ntotal != len(self.chunks):
@@ -491,7 +497,7 @@ class RetroDatastore:
         return index
 
     def _index_record(self, key: str, name: str, command: str) -> dict[str, Any]:
-        """What the manifest says of an index, if it is one of the chunks that are there."""
+        """The record of an index in the manifest, if the index belongs to the current chunks."""
         record = self.manifest.get(key)
         if record is None:
             raise ValueError(f"{self.path} has no {name}; run `{command}`")
@@ -507,8 +513,8 @@ class RetroDatastore:
     @property
     def retriever(self) -> str:
         """
-        How neighbors are looked up unless told otherwise: as the stored ones of the training side were, else those of
-        other splits; by the index there is if none were found yet.
+        The default way to look up neighbors. It is the way in which the stored neighbors of the training split were
+        found, or else those of another split. If none are stored, it is the way that the existing index allows.
         """
         for name in sorted(self.manifest["splits"], key=lambda name: (name != TRAIN_SPLIT, name)):
             options = self.manifest["splits"][name].get("neighbors", {}).get("options", {})
@@ -518,16 +524,16 @@ class RetroDatastore:
 
     def as_dataset(self) -> datasets.Dataset:
         """
-        The searched chunks as a `Dataset` with the index attached as its faiss index `"embeddings"`.
+        Returns the searched chunks as a `Dataset` to which the index is attached as its faiss index `"embeddings"`.
 
         The index stays memory-mapped and keeps its nprobe, which `Dataset.load_faiss_index` would lose. A dataset with
-        an index cannot be selected from, shuffled or saved: do that before, or after `drop_index("embeddings")`.
+        an index cannot be selected from, shuffled or saved. Call `drop_index("embeddings")` before.
 
         Returns:
-            `datasets.Dataset`: `input_ids`, `length`, `document_id`, `num_bytes`; row i is chunk i.
+            `datasets.Dataset`: `input_ids`, `length`, `document_id` and `num_bytes`. Row i is chunk i.
 
         Raises:
-            ValueError: If documents were removed whose chunks would still be found; run `retro compact`.
+            ValueError: If chunks of removed documents would still be found. Run `retro compact`.
 
         Example:
 
@@ -539,12 +545,14 @@ class RetroDatastore:
         """
         self.check_compact("a search by `datasets`")
         chunks = datasets.concatenate_datasets([load_shard(path) for path in self.chunks.folders])
-        no_vectors = np.zeros((0, self.index.d), dtype=np.float32)  # the index holds them already
+        no_vectors = np.zeros((0, self.index.d), dtype=np.float32)  # the index already holds them
         chunks.add_faiss_index_from_external_arrays(no_vectors, "embeddings", custom_index=self.index)
         return chunks
 
     def verify(self) -> None:
-        """Reads every file; a `ValueError` names the first whose checksum is not the one in the manifest."""
+        """
+        Reads every file. Raises a `ValueError` that names the first file whose checksum differs from the manifest.
+        """
         for name, record in self.manifest["splits"].items():
             root = split_path(self.path, name)
             for stage, suffix in (("chunks", ""), ("embeddings", ".npy"), ("neighbors", "")):
@@ -592,7 +600,7 @@ class RetroDatastore:
                 )
 
     def encoder_source(self) -> tuple[str, str | None]:
-        """Where to load the encoder from: the name or path, and the revision."""
+        """The name or path from which the encoder is loaded, and its revision."""
         if (self.path / "encoder").is_dir():
             return str(self.path / "encoder"), None
         if "encoder" not in self.manifest:
@@ -606,7 +614,7 @@ class RetroDatastore:
         Loads the encoder of the datastore.
 
         Args:
-            device (`str` or `torch.device`, *optional*): Defaults to the first GPU, else the CPU.
+            device (`str` or `torch.device`, *optional*): Defaults to the first GPU, or else the CPU.
             dtype (`str` or `torch.dtype`, *optional*): Computing type. Defaults to float32.
         """
         name, revision = self.encoder_source()
@@ -616,7 +624,7 @@ class RetroDatastore:
 
     def take_neighbors(self, chunk_ids: Any) -> tuple[np.ndarray, np.ndarray]:
         """
-        Gathers neighbors: each chunk followed by its continuation inside the same document.
+        Gathers neighbors. Each is a chunk followed by its continuation in the same document.
 
         Args:
             chunk_ids (`np.ndarray`): Global chunk ids of any shape [..., k]; -1 stands for an absent neighbor.
@@ -635,12 +643,12 @@ class RetroDatastore:
 
 
 def split_path(path: Path, split: str) -> Path:
-    """Folder of a split: the datastore itself holds the training side, `splits/NAME` the others."""
+    """Folder of a split. The training split is in the folder of the datastore itself, others are in `splits/NAME`."""
     return path if split == TRAIN_SPLIT else path / "splits" / split
 
 
 def checksum(path: Path) -> str:
-    """Sha256 of a file, or of the names and contents of all files of a folder."""
+    """The sha256 of a file, or of the names and contents of all files in a folder."""
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
@@ -653,7 +661,7 @@ def checksum(path: Path) -> str:
 
 
 def verify_file(path: Path, sha256: str) -> Path:
-    """Returns `path`, or raises a `ValueError` if the file or folder is missing or its [`checksum`] is another."""
+    """Returns `path`, or raises a `ValueError` if the file or folder is missing or its [`checksum`] differs."""
     if not path.exists():
         raise ValueError(f"{path} is missing")
     if checksum(path) != sha256:
@@ -662,13 +670,13 @@ def verify_file(path: Path, sha256: str) -> Path:
 
 
 def read_index(path: Path) -> faiss.Index:
-    """Reads a faiss index, memory-mapped where its type allows."""
+    """Reads a faiss index. It is memory-mapped if its type allows it."""
     if not path.is_file():
         raise ValueError(f"{path} is missing; run `retro index`")
     if path.with_suffix(".ivfdata").exists():
         mappings = [faiss.IO_FLAG_ONDISK_SAME_DIR]
     else:
-        # One flag maps flat codes and graphs but refuses inverted lists, the other maps these.
+        # One flag maps flat codes and graphs but refuses inverted lists. The other maps inverted lists.
         mappings = [faiss.IO_FLAG_MMAP_IFC, faiss.IO_FLAG_MMAP]
     for mapping in mappings:
         try:

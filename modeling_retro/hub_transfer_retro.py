@@ -12,11 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The datastore as a data set repository of the Hub.
+Transfers a datastore to and from a data set repository on the Hub.
 
-A pushed datastore holds its chunks and neighbors as parquet, one configuration of `datasets` each, so that
-`load_dataset("user/datastore", "chunks")` reads them; its index, tokenizer and encoder as they are; and the manifest,
-which also lists the sha256 of every file. Embeddings stay at home: the index stands for them.
+A pushed datastore holds its chunks and neighbors as parquet, each as a configuration of `datasets`, so that
+`load_dataset("user/datastore", "chunks")` reads them. It also holds its index, tokenizer and encoder, and the
+manifest, which lists the sha256 of every file. Embeddings are not pushed, because the index replaces them.
 """
 
 import copy
@@ -46,13 +46,13 @@ from .datastore_manifest_retro import MANIFEST_NAME, TRAIN_SPLIT, neighbors_fold
 from .durable_files_retro import sync, sync_file
 
 
-if is_datasets_available():  # if not, datastore_retro has said what to install
+if is_datasets_available():  # if not, datastore_retro has raised an error that says what to install
     import pyarrow as pa
     import pyarrow.parquet as pq
 
 
 ARROW_NAME = "data-00000-of-00001.arrow"
-# Beside manifest and card.
+# The files of a datastore besides manifest and card.
 PARTS = ("chunks/", "neighbors/", "splits/", "index.", "index-", "bm25", "tokenizer/", "encoder/")
 FILES_PER_UPLOAD = 16
 FILES_PER_COMMIT = 500
@@ -83,25 +83,25 @@ def push_datastore(
     commit_message: str = "Upload datastore",
 ) -> CommitInfo:
     """
-    Uploads a datastore. Files that are there already are skipped, so a push that broke off goes on when it is run
-    again. What was uploaded is shown by one commit at the end; until then the repository stays what it was. (The Hub
-    takes no commits of thousands of files. So large a datastore comes in several, of which the last one brings the
-    manifest, without which the repository is no datastore.)
+    Uploads a datastore. Files that were already uploaded are skipped, so an interrupted push is resumed when it is run
+    again. One commit at the end makes the upload visible, and until then the repository does not change. (The Hub
+    accepts no commits of thousands of files. A datastore of that size takes several commits. The last one adds the
+    manifest, without which the repository is not a datastore.)
 
     Args:
         path (`Path`): Folder of the datastore.
-        repo_id (`str`): Repository, `"user/name"`; made if there is none.
+        repo_id (`str`): Repository, `"user/name"`. It is created if it does not exist.
         private (`bool`, *optional*): Whether a new repository is private.
-        token (`str`, *optional*): Access token. Defaults to the one that is stored or in the environment.
-        revision (`str`, *optional*): Branch; made if there is none. Defaults to `"main"`.
+        token (`str`, *optional*): Access token. Defaults to the stored one or that of the environment.
+        revision (`str`, *optional*): Branch. It is created if it does not exist. Defaults to `"main"`.
         commit_message (`str`, *optional*, defaults to `"Upload datastore"`): Summary of the commit.
 
     Returns:
-        `CommitInfo`: its `oid` pins what was pushed.
+        `CommitInfo`: the commit. Its `oid` names the version that was pushed.
 
     Raises:
         `ValueError`: if the datastore is not finished, or the repository holds something else.
-        `ConnectionError`: if the push breaks off.
+        `ConnectionError`: if the push is interrupted.
     """
     manifest = read_manifest(path)
     if "index" not in manifest and "bm25" not in manifest:
@@ -130,12 +130,12 @@ def push_datastore(
         operations.append(CommitOperationAdd(MANIFEST_NAME, text.encode()))
         operations.append(CommitOperationAdd("README.md", str(card).encode()))
         return _commit(operations, commit_message, head.sha, present, api, repo)
-    except (HTTPError, RuntimeError) as error:  # what the Hub's client raises
+    except (HTTPError, RuntimeError) as error:  # errors of the Hub's client
         raise ConnectionError(f"the push to {repo_id} broke off; push again to go on ({error})") from error
 
 
 def _upload_files(path: Path, manifest: dict[str, Any], api: HfApi, repo: dict[str, str]) -> list[CommitOperationAdd]:
-    """Uploads what the Hub keeps as LFS, a few files at a time; the rest comes with the commit."""
+    """Uploads the files that the Hub keeps as LFS, a few at a time. The others come with the commit."""
     shards = list(_shards(manifest))
     others = [file for shard in shards for file in sorted((path / shard).glob("*.json"))]
     others += [path / name for name in sorted(manifest.get("index", {}).get("sha256", {}))]
@@ -153,7 +153,7 @@ def _upload_files(path: Path, manifest: dict[str, Any], api: HfApi, repo: dict[s
             bar.update(len(additions))
 
         for start in range(0, len(shards), FILES_PER_UPLOAD):
-            # Parquet is always kept as LFS: once it is up, its checksum is all that the commit needs.
+            # Parquet is always kept as LFS. After the upload, the commit needs only its checksum.
             group = enumerate(shards[start : start + FILES_PER_UPLOAD])
             upload([(f"{shard}.parquet", _write_parquet(path / shard, Path(folder, str(n)))) for n, shard in group])
         upload([(file.relative_to(path).as_posix(), file) for file in others])
@@ -162,7 +162,7 @@ def _upload_files(path: Path, manifest: dict[str, Any], api: HfApi, repo: dict[s
 
 def _write_parquet(shard: Path, file: Path) -> Path:
     with pa.memory_map(str(shard / ARROW_NAME)) as source, pa.ipc.open_stream(source) as reader:
-        # List elements keep their Arrow name, so that the same Arrow file comes back.
+        # List elements keep their Arrow name, so that reading gives the same Arrow file.
         pq.write_table(reader.read_all(), file, use_content_defined_chunking=True, use_compliant_nested_type=False)
     return file
 
@@ -176,8 +176,8 @@ def _commit(
     repo: dict[str, str],
 ) -> CommitInfo:
     """
-    Commits all operations at once, or, if they are too many, a part at a time. The manifest, which makes a repository
-    a datastore, is then taken away by the first part and comes back with the last.
+    Commits all operations at once, or if there are too many, in several commits. The first of these then removes the
+    manifest, which makes a repository a datastore, and the last one adds it again.
     """
     parts = [operations[start : start + FILES_PER_COMMIT] for start in range(0, len(operations), FILES_PER_COMMIT)]
     if len(parts) > 1 and MANIFEST_NAME in present:
@@ -191,7 +191,7 @@ def _commit(
 
 def download_datastore(repo_id: str, revision: str | None = None, **hub_kwargs) -> Path:
     """
-    Downloads a datastore into the cache, or finds it there.
+    Downloads a datastore into the cache, unless it is already there.
 
     Args:
         repo_id (`str`): Repository, `"user/name"`.
@@ -199,18 +199,18 @@ def download_datastore(repo_id: str, revision: str | None = None, **hub_kwargs) 
         hub_kwargs: Further arguments of [`~huggingface_hub.snapshot_download`].
 
     Returns:
-        `Path`: a folder like the one that was pushed, without embeddings: its Arrow files are memory-mapped.
+        `Path`: a folder like the one that was pushed, but without embeddings. Its Arrow files are memory-mapped.
 
     Raises:
-        `ValueError`: if the repository is no datastore, or a file is missing or has another checksum than the manifest
-        says.
+        `ValueError`: if the repository is not a datastore, or if a file is missing or its checksum differs from the
+        manifest.
     """
     try:
         snapshot = Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, **hub_kwargs))
     except (HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(f"{repo_id} is neither a folder nor a datastore that can be found: {error}") from error
     manifest = read_manifest(snapshot)
-    if "files" not in manifest:  # a folder that was uploaded as it is
+    if "files" not in manifest:  # a folder that was uploaded without conversion
         return snapshot
     target = cached_assets_path("retro", namespace=repo_id, subfolder=snapshot.name)
     if (target / MANIFEST_NAME).is_file():
@@ -218,7 +218,7 @@ def download_datastore(repo_id: str, revision: str | None = None, **hub_kwargs) 
     unlisted = [name for name in (f"{shard}.parquet" for shard in _shards(manifest)) if name not in manifest["files"]]
     if unlisted:
         raise ValueError(f"{MANIFEST_NAME} of {repo_id} does not list {unlisted[0]}, which it needs")
-    # Made aside and renamed, so that what stands at `target` is whole and was verified.
+    # The folder is made elsewhere and renamed, so that `target` is always complete and verified.
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
         for name, sha256 in tqdm(manifest["files"].items(), desc=f"Verifying {repo_id}"):
@@ -237,7 +237,7 @@ def download_datastore(repo_id: str, revision: str | None = None, **hub_kwargs) 
 
 
 def _install(source: Path, sha256: str, target: Path) -> None:
-    """Verifies a downloaded file and puts it, or the Arrow folder of a parquet file, where the datastore has it."""
+    """Verifies a downloaded file and puts it in its place. A parquet file becomes an Arrow folder."""
     if not source.is_file():
         raise ValueError(f"the datastore lacks {source.name}, which its {MANIFEST_NAME} lists")
     with source.open("rb") as file:
@@ -247,7 +247,7 @@ def _install(source: Path, sha256: str, target: Path) -> None:
     if source.suffix != ".parquet":
         target.symlink_to(source.resolve())
         return
-    # The bytes of the Arrow file that was pushed: one record batch, which is read back as one view.
+    # This gives the bytes of the Arrow file that was pushed: one record batch, which is read as one view.
     table = pq.read_table(source).combine_chunks()
     folder = target.with_suffix("")
     folder.mkdir(exist_ok=True)
@@ -267,11 +267,11 @@ def _shards(manifest: dict[str, Any]) -> Iterator[str]:
 def _public_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest without embeddings, which are not pushed, and without the folders of this machine."""
     manifest = copy.deepcopy(manifest)
-    manifest.pop("compacted", None)  # which documents are gone is nobody's business
+    manifest.pop("compacted", None)  # removed documents are not published
     for record in manifest["splits"].values():
         record.pop("embeddings", None)
         for source in record["chunks"].get("sources", []):
-            if Path(source["path"]).is_absolute():  # of a datastore that was made before paths were left out
+            if Path(source["path"]).is_absolute():  # older datastores recorded absolute paths
                 source["path"] = Path(source["path"]).name
     for part in {"tokenizer", "encoder"} & manifest.keys():
         manifest[part]["name"] = public_name(manifest[part]["name"])
@@ -279,7 +279,7 @@ def _public_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _card(repo_id: str, manifest: dict[str, Any], api: HfApi, repo: dict[str, str] | None) -> DatasetCard:
-    """The card of the repository, if it has one, else a new one, with the configurations of this datastore."""
+    """The existing card of the repository or a new one, with the configurations of this datastore."""
     if repo is None:
         train = manifest["splits"][TRAIN_SPLIT]["chunks"]
         public = _public_manifest(manifest)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Search in a datastore, and the retriever that joins the datastore with the encoder of its chunks.
+Searches in a datastore, with a retriever that joins the datastore and the encoder of its chunks.
 
 ```python
 from modeling_retro import RetroDatastore, RetroRetriever
@@ -37,7 +37,7 @@ import torch
 from .chunk_encoder_retro import ChunkEncoder, text_mask
 from .configuration_retro import RetroConfig
 from .datastore_manifest_retro import INDEXES
-from .datastore_retro import (  # faiss from there: the error without it names the extras
+from .datastore_retro import (  # if faiss is missing, this import names the extras
     ChunkTable,
     RetroDatastore,
     faiss,
@@ -45,9 +45,9 @@ from .datastore_retro import (  # faiss from there: the error without it names t
 from .ranking_retro import fuse, rerank
 
 
-# Results of each search that `hybrid` joins, or that `rerank` puts into another order.
+# Number of results of each search that `hybrid` joins, or that `rerank` reorders.
 DEPTH = 64
-# The most results of a query that a GPU index can return.
+# The largest number of results of a query that a GPU index can return.
 _MOST_ON_GPU = 2048
 
 
@@ -61,22 +61,24 @@ def search(
     max_results: int = 1 << 22,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
     """
-    Searches for k wanted results, fetching more and more until they are found or the index is exhausted.
+    Searches for k wanted results. It fetches more and more results until they are found or the index is exhausted.
 
     Args:
         index (`faiss.Index` or [`~modeling_retro.bm25_retro.Bm25Index`]): The index.
         queries (`np.ndarray`): float32 [n, dim], or int64 [n, terms] for BM25.
         k (`int`): Number of results of a query.
         unwanted (`Mapping[str, Callable]`, *optional*):
-            Functions (rows of queries [q], ids [q, width]) -> bool [q, width] of results that must not be returned,
-            by the reason that is counted.
-        fetch (`int`, *optional*): Results of the first fetch. Defaults to 2 k + 8, or to k if nothing is unwanted.
-        wide_index (`faiss.Index`, *optional*): Searched instead where a GPU index cannot return as many results.
-        max_results (`int`, *optional*, defaults to 4,194,304): Results held in memory at once.
+            Functions (rows of queries [q], ids [q, width]) -> bool [q, width], True for results that must not be
+            returned. The names are the reasons under which these results are counted.
+        fetch (`int`, *optional*):
+            Number of results of the first fetch. Defaults to 2 k + 8, or to k if no results are unwanted.
+        wide_index (`faiss.Index`, *optional*): Index to search if a GPU index cannot return enough results.
+        max_results (`int`, *optional*, defaults to 4,194,304): Largest number of results in memory.
 
     Returns:
-        `tuple`: ids int64 [n, k] (-1 absent; best first, equal scores by id), scores float32 [n, k] (0 where absent),
-        and counts: `refetched` queries, `short` queries with fewer than k results, results dropped for each reason.
+        `tuple`: ids int64 [n, k] (best first, equal scores by id, -1 if absent), scores float32 [n, k] (0 if absent),
+        and counts: `refetched` queries, `short` queries with fewer than k results, and results dropped for each
+        reason.
     """
     unwanted = unwanted or {}
     ids = np.full((len(queries), k), -1, dtype=np.int64)
@@ -104,7 +106,9 @@ def search(
 
 @contextmanager
 def _probing(index: faiss.Index, factor: int) -> Iterator[bool]:
-    """Multiplies nprobe of an inverted file for a while; yields whether all of the index is searched then."""
+    """
+    Multiplies nprobe of an inverted file inside the context, and yields whether the whole index is then searched.
+    """
     ivf = faiss.try_extract_index_ivf(index) if isinstance(index, faiss.Index) else None
     if ivf is None:
         yield True
@@ -151,7 +155,7 @@ def other_document_filter(chunks: ChunkTable, documents: np.ndarray) -> Callable
 
     Args:
         chunks ([`ChunkTable`]): The searched chunks.
-        documents (`np.ndarray`): int64 [n], the document of each query; -1 for a text outside the datastore.
+        documents (`np.ndarray`): int64 [n], the document of each query, -1 for a text outside the datastore.
 
     Returns:
         `Callable`: (rows [q], ids [q, width]) -> bool [q, width].
@@ -165,10 +169,10 @@ def other_document_filter(chunks: ChunkTable, documents: np.ndarray) -> Callable
 
 def removed_filter(datastore: RetroDatastore) -> dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
     """
-    Filters for [`search`] that drop the chunks of documents that were removed; none if nothing was.
+    Makes filters for [`search`] that drop the chunks of removed documents. Without any, there are no filters.
 
     Args:
-        datastore ([`RetroDatastore`]): What is searched.
+        datastore ([`RetroDatastore`]): The searched datastore.
 
     Returns:
         `dict[str, Callable]`: (rows [q], ids [q, width]) -> bool [q, width], under the reason `"removed"`.
@@ -183,14 +187,14 @@ class NeighborSearch:
     | retriever | finds |
     |---|---|
     | `dense` | the chunks with the nearest embeddings |
-    | `bm25` | those that share the most, and the rarest, terms with the chunk |
-    | `hybrid` | those that stand high in both lists, by reciprocal rank fusion of the first 64 of each |
-    | `rerank` | of the 64 nearest by embedding those that share the longest run of tokens with the chunk |
+    | `bm25` | the chunks that share the most and the rarest terms with the chunk |
+    | `hybrid` | the chunks that are high in both lists, by reciprocal rank fusion of the first 64 of each |
+    | `rerank` | among the 64 nearest by embedding, the chunks that share the longest run of tokens with the chunk |
 
     Args:
-        datastore ([`RetroDatastore`]): What is searched.
-        retriever (`str`, *optional*): One of these. Defaults to `datastore.retriever`.
-        index (`faiss.Index`, *optional*): Searched in place of the datastore's, such as a copy of it on GPUs.
+        datastore ([`RetroDatastore`]): The datastore to search.
+        retriever (`str`, *optional*): One of these names. Defaults to `datastore.retriever`.
+        index (`faiss.Index`, *optional*): Index to search in place of that of the datastore, such as a copy on GPUs.
 
     Raises:
         ValueError: If there is no such retriever, or the datastore lacks the index it needs.
@@ -206,7 +210,7 @@ class NeighborSearch:
         self._index = index
 
     def open(self) -> None:
-        """Opens the indexes now rather than with the first search; a `ValueError` if one is missing or outdated."""
+        """Opens the indexes before the first search. Raises a `ValueError` if one is missing or outdated."""
         for name in INDEXES[self.retriever]:
             getattr(self.datastore, name)
 
@@ -257,7 +261,7 @@ class NeighborSearch:
 @dataclass
 class RetrievedNeighbors:
     """
-    What a retriever returns for n chunks.
+    The result of a retriever for n chunks.
 
     Args:
         neighbor_input_ids (`torch.LongTensor`): [n, k, r] token ids of each neighbor and its continuation.
@@ -276,16 +280,15 @@ class RetrievedNeighbors:
 
 class RetroRetriever:
     """
-    Looks chunks up in a datastore. The same object serves data preparation, evaluation and generation.
+    Looks up chunks in a datastore, for data preparation, evaluation and generation.
 
     Args:
-        datastore ([`RetroDatastore`]): What is searched.
+        datastore ([`RetroDatastore`]): The datastore to search.
         encoder ([`ChunkEncoder`], *optional*): Defaults to the encoder of the datastore.
-        device (`str` or `torch.device`, *optional*): Where that encoder runs. Defaults to the first GPU, else the CPU.
-        dtype (`str` or `torch.dtype`, *optional*): Its computing type.
-        retriever (`str`, *optional*):
+        device (`str` or `torch.device`, *optional*): Device of the encoder. Defaults to the first GPU, or else the
+        CPU. dtype (`str` or `torch.dtype`, *optional*): Computing type of the encoder. retriever (`str`, *optional*):
             How neighbors are found: `"dense"`, `"bm25"`, `"hybrid"` or `"rerank"` (see [`NeighborSearch`]). Defaults
-            to how the stored neighbors of the datastore were found. `"bm25"` needs no encoder.
+            to the way in which the stored neighbors were found. `"bm25"` needs no encoder.
     """
 
     def __init__(
@@ -308,22 +311,24 @@ class RetroRetriever:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None, **kwargs) -> "RetroRetriever":
-        """Opens a datastore by [`RetroDatastore.from_pretrained`] and its encoder; `kwargs` go to the constructor."""
+        """
+        Opens a datastore (see [`RetroDatastore.from_pretrained`]) and its encoder. `kwargs` go to the constructor.
+        """
         return cls(RetroDatastore.from_pretrained(name_or_path, revision=revision), **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RetroRetriever":
-        # transformers deep-copies keyword arguments; an index is shared, never copied.
+        # transformers deep-copies keyword arguments, but an index must be shared and not copied.
         return self
 
     def refresh(self) -> bool:
         """
-        Takes the current version of the datastore, if its folder holds another one than is searched now.
+        Switches to the current version of the datastore, if its folder holds another version than the searched one.
 
         Returns:
-            `bool`: Whether another one was taken.
+            `bool`: Whether the version was switched.
 
         Raises:
-            ValueError: If that version cannot be searched by this retriever; the one before is searched on.
+            ValueError: If this retriever cannot search the current version. The retriever then keeps the earlier one.
         """
         if self.datastore.is_current():
             return False
@@ -345,13 +350,13 @@ class RetroRetriever:
         self, chunk_input_ids: torch.Tensor, k: int, exclude_document_ids: Any | None = None
     ) -> RetrievedNeighbors:
         """
-        Looks up full chunks.
+        Looks up whole chunks.
 
         Args:
-            chunk_input_ids (`torch.LongTensor`): [n, m] token ids; special tokens are dropped from the query text.
-            k (`int`): Number of neighbors of a chunk.
-            exclude_document_ids (`torch.LongTensor` or `np.ndarray`, *optional*):
-                [n] a document that must not be returned for each chunk; -1 for none.
+            chunk_input_ids (`torch.LongTensor`): [n, m] token ids. Special tokens are dropped from the text of the
+            query. k (`int`): Number of neighbors of a chunk. exclude_document_ids (`torch.LongTensor` or `np.ndarray`,
+            *optional*):
+                [n] a document that must not be returned for each chunk, -1 for none.
 
         Returns:
             [`RetrievedNeighbors`]: on the device of `chunk_input_ids`.
@@ -365,7 +370,7 @@ class RetroRetriever:
         embeddings = None
         if self.encoder is not None:
             embeddings = self.encoder.encode_chunks(input_ids, mask, self.datastore.tokenizer)
-        search = self.search  # `refresh` may put another in its place meanwhile
+        search = self.search  # `refresh` may replace it meanwhile
         datastore = search.datastore
         unwanted = removed_filter(datastore)
         if exclude_document_ids is not None:
@@ -379,15 +384,16 @@ class RetroRetriever:
 
     def pad_to_chunks(self, prompt_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """
-        Pads a prompt on the left to whole chunks, so that its end closes a chunk and is looked up at once.
+        Pads a prompt on the left to whole chunks. The prompt then ends where a chunk ends, and is looked up at once.
 
-        The pads are real tokens: they are counted by positions and attended (mask 1); only the query text drops them.
+        The model treats the padding as real tokens, with positions and an attention mask of 1. Only the text of the
+        query leaves it out.
 
         Args:
             prompt_ids (`Sequence[int]` or `torch.LongTensor`): Token ids [T] or [B, T].
 
         Returns:
-            `torch.LongTensor`: [T'] or [B, T'], T' the next multiple of the chunk size.
+            `torch.LongTensor`: [T'] or [B, T'], where T' is the next multiple of the chunk size.
         """
         prompt_ids = torch.as_tensor(prompt_ids, dtype=torch.long)
         tokenizer = self.datastore.tokenizer

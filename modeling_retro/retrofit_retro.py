@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""RETRO models made of pretrained decoders of the Llama family"""
+"""Makes RETRO models from pretrained decoders of the Llama family"""
 
 import os
 from typing import Any
@@ -27,7 +27,7 @@ from .configuration_retro import RetroConfig
 
 RETROFIT_MODULES = ("cross_attn", "cross_attn_layernorm", "neighbor_encoder")
 
-# What each family fixes in its code and RetroConfig has as a field.
+# Values that the code of each family fixes and that are fields of RetroConfig.
 FAMILIES = {
     "granite": {},
     "llama": {},
@@ -36,7 +36,7 @@ FAMILIES = {
     "qwen3": {"qk_norm": True, "mlp_bias": False},
     "smollm3": {},
 }
-# What only some families have, and what the others do.
+# Fields that only some families have, and the values for the others.
 FAMILY_FIELDS = {
     "sliding_window": None,
     "no_rope_layers": None,
@@ -68,10 +68,10 @@ SHARED_FIELDS = (
 
 def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """
-    The fields of a [`RetroConfig`] whose decoder is the model of `config`.
+    Returns the fields of a [`RetroConfig`] whose decoder is the model of `config`.
 
     Raises:
-        `ValueError`: if the decoder has something that RETRO's cannot represent; the message names the field.
+        `ValueError`: if the decoder has a property that the decoder of RETRO lacks. The message names the field.
     """
     refusal = (
         "`RetroJointForCausalLM.from_decoder_pretrained` reads neighbors with any causal language model, and without "
@@ -96,7 +96,7 @@ def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
     fields = {name: getattr(config, name) for name in SHARED_FIELDS}
     fields |= {name: getattr(config, name, default) for name, default in FAMILY_FIELDS.items()}
-    if layer_types:  # all of them full: the window is not used
+    if layer_types:  # all layers have full attention, so the window is not used
         fields["sliding_window"] = None
     fields["head_dim"] = getattr(config, "head_dim", None)
     if config.model_type in ("granite", "llama", "qwen3", "smollm3"):
@@ -108,10 +108,10 @@ def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 def plain_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
     """
-    The weights of a module of the decoder, those of its quantised layers as plain tensors.
+    Returns the weights of a module of the decoder. Those of quantised layers become plain tensors.
 
     Raises:
-        `ValueError`: for weights whose quantisation PyTorch has no name for.
+        `ValueError`: if weights have a quantisation that PyTorch has no dtype for.
     """
     state = module.state_dict()
     for name, weight in state.items():
@@ -126,36 +126,36 @@ def plain_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 class RetroRetrofitMixin(RetroBaseModelMixin):
-    """Makes a RETRO model of a pretrained decoder."""
+    """Makes a RETRO model from a pretrained decoder."""
 
     @classmethod
     def from_decoder_pretrained(
         cls, name_or_path: str, *, warm_start: bool = True, retriever: Any = None, **kwargs
     ) -> "RetroRetrofitMixin":
         """
-        Makes a RETRO model of a pretrained decoder. Its chunked cross attention is gated by a scalar that starts at
-        zero, so that at first the model computes exactly what the decoder does, with neighbors and without.
+        Makes a RETRO model from a pretrained decoder. A scalar that starts at zero gates its chunked cross attention,
+        so at first the model computes exactly what the decoder computes, with neighbors and without.
 
         Args:
             name_or_path (`str`):
                 Hub id or directory of a model of type `llama`, `mistral`, `qwen2`, `qwen3`, `smollm3` or `granite`.
             warm_start (`bool`, *optional*, defaults to `True`):
-                Whether chunked cross attention starts as a copy of the self-attention of its layer and the layers of
-                the neighbor encoder as copies of the decoder's first ones, so that what the decoder has learned about
-                copying from its context works on neighbors as soon as the gates open. The encoder's attention to the
-                chunk starts with output zero. `False` initialises all of them at random.
+                Whether chunked cross attention starts as a copy of the self-attention of its layer, and the neighbor
+                encoder as a copy of the first layers of the decoder. The decoder has learned to copy from its context,
+                and with these copies it can copy from neighbors as soon as the gates open. The attention of the
+                encoder to the chunk starts with output zero. `False` initialises all of them at random.
             retriever (*optional*):
-                What the model looks up its neighbors with.
+                The object that looks up neighbors for the model.
             kwargs:
                 Fields of [`RetroConfig`] that the decoder does not fix (`cross_attention_layers`, `chunk_size`,
                 `neighbor_encoder_num_hidden_layers`, …) and arguments of
                 [`~transformers.PreTrainedModel.from_pretrained`] (`dtype`, `revision`, `attn_implementation`,
-                `quantization_config`, `gguf_file`, …). What is added to a quantised decoder has the data type in which
-                the decoder computes. `sliding_window=None` gives a decoder full attention that has a window. With a
-                warm start `neighbor_rope_theta` defaults to the decoder's.
+                `quantization_config`, `gguf_file`, …). The new weights of a quantised decoder have the data type in
+                which the decoder computes. `sliding_window=None` gives full attention to a decoder with a window. With
+                a warm start, `neighbor_rope_theta` defaults to the base of the decoder.
 
         Raises:
-            `ValueError`: for a decoder that RETRO cannot represent, with the name of the field.
+            `ValueError`: if RETRO cannot represent the decoder. The message names the field.
         """
         opens_window = "sliding_window" in kwargs and kwargs["sliding_window"] is None
         window = {"sliding_window": kwargs.pop("sliding_window")} if opens_window else {}
@@ -184,7 +184,9 @@ class RetroRetrofitMixin(RetroBaseModelMixin):
 
     @classmethod
     def _from_base(cls, config: RetroConfig, name_or_path: str, **kwargs) -> "RetroRetrofitMixin":
-        """A model of the layers of the base, quantised ones as they are, and fresh weights of what RETRO adds."""
+        """
+        Makes a model from the layers of the base, which may be quantised, and new weights for the layers of RETRO.
+        """
         base = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
         model = cls._from_config(config, dtype=base.dtype, attn_implementation=base.config._attn_implementation)
         own = {name for name in model.state_dict() if not cls.is_added_weight(name)}
@@ -194,7 +196,7 @@ class RetroRetrofitMixin(RetroBaseModelMixin):
             type(weight) is not torch.Tensor or not weight.is_floating_point() for weight in base.state_dict().values()
         )
         missing, unexpected = sorted(own - found), sorted(found - own)
-        if missing or (unexpected and not is_quantized):  # quantised layers may have more tensors
+        if missing or (unexpected and not is_quantized):  # quantised layers may have additional tensors
             raise ValueError(f"{name_or_path} lacks the weights {missing} and has {unexpected}, which RETRO does not.")
         for name, module in base.named_modules():
             if isinstance(module, (nn.Embedding, nn.Linear)):
@@ -236,18 +238,18 @@ class RetroRetrofitMixin(RetroBaseModelMixin):
             layer = decoder[layer_idx]
             layer.cross_attn.load_state_dict(plain_state_dict(layer.self_attn), strict=False)
             layer.cross_attn_layernorm.load_state_dict(layer.input_layernorm.state_dict())
-            # Self-attention reads its keys and values behind the layer's norm, cross attention behind the encoder's,
-            # whose weight is one: the layer's goes into the projections.
+            # Self-attention computes keys and values after the norm of the layer, and cross attention after that of
+            # the encoder, whose weight is one. The weight of the layer's norm is therefore moved into the projections.
             for projection in (layer.cross_attn.k_proj, layer.cross_attn.v_proj):
                 projection.weight.mul_(layer.input_layernorm.weight)
 
     def save_pretrained(self, save_directory: str | os.PathLike, retrofit_only: bool = False, **kwargs) -> None:
         """
-        Saves the model, see [`RetroBaseModelMixin.save_pretrained`]. Of a model whose decoder is quantised only what
-        was added can be saved.
+        Saves the model (see [`RetroBaseModelMixin.save_pretrained`]). If its decoder is quantised, only the added
+        weights can be saved.
 
         Raises:
-            `ValueError`: for a whole model with a quantised decoder.
+            `ValueError`: if the whole model is to be saved but its decoder is quantised.
         """
         if not retrofit_only and getattr(self, "hf_quantizer", None) is not None:
             raise ValueError(
@@ -258,7 +260,7 @@ class RetroRetrofitMixin(RetroBaseModelMixin):
 
     @staticmethod
     def is_added_weight(name: str) -> bool:
-        """Whether a parameter belongs to what RETRO adds to the decoder."""
+        """Whether RETRO adds a parameter to the decoder."""
         return any(part in RETROFIT_MODULES for part in name.split("."))
 
 

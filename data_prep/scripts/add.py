@@ -12,16 +12,16 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Adds documents to a datastore that is being read: chunks, embeddings, index and neighbors.
+Adds documents to a datastore while others read it: chunks, embeddings, index and neighbors.
 
 ```bash
 retro add datastore more.jsonl
 retro add datastore more.jsonl folder_of_texts --refresh_neighbors
 ```
 
-Whoever has the datastore open keeps the version that was opened; a server takes the new one by itself. The documents
-are read as those before them (`--text_column` of `retro chunk` and so on). If the run is interrupted, the datastore is
-what it was, and the same command goes on.
+A reader keeps the version of the datastore that it opened, and a server switches to the new one by itself. The
+documents are read with the options of the earlier ones (`--text_column` of `retro chunk` and so on). If the run is
+interrupted, the datastore stays as it was, and the same command resumes the run.
 """
 
 from collections.abc import Sequence
@@ -35,13 +35,15 @@ from data_prep.memory import keep_freed_memory
 class AddArguments:
     """Options of `retro add`."""
 
-    datastore: str = field(metadata={"help": "The datastore; may stand first."})
+    datastore: str = field(metadata={"help": "The datastore; may be the first word."})
     input: list[str] = field(
-        metadata={"help": "Files, folders and globs of documents, '-' for jsonl on standard input; may follow it."}
+        metadata={
+            "help": "Files, folders and globs of documents, '-' for jsonl on standard input; may be the next words."
+        }
     )
     refresh_neighbors: bool = field(
         default=False,
-        metadata={"help": "Search anew for the neighbors of chunks that were there before, which may now be nearer."},
+        metadata={"help": "Search the neighbors of earlier chunks again, because new ones may be nearer."},
     )
 
 

@@ -12,15 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Folds the documents that were removed out of a datastore: their chunks leave the disk, the indexes are built anew.
+Removes the chunks of removed documents from the disk, and builds the indexes of the datastore again.
 
 ```bash
 retro compact datastore
 retro compact datastore --refresh_neighbors
 ```
 
-Documents keep their numbers, chunks get new ones. Whoever has the datastore open goes on with the version that was
-opened; its files are removed by a later change, once nobody reads them.
+Documents keep their numbers, and chunks get new ones. A reader keeps the version of the datastore that it opened. A
+later change removes the files of this version, when nobody reads them any more.
 """
 
 from collections.abc import Sequence
@@ -34,9 +34,9 @@ from data_prep.memory import keep_freed_memory
 class CompactArguments:
     """Options of `retro compact`."""
 
-    datastore: str = field(metadata={"help": "The datastore; may stand first."})
+    datastore: str = field(metadata={"help": "The datastore; may be the first word."})
     refresh_neighbors: bool = field(
-        default=False, metadata={"help": "Search anew for stored neighbors that were found in an earlier version."}
+        default=False, metadata={"help": "Search stored neighbors again that were found in an earlier version."}
     )
 
 

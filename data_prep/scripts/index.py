@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-An index over the chunks of a datastore: of their embeddings, by faiss, or of their terms, by BM25.
+Builds an index over the chunks of a datastore: a faiss index of their embeddings, or a BM25 index of their terms.
 
 ```bash
 retro index --datastore datastore
@@ -20,9 +20,9 @@ retro index --datastore datastore --factory IVF131072,PQ32 --target-recall 0.9 -
 retro index --datastore datastore --kind bm25
 ```
 
-A faiss index is trained on a sample, filled shard by shard, merged and measured: it always reports recall@1 and
-recall@10 against exact search, and writes it into the manifest with the nprobe (efSearch for HNSW) that reaches the
-target. A BM25 index needs no embeddings; a datastore may hold both kinds. Many processes share the shards:
+A faiss index is trained on a sample, filled shard by shard, merged and measured. The command always reports recall@1
+and recall@10 against exact search, and writes them into the manifest with the nprobe (efSearch for HNSW) that reaches
+the target. A BM25 index needs no embeddings. A datastore may hold both kinds. Many processes can share the shards:
 `accelerate launch -m data_prep.scripts.index ...`.
 """
 
@@ -39,28 +39,28 @@ class IndexArguments:
     datastore: str = field(metadata={"help": "The datastore."})
     kind: str = field(
         default="faiss",
-        metadata={"help": "Of what: faiss of the embeddings, bm25 of the terms.", "choices": ["faiss", "bm25"]},
+        metadata={"help": "faiss indexes the embeddings, bm25 the terms.", "choices": ["faiss", "bm25"]},
     )
     factory: str = field(default="auto", metadata={"help": "A faiss factory string, or auto by number of chunks."})
     metric: str = field(
-        default="inner_product", metadata={"help": "What is compared.", "choices": ["inner_product", "l2"]}
+        default="inner_product", metadata={"help": "Similarity of embeddings.", "choices": ["inner_product", "l2"]}
     )
     max_index_memory: float | None = field(
-        default=None, metadata={"help": "GB; auto compresses to fit, larger indexes are merged on disk."}
+        default=None, metadata={"help": "In GB. auto compresses to fit; larger indexes are merged on disk."}
     )
-    max_training_vectors: int = field(default=1_000_000, metadata={"help": "Vectors of the random training sample."})
-    target_recall: float = field(default=0.95, metadata={"help": "recall@10 that nprobe or efSearch is set for."})
-    recall_queries: int = field(default=1000, metadata={"help": "Held-out queries that recall is measured with."})
+    max_training_vectors: int = field(default=1_000_000, metadata={"help": "Size of the random training sample."})
+    target_recall: float = field(default=0.95, metadata={"help": "The recall@10 for which nprobe or efSearch is set."})
+    recall_queries: int = field(default=1000, metadata={"help": "Number of queries to measure the recall with."})
     seed: int = field(default=0, metadata={"help": "Seed of the samples."})
-    use_gpus: bool = field(default=False, metadata={"help": "Train and fill on GPUs."})
+    use_gpus: bool = field(default=False, metadata={"help": "Train and fill the index on GPUs."})
     shard_index: bool = field(default=False, metadata={"help": "Split the index over GPUs instead of copying it."})
     terms: str = field(
         default="tokens",
         metadata={"help": "bm25: the tokens of the datastore, or words.", "choices": ["tokens", "words"]},
     )
-    k1: float = field(default=1.5, metadata={"help": "bm25: how much a term that stands in a chunk again counts."})
-    b: float = field(default=0.75, metadata={"help": "bm25: how much long chunks are marked down, from 0 to 1."})
-    force: bool = field(default=False, metadata={"help": "Build the index anew."})
+    k1: float = field(default=1.5, metadata={"help": "bm25: weight of repeated terms of a chunk."})
+    b: float = field(default=0.75, metadata={"help": "bm25: penalty for long chunks, from 0 to 1."})
+    force: bool = field(default=False, metadata={"help": "Build the index again."})
 
 
 _BM25_OPTIONS = ("terms", "k1", "b")

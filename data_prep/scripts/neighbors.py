@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The nearest neighbors of each chunk outside its own document.
+Finds the nearest neighbors of each chunk outside its own document.
 
 ```bash
 retro neighbors --datastore datastore --num-neighbors 4
@@ -20,7 +20,7 @@ retro neighbors --datastore datastore --num-neighbors 4 --split validation
 retro neighbors --datastore datastore --retriever bm25
 ```
 
-Many processes share the shards: `accelerate launch -m data_prep.scripts.neighbors ...`.
+Many processes can share the shards: `accelerate launch -m data_prep.scripts.neighbors ...`.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class NeighborsArguments:
     """Options of `retro neighbors`."""
 
     datastore: str = field(metadata={"help": "The datastore."})
-    num_neighbors: int = field(default=4, metadata={"help": "Neighbors of a chunk."})
+    num_neighbors: int = field(default=4, metadata={"help": "Number of neighbors of a chunk."})
     split: str = field(default="train", metadata={"help": "The split whose chunks are the queries."})
     retriever: str = field(
         default="dense",
@@ -48,7 +48,7 @@ class NeighborsArguments:
     )
     use_gpus: bool = field(default=False, metadata={"help": "Search on GPUs."})
     shard_index: bool = field(default=False, metadata={"help": "Split the index over GPUs instead of copying it."})
-    force: bool = field(default=False, metadata={"help": "Search anew."})
+    force: bool = field(default=False, metadata={"help": "Search again."})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,15 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Removes documents from a datastore that is being read: from this moment on nobody who opens it finds them.
+Removes documents from a datastore while others read it. A reader that opens it afterwards does not find them.
 
 ```bash
 retro remove datastore --documents 3 14
 retro remove articles --documents a3 a14
 ```
 
-Documents are named by the user's own ids if the datastore was chunked with `--id_column`, else by the numbers that
-retrieval returns. Their chunks stay on the disk until `retro compact`.
+Documents are named by the user's own ids if the datastore was chunked with `--id_column`, or else by the numbers that
+retrieval returns. Their chunks stay on the disk until `retro compact` removes them.
 """
 
 from collections.abc import Sequence
@@ -34,15 +34,15 @@ from data_prep.memory import keep_freed_memory
 class RemoveArguments:
     """Options of `retro remove`."""
 
-    datastore: str = field(metadata={"help": "The datastore; may stand first."})
+    datastore: str = field(metadata={"help": "The datastore; may be the first word."})
     documents: list[str] = field(
-        metadata={"help": "The user's own ids of the documents if the datastore has them, else their numbers."}
+        metadata={"help": "The user's own ids of the documents if the datastore has them, or else their numbers."}
     )
     by_number: bool = field(
-        default=False, metadata={"help": "--documents are numbers, also if the datastore has ids of its own."}
+        default=False, metadata={"help": "--documents are numbers, even if the documents have ids of the user."}
     )
     refresh_neighbors: bool = field(
-        default=False, metadata={"help": "Search anew for stored neighbors, in the place of those that are removed."}
+        default=False, metadata={"help": "Search stored neighbors again, to replace the removed ones."}
     )
 
 

@@ -12,15 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Brings the documents of a datastore up to date: adds new ones, and those that changed in the place of the old ones.
+Updates the documents of a datastore: adds new documents, and replaces those that changed.
 
 ```bash
 retro update articles articles.jsonl
 ```
 
-Documents are told apart by the user's own id, so the datastore must have been chunked with `--id_column`. A document
-that is there with the same text costs nothing but reading it. Documents that the inputs lack stay; `retro remove`
-removes them.
+Documents are recognized by the user's own id, so the datastore must have been chunked with `--id_column`. A document
+with the same text is only read. Documents that the inputs lack stay in the datastore; `retro remove` removes them.
 """
 
 from collections.abc import Sequence
@@ -34,13 +33,15 @@ from data_prep.memory import keep_freed_memory
 class UpdateArguments:
     """Options of `retro update`."""
 
-    datastore: str = field(metadata={"help": "The datastore; may stand first."})
+    datastore: str = field(metadata={"help": "The datastore; may be the first word."})
     input: list[str] = field(
-        metadata={"help": "Files, folders and globs of documents, '-' for jsonl on standard input; may follow it."}
+        metadata={
+            "help": "Files, folders and globs of documents, '-' for jsonl on standard input; may be the next words."
+        }
     )
     refresh_neighbors: bool = field(
         default=False,
-        metadata={"help": "Search anew for the neighbors of chunks that were there before, which may now be nearer."},
+        metadata={"help": "Search the neighbors of earlier chunks again, because new ones may be nearer."},
     )
 
 
