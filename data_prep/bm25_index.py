@@ -12,10 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The lexical index of a datastore: BM25 scores of its chunks, in the files of the library bm25s.
+Builds the lexical index of a datastore: BM25 scores of its chunks, in the files of the library bm25s.
 
-The library's own way to build them holds every token of the corpus in Python lists. Here terms are counted shard by
-shard, by many processes if there are, and the scores are laid out on the disk.
+The library itself builds them from Python lists with all tokens of the corpus. Here the terms are counted shard by
+shard, which many processes can share, and the scores are computed on the disk.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ from data_prep.stage_files import (
     run_shards,
     write_manifest,
 )
-from modeling_retro.bm25_retro import (  # bm25s from there: the error without it names the extra
+from modeling_retro.bm25_retro import (  # if bm25s is missing, this import names the extra
     TERMS,
     bm25s,
     inverse_document_frequency,
@@ -58,23 +58,23 @@ def build_bm25_index(
     datastore: str | Path, terms: str = "tokens", k1: float = 1.5, b: float = 0.75, force: bool = False
 ) -> dict[str, Any]:
     """
-    Builds the BM25 index over the searched chunks; one that lacks chunks which were added later is built anew. It
-    needs no embeddings. A run that was interrupted goes on with the shards whose terms are not counted yet.
+    Builds the BM25 index over the searched chunks, which needs no embeddings. If chunks were added later, the index is
+    built again. An interrupted run is resumed with the shards whose terms are not counted yet.
 
     Args:
         datastore (`str` or `Path`): The datastore.
         terms (`str`, *optional*, defaults to `"tokens"`):
-            What is compared: the `"tokens"` of the datastore, or the `"words"` of its text in lower case.
-        k1 (`float`, *optional*, defaults to 1.5): How much a term that stands in a chunk again counts.
-        b (`float`, *optional*, defaults to 0.75): How much long chunks are marked down, from 0 to 1.
-        force (`bool`, *optional*, defaults to `False`): Build the index anew.
+            The terms to compare: the `"tokens"` of the datastore, or the `"words"` of its text in lower case.
+        k1 (`float`, *optional*, defaults to 1.5): Weight of repeated terms of a chunk.
+        b (`float`, *optional*, defaults to 0.75): Penalty for long chunks, from 0 to 1.
+        force (`bool`, *optional*, defaults to `False`): Whether to build the index again.
 
     Returns:
-        `dict`: what the manifest says of the index: `options`, `folder`, `ntotal`, `num_terms`, `fingerprint`, ….
+        `dict`: the record of the index in the manifest: `options`, `folder`, `ntotal`, `num_terms`, `fingerprint`, ….
 
     Raises:
         ImportError: If bm25s is not installed.
-        ValueError: If an option has a value that means nothing, or the chunks are missing or altered.
+        ValueError: If an option has an impossible value, or the chunks are missing or altered.
     """
     if terms not in TERMS:
         raise ValueError(f"terms is {terms!r}, expected one of {', '.join(TERMS)}")
@@ -98,7 +98,7 @@ def build_bm25_index(
             raise ValueError(f"the BM25 index of {path} belongs to other chunks; use --force to build it anew")
         run = hashlib.sha256(json.dumps([options, fingerprint], sort_keys=True).encode()).hexdigest()[:16]
         work = path / (_WORK + run)
-        # A datastore that was changed keeps the index of the version before for those who read it.
+        # A datastore that was changed keeps the index of the earlier version for its readers.
         folder = path / (f"bm25-{manifest['version']}" if manifest.get("version") else "bm25")
         state = process_state()
         if state.is_main_process:
@@ -144,7 +144,7 @@ def count_terms(
     input_ids: np.ndarray, mask: np.ndarray, tokenizer: PreTrainedTokenizerBase, terms: str
 ) -> dict[str, np.ndarray]:
     """
-    Counts how often each term stands in each chunk.
+    Counts the occurrences of each term in each chunk.
 
     Args:
         input_ids (`np.ndarray`): Integers [n, m], ids of `tokenizer`.
@@ -153,8 +153,9 @@ def count_terms(
         terms (`str`): `"tokens"` or `"words"`.
 
     Returns:
-        `dict[str, np.ndarray]`: `row`, `term`, `count` int32 [pairs], in the order of rows and terms; `length` int32
-        [n], terms of each chunk; `words` uint8, the words of terms 0, 1, … in UTF-8, a line each.
+        `dict[str, np.ndarray]`: `row`, `term` and `count` int32 [pairs], in the order of rows and terms, `length`
+        int32 [n], the number of terms of each chunk, and `words` uint8, the words of terms 0, 1, … in UTF-8, each on a
+        line.
     """
     numbers: dict[str, int] = {}
     parts = [
@@ -205,7 +206,7 @@ def _write_scores(files: Sequence[Path], ntotal: int, options: dict[str, Any], w
     filled, first_row = indptr[:-1].copy(), 0
     for file in tqdm(files, desc="Scoring terms", unit="shard"):
         counts = _read_counts(file, vocabulary)
-        order = np.argsort(counts["term"], kind="stable")  # rows ascend already
+        order = np.argsort(counts["term"], kind="stable")  # rows already ascend
         row, term, count = (counts[name][order] for name in ("row", "term", "count"))
         length = counts["length"][row] / mean_length
         score = idf[term] * count / (options["k1"] * (1 - options["b"] + options["b"] * length) + count)
@@ -224,7 +225,7 @@ def _write_scores(files: Sequence[Path], ntotal: int, options: dict[str, Any], w
 
 
 def _read_counts(file: Path, vocabulary: dict[str, int]) -> dict[str, np.ndarray]:
-    """The counts of a shard with the numbers that its words have in `vocabulary`, which gains those that are new."""
+    """The counts of a shard, with the numbers of its words in `vocabulary`, to which new words are added."""
     with np.load(file, allow_pickle=False) as stored:
         counts = dict(stored)
     if len(counts["words"]):

@@ -12,15 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The lexical index of a datastore: BM25 over its chunks, by the library bm25s, memory-mapped.
+The lexical index of a datastore: BM25 over its chunks, computed by the library bm25s and memory-mapped.
 
 ```python
 from modeling_retro import RetroDatastore
 
 datastore = RetroDatastore.from_pretrained("datastore")
 index = datastore.bm25
-queries = index.queries(*datastore.chunks.take([0, 1]), datastore.tokenizer)  # int64 [2, terms]: their terms
-scores, ids = index.search(queries, 4)  # [2, 4]: the best chunks; -1 where no chunk has a term of the query
+queries = index.queries(*datastore.chunks.take([0, 1]), datastore.tokenizer)  # int64 [2, terms]
+scores, ids = index.search(queries, 4)  # [2, 4], best first, -1 if no more chunks share a term
 ```
 """
 
@@ -42,7 +42,7 @@ except ImportError as error:
     raise ImportError("BM25 needs the library bm25s: `pip install retro-transformers[bm25]`") from error
 
 
-# What a chunk is made of for BM25: the tokens of the datastore, or the words of its text in lower case.
+# The terms of a chunk: its tokens, or the words of its text in lower case.
 TERMS = ("tokens", "words")
 
 _BLOCK = 1 << 20
@@ -54,11 +54,11 @@ class Bm25Index:
     BM25 scores of chunks, searched like a faiss index.
 
     Args:
-        folder (`Path`): What `retro index --kind bm25` wrote.
-        record (`Mapping`): What the manifest says of it.
+        folder (`Path`): Folder that `retro index --kind bm25` wrote.
+        record (`Mapping`): The record of the index in the manifest.
     """
 
-    # As `faiss.METRIC_INNER_PRODUCT`: more is nearer.
+    # Like `faiss.METRIC_INNER_PRODUCT`: a higher score is better.
     metric_type = 0
 
     def __init__(self, folder: Path, record: Mapping[str, Any]):
@@ -79,7 +79,7 @@ class Bm25Index:
             )
 
     def check(self) -> None:
-        """Reads all of the index; a `ValueError` says what no index holds."""
+        """Reads the whole index, and raises a `ValueError` that names the first impossible value."""
         scores = self._bm25.scores
         if scores["indptr"][0] != 0 or (np.diff(scores["indptr"]) < 0).any():
             raise ValueError("the places of its terms do not ascend")
@@ -92,7 +92,7 @@ class Bm25Index:
 
     def queries(self, input_ids: Any, mask: Any, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
         """
-        The known terms of chunks.
+        Returns the terms of chunks that the index knows.
 
         Args:
             input_ids (`np.ndarray`): Integers [n, m], ids of `tokenizer`.
@@ -100,7 +100,7 @@ class Bm25Index:
             tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the chunks.
 
         Returns:
-            `np.ndarray`: int64 [n, terms], -1 where a chunk has fewer; a term that stands twice counts twice.
+            `np.ndarray`: int64 [n, terms], -1 if a chunk has fewer. A term that occurs twice counts twice.
         """
         if self.terms == "tokens":
             terms = np.asarray(input_ids, dtype=np.int64)
@@ -116,15 +116,15 @@ class Bm25Index:
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """
-        The chunks with the highest scores.
+        Finds the chunks with the highest scores.
 
         Args:
-            queries (`np.ndarray`): int64 [n, terms], as [`Bm25Index.queries`] gives them.
-            k (`int`): Number of chunks, at most all.
+            queries (`np.ndarray`): int64 [n, terms], as [`Bm25Index.queries`] returns them.
+            k (`int`): Number of chunks, at most that of the index.
 
         Returns:
-            `tuple[np.ndarray, np.ndarray]`: scores float32 and ids int64, both [n, k], best first, equal scores by id;
-            chunks without a term of the query are not returned: their places hold 0 and -1.
+            `tuple[np.ndarray, np.ndarray]`: scores float32 and ids int64, both [n, k], best first, equal scores by id.
+            Chunks without a term of the query are not returned, and their places hold 0 and -1.
         """
         scores = np.zeros((len(queries), k), dtype=np.float32)
         ids = np.full((len(queries), k), -1, dtype=np.int64)
@@ -133,7 +133,7 @@ class Bm25Index:
             if not len(terms):
                 continue
             found = self._bm25.get_scores_from_ids(terms)
-            lowest = np.partition(found, self.ntotal - k)[self.ntotal - k]  # of the k best
+            lowest = np.partition(found, self.ntotal - k)[self.ntotal - k]  # lowest score of the k best
             best = np.flatnonzero((found > 0) & (found >= lowest))
             best = best[np.argsort(-found[best], kind="stable")[:k]]
             scores[row, : len(best)], ids[row, : len(best)] = found[best], best
@@ -141,7 +141,7 @@ class Bm25Index:
 
 
 def inverse_document_frequency(num_chunks: np.ndarray, ntotal: int) -> np.ndarray:
-    """log(1 + (N - n + 1/2) / (n + 1/2)) for terms that stand in n of N chunks (Lucene's variant)."""
+    """log(1 + (N - n + 1/2) / (n + 1/2)) for terms that occur in n of N chunks (the variant of Lucene)."""
     return np.log1p((ntotal - num_chunks + 0.5) / (num_chunks + 0.5))
 
 

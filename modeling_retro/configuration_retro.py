@@ -38,10 +38,10 @@ class RetroConfig(PreTrainedConfig):
         `chunk_size * (1 + continuation_chunks)` tokens.
     cross_attention_layers (`list[int]`, *optional*):
         Decoder layers (0-based) with chunked cross attention. Defaults to every third layer from the sixth, as in the
-        paper (P = 6, 9, 12 of 12), or to the middle layer of a decoder with fewer than six.
+        paper (P = 6, 9, 12 of 12), or to the middle layer if the decoder has fewer than six layers.
     cross_attention_gate (`bool`, *optional*, defaults to `False`):
         Whether the output of each chunked cross attention is scaled by the tanh of a learned scalar that starts at
-        zero. A retrofitted model has it, so that it starts as exactly the model it was made from.
+        zero. A retrofitted model has such gates, so that it first computes exactly what its base computes.
     attention_output_bias (`bool`, *optional*, defaults to `False`):
         Whether the output projections of the attentions have a bias.
     qk_norm (`bool`, *optional*, defaults to `False`):
@@ -78,8 +78,8 @@ class RetroConfig(PreTrainedConfig):
     neighbor_encoder_attention_dropout (`float`, *optional*, defaults to 0.0):
         Dropout on the attention weights of the neighbor encoder.
     neighbor_encoder_cross_attention_layers (`list[int]`, *optional*, defaults to `[0]`):
-        Layers of the neighbor encoder (0-based) that attend to the decoder's activations of the retrieving chunk. An
-        empty list makes the encoding of neighbors independent of the chunk.
+        Layers of the neighbor encoder (0-based) that attend to the decoder's activations of the chunk that retrieved
+        the neighbors. With an empty list, the encodings of neighbors do not depend on the chunk.
     base_model_name_or_path (`str`, *optional*):
         Decoder that a retrofitted model was made from.
     base_model_revision (`str`, *optional*):
@@ -232,7 +232,7 @@ class RetroConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Saves the configuration as [`~transformers.PreTrainedConfig.save_pretrained`] does, for every Auto class."""
-        # transformers would name only the class of the model that is saved.
+        # transformers would add only the class of the saved model.
         self.auto_map = {
             "AutoConfig": "configuration_retro.RetroConfig",
             "AutoModel": "modeling_retro.RetroModel",

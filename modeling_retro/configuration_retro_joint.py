@@ -101,13 +101,15 @@ class RetroJointConfig(PreTrainedConfig):
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as [`~transformers.PreTrainedConfig.to_dict`] gives them. PEFT asks it for the model's type."""
+        """
+        The fields, as [`~transformers.PreTrainedConfig.to_dict`] gives them. PEFT reads the type of the model here.
+        """
         name_lora_targets(self.model_type, self.text_config.get_text_config().model_type)
         return super().to_dict()
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Saves the configuration as [`~transformers.PreTrainedConfig.save_pretrained`] does, for every Auto class."""
-        # transformers would name only the class of the model that is saved.
+        # transformers would add only the class of the saved model.
         self.auto_map = {
             "AutoConfig": "configuration_retro_joint.RetroJointConfig",
             "AutoModelForCausalLM": "modeling_retro_joint.RetroJointForCausalLM",

@@ -12,11 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Which versions of a datastore are being read.
+Keeps track of the versions of a datastore that are being read.
 
-Whoever opens a datastore keeps its `datastore.json` open, with a shared lock on it. A change puts a new file in its
-place; the old one goes on under another name in `versions/`, and as long as anyone holds it, so do the files that it
-names. The locks end with the processes that hold them.
+A reader of a datastore keeps its `datastore.json` open, with a shared lock on it. A change replaces this file. The old
+file gets another name in `versions/`, and the files that it names are kept as long as any reader holds it. A lock ends
+with the process that holds it.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from .durable_files_retro import make_folder, remove, sync_file
 
 try:
     import fcntl
-except ImportError:  # not on Windows: there no files of earlier versions are removed
+except ImportError:  # on Windows, the files of earlier versions are not removed
     fcntl = None
 
 VERSIONS = "versions"
@@ -40,8 +40,8 @@ VERSIONS = "versions"
 
 class HeldVersion:
     """
-    A version of a datastore that is being read; its files stay as long as this object lives. A copy in another process
-    holds nothing.
+    A version of a datastore that is being read. Its files are kept as long as this object exists. A copy of the object
+    in another process holds nothing.
 
     Args:
         path (`Path`): The datastore.
@@ -54,7 +54,7 @@ class HeldVersion:
         weakref.finalize(self, os.close, handle)
 
     def is_current(self) -> bool:
-        """Whether it still is the datastore's current version."""
+        """Whether this is still the current version of the datastore."""
         return _is_current(self._path, self._handle)
 
     def __reduce__(self) -> tuple[type, tuple]:
@@ -63,23 +63,23 @@ class HeldVersion:
 
 def open_version(path: Path) -> tuple[dict[str, Any], HeldVersion]:
     """
-    Opens the version of a datastore that is current, and holds it.
+    Opens the current version of a datastore and holds it.
 
     Args:
         path (`Path`): The datastore.
 
     Returns:
-        `tuple[dict, HeldVersion]`: its manifest, and what holds it.
+        `tuple[dict, HeldVersion]`: the manifest, and the object that holds the version.
 
     Raises:
-        ValueError: As [`~modeling_retro.datastore_manifest_retro.read_manifest`] does.
+        ValueError: For the reasons of [`~modeling_retro.datastore_manifest_retro.read_manifest`].
     """
     if not (path / MANIFEST_NAME).is_file():
-        read_manifest(path)  # says that there is no datastore
+        read_manifest(path)  # raises an error that says that there is no datastore
     while True:
         handle = os.open(path / MANIFEST_NAME, os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):  # a file system without locks; nothing is removed there
+            with contextlib.suppress(OSError):  # without locks in the file system, nothing is removed
                 if fcntl is not None:
                     fcntl.flock(handle, fcntl.LOCK_SH)
             manifest = read_manifest(path)
@@ -99,12 +99,12 @@ def _is_current(path: Path, handle: int) -> bool:
 @contextlib.contextmanager
 def superseding(path: Path, keep: bool = False) -> Iterator[None]:
     """
-    Inside the block `datastore.json` is replaced. The old one goes on in `versions/` if anyone reads it.
+    Context in which `datastore.json` is replaced. The old file is kept in `versions/` if it is being read.
 
     Args:
         path (`Path`): The datastore.
         keep (`bool`, *optional*, defaults to `False`):
-            Whether it goes on there in any case, so that [`remove_unread`] finds what it leaves behind.
+            Whether it is kept in any case, so that [`remove_unread`] finds the files that only it names.
     """
     file = path / MANIFEST_NAME
     if not file.is_file():
@@ -115,22 +115,22 @@ def superseding(path: Path, keep: bool = False) -> Iterator[None]:
         if keep or _is_held(handle):
             make_folder(path / VERSIONS)
             kept = path / VERSIONS / f"{os.fstat(handle).st_ino}.json"
-            remove(kept)  # of a change that was interrupted here
-            with contextlib.suppress(OSError):  # a file system without links; nothing is removed there
+            remove(kept)  # left by a change that was interrupted here
+            with contextlib.suppress(OSError):  # without links in the file system, nothing is removed
                 os.link(file, kept)
                 sync_file(kept.parent)
-        yield  # whoever opens the old one now waits for the lock, and then finds that it is old
+        yield  # a reader that opens the old file waits for the lock, and then notices that it is old
     finally:
         os.close(handle)
 
 
 def remove_unread(path: Path, manifest: dict[str, Any]) -> None:
     """
-    Removes the files of earlier versions that nobody reads any more.
+    Removes the files of earlier versions that are no longer read.
 
     Args:
-        path (`Path`): The datastore, which nobody else writes to.
-        manifest (`dict`): Its current manifest.
+        path (`Path`): The datastore. No other process may write to it.
+        manifest (`dict`): The current manifest.
     """
     needed, unread = files_of(manifest), []
     current = os.stat(path / MANIFEST_NAME)
@@ -151,7 +151,7 @@ def remove_unread(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def _is_held(handle: int) -> bool:
-    """Whether another descriptor holds the file, or nobody can know. If not, this one does until it is closed."""
+    """Whether another descriptor holds the file, or this is unknown. If not, `handle` holds it until it is closed."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (OSError, AttributeError):

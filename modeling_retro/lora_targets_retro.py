@@ -11,15 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Where a `LoraConfig()` that names no layers puts its adapters"""
+"""The layers to which a `LoraConfig()` without layer names adds adapters"""
 
 import sys
 
 
 def name_lora_targets(model_type: str, decoder_type: str) -> None:
     """
-    Gives a model the layers that PEFT adapts by default in models of the type of its decoder. PEFT looks them up by
-    the type that `config.to_dict()` says, and has no other way to be told. PEFT is not imported for it.
+    Gives a type of model the default layers of PEFT for the type of its decoder. PEFT finds these layers only by the
+    type in `config.to_dict()`. This function does not import PEFT.
 
     Args:
         model_type (`str`): Type of the model.

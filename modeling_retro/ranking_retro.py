@@ -11,35 +11,36 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Lists of neighbors, joined or put into another order."""
+"""Joins lists of neighbors or reorders them"""
 
 import numpy as np
 
 from .datastore_retro import ChunkTable
 
 
-# The place p of a list, from 1, is worth 1 / (60 + p) (Cormack, Clarke and Buettcher, 2009).
+# Place p of a list, counted from 1, has the score 1 / (60 + p) (Cormack, Clarke and Buettcher, 2009).
 _FUSION = 60
 _PAIRS = 4096
 
 
 def fuse(first: np.ndarray, second: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """
-    Joins two ranked lists by reciprocal rank fusion: an id is worth 1 / (60 + place) in each list that holds it.
+    Joins two ranked lists by reciprocal rank fusion: an id gets the score 1 / (60 + place) for each list that holds
+    it.
 
     Args:
-        first (`np.ndarray`), second (`np.ndarray`): int64 [n, w], distinct ids, best first; -1 for absent ones.
+        first (`np.ndarray`), second (`np.ndarray`): int64 [n, w], distinct ids, best first, -1 for absent ones.
         k (`int`): Number of results.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: ids int64 (-1 absent; equal scores by id) and scores float32, both [n, k].
+        `tuple[np.ndarray, np.ndarray]`: ids int64 (equal scores by id, -1 if absent) and scores float32, both [n, k].
     """
     ids = np.concatenate([first, second], axis=1)
     worth = np.concatenate([1 / (_FUSION + 1 + np.arange(part.shape[1])) for part in (first, second)])
     order = np.argsort(ids, axis=1, kind="stable")
     ids, scores = np.take_along_axis(ids, order, axis=1), worth[order]
     again = np.zeros(ids.shape, dtype=bool)
-    again[:, 1:] = ids[:, 1:] == ids[:, :-1]  # an id stands twice at most
+    again[:, 1:] = ids[:, 1:] == ids[:, :-1]  # an id occurs at most twice
     scores[:, :-1] += np.where(again[:, 1:], scores[:, 1:], 0)
     return _best(np.where(again, -1, ids), scores, k)
 
@@ -48,17 +49,18 @@ def rerank(
     chunks: ChunkTable, input_ids: np.ndarray, mask: np.ndarray, ids: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Orders results by the longest run of tokens that they share with the query; equal ones keep their order.
+    Orders results by the longest run of tokens that they share with the query. Equal results keep their order.
 
     Args:
         chunks ([`ChunkTable`]): The searched chunks.
         input_ids (`np.ndarray`): Integers [n, m], the tokens of the queries.
         mask (`np.ndarray`): bool [n, m], False at padding.
-        ids (`np.ndarray`): int64 [n, w], the results, best first; -1 for absent ones.
+        ids (`np.ndarray`): int64 [n, w], the results, best first, -1 for absent ones.
         k (`int`): Number of results that are kept.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: ids int64 (-1 absent) and scores float32 (tokens of the run), both [n, k].
+        `tuple[np.ndarray, np.ndarray]`: ids int64 (-1 if absent) and scores float32 (number of tokens of the run),
+        both [n, k].
     """
     queries = np.where(mask, input_ids.astype(np.int64), -1)
     runs = np.zeros(ids.shape, dtype=np.float32)
@@ -71,7 +73,7 @@ def rerank(
 
 
 def _best(ids: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k ids with the highest scores, absent ones last; equal scores keep their order."""
+    """The k ids with the highest scores, with absent ones last. Equal scores keep their order."""
     order = np.lexsort((-scores, ids < 0), axis=-1)[:, :k]
     ids = np.take_along_axis(ids, order, axis=1)
     return ids, np.where(ids >= 0, np.take_along_axis(scores, order, axis=1), 0).astype(np.float32)
@@ -79,7 +81,7 @@ def _best(ids: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.n
 
 def longest_common_substring(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """
-    Length of the longest run of tokens that stands in both of two sequences.
+    Computes the length of the longest run of tokens that two sequences share.
 
     Args:
         first (`np.ndarray`): Token ids [..., n].
@@ -89,7 +91,8 @@ def longest_common_substring(first: np.ndarray, second: np.ndarray) -> np.ndarra
         `np.ndarray`: int64 [...].
     """
     shape = np.broadcast_shapes(first.shape[:-1], second.shape[:-1])
-    # run[..., j]: length of the common run that ends at the current token of `first` and at token j - 1 of `second`.
+    # run[..., j] is the length of the common run that ends at the current token of `first` and token j - 1 of
+    # `second`.
     run = np.zeros((*shape, second.shape[-1] + 1), dtype=np.int16)
     longest = np.zeros(shape, dtype=np.int64)
     for i in range(first.shape[-1]):

@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-From documents to a datastore, a language model that looks things up in it and a table of what that is worth, on two
-CPU cores in a few minutes. The command is `trainers/scripts/quickstart.py`.
+Makes a datastore from documents, lets a language model look things up in it, and measures the gain, in a few minutes
+on two CPU cores. The command is `trainers/scripts/quickstart.py`.
 """
 
 import importlib.util
@@ -73,16 +73,16 @@ RETRO_TINY = Path(__file__).parent / "retro_tiny"
 SMOLLM2, TINY = "smollm2", "retro-tiny"
 SMOLLM2_READER = "smollm2-135m-instruct"  # comes with the package
 
-# Of a pretrained language model the sizes of the datastore and of the evaluation: it is larger, but need not train.
+# Sizes of the datastore and of the evaluation of a pretrained language model, which is larger but is not trained.
 PRETRAINED_MAX_CHUNKS = {"train": 6_000, "validation": 64}
-PRETRAINED_MAX_CHARACTERS = 1_500  # of a held-out document, so that there are many
+PRETRAINED_MAX_CHARACTERS = 1_500  # of a held-out document, so that many documents are measured
 PRETRAINED_WINDOWS = {"window_chunks": 8, "stride_chunks": 4}
 
-# Sizes at which two CPU cores with bf16 instructions embed, train and evaluate in ten minutes. Training passes about
-# once over the chunks: a model that has learned them by heart has no use for neighbors.
+# Sizes for which two CPU cores with bf16 instructions embed, train and evaluate in ten minutes. The training passes
+# about once over the chunks, because a model that has memorized them has no use for neighbors.
 NUM_HELD_OUT = 64
 MAX_CHUNKS = {"train": 30_000, "validation": 1_500}
-SHARD_BYTES = 200_000  # small shards: progress is shown by the shard
+SHARD_BYTES = 200_000  # small, because progress is shown for each shard
 VOCAB_SIZE = 4096
 MAX_STEPS = 900
 MODEL = {
@@ -119,15 +119,16 @@ def quickstart(
 
     Args:
         output_dir (`str` or `Path`, *optional*, defaults to `"retro-quickstart"`):
-            Folder for the datastore, the model and the report; new, empty or that of an earlier run with this data.
+            Folder for the datastore, the model and the report. It must be new, empty or that of an earlier run with
+            this data.
         data (`str` or `Path`, *optional*):
-            Jsonl file or folder of text files. The docstrings of the installed transformers when unset.
+            Jsonl file or folder of text files. Defaults to the docstrings of the installed transformers.
         model (`str`, *optional*, defaults to `"smollm2"`):
-            `"smollm2"`, `"retro-tiny"`, or folder or Hub id of a causal language model.
+            `"smollm2"`, `"retro-tiny"`, or the folder or Hub id of a causal language model.
         from_scratch (`bool`, *optional*, defaults to `False`):
             Whether to train a model instead of loading one.
         max_steps (`int`, *optional*):
-            Number of training steps from scratch. 900 when unset.
+            Number of training steps from scratch. Defaults to 900.
         seed (`int`, *optional*, defaults to 0):
             Seed of the split, the weights and the order of the rows.
         on_bad_record (`str`, *optional*, defaults to `"error"`):
@@ -196,7 +197,7 @@ def quickstart(
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a causal language model, with the way to get SmolLM2 where there is no network."""
+    """Loads the tokenizer of a causal language model. The error explains how to get SmolLM2 without the Hub."""
     try:
         return AutoTokenizer.from_pretrained(name)
     except OSError as error:
@@ -227,8 +228,8 @@ def save_reference(folder: Path, model: PreTrainedModel, datastore: RetroDatasto
 
 def evaluate_pretrained(model: PreTrainedModel, datastore: RetroDatastore) -> tuple[RetroEvaluation, dict[str, float]]:
     """
-    Measures a model that reads neighbors untrained beside itself with the neighbor in front of its window, and counts
-    the operations of each way for a token.
+    Measures a model that reads neighbors without training, and the same model with the neighbor in front of its
+    window. Counts the operations of both for a token.
     """
     split, options = datastore.split("validation"), {**PRETRAINED_WINDOWS, "batch_size": 4}
     evaluation = evaluate_retro(model, datastore, split, ("off", "random", "on", "in_front"), 1, **options)
@@ -268,7 +269,7 @@ def evaluate_reader(
 
 
 def _claim_directory(output_dir: Path, options: dict) -> None:
-    """Refuses a folder that holds anything but an earlier run on the same data, so that nothing is mixed up."""
+    """Refuses a folder unless it is empty or holds an earlier run on the same data, so that runs are not mixed."""
     record = output_dir / "quickstart.json"
     if record.exists():
         found = json.loads(record.read_text(encoding="utf-8"))
@@ -285,7 +286,7 @@ def _claim_directory(output_dir: Path, options: dict) -> None:
 
 @contextmanager
 def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Prints a line when a stage begins and when it ends, which stay while bars of progress come and go."""
+    """Prints a line when a stage begins and when it ends. These lines stay, while progress bars disappear."""
     print(f"== {name} ...", flush=True)
     start_time = time.perf_counter()
     yield
@@ -302,15 +303,15 @@ def split_documents(
     max_held_out_characters: int | None = None,
 ) -> None:
     """
-    Writes `documents/validation.jsonl` and `documents/train.jsonl`: documents in random order, the first of them held
-    out before anything else sees them; `by_name`, only those that are held out of every training by their name. Of a
-    held-out document only the first `max_held_out_characters` are measured.
+    Writes the documents in random order to `documents/validation.jsonl` and `documents/train.jsonl`. The first ones
+    are held out. With `by_name`, those are held out that their names hold out of every training. Only the first
+    `max_held_out_characters` characters of a held-out document are measured.
     """
     folder = output_dir / "documents"
     if folder.exists():
         return
     if data is None:
-        # Modular files are what modeling files are generated from: the same text once more.
+        # Modeling files are generated from modular files, so these hold the same text.
         text_of = {
             document["id"]: document["text"]
             for document in read_docstrings(["transformers"])
@@ -369,7 +370,7 @@ def train_tokenizer(output_dir: Path) -> PreTrainedTokenizerFast:
 
 
 def load_retro_tiny(output_dir: Path) -> RetroForCausalLM:
-    """The model that comes with this package, copied to `output_dir/model` so that it can be loaded from there."""
+    """Copies the model of this package to `output_dir/model`, and loads it from there."""
     folder = output_dir / "model"
     if not folder.exists():
         with whole(folder) as temporary:
@@ -384,7 +385,7 @@ def make_datastore(
     config: RetroConfig,
     max_chunks_of: Mapping[str, int] = MappingProxyType(MAX_CHUNKS),
 ) -> RetroDatastore:
-    """Runs the stages of the datastore: near-duplicates of held-out documents leave the training side."""
+    """Runs the stages of the datastore. Near duplicates of held-out documents are removed from the searched ones."""
     path = output_dir / "datastore"
     encoder = find_encoder()
     for split, max_chunks in max_chunks_of.items():
@@ -411,8 +412,8 @@ def make_datastore(
 
 def find_encoder() -> Path:
     """
-    Folder of the pretrained sentence encoder all-MiniLM-L6-v2, which a pip package brings. The package is not
-    imported, and its weights are compared with the checksum of the published ones.
+    Finds the folder of the pretrained sentence encoder all-MiniLM-L6-v2, which a pip package contains. The package is
+    not imported, and its weights are compared with the published checksum.
     """
     spec = importlib.util.find_spec(ENCODER_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
@@ -430,7 +431,7 @@ def find_encoder() -> Path:
 def train_model(
     output_dir: Path, datastore: RetroDatastore, max_steps: int, seed: int, **options: Any
 ) -> RetroForCausalLM:
-    """Trains a small model from scratch; a run of as many steps that was interrupted goes on."""
+    """Trains a small model from scratch. An interrupted run with the same number of steps is resumed."""
     set_seed(seed)
     model = RetroForCausalLM(config_for_datastore(datastore, **MODEL))
     model.set_attn_implementation("eager")  # the fastest for short rows and bf16 on a CPU
@@ -462,7 +463,7 @@ def _computes_in_bf16() -> bool:
 def generate_example(output_dir: Path, model: PreTrainedModel, evaluation: RetroEvaluation | None = None) -> str:
     """
     Continues the first whole chunk of the held-out documents and shows the neighbors that were used. With an
-    evaluation it is the chunk whose successor gained the most from its neighbors, continued without them as well.
+    evaluation, it continues the chunk whose successor gained the most from its neighbors, with neighbors and without.
     """
     retriever = RetroRetriever.from_pretrained(output_dir / "datastore")
     datastore = retriever.datastore
@@ -493,7 +494,7 @@ def generate_example(output_dir: Path, model: PreTrainedModel, evaluation: Retro
 
 
 def in_columns(texts: Mapping[str, str], width: int = 56) -> str:
-    """Texts beside each other, each below its name."""
+    """Formats texts side by side, each below its name."""
     columns = [
         [name, "-" * width]
         + [part for line in text.strip().splitlines() for part in textwrap.wrap(line, width) or [""]]
@@ -512,7 +513,7 @@ def report(
     model: PreTrainedModel,
     operations: Mapping[str, float] | None = None,
 ) -> None:
-    """Prints and saves what was found, and how to load it."""
+    """Prints and saves the results, and prints how to load the model and the datastore."""
     peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
     summary = {
         **evaluation.to_dict(),
@@ -543,7 +544,9 @@ def report(
 
 
 def verdict(evaluation: RetroEvaluation, model: str | None) -> str:
-    """What the intervals say, in a sentence; `model` is the one that was measured, `None` one trained here."""
+    """
+    Sums up the intervals in a sentence. `model` is the name of the measured model, `None` if it was trained here.
+    """
     on = next(name for name in evaluation.chunk_bits if name.split()[0] == "on")
     random = next(name for name in evaluation.chunk_bits if name.split()[0] == "random")
     if all(evaluation.difference(on, reference).high < 0 for reference in ("off", random)):

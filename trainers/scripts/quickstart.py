@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-From documents to a datastore, a language model that looks things up in it and a table of what that is worth, on two
-CPU cores in a few minutes.
+Makes a datastore from documents, lets a language model look things up in it, and measures the gain, in a few minutes
+on two CPU cores.
 
     retro quickstart
     retro quickstart --data my_documents.jsonl --output_dir my_retro
@@ -25,7 +25,7 @@ or a folder of text files. The model is SmolLM2-135M-Instruct, which reads the n
 attention and is measured beside itself with the neighbor in front of its window. `--model` takes any other causal
 language model, a folder or Hub id, or retro-tiny, the RETRO model that comes with this package and has seen none of
 the documents that it is measured on. With `--from-scratch` a smaller RETRO model is trained first, in about ten
-minutes. The same command run again goes on where it stopped.
+minutes. The same command resumes an interrupted run.
 """
 
 from collections.abc import Sequence
@@ -52,16 +52,16 @@ class QuickstartArguments:
         default="smollm2", metadata={"help": "smollm2, retro-tiny, or folder or Hub id of a causal language model."}
     )
     from_scratch: bool = field(
-        default=False, metadata={"help": "Train tokenizer and model on the documents instead of loading --model."}
+        default=False, metadata={"help": "Train a tokenizer and a model on the documents instead of loading --model."}
     )
     max_steps: int | None = field(
         default=None,
-        metadata={"help": "Training steps of 2,048 tokens, with --from-scratch; 900 when unset."},
+        metadata={"help": "Training steps of 2,048 tokens, with --from-scratch. Defaults to 900."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the split, the weights and the order of the rows."})
     on_bad_record: str = field(
         default="error",
-        metadata={"help": "What to do with lines of --data that hold no document.", "choices": ["error", "skip"]},
+        metadata={"help": "What to do with lines of --data that are not documents.", "choices": ["error", "skip"]},
     )
 
 

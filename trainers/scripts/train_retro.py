@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Trains a RETRO language model on a datastore whose neighbors have been found.
+Trains a RETRO language model on a datastore with stored neighbors.
 
     retro train --datastore datastore --model_config small.yaml --output_dir model --num_train_epochs 3
     retro train --datastore datastore --model smollm2-retro --freeze_decoder true --output_dir model
@@ -23,8 +23,9 @@ Trains a RETRO language model on a datastore whose neighbors have been found.
     retro train --accelerate-config ddp --datastore datastore --model_config small.yaml --output_dir model
     accelerate launch -m trainers.scripts.train_retro --datastore datastore --model_config small.yaml --output_dir out
 
-The model config is a YAML or JSON file with fields of `RetroConfig`; vocabulary, special tokens and chunk sizes come
-from the datastore. The same command run again goes on from the last checkpoint in `output_dir`, to the same weights.
+The model config is a YAML or JSON file with fields of `RetroConfig`. The vocabulary, the special tokens and the chunk
+sizes come from the datastore. The same command resumes an interrupted run from the last checkpoint in `output_dir`,
+and ends with the same weights.
 """
 
 import json
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 @dataclass
 class TrainRetroArguments:
     """
-    Arguments of `retro train` beside [`RetroTrainingArguments`].
+    Arguments of `retro train`, besides those of [`RetroTrainingArguments`].
     """
 
     datastore: str = field(metadata={"help": "Folder or Hub id of the datastore to train on and to search."})
@@ -174,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def load_model(
     arguments: TrainRetroArguments, datastore: "RetroDatastore", training_arguments: "RetroTrainingArguments"
 ) -> "PreTrainedModel":
-    """The model to start from; with `fsdp_size` or `tp_size` each process loads its share of the weights."""
+    """Loads the model to start from. With `fsdp_size` or `tp_size`, each process loads its share of the weights."""
     import torch
     from accelerate import PartialState
     from transformers import set_seed
@@ -182,7 +183,7 @@ def load_model(
 
     from ..load_model import load_retro_model
 
-    # New weights are drawn from it, those of adapters too.
+    # New weights, also those of adapters, are drawn with this seed.
     set_seed(training_arguments.seed)
 
     if (arguments.model is None) == (arguments.model_config is None):
@@ -220,7 +221,7 @@ def load_model(
         )
     start = arguments.model
     if start is None:
-        # Shares are read from a file.
+        # The shares of the processes are read from a file.
         start = Path(training_arguments.output_dir) / "initial"
         if state.is_main_process:
             _model_from_scratch(arguments, datastore).save_pretrained(start)
@@ -231,7 +232,7 @@ def load_model(
 
 def add_lora(model: "PreTrainedModel", rank: int, layers: str = "decoder") -> "PeftModel":
     """
-    A model with a LoRA adapter; its other weights are frozen.
+    Adds a LoRA adapter to a model and freezes its other weights.
 
     Args:
         model ([`RetroForCausalLM`] or [`RetroJointForCausalLM`]): The model.
@@ -264,7 +265,7 @@ def add_lora(model: "PreTrainedModel", rank: int, layers: str = "decoder") -> "P
 
 
 def adapter_fields(arguments: TrainRetroArguments) -> dict[str, Any]:
-    """Fields of [`RetroJointConfig`] for what is to be trained beside a frozen decoder."""
+    """Fields of [`RetroJointConfig`] for the weights to train besides a frozen decoder."""
     fields: dict[str, Any] = {"neighbor_bias": True} if arguments.neighbor_bias else {}
     for name in ("neighbor_adapter", "row_adapter"):
         rank = getattr(arguments, f"{name}_rank")
