@@ -63,13 +63,16 @@ class RandomRetriever:
 
 
 def median_seconds(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds of each function; the functions take turns, so that all see the same machine."""
+    """
+    Median seconds of the processor for each function. The functions take turns, so that all see the same machine.
+    Time in which other programs had the processor does not count.
+    """
     seconds = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            start_time = time.perf_counter()
+            start_time = time.process_time()
             function()
-            seconds[name].append(time.perf_counter() - start_time)
+            seconds[name].append(time.process_time() - start_time)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

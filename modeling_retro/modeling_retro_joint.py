@@ -101,12 +101,13 @@ class NeighborFront:
     def select(self, slot: torch.LongTensor) -> tuple[LayerStates, torch.BoolTensor]:
         """
         Keys and values of one slot for each row `(batch_size,)`, and their mask. A row without the slot gets none.
+        Keys that no token may see are left out.
         """
-        width = torch.unique_consecutive(self.slots, return_counts=True)[1].max()
-        is_chosen = self.slots == slot[:, None]  # [B, F]
+        is_chosen = self.mask & (self.slots == slot[:, None])  # [B, F]
+        width = int(is_chosen.sum(1).max())
         # Moves the chosen columns to the front and keeps their order.
         columns = is_chosen.int().argsort(dim=1, descending=True, stable=True)[:, :width]  # [B, W]
-        mask = (self.mask & is_chosen).gather(1, columns)
+        mask = is_chosen.gather(1, columns)
 
         def gather(states: torch.Tensor) -> torch.Tensor:
             index = columns.to(states.device)[:, None, :, None]
@@ -548,7 +549,7 @@ class RetroJointForCausalLM(
         mask: torch.BoolTensor,
         position_ids: torch.LongTensor,
         row_mask: torch.Tensor | None,
-    ) -> torch.Tensor | BlockMask | dict[str, torch.Tensor | BlockMask]:
+    ) -> torch.Tensor | BlockMask | dict[str, torch.Tensor | BlockMask] | None:
         """
         Makes the masks over the neighbors in front and the row, in the form that the attention of the decoder takes.
         If the decoder has several types of layers, there is a mask for each. A sliding window counts only the tokens
@@ -569,8 +570,25 @@ class RetroJointForCausalLM(
         for layer_type, window in layer_windows(self.config.text_config).items():
             seen = row_mask if window is None else row_mask & (distance < window)
             seen = torch.cat([sees_front, seen], dim=-1)[:, None]  # [B, 1, T, F + N]
+            if window is None and self._needs_no_mask(seen):
+                return None
             masks[layer_type] = self._convert_mask(seen, num_neighbor_tokens=sees_front.shape[-1])
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _needs_no_mask(self, seen: torch.BoolTensor) -> bool:
+        """
+        Whether the token of a decoding step sees every key. Without a mask SDPA need not repeat the keys for the heads
+        of a group. On a GPU this is not looked up, because the CPU would have to wait for the answer.
+        """
+        return (
+            seen.shape[2] == 1
+            and seen.device.type == "cpu"
+            and len(layer_windows(self.config.text_config)) == 1
+            and self.neighbor_bias is None
+            and self.decoder.config._attn_implementation == "sdpa"
+            and not torch.compiler.is_compiling()
+            and bool(seen.all())
+        )
 
     def _convert_mask(self, mask: torch.BoolTensor, num_neighbor_tokens: int = 0) -> torch.Tensor | BlockMask:
         implementation = self.decoder.config._attn_implementation
@@ -642,7 +660,12 @@ class RetroJointForCausalLM(
         sees_front = (positions >= self.config.chunk_size - 1)[..., None] & is_seen  # [1, T, length]
         whole = torch.ones(length + row_length, length + row_length, dtype=torch.bool, device=tokens.device).tril()
         try:
-            found = self(input_ids=row, neighbor_input_ids=neighbor, use_cache=False).logits
+            # The last token is a decoding step, for which decoders prepare their attention in a way of its own.
+            cache, first = RetroJointCache(), max(1, row_length - 1)
+            found = self(input_ids=row[:, :first], neighbor_input_ids=neighbor, past_key_values=cache).logits
+            if first < row_length:
+                last = self(input_ids=row[:, first:], past_key_values=cache).logits
+                found = torch.cat([found, last], dim=1)
             whole[length:, :length] = sees_front[0]
             masks = {}
             for layer_type, window in layer_windows(self.config.text_config).items():
