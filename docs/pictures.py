@@ -44,10 +44,11 @@ def path(points: Iterable[tuple[float, float]], stroke: str, width: float) -> st
 
 
 def label(x, y, words, anchor="middle", fill=INK, size=14, weight="normal", turned=False) -> str:
+    halo = f' stroke="{PAPER}" stroke-width="4" paint-order="stroke"' if weight == "bold" else ""
     turn = f' transform="rotate(-90 {x:g} {y:g})"' if turned else ""
     return (
         f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="{fill}" font-size="{size}" '
-        f'font-weight="{weight}"{turn}>{escape(words)}</text>'
+        f'font-weight="{weight}"{halo}{turn}>{escape(words)}</text>'
     )
 
 
@@ -182,18 +183,33 @@ def overlap() -> str:
     return picture(width, height, "Bits per byte saved against the overlap with the neighbors", parts)
 
 
+# Color, label and shift (some cost the same) of each way to read neighbors, by the pattern of its name in the table.
+WAYS = {
+    r"OFF|ON, \d+ neighbors?": (COLORS[0], "untrained model, with the number of neighbors", 0),
+    r"ON.*": (COLORS[2], "model with a trained reader", 10),
+    r"random.*": (GRAY, "random neighbors", 20),
+    r".*in front.*": (COLORS[1], "neighbor in front of the window", 0),
+}
+
+
+def _way(name: str) -> str:
+    for way in WAYS:
+        if re.fullmatch(way, name):
+            return way
+    raise ValueError(f"the table of README.md has the row {name!r}, for which docs/pictures.py has no color")
+
+
 def bits_against_operations() -> str:
     """The leading table of README.md: bits per byte of each way to read neighbors, against its operations."""
     rows = table(
         DOCS.parent / "README.md", "retrieval", "bits per byte", "less OFF", "billions of operations for a token"
     )
-    width, height, left, right, top, bottom = 720, 420, 78, 30, 66, 66
+    width, height, left, right, top, bottom = 720, 450, 78, 30, 130, 66
     points = {}
     for row in rows:
-        found = numbers(row["less OFF"])
-        name = row["retrieval"].split(":")[0].removeprefix("the ").removesuffix(" of the window")
+        name = row["retrieval"].split(":")[0]
         bits, operations = float(row["bits per byte"]), float(row["billions of operations for a token"])
-        points[name] = (operations, bits, found[1:])
+        points[name] = (operations, bits, numbers(row["less OFF"])[1:])
     off = points["OFF"][1]
     values = [off + end for *_, interval in points.values() for end in interval] + [off]
     low, high = min(values) - 0.01, max(values) + 0.02
@@ -220,18 +236,23 @@ def bits_against_operations() -> str:
         parts.append(path([(x, y), (x, y + 5)], GRAY, 1))
         parts.append(label(x, y + 20, f"{operations}", fill=GRAY, size=13))
     parts.append(path([place(0, low), place(most, low)], INK, 1))
-    joined = [place(*point[:2]) for name, point in points.items() if name.startswith(("OFF", "ON"))]
-    parts.append(path(joined, COLORS[0], 2))
-    for name, (operations, bits, interval) in points.items():
-        color = COLORS[0] if name.startswith(("OFF", "ON")) else GRAY if name.startswith("random") else COLORS[1]
-        x, y = place(operations, bits)
-        x += 6 * name.startswith("random")  # costs as much as a retrieved neighbor
-        if interval:
-            parts.append(path([(x, place(0, off + end)[1]) for end in interval], color, 1.5))
-        parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="5.5" fill="{color}"/>')
-        is_left = name.startswith("ON, 1") or operations > most / 2  # of its point, to leave room for the next
-        y += 20 if name.startswith("ON, 1") else -9
-        parts.append(label(x - 9 if is_left else x + 9, y, name, "end" if is_left else "start", color, weight="bold"))
+    ways = {way: [name for name in points if _way(name) == way] for way in WAYS}
+    for number, (way, names) in enumerate((way, names) for way, names in ways.items() if names):
+        color, words, shift = WAYS[way]
+        key_x, key_y = left + 6 + 340 * (number // 2), 76 + 20 * (number % 2)
+        parts.append(f'<circle cx="{key_x:g}" cy="{key_y:g}" r="5.5" fill="{color}"/>')
+        parts.append(label(key_x + 13, key_y + 5, words, "start", size=13))
+        places = {name: (place(*points[name][:2])[0] + shift, place(*points[name][:2])[1]) for name in names}
+        if len(names) > 1 and not way.startswith("random"):
+            parts.append(path([place(*points["OFF"][:2]), *places.values()], color, 2))
+        for name, (x, y) in places.items():
+            parts.append(
+                path([(x, place(0, off + end)[1]) for end in points[name][2] or [points[name][1] - off]], color, 1.5)
+            )
+            parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="5.5" fill="{color}"/>')
+            if name.startswith(("OFF", "ON")):
+                words = "OFF" if name == "OFF" else f"{numbers(name)[0]:g}"
+                parts.append(label(x + 9, y - 8, words, "start", color, weight="bold"))
     return picture(width, height, "Bits per byte against operations for a token", parts)
 
 
