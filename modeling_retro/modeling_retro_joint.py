@@ -586,6 +586,9 @@ class RetroJointForCausalLM(
             and len(layer_windows(self.config.text_config)) == 1
             and self.neighbor_bias is None
             and self.decoder.config._attn_implementation == "sdpa"
+            # Some other decoders make a mask of their own if they are given none.
+            and self.decoder._supports_attention_backend
+            and self.decoder._can_compile_fullgraph
             and not torch.compiler.is_compiling()
             and bool(seen.all())
         )
