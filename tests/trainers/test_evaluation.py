@@ -15,12 +15,15 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from array_datastore import ArrayDatastore, ArraySource, random_datastore
 
+from data_prep.bm25_index import build_bm25_index
+from data_prep.neighbors import find_neighbors
 from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM
 from trainers.evaluation import (
     NeighborSource,
@@ -348,6 +351,25 @@ def test_larger_shares_hold_the_smaller_ones_and_each_is_measured(model, tiny_da
     assert np.array_equal(evaluation.chunk_bits["on k=2 share=1"], whole.chunk_bits["on k=2"])
     assert not np.array_equal(evaluation.chunk_bits["on k=2 share=0.3"], whole.chunk_bits["on k=2"])
     assert evaluation.references("on k=2 share=0.3") == ["off", "random k=2"]
+
+
+def test_another_retriever_reads_what_it_would_have_stored(model, tiny_datastore_dir, tmp_path):
+    torch.manual_seed(0)
+    path = shutil.copytree(tiny_datastore_dir, tmp_path / "datastore")
+    build_bm25_index(path)
+    model = RetroForCausalLM(RetroConfig(**{**model.config.to_dict(), "vocab_size": 302, "chunk_size": 8}))
+    real = RetroDatastore.from_pretrained(path)
+    options = {"modes": ["on"], "num_neighbors": 2, "max_documents": 3, "measure_overlap": True}
+    dense = evaluate(model, real, real.split("validation"), **options)
+    anew = evaluate(model, real, real.split("validation"), retriever="bm25", **options)
+    find_neighbors(path, 10, "validation", "bm25", force=True)
+    real = RetroDatastore.from_pretrained(path)
+    stored = evaluate(model, real, real.split("validation"), **options)
+    assert np.array_equal(anew.chunk_bits["on"], stored.chunk_bits["on"])
+    assert np.array_equal(anew.overlap, stored.overlap)
+    assert not np.array_equal(anew.chunk_bits["on"], dense.chunk_bits["on"])
+    with pytest.raises(ValueError, match="num_neighbors is 500, expected numbers from 1 to the 457 chunks"):
+        evaluate(model, real, real.split("validation"), retriever="hybrid", num_neighbors=500)
 
 
 @pytest.mark.parametrize("shares", [[], [0.0], [0.5, 1.5]])
