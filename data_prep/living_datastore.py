@@ -163,6 +163,11 @@ def update_documents(datastore: str | Path, inputs: Inputs, refresh_neighbors: b
 
     def make(folder: Path) -> bool:
         before = open_manifest(path)
+        if not has_own_ids(before):
+            raise ValueError(
+                f"{path} was chunked without --id_column: nobody knows which documents the new ones take the place of; "
+                "use `retro remove` and `retro add`"
+            )
         opened = RetroDatastore(path, before)
         known = _living_documents(opened)
         starts, stops = (np.searchsorted(opened.chunks.document_id, list(known.values()), side) for side in _SIDES)
@@ -177,6 +182,7 @@ def update_documents(datastore: str | Path, inputs: Inputs, refresh_neighbors: b
         new_shards = _append(folder, before, inputs, is_known)
         if not any(shard["rows"] for shard in new_shards):
             return False
+        _note_left_out(folder, before)
         ids, numbers = _own_ids(folder, new_shards)
         # If several new documents have the same id, the last one counts.
         last = dict(zip(ids, numbers, strict=True))
@@ -267,11 +273,6 @@ def _append(
         raise ValueError(f"{folder.parent} was imported, its documents were not read here; nothing can be added to it")
     if stage["options"]["max_chunks"] is not None:
         raise ValueError(f"{folder.parent} was cut by max_chunks; nothing can be added to it")
-    if is_known is not None and not has_own_ids(before):
-        raise ValueError(
-            f"{folder.parent} was chunked without --id_column: nobody knows which documents the new ones take the "
-            "place of; use `retro remove` and `retro add`"
-        )
     known = len(stage["sources"])
     shards = append_documents(folder, inputs, known, is_known)["shards"][len(stage["shards"]) :]
     if is_known is None and not any(shard["rows"] for shard in shards):
@@ -280,6 +281,19 @@ def _append(
         options = stage["deduplicated"]["options"]
         deduplicate(folder, sorted(options["against"]), options["threshold"], options["ngram"])
     return shards
+
+
+def _note_left_out(folder: Path, before: dict[str, Any]) -> None:
+    """
+    Notes the new documents that were already known, which have numbers but no chunks, so that shards can be restored.
+    """
+    manifest = open_manifest(folder)
+    parts = manifest["splits"][TRAIN_SPLIT]["chunks"]["parts"][len(before["splits"][TRAIN_SPLIT]["chunks"]["parts"]) :]
+    numbers = [np.arange(part["stop"] - part["start"]) + part["first_document_id"] for part in parts]
+    gone = np.setdiff1d(np.concatenate(numbers), RetroDatastore(folder, manifest).chunks.document_id)
+    if len(gone):
+        _write_numbers(folder, manifest, "compacted", np.union1d(_read_numbers(folder, manifest, "compacted"), gone))
+        write_manifest(folder, manifest)
 
 
 def _bring_up_to_date(folder: Path, before: dict[str, Any], refresh_neighbors: bool) -> None:

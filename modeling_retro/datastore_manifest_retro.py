@@ -335,6 +335,10 @@ def describe_datastore(manifest: Mapping[str, Any]) -> dict[str, Any]:
         facts["index"] = manifest["index"]["factory"]
     if "bm25" in manifest:
         facts["bm25"] = manifest["bm25"]["options"]
+    if manifest.get("version"):
+        facts["version"] = manifest["version"]
+    if "removed" in manifest:
+        facts["removed_documents"] = manifest["removed"]["documents"]
     return facts
 
 

@@ -26,7 +26,7 @@ datastore.take_neighbors([0, 1])[0]  # int64 [2, 128]: each with its continuatio
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -251,7 +251,7 @@ class DatastoreSplit:
     def __init__(self, path: Path, record: Mapping[str, Any], chunk_size: int, searched: bool):
         self.path = path
         self._held: HeldVersion | None = None
-        self._is_removed: Callable[[np.ndarray], np.ndarray] | None = None  # chunk ids [...] -> bool [...]
+        self._is_removed: _RemovedChunks | None = None
         self.record = record
         self.searched = searched
         if "fingerprint" not in record.get("chunks", {}):
@@ -299,9 +299,20 @@ class DatastoreSplit:
         return self._neighbors["neighbor_scores"]
 
 
-def _is_of_documents(chunks: ChunkTable, documents: np.ndarray, chunk_ids: np.ndarray) -> np.ndarray:
-    """Which chunks [...] are of some documents [n]."""
-    return np.isin(chunks.gather("document_id", chunk_ids), documents) & (chunk_ids >= 0)
+class _RemovedChunks:
+    """Says of chunk ids [...] which are of removed documents, whose numbers a file lists."""
+
+    def __init__(self, chunks: ChunkTable, file: Path, sha256: str):
+        self.chunks = chunks
+        self.file = file
+        self.sha256 = sha256
+
+    @cached_property
+    def documents(self) -> np.ndarray:
+        return np.load(verify_file(self.file, self.sha256), allow_pickle=False)
+
+    def __call__(self, chunk_ids: np.ndarray) -> np.ndarray:
+        return np.isin(self.chunks.gather("document_id", chunk_ids), self.documents) & (chunk_ids >= 0)
 
 
 def drop_neighbors(
@@ -427,21 +438,19 @@ class RetroDatastore:
             split = DatastoreSplit(split_path(self.path, name), record, self.chunk_size, searched)
             split._held = self._held
             if "removed" in self.manifest:
-                chunks = split.chunks if name == TRAIN_SPLIT else self.chunks
-                split._is_removed = partial(_is_of_documents, chunks, self.removed_documents)
+                chunks, record = split.chunks if name == TRAIN_SPLIT else self.chunks, self.manifest["removed"]
+                split._is_removed = _RemovedChunks(chunks, self.path / record["name"], record["sha256"])
             self._splits[name] = split
         return self._splits[name]
 
-    @cached_property
+    @property
     def removed_documents(self) -> np.ndarray:
         """
         `np.ndarray` int64 [n], ascending: Documents that were removed, but whose chunks are still in the files until
         `retro compact` removes them.
         """
-        record = self.manifest.get("removed")
-        if record is None:
-            return np.zeros(0, dtype=np.int64)
-        return np.load(verify_file(self.path / record["name"], record["sha256"]), allow_pickle=False)
+        is_removed = self.split(TRAIN_SPLIT)._is_removed
+        return np.zeros(0, dtype=np.int64) if is_removed is None else is_removed.documents
 
     def is_removed(self, chunk_ids: Any) -> np.ndarray:
         """
@@ -454,9 +463,8 @@ class RetroDatastore:
             `np.ndarray`: bool [...].
         """
         chunk_ids = np.asarray(chunk_ids, dtype=np.int64)
-        if "removed" not in self.manifest:
-            return np.zeros(chunk_ids.shape, dtype=bool)
-        return _is_of_documents(self.chunks, self.removed_documents, chunk_ids)
+        is_removed = self.split(TRAIN_SPLIT)._is_removed
+        return np.zeros(chunk_ids.shape, dtype=bool) if is_removed is None else is_removed(chunk_ids)
 
     def check_compact(self, purpose: str) -> None:
         """

@@ -45,6 +45,7 @@ PAGES = [
     "retriever",
     "cluster",
     "recipes",
+    "living_datastore",
 ]
 
 # What needs the network, an archive or minutes, and the test that runs it otherwise, on data of its own.
@@ -94,6 +95,14 @@ def workplace(tmp_path_factory, tiny_tokenizer, tiny_encoder_dir):
     write_jsonl(folder / "documents.jsonl", make_texts(16, seed=2))
     write_jsonl(folder / "held_out.jsonl", make_texts(3, seed=3))
     write_jsonl(folder / "more.jsonl", make_texts(3, seed=4))
+    for name, letters in (("articles", "ab"), ("changed", "bc")):
+        records = [
+            {"name": f"{a}{n}", "text": f"text {t}"}
+            for a in letters
+            for n, t in enumerate(make_texts(6, seed=len(name)))
+        ]
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     (folder / "documents").mkdir()
     (folder / "my_texts").mkdir()
     for number, text in enumerate(make_texts(16, seed=5)):
