@@ -95,7 +95,7 @@ def build_bm25_index(
         if before is not None and before["fingerprint"] == fingerprint and (path / before["folder"]).is_dir():
             return before
         if before is not None and before["fingerprint"] != chunks_fingerprint(shards[: before["shards"]]):
-            raise ValueError(f"the BM25 index of {path} belongs to other chunks; use --force to build it anew")
+            raise ValueError(f"the BM25 index of {path} belongs to other chunks; use --force to build it again")
         run = hashlib.sha256(json.dumps([options, fingerprint], sort_keys=True).encode()).hexdigest()[:16]
         work = path / (_WORK + run)
         # A datastore that was changed keeps the index of the earlier version for its readers.

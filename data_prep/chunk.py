@@ -491,7 +491,7 @@ def _chunk_shards(
     parts = [Part(**part) for part in stage["parts"]]
     reader = RecordReader(sources, record_format)
     features = chunk_features(chunker.chunk_size, manifest["tokenizer"]["vocab_size"])
-    # What is added to a datastore that was changed never takes the name that a shard of an earlier version had.
+    # New shards of a datastore that was changed never get the name of a shard of an earlier version.
     suffix = f"-v{manifest['version']}" if manifest.get("version") else ""
     names = [record["name"] for record in stage["shards"]]
     names += [f"shard-{index:05d}{suffix}" for index in range(len(names), len(parts))]
@@ -541,21 +541,22 @@ def append_documents(
     is_known: Callable[[Document, np.ndarray], bool] | None = None,
 ) -> dict[str, Any]:
     """
-    Adds documents to what is searched, with the options that the datastore was chunked with, also if an input like
-    these was added before.
+    Adds documents to the searched ones, with the options that the datastore was chunked with, even if an equal input
+    was added before.
 
     Args:
         datastore (`str` or `Path`): The datastore.
         inputs (`str`, `Path`, `datasets.Dataset`, `Mapping` or a sequence of them): As [`chunk_documents`] takes them.
-        known_sources (`int`): Number of sources of the datastore before; those after it are of an interrupted run.
+        known_sources (`int`):
+            Number of sources of the datastore before. Further sources belong to an interrupted run.
         is_known (`Callable`, *optional*):
-            Says of a document and its token ids [n, m] that it need not be added. It counts as filtered.
+            Maps a document and its token ids [n, m] to whether it need not be added. Such documents count as filtered.
 
     Returns:
-        `dict`: what the manifest says of the chunks.
+        `dict`: the record of the chunks in the manifest.
 
     Raises:
-        ValueError: If a record is bad, or the inputs hold none.
+        ValueError: If a record is bad, or the inputs hold no records.
     """
     path = Path(datastore)
     with directory_lock(path):
@@ -633,7 +634,7 @@ def restore_shard(
         if checksum(temporary) != record["sha256"]:
             raise ValueError(
                 f"{source.path} no longer gives the chunks of {root / 'chunks' / name}; bring back the input as it "
-                "was, or make the split anew with `retro chunk --force`"
+                "was, or remake the split with `retro chunk --force`"
             )
 
 

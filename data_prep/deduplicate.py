@@ -175,11 +175,15 @@ def deduplicate(
             return before
         if len(manifest["splits"][TRAIN_SPLIT].get("embeddings", {}).get("shards", [])) > before["shards"]:
             if not force:
-                raise ValueError(f"{path} is embedded already; deduplicate before that, or use --force to embed anew")
+                raise ValueError(
+                    f"{path} is already embedded; deduplicate before that, or use --force to embed it again"
+                )
             discard(path, manifest, TRAIN_SPLIT, "embeddings")
         if manifest.get("bm25", {}).get("shards", 0) > before["shards"]:
             if not force:
-                raise ValueError(f"{path} is indexed already; deduplicate before that, or use --force to index anew")
+                raise ValueError(
+                    f"{path} is already indexed; deduplicate before that, or use --force to index it again"
+                )
             discard(path, manifest, TRAIN_SPLIT, "bm25")
         return _remove_duplicates(path, manifest, opened, before)
 

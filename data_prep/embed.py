@@ -101,7 +101,7 @@ def embed_chunks(
         for record in stage["shards"]:
             if record["chunks_sha256"] != sources.get(record["name"]):
                 raise ValueError(
-                    f"the embeddings of {record['name']} ({split}) belong to other chunks; use --force to embed anew"
+                    f"the embeddings of {record['name']} ({split}) belong to other chunks; use --force to embed again"
                 )
         write_manifest(path, manifest)
         root = split_path(path, split)

@@ -170,7 +170,7 @@ def build_index(
         if before is not None and before["fingerprint"] == fingerprint and (path / index_name(manifest)).exists():
             return before
         if before is not None and before["fingerprint"] != chunks_fingerprint(shards[: before["shards"]]):
-            raise ValueError(f"the index of {path} belongs to other chunks; use --force to build it anew")
+            raise ValueError(f"the index of {path} belongs to other chunks; use --force to build it again")
         run = hashlib.sha256(json.dumps([options, fingerprint, before], sort_keys=True).encode()).hexdigest()[:16]
         build = _IndexBuild(path, path / (_WORK + run), manifest, options, before, use_gpus, shard_index)
         if not build.record_path.exists():

@@ -104,11 +104,11 @@ def check_changeable(path: Path, manifest: dict[str, Any]) -> None:
             "uploaded, and push it again"
         )
     if "extends" in manifest:
-        raise ValueError(f"{path} extends another datastore: change that one and make this anew with `retro prepare`")
+        raise ValueError(f"{path} extends another datastore: change that one and remake this one with `retro prepare`")
     if (path / "search_all").exists():
         raise ValueError(
-            f"{path / 'search_all'} holds copies of the datastore, which would keep what is removed; delete that "
-            "folder first, and make it anew with `retro prepare` if need be"
+            f"{path / 'search_all'} holds copies of the datastore, which would keep removed documents; delete that "
+            "folder first, and remake it with `retro prepare` if you need it"
         )
     if "fingerprint" not in manifest["splits"].get(TRAIN_SPLIT, {}).get("chunks", {}):
         raise ValueError(f"{path} has no finished chunks; run `retro chunk` (again)")
@@ -147,7 +147,7 @@ def _begin(path: Path, manifest: dict[str, Any], request: dict[str, Any]) -> Non
 
 
 def _publish(path: Path) -> None:
-    """Puts the finished version in its place; goes on where an earlier run was interrupted at that."""
+    """Puts the finished version in its place, or completes this if an earlier run was interrupted at it."""
     state = process_state()
     if state.is_main_process:
         folder = path / _NEXT

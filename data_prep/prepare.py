@@ -79,14 +79,14 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"{file} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_KEYS))}")
     if TRAIN_SPLIT not in content["splits"]:
-        raise ValueError(f"{file} has no split {TRAIN_SPLIT!r}, which is what is searched")
+        raise ValueError(f"{file} has no split {TRAIN_SPLIT!r}, which is the one that is searched")
     if "encoder" not in content and "index" in _indexes(content):
-        raise ValueError(f"{file} must have an encoder, which it can do without only with the retriever bm25")
+        raise ValueError(f"{file} must have an encoder, unless its retriever is bm25")
     return content
 
 
 def _indexes(recipe: Mapping[str, Any]) -> set[str]:
-    """The indexes that a recipe wants: those of its retriever, and those that it has what it takes for."""
+    """The indexes that a recipe builds: those that its retriever needs, and those that its keys allow or name."""
     retriever = recipe.get("neighbors", {}).get("retriever", "dense")
     if retriever not in INDEXES:
         raise ValueError(f"the retriever of the recipe is {retriever!r}, expected one of {', '.join(INDEXES)}")
@@ -216,7 +216,7 @@ def extend_datastore(base: str | Path, split: str, output_dir: str | Path) -> di
         ]
         if process_state().is_main_process:
             _link_extension(base, path, split, source, names)
-        # The index is a start for the new one; that of BM25 is built anew.
+        # The new index starts from this one. That of BM25 is built again.
         manifest = {key: value for key, value in source.items() if key not in ("splits", "bm25")}
         manifest["extends"] = origin
         all_chunks = train["chunks"]["shards"] + chunks

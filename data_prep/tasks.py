@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The former place of `span_corruption_tasks`: imports from here go on working."""
+"""The former place of `span_corruption_tasks`, kept so that earlier imports still work"""
 
 from data_prep.span_corruption_tasks import TextTask, load_mixture, read_tasks
 

@@ -126,7 +126,7 @@ def verify_datastore(path: str | Path) -> list[Finding]:
     try:
         manifest = read_manifest(path)
     except ValueError as error:
-        remedy = "bring it back from a copy, or make the datastore anew with `retro prepare --force`"
+        remedy = "restore it from a copy, or remake the datastore with `retro prepare --force`"
         return [Finding(MANIFEST_NAME, f"is refused ({error})", remedy)]
     findings = list(_DatastoreVerifier(path, manifest).findings())
     for nested in sorted(path.glob(f"search_all/*/{MANIFEST_NAME}")):
@@ -167,21 +167,21 @@ class _DatastoreVerifier:
     ):
         split_option = "" if split in (None, TRAIN_SPLIT) else f" --split {split}"
         remedy = {
-            "chunks": f"`retro verify --repair --input …` makes it anew, `retro chunk{split_option} --force` all",
-            "counts": "`retro verify --repair` counts anew",
-            "embeddings": f"`retro verify --repair` makes it anew, `retro embed{split_option} --force` all",
-            "index": "`retro verify --repair` makes it anew, and so does `retro index --force`",
-            "bm25": "`retro verify --repair` makes it anew, and so does `retro index --kind bm25 --force`",
-            "neighbors": f"`retro verify --repair` makes it anew, `retro neighbors{split_option} --force` all",
+            "chunks": f"`retro verify --repair --input …` remakes it; `retro chunk{split_option} --force` remakes all",
+            "counts": "`retro verify --repair` counts again",
+            "embeddings": f"`retro verify --repair` remakes it; `retro embed{split_option} --force` remakes all",
+            "index": "`retro verify --repair` remakes it, and so does `retro index --force`",
+            "bm25": "`retro verify --repair` remakes it, and so does `retro index --kind bm25 --force`",
+            "neighbors": f"`retro verify --repair` remakes it; `retro neighbors{split_option} --force` remakes all",
             "tokenizer": "`retro chunk` with the same inputs and tokenizer writes it again",
             "encoder": "`retro embed` with the same encoder writes it again",
         }[stage]
         if "files" in self.manifest:
             stage, remedy = None, f"remove {self.path} and download the datastore again"
         elif "extends" in self.manifest:
-            stage, remedy = None, "remove the datastore and make it anew with `retro prepare`"
+            stage, remedy = None, "remove the datastore and remake it with `retro prepare`"
         elif stage == "chunks" and not self.manifest["splits"][split]["chunks"]["parts"]:
-            stage, remedy = None, "import the datastore anew with `retro import`"
+            stage, remedy = None, "import the datastore again with `retro import`"
         elif stage in ("tokenizer", "encoder"):
             stage = None
         where = where.relative_to(self.path).as_posix() if isinstance(where, Path) else where
@@ -363,7 +363,7 @@ class _DatastoreVerifier:
             if record is None:
                 continue
             file = self.path / record["name"]
-            remedy = "bring it back from a copy, or make the datastore anew from its documents"
+            remedy = "restore it from a copy, or remake the datastore from its documents"
             if problem := _file_problem(file, record["sha256"]):
                 self.broken.add((TRAIN_SPLIT, "removed"))
                 yield Finding(file.name, problem, remedy)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The former place of `hub_transfer_retro`: imports from here go on working."""
+"""The former place of `hub_transfer_retro`, kept so that earlier imports still work"""
 
 from .hub_transfer_retro import download_datastore, push_datastore
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The former place of `datastore_retro` and `retriever_retro`: imports from here go on working."""
+"""The former place of `datastore_retro` and `retriever_retro`, kept so that earlier imports still work"""
 
 from .chunk_encoder_retro import ChunkEncoder
 from .datastore_retro import ChunkTable, DatastoreSplit, RetroDatastore, read_index, tokenizer_fingerprint

@@ -343,7 +343,7 @@ class RetroRetriever:
         return True
 
     def check_model(self, config: RetroConfig) -> None:
-        """Raises a `ValueError` unless a model of this configuration can read what is retrieved."""
+        """Raises a `ValueError` unless a model of this configuration can read the retrieved neighbors."""
         self.datastore.check_model(config)
 
     def retrieve(

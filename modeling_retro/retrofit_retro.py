@@ -254,7 +254,7 @@ class RetroRetrofitMixin(RetroBaseModelMixin):
         if not retrofit_only and getattr(self, "hf_quantizer", None) is not None:
             raise ValueError(
                 "the decoder is quantised, so that the model cannot be saved as a whole: `freeze_decoder()` and "
-                "`save_pretrained(..., retrofit_only=True)` save what was added to it"
+                "`save_pretrained(..., retrofit_only=True)` save the added weights"
             )
         super().save_pretrained(save_directory, retrofit_only=retrofit_only, **kwargs)
 

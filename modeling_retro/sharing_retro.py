@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The former place of `model_sharing_retro` and `model_card_retro`: imports from here go on working."""
+"""The former place of `model_sharing_retro` and `model_card_retro`, kept so that earlier imports still work"""
 
 from .model_card_retro import create_model_card, save_model_card
 from .model_sharing_retro import RetroSharingMixin

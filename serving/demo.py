@@ -122,7 +122,7 @@ def create_page(demo: Demo) -> gr.Blocks:
     with gr.Blocks(title="RETRO: what looking up is worth") as page:
         gr.Markdown(
             f"# What looking up is worth\nThe model looks up each {size} tokens that it has read among "
-            f"{num_chunks:,} chunks of its datastore, and reads what it finds while it predicts the next {size}."
+            f"{num_chunks:,} chunks of its datastore, and reads the neighbors while it predicts the next {size}."
         )
         gr.HTML(f"<style>{CSS}</style>{legend()}")
         with gr.Tab("Continue a prompt"):

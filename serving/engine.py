@@ -144,7 +144,7 @@ class Engine:
         max_waiting (`int`, *optional*, defaults to 64):
             Largest number of completions that wait. Further ones are refused.
         refresh (`Callable`, *optional*):
-            Called before each step, to take what has changed, such as [`RetroRetriever.refresh`] does.
+            Called before each step, to switch to a new version of the datastore, such as [`RetroRetriever.refresh`].
     """
 
     def __init__(
@@ -226,13 +226,15 @@ class Engine:
             completion.send(CompletionEvent(error=RuntimeError("the server is shutting down")))
 
     def _refresh(self) -> None:
-        """What has changed may be broken, or half copied; then the engine goes on with what it has."""
+        """Switches to a new version of the datastore, unless that is broken or half copied."""
         try:
             if self.refresh is not None:
                 self.refresh()
         except Exception as error:
             if str(error) != self._refused:
-                logger.warning("the datastore's new version cannot be taken, the one before is searched on: %s", error)
+                logger.warning(
+                    "the new version of the datastore cannot be used, and the earlier one is kept: %s", error
+                )
             self._refused = str(error)
 
     def _take_waiting(self) -> list[Completion]:

@@ -133,7 +133,7 @@ def _panel(number: int, stretch: Stretch) -> str:
     if not stretch.neighbors:
         return f"<h4>Chunk {number + 1} read no neighbors.</h4>"
     worth = sum(piece.worth for piece in stretch.pieces)
-    heading = f"Chunk {number + 1} read what was found for chunk {number}, worth {worth:+.1f} bits"
+    heading = f"Chunk {number + 1} read the neighbors of chunk {number}, worth {worth:+.1f} bits"
     return f"<h4>{heading}</h4>" + "".join(map(_neighbor, stretch.neighbors))
 
 

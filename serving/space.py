@@ -54,7 +54,7 @@ short_description: A language model with retrieval, beside without
 # What looking up is worth
 
 A language model reads the neighbors of each chunk in a datastore while it predicts the next one. This page continues a
-prompt with neighbors and without, and colors each token by what its neighbors did for it. It was written by
+prompt with neighbors and without, and colors each token by the bits that its neighbors saved. It was written by
 `retro demo --export`; `python app.py` runs it on your machine, with what `requirements.txt` names.
 """
 

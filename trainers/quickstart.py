@@ -254,8 +254,8 @@ def evaluate_reader(
     model: PreTrainedModel, datastore: RetroDatastore, untrained: RetroEvaluation, operations: dict[str, float]
 ) -> tuple[RetroEvaluation, dict[str, float]]:
     """
-    Adds what a model measures that was trained to read neighbors. Without retrieval it is the model of the evaluation
-    before.
+    Adds the results of a model that was trained to read neighbors. Without retrieval it equals the model of the
+    earlier evaluation.
     """
     split, options = datastore.split("validation"), {**PRETRAINED_WINDOWS, "batch_size": 4}
     bits, operations = dict(untrained.chunk_bits), dict(operations)
@@ -488,7 +488,7 @@ def generate_example(output_dir: Path, model: PreTrainedModel, evaluation: Retro
         texts["with retrieval" if is_on else "without"] = "".join(chunk.text for chunk in chunks[1:])
     example = format_chunks(chunks)
     if side_by_side:
-        heading = "The held-out chunk whose successor gains the most from retrieval, and how the model goes on:"
+        heading = "The held-out chunk whose successor gains the most from retrieval, and the model's continuation:"
         example = f"{heading}\n\n{prompt}\n\n{in_columns(texts)}\n\n{example}"
     return example
 
@@ -555,7 +555,7 @@ def verdict(evaluation: RetroEvaluation, model: str | None) -> str:
         )
     remedy = "It takes documents that resemble those in the datastore, or more of them."
     if model is None:
-        remedy = "More training is what it takes: raise --max_steps."
+        remedy = "It needs more training: raise --max_steps."
     elif model == TINY:
         remedy = "Text that retro-tiny knows too little of wants a model trained on it: --from-scratch."
     return (

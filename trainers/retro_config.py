@@ -85,7 +85,7 @@ class RetroTrainingArguments(RetroTrainingOptions, LocalTrainingArguments):
             Number of evaluations in a row without a better `metric_for_best_model` after which the training stops.
             Needs `load_best_model_at_end`.
 
-        > Parameters that control what is saved
+        > Parameters that control the saved files
 
         retrofit_only (`bool`, *optional*, defaults to `False`):
             Whether to save only the weights that were added to a frozen decoder, with the checksum of the decoder.

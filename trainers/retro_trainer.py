@@ -316,7 +316,7 @@ class DataCollatorForRetro:
 
     def _begins_document(self, chunk_ids: np.ndarray, present: np.ndarray) -> np.ndarray:
         document_ids = np.where(present, self.source.chunks.document_id[np.where(present, chunk_ids, 0)], -1)
-        begins = np.ones_like(present)  # [B, L]; the first chunk of a row begins one, or what is left of one
+        begins = np.ones_like(present)  # [B, L]; the first chunk of a row begins a document, or the rest of one
         begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         return begins
 

@@ -89,7 +89,7 @@ class RetroTrainingOptions:
         },
     )
 
-    # Parameters that control what is saved
+    # Parameters that control the saved files
     retrofit_only: bool = field(
         default=False,
         metadata={"help": "Save only the weights that were added to a frozen decoder, with its checksum."},

@@ -187,7 +187,7 @@ def load_model(
     set_seed(training_arguments.seed)
 
     if (arguments.model is None) == (arguments.model_config is None):
-        raise ValueError("give either --model (to go on training) or --model_config (from scratch)")
+        raise ValueError("give either --model (to continue its training) or --model_config (from scratch)")
     num_shares = arguments.fsdp_size * arguments.tp_size
     if arguments.lora_rank is not None:
         refused = {
