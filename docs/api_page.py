@@ -66,6 +66,8 @@ SECTIONS = {
         "trainers.operations": ["operations_per_token"],
         "trainers.evaluation_report": ["RetroEvaluation", "bootstrap_interval"],
         "trainers.generation": ["generate_with_neighbors"],
+        "trainers.harness": ["RetroLM"],
+        "trainers.harness_tasks": ["write_tasks"],
     },
     "Training and measuring the retriever": {
         "trainers.retriever_config": ["RetrieverTrainingArguments"],

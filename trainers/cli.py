@@ -45,6 +45,8 @@ COMMANDS = {
     "train": ("trainers.scripts.train_retro", "train a RETRO language model"),
     "teach": ("trainers.scripts.teach", "store the predictions of a model with the neighbor in front, as a teacher"),
     "evaluate": ("trainers.scripts.evaluate_retro", "measure the gain from retrieval, in bits per byte"),
+    "lm-eval": ("trainers.scripts.lm_eval_retro", "evaluate with retrieval on tasks of the lm-evaluation-harness"),
+    "lm-eval-tasks": ("trainers.scripts.lm_eval_tasks", "make tasks of the harness from the texts of a datastore"),
     "generate": ("trainers.scripts.generate", "continue a prompt and show the neighbors used"),
     "serve": ("serving.scripts.serve", "answer requests with the API of OpenAI"),
     "demo": ("serving.scripts.demo", "show what retrieval is worth, in a browser"),

@@ -1,0 +1,137 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""RETRO models in the [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness)."""
+
+import copy
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel
+
+from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.retriever_retro import RetroRetriever
+
+from .load_model import load_retro_model
+
+
+@register_model("retro")
+class RetroLM(HFLM):
+    """
+    A RETRO model as the harness evaluates it. Without retrieval it answers as the harness's own `hf` does for the
+    decoder.
+
+    With retrieval, every chunk that a request completes is looked up. The context of a question and the prompt of a
+    generation are padded on the left to whole chunks (see [`RetroRetriever.pad_to_chunks`]). Their end is therefore
+    looked up too, and the answer uses what was found. Texts whose likelihood is asked for as a whole are not padded.
+
+    Args:
+        pretrained (`str` or [`~transformers.PreTrainedModel`]):
+            Folder or Hub id of a RETRO model or of any causal language model, or a RETRO model.
+        datastore (`str` or [`RetroDatastore`]):
+            Folder or Hub id of the datastore, or the datastore. Texts are tokenized with its tokenizer.
+        k (`int`, *optional*, defaults to 2):
+            Number of neighbors of a chunk.
+        retrieval (`bool`, *optional*, defaults to `True`):
+            Whether to look up neighbors.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Data type of the model.
+        device (`str`, *optional*):
+            Where the model computes; an accelerator if there is one.
+        kwargs:
+            Passed to `HFLM`: `batch_size`, `max_length`, `add_bos_token`, …
+
+    Raises:
+        ValueError: If the model does not fit the datastore, or `k` is below 1.
+
+    Example:
+
+    ```python
+    >>> import lm_eval
+    >>> from trainers.harness import RetroLM
+
+    >>> model = RetroLM("path/to/model", "path/to/datastore", k=2, batch_size=8)
+    >>> results = lm_eval.simple_evaluate(model, tasks=["lambada_openai"])
+    ```"""
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel,
+        datastore: str | RetroDatastore,
+        k: int = 2,
+        retrieval: bool = True,
+        dtype: str = "float32",
+        device: str | None = None,
+        **kwargs: Any,
+    ):
+        if k < 1:
+            raise ValueError(f"k is {k}, expected at least 1; `retrieval=False` evaluates without neighbors")
+        if isinstance(datastore, str):
+            datastore = RetroDatastore.from_pretrained(datastore)
+        if isinstance(pretrained, str):
+            pretrained = load_retro_model(pretrained, datastore, dtype=getattr(torch, dtype))
+        pretrained = pretrained.to(device or PartialState().device)
+        pretrained.config.num_neighbors = k
+        self.retriever = RetroRetriever(datastore) if retrieval else None
+        pretrained.set_retriever(self.retriever)
+        # The harness sets a pad token, which the datastore's tokenizer must not have from then on.
+        super().__init__(pretrained, tokenizer=copy.deepcopy(datastore.tokenizer), backend="causal", **kwargs)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        if self.retriever is not None:
+            requests = [
+                # Windows of a whole text have no question.
+                (texts, context, answer)
+                if texts is None
+                else (texts, self._whole_chunks(context, self.max_length + 1 - len(answer)), answer)
+                for texts, context, answer in requests
+            ]
+        return super()._loglikelihood_tokens(requests, **kwargs)
+
+    def tok_batch_encode(
+        self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Tokens of prompts, padded on the left.
+
+        Returns:
+            `tuple[torch.LongTensor, torch.LongTensor]`: tokens and attention mask `[B, T]`.
+        """
+        if self.retriever is None:
+            return super().tok_batch_encode(strings, *args, left_truncate_len=left_truncate_len, **kwargs)
+        input_ids, mask = super().tok_batch_encode(strings, *args, **kwargs)
+        rows = [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
+        rows = [self._whole_chunks(row, left_truncate_len or self.max_length) for row in rows]
+        length = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        return input_ids, mask
+
+    def _whole_chunks(self, tokens: list[int], max_tokens: int) -> list[int]:
+        """The last tokens, as many as fit, padded on the left to whole chunks."""
+        chunk_size = self.retriever.datastore.chunk_size
+        max_tokens = max_tokens // chunk_size * chunk_size
+        if max_tokens <= 0:
+            raise ValueError(
+                f"max_length is {self.max_length}, which leaves no whole chunk of {chunk_size} tokens for the question"
+            )
+        return self.retriever.pad_to_chunks(tokens[-max_tokens:]).tolist()
+
+
+__all__ = ["RetroLM"]
