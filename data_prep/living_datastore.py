@@ -19,7 +19,7 @@ opens the datastore afterwards never finds a removed document.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,8 @@ from modeling_retro.durable_files_retro import whole
 
 logger = logging.get_logger(__name__)
 
-Inputs = str | Path | Dataset | IterableDataset | Sequence[str | Path | Dataset | IterableDataset]
+Input = str | Path | Dataset | IterableDataset | Mapping[str, Any]
+Inputs = Input | Sequence[Input]
 
 
 def add_documents(datastore: str | Path, inputs: Inputs, refresh_neighbors: bool = False) -> dict[str, Any]:
@@ -165,8 +166,8 @@ def update_documents(datastore: str | Path, inputs: Inputs, refresh_neighbors: b
         before = open_manifest(path)
         if not has_own_ids(before):
             raise ValueError(
-                f"{path} was chunked without --id_column: nobody knows which documents the new ones take the place of; "
-                "use `retro remove` and `retro add`"
+                f"{path} was chunked without --id_column, so nothing says which documents the new ones replace; use "
+                "`retro remove` and `retro add`"
             )
         opened = RetroDatastore(path, before)
         known = _living_documents(opened)
@@ -184,7 +185,7 @@ def update_documents(datastore: str | Path, inputs: Inputs, refresh_neighbors: b
             return False
         _note_left_out(folder, before)
         ids, numbers = _own_ids(folder, new_shards)
-        # If several new documents have the same id, the last one counts.
+        # If several new documents have the same id, the last one that differs from the old one counts.
         last = dict(zip(ids, numbers, strict=True))
         replaced = [known[name] for name in last if name in known]
         repeated = [number for name, number in zip(ids, numbers, strict=True) if name and last[name] != number]
@@ -255,8 +256,10 @@ _SIDES = ("left", "right")
 
 def _describe(inputs: Inputs) -> list[dict[str, Any]]:
     """Describes inputs, so that a resumed run recognizes them. A stream never equals another."""
-    entries = [inputs] if isinstance(inputs, (str, Path, Dataset, IterableDataset)) else list(inputs)
-    if any(isinstance(entry, IterableDataset) or entry == "-" for entry in entries if not isinstance(entry, Dataset)):
+    entries = [inputs] if isinstance(inputs, (str, Path, Dataset, IterableDataset, Mapping)) else list(inputs)
+    streams = [isinstance(entry, Mapping) and entry.get("streaming") for entry in entries]
+    streams += [isinstance(entry, IterableDataset) or (isinstance(entry, str) and entry == "-") for entry in entries]
+    if any(streams):
         return broadcast_object_list([[{"streamed": time.time_ns()}]])[0]
     return [source.describe() for source in find_sources(entries)]
 

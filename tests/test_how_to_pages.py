@@ -46,6 +46,7 @@ PAGES = [
     "cluster",
     "recipes",
     "living_datastore",
+    "neighbors",
 ]
 
 # What needs the network, an archive or minutes, and the test that runs it otherwise, on data of its own.

@@ -27,6 +27,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from conftest import TINY_CHUNK_SIZE, make_texts, write_jsonl
+from datasets import Dataset
 
 from data_prep import next_version
 from data_prep.bm25_index import build_bm25_index
@@ -88,6 +89,14 @@ def test_added_documents_are_found(datastore_dir, tmp_path):
     assert set(new.tolist()) <= found_documents(datastore_dir, k=len(documents))
     assert after.neighbor_ids.shape == (len(documents), 4)
     assert verify_datastore(datastore_dir) == []
+
+
+def test_datasets_and_streams_are_added_too(articles_dir):
+    for number, name in enumerate(("x", "y", "y")):
+        rows = Dataset.from_dict({"name": [name], "text": [f"text {number}"]})
+        update_documents(articles_dir, rows if number == 0 else rows.to_iterable_dataset())
+    assert list(living_texts(articles_dir).values())[12:] == ["text 0", "text 2"]
+    assert verify_datastore(articles_dir) == []
 
 
 def test_removed_documents_are_never_returned(datastore_dir):
