@@ -205,8 +205,8 @@ def load_model(
         model = load_retro_model(arguments.model, datastore, dtype=torch.float32)
         if not model.name_or_path:
             raise ValueError(
-                f"{arguments.model} is no RETRO model yet, and an adapter must name one as its base: make it by `retro "
-                f"retrofit --base {arguments.model} --attention joint --retrofit_only true --output_dir FOLDER`"
+                f"{arguments.model} is no RETRO model yet, and an adapter must name one as its base. Make it by "
+                f"`retro retrofit --base {arguments.model} --attention joint --retrofit_only true --output_dir FOLDER`"
             )
         return add_lora(model, arguments.lora_rank, arguments.lora_layers)
     if num_shares == 1:
