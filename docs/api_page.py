@@ -41,7 +41,9 @@ SECTIONS = {
     "Retrieval": {
         "modeling_retro": ["RetroRetriever", "RetrievedNeighbors", "RetroDatastore", "ChunkEncoder"],
         "modeling_retro.datastore_retro": ["DatastoreSplit", "ChunkTable", "read_index", "tokenizer_fingerprint"],
-        "modeling_retro.retriever_retro": ["search"],
+        "modeling_retro.retriever_retro": ["NeighborSearch", "search"],
+        "modeling_retro.bm25_retro": ["Bm25Index"],
+        "modeling_retro.ranking_retro": ["fuse", "rerank"],
     },
     "Sharing": {
         "modeling_retro.hub_transfer_retro": ["push_datastore", "download_datastore"],
@@ -53,7 +55,14 @@ SECTIONS = {
         "data_prep.deduplicate": ["deduplicate"],
         "data_prep.embed": ["embed_chunks"],
         "data_prep.index": ["build_index", "suggest_factory"],
+        "data_prep.bm25_index": ["build_bm25_index"],
         "data_prep.neighbors": ["find_neighbors"],
+        "data_prep.living_datastore": [
+            "add_documents",
+            "update_documents",
+            "remove_documents",
+            "compact_datastore",
+        ],
         "data_prep.convert": ["import_datastore"],
     },
     "Training and measuring the language model": {
