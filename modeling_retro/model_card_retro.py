@@ -39,9 +39,9 @@ CARD = """{marker}
 
 # {title}
 
-A RETRO language model ([arXiv 2112.04426](https://huggingface.co/papers/2112.04426)). It looks each whole chunk of
-{chunk_size} tokens up in a datastore, and from the last token of the chunk on attends to the neighbors it found.
-Without a datastore it runs as a plain decoder.
+This is a RETRO language model ([arXiv 2112.04426](https://huggingface.co/papers/2112.04426)). It looks up each whole
+chunk of {chunk_size} tokens in a datastore, and attends to the neighbors from the last token of the chunk on. Without
+a datastore it runs as a plain decoder.
 
 {facts}
 
@@ -63,11 +63,12 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 
 """
 
-WITH_DATASTORE = """`retriever="auto"` opens the datastore, which needs `datasets` and `faiss`; without it nothing is
-retrieved. `trust_remote_code=True` runs the code of this repository: pin a `revision` that you have read."""
+WITH_DATASTORE = """`retriever="auto"` opens the datastore, which needs `datasets` and `faiss`. Without it, the model
+does not retrieve. `trust_remote_code=True` runs the code of this repository, so pin a `revision` that you have
+read."""
 
-WITHOUT_DATASTORE = """To retrieve, pass `retriever=RetroRetriever.from_pretrained(...)` over a datastore of
-the same tokenizer. `trust_remote_code=True` runs the code of this repository: pin a `revision` that you have read."""
+WITHOUT_DATASTORE = """To retrieve, pass `retriever=RetroRetriever.from_pretrained(...)` with a datastore of the same
+tokenizer. `trust_remote_code=True` runs the code of this repository, so pin a `revision` that you have read."""
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:
