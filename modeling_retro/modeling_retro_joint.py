@@ -580,12 +580,13 @@ class RetroJointForCausalLM(
         Whether the token of a decoding step sees every key. Without a mask SDPA need not repeat the keys for the heads
         of a group. On a GPU this is not looked up, because the CPU would have to wait for the answer.
         """
+        implementation = self.decoder.config._attn_implementation
         return (
             seen.shape[2] == 1
             and seen.device.type == "cpu"
             and len(layer_windows(self.config.text_config)) == 1
             and self.neighbor_bias is None
-            and self.decoder.config._attn_implementation == "sdpa"
+            and implementation == "sdpa"
             # Some other decoders make a mask of their own if they are given none.
             and self.decoder._supports_attention_backend
             and self.decoder._can_compile_fullgraph
