@@ -117,8 +117,9 @@ def prepare_datastore(
         recipe (`str`, `Path` or `Mapping`): A YAML file, the name of a recipe of the package, or the contents of one.
         output_dir (`str` or `Path`): The datastore.
         data_dir (`str` or `Path`, *optional*, defaults to `"."`): Folder of the inputs with relative paths.
-        append (`bool`, *optional*, defaults to `False`): Whether to add the inputs that the datastore does not hold
-        yet. force (`bool`, *optional*, defaults to `False`): Whether to rebuild everything.
+        append (`bool`, *optional*, defaults to `False`):
+            Whether to add the inputs that the datastore does not hold yet.
+        force (`bool`, *optional*, defaults to `False`): Whether to rebuild everything.
 
     Returns:
         `dict`: the manifest.
