@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Self
 
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import custom_object_save
@@ -142,7 +143,7 @@ class RetroBaseModelMixin:
         *args,
         base_model_name_or_path: str | None = None,
         **kwargs,
-    ):
+    ) -> Self:
         """
         Loads a model as [`~transformers.PreTrainedModel.from_pretrained`] does. For a model that was saved with
         `retrofit_only=True`, the base is loaded too, and the decoder is frozen.

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers.cache_utils import Cache
@@ -129,7 +129,7 @@ class RetroGenerationMixin:
     cache_class: type[RetrievalCache] = RetroCache
 
     @classmethod
-    def from_pretrained(cls, *args, retriever: Any = None, **kwargs):
+    def from_pretrained(cls, *args, retriever: Any = None, **kwargs) -> Self:
         """
         Loads a model as [`~transformers.PreTrainedModel.from_pretrained`] does.
 

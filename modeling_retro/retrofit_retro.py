@@ -14,7 +14,7 @@
 """Makes RETRO models from pretrained decoders of the Llama family"""
 
 import os
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -131,7 +131,7 @@ class RetroRetrofitMixin(RetroBaseModelMixin):
     @classmethod
     def from_decoder_pretrained(
         cls, name_or_path: str, *, warm_start: bool = True, retriever: Any = None, **kwargs
-    ) -> "RetroRetrofitMixin":
+    ) -> Self:
         """
         Makes a RETRO model from a pretrained decoder. A scalar that starts at zero gates its chunked cross attention,
         so at first the model computes exactly what the decoder computes, with neighbors and without.
