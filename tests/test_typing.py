@@ -56,7 +56,7 @@ print(found.neighbor_input_ids.shape)
 @pytest.mark.slow
 def test_of_a_users_script_only_the_wrong_line_has_an_error_of_types(tmp_path):
     pytest.importorskip("pyright")
-    (tmp_path / "script.py").write_text(SCRIPT + "print(model.no_such_thing)\n")
+    (tmp_path / "script.py").write_text(SCRIPT + "print(datastore.no_such_thing)\n")
     root = str(Path(__file__).parents[1])
     (tmp_path / "pyrightconfig.json").write_text(json.dumps({"typeCheckingMode": "basic", "extraPaths": [root]}))
     words = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, "-p", str(tmp_path)]
