@@ -19,12 +19,13 @@ opens the datastore afterwards never finds a removed document.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
@@ -157,7 +158,7 @@ def update_documents(datastore: str | Path, inputs: Inputs, refresh_neighbors: b
 
     Raises:
         ValueError: If the documents of the datastore have no ids of their own, or for the reasons of
-        [`add_documents`].
+            [`add_documents`].
     """
     path = Path(datastore)
     request = {"command": "update", "inputs": _describe(inputs), "refresh_neighbors": refresh_neighbors}
@@ -338,12 +339,11 @@ def _numbers_of(path: Path, manifest: dict[str, Any], documents: Sequence[int | 
                 f"{path} was chunked without --id_column: its documents have numbers (`document_ids` of what is "
                 f"retrieved), no ids such as {min(names)!r}"
             )
-        ids, all_numbers = _own_ids(path, manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"])
-        found = [(name, number) for name, number in zip(ids, all_numbers, strict=True) if name in names]
-        unknown = names - {name for name, _ in found}
+        found, its_numbers = _own_ids(path, manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"], names)
+        unknown = names - set(found)
         if unknown:
             raise ValueError(f"{path} has no document with the id {min(unknown)!r} ({len(unknown)} are unknown)")
-        numbers += [number for _, number in found]
+        numbers += its_numbers
     numbers = np.unique(np.array(numbers, dtype=np.int64))
     unknown = numbers[~np.isin(numbers, there) & ~np.isin(numbers, gone)]
     if len(unknown):
@@ -351,10 +351,13 @@ def _numbers_of(path: Path, manifest: dict[str, Any], documents: Sequence[int | 
     return numbers[~np.isin(numbers, gone)]
 
 
-def _own_ids(path: Path, shards: Sequence[dict[str, Any]]) -> tuple[list[str | None], list[int]]:
-    """The user's own ids of the documents of some shards, and their numbers."""
+def _own_ids(
+    path: Path, shards: Sequence[dict[str, Any]], names: Collection[str] | None = None
+) -> tuple[list[str | None], list[int]]:
+    """The user's own ids of the documents of some shards, and their numbers; with `names` only those of these ids."""
     files = [path / "documents" / f"{shard['name']}.parquet" for shard in shards]
-    tables = [pq.read_table(file, columns=["id", "document_id"]) for file in files]
+    wanted = None if names is None else pc.field("id").isin(list(names))
+    tables = [pq.read_table(file, columns=["id", "document_id"], filters=wanted) for file in files]
     ids = [name for table in tables for name in table["id"].to_pylist()]
     return ids, [number for table in tables for number in table["document_id"].to_pylist()]
 

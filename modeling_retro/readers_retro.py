@@ -57,14 +57,18 @@ class Reader:
         location = str(READERS_DIR / self.name) if self.name in reader_names() else self.name
         try:
             weights = cached_file(location, RETROFIT_WEIGHTS_NAME)
-            config = RetroJointConfig.from_pretrained(location)
+            fields, _ = RetroJointConfig.get_config_dict(location)
         except OSError as error:
             raise ValueError(
                 f"{self.name} is no reader: expected one of {reader_names()}, or a folder or Hub id with config.json "
                 f"and {RETROFIT_WEIGHTS_NAME}, which `save_pretrained(…, retrofit_only=True)` writes ({error})"
             ) from error
-        if config.model_type != RetroJointConfig.model_type:
-            raise ValueError(f"{self.name} is a {config.model_type}; a reader is of a {RetroJointConfig.model_type}")
+        if fields.get("model_type") != RetroJointConfig.model_type:
+            raise ValueError(
+                f"{self.name} holds the added weights of a model of type {fields.get('model_type')!r}, expected those "
+                f"of a {RetroJointConfig.model_type!r}; load it with `from_pretrained`"
+            )
+        config = RetroJointConfig.from_dict(fields)
         self.fields = {name: getattr(config, name) for name in READER_FIELDS}
         self.base = config.base_model_name_or_path
         self.weights = load_file(weights)

@@ -33,7 +33,7 @@ from data_prep.memory import keep_freed_memory
 
 @dataclass
 class AddArguments:
-    """Options of `retro add`."""
+    """Options of `retro add` and `retro update`."""
 
     datastore: str = field(metadata={"help": "The datastore; may be the first word."})
     input: list[str] = field(

@@ -23,31 +23,15 @@ with the same text is only read. Documents that the inputs lack stay in the data
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from data_prep.arguments import name_leading_words, parse_arguments, run_command
 from data_prep.memory import keep_freed_memory
-
-
-@dataclass
-class UpdateArguments:
-    """Options of `retro update`."""
-
-    datastore: str = field(metadata={"help": "The datastore; may be the first word."})
-    input: list[str] = field(
-        metadata={
-            "help": "Files, folders and globs of documents, '-' for jsonl on standard input; may be the next words."
-        }
-    )
-    refresh_neighbors: bool = field(
-        default=False,
-        metadata={"help": "Search the neighbors of earlier chunks again, because new ones may be nearer."},
-    )
+from data_prep.scripts.add import AddArguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = name_leading_words(argv, "datastore", "input")
-    (arguments,) = parse_arguments(UpdateArguments, argv=argv, description=__doc__, prog="retro update")
+    (arguments,) = parse_arguments(AddArguments, argv=argv, description=__doc__, prog="retro update")
     from data_prep.living_datastore import describe_version, update_documents
     from data_prep.stage_files import process_state
 

@@ -5,7 +5,7 @@ from test_reader_adapters_retro import LORA, make_inputs
 from tiny_joint import make_decoder
 from transformers import AutoModelForCausalLM
 
-from modeling_retro import RetroJointForCausalLM
+from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
 from modeling_retro.reader_adapters_retro import is_adapter_weight
 from modeling_retro.readers_retro import READERS_DIR, Reader, reader_names
 
@@ -61,6 +61,12 @@ def test_something_that_is_no_reader_is_refused_by_name(tmp_path):
     make_decoder().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is no reader"):
         Reader(tmp_path)
+    sizes = {"cross_attention_layers": [1], "neighbor_encoder_num_hidden_layers": 1, "chunk_size": CHUNK}
+    paper = RetroForCausalLM.from_decoder_pretrained(tmp_path, **sizes)
+    paper.freeze_decoder()
+    paper.save_pretrained(tmp_path / "paper", retrofit_only=True)
+    with pytest.raises(ValueError, match="of type 'retro', expected those of a 'retro_joint'"):
+        Reader(tmp_path / "paper")
 
 
 @pytest.mark.parametrize("name", reader_names())

@@ -21,11 +21,12 @@ on two CPU cores.
     retro quickstart --from-scratch --output_dir my_retro_from_scratch --max_steps 4000
 
 The text is the docstrings of the installed `transformers`, or your own: a jsonl file with a key "text" on each line,
-or a folder of text files. The model is SmolLM2-135M-Instruct, which reads the neighbors untrained with its own
-attention and is measured beside itself with the neighbor in front of its window. `--model` takes any other causal
-language model, a folder or Hub id, or retro-tiny, the RETRO model that comes with this package and has seen none of
-the documents that it is measured on. With `--from-scratch` a smaller RETRO model is trained first, in about ten
-minutes. The same command resumes an interrupted run.
+or a folder of text files. The model is SmolLM2-135M-Instruct, which reads the neighbors with its own attention, first
+untrained and then with the adapters of this package. It is measured beside itself with the neighbor in front of its
+window. `--model` takes any other causal language model, a folder or Hub id, which reads untrained, or retro-tiny, the
+RETRO model that comes with this package and has seen none of the documents that it is measured on. With
+`--from-scratch` a smaller RETRO model is trained first, in about ten minutes. The same command resumes an interrupted
+run.
 """
 
 from collections.abc import Sequence
