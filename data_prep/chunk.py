@@ -310,8 +310,9 @@ def chunk_documents(
         on_bad_record (`str`, *optional*, defaults to `"error"`):
             `"error"` raises an error, and `"skip"` writes bad records to `quarantine/`.
         max_documents (`int`, *optional*): Largest number of documents.
-        max_chunks (`int`, *optional*): Largest number of chunks. The first document that would exceed it ends the
-        split. max_document_bytes (`int`, *optional*, defaults to 50,000,000): Longer records are bad records.
+        max_chunks (`int`, *optional*):
+            Largest number of chunks. The first document that would exceed it ends the split.
+        max_document_bytes (`int`, *optional*, defaults to 50,000,000): Longer records are bad records.
         allow_control_tokens (`bool`, *optional*, defaults to `False`):
             Whether text that spells a special token becomes that token, for corpora that carry control tokens on
             purpose. All splits must have the same choice.

@@ -109,8 +109,7 @@ def import_datastore(
 
     Raises:
         ValueError: If a file is missing, or disagrees with another file, the tokenizer or the encoder. The message
-        names
-            it.
+            names it.
     """
     if format == "norlund":
         shards = read_norlund(Path(source))

@@ -182,8 +182,9 @@ class RecordFormat:
     Describes how a record becomes a document.
 
     Args:
-        text_column (`str`, *optional*, defaults to `"text"`): Key or column of the text. `a.b` names the key `b` of
-        the object `a`. id_column (`str`, *optional*): Key or column of the user's own id of a document.
+        text_column (`str`, *optional*, defaults to `"text"`):
+            Key or column of the text. `a.b` names the key `b` of the object `a`.
+        id_column (`str`, *optional*): Key or column of the user's own id of a document.
         max_document_bytes (`int`, *optional*, defaults to 50,000,000): Longer records are bad records.
     """
 

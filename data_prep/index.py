@@ -136,8 +136,9 @@ def build_index(
         recall_queries (`int`, *optional*, defaults to 1000): Number of queries to measure the recall with.
         seed (`int`, *optional*, defaults to 0): Seed of the samples.
         use_gpus (`bool`, *optional*, defaults to `False`): Whether to train and fill the index on GPUs.
-        shard_index (`bool`, *optional*, defaults to `False`): Whether to split the index over GPUs instead of copying
-        it. force (`bool`, *optional*, defaults to `False`): Whether to build the index again.
+        shard_index (`bool`, *optional*, defaults to `False`):
+            Whether to split the index over GPUs instead of copying it.
+        force (`bool`, *optional*, defaults to `False`): Whether to build the index again.
 
     Returns:
         `dict`: the record of the index in the manifest: `factory`, `ntotal`, `search_parameters`, `recall`, ….

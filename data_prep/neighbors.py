@@ -101,8 +101,9 @@ def find_neighbors(
         drop_near_duplicates (`float`, *optional*):
             Neighbors that hold more than this share of the chunk's tokens, such as 0.9, are dropped.
         use_gpus (`bool`, *optional*, defaults to `False`): Whether to search on GPUs.
-        shard_index (`bool`, *optional*, defaults to `False`): Whether to split the index over GPUs instead of copying
-        it. force (`bool`, *optional*, defaults to `False`): Whether to search again.
+        shard_index (`bool`, *optional*, defaults to `False`):
+            Whether to split the index over GPUs instead of copying it.
+        force (`bool`, *optional*, defaults to `False`): Whether to search again.
 
     Returns:
         `dict`: the record of the split's neighbors in the manifest, with counts of all dropped results.

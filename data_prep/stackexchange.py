@@ -251,8 +251,7 @@ def stackexchange_pairs(
 
     Raises:
         `ValueError`: if the XML is broken, declares entities, or lacks attributes of posts. The message names the file
-        and
-            the line.
+            and the line.
     """
     paths = [Path(path) for path in inputs]
     with whole(Path(output_dir)) as folder, ExitStack() as stack:

@@ -183,8 +183,7 @@ def read_manifest(path: Path, name: str = MANIFEST_NAME) -> dict[str, Any]:
 
     Raises:
         ValueError: If the file is missing, is not JSON, was made by newer code, or holds an impossible value. The
-        message
-            names the field.
+            message names the field.
     """
     file = path / name
     if not file.is_file():
@@ -282,8 +281,8 @@ def check_model(manifest: Mapping[str, Any], name: str | Path, config: RetroConf
     Args:
         manifest (`Mapping`): The contents of `datastore.json`.
         name (`str` or `Path`): Name of the datastore in errors.
-        config ([`RetroConfig`]): Config of the model. If it names its tokenizer (`tokenizer_sha256`), that is compared
-        too.
+        config ([`RetroConfig`]):
+            Config of the model. If it names its tokenizer (`tokenizer_sha256`), that is compared too.
 
     Raises:
         ValueError: If the chunk size or the tokenizer differs.

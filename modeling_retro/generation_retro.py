@@ -175,8 +175,7 @@ class RetroGenerationMixin:
 
         Raises:
             ValueError: If the retriever cannot serve the model, such as a [`RetroRetriever`] over a datastore of
-            another
-                tokenizer or chunk size.
+                another tokenizer or chunk size.
         """
         check = getattr(retriever, "check_model", None)  # simple retrievers have none
         if check is not None:

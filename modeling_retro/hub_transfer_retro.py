@@ -203,7 +203,7 @@ def download_datastore(repo_id: str, revision: str | None = None, **hub_kwargs) 
 
     Raises:
         `ValueError`: if the repository is not a datastore, or if a file is missing or its checksum differs from the
-        manifest.
+            manifest.
     """
     try:
         snapshot = Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, **hub_kwargs))

@@ -79,8 +79,8 @@ def causal_lm_loss(
         num_items_in_batch (`torch.Tensor` or `int`, *optional*):
             Number to divide the sum by, if the batch is part of a larger one. Defaults to the number of labels.
         ignore_index (`int`, *optional*, defaults to -100): Label that does not count.
-        shift_labels (`torch.LongTensor` of shape `(batch_size, seq_len)`, *optional*): Labels that are already
-        shifted.
+        shift_labels (`torch.LongTensor` of shape `(batch_size, seq_len)`, *optional*):
+            Labels that are already shifted.
 
     Returns:
         `torch.Tensor`: The loss, a scalar in float32 or better; NaN if no label counts.

@@ -285,8 +285,10 @@ class RetroRetriever:
     Args:
         datastore ([`RetroDatastore`]): The datastore to search.
         encoder ([`ChunkEncoder`], *optional*): Defaults to the encoder of the datastore.
-        device (`str` or `torch.device`, *optional*): Device of the encoder. Defaults to the first GPU, or else the
-        CPU. dtype (`str` or `torch.dtype`, *optional*): Computing type of the encoder. retriever (`str`, *optional*):
+        device (`str` or `torch.device`, *optional*):
+            Device of the encoder. Defaults to the first GPU, or else the CPU.
+        dtype (`str` or `torch.dtype`, *optional*): Computing type of the encoder.
+        retriever (`str`, *optional*):
             How neighbors are found: `"dense"`, `"bm25"`, `"hybrid"` or `"rerank"` (see [`NeighborSearch`]). Defaults
             to the way in which the stored neighbors were found. `"bm25"` needs no encoder.
     """
@@ -353,9 +355,10 @@ class RetroRetriever:
         Looks up whole chunks.
 
         Args:
-            chunk_input_ids (`torch.LongTensor`): [n, m] token ids. Special tokens are dropped from the text of the
-            query. k (`int`): Number of neighbors of a chunk. exclude_document_ids (`torch.LongTensor` or `np.ndarray`,
-            *optional*):
+            chunk_input_ids (`torch.LongTensor`):
+                [n, m] token ids. Special tokens are dropped from the text of the query.
+            k (`int`): Number of neighbors of a chunk.
+            exclude_document_ids (`torch.LongTensor` or `np.ndarray`, *optional*):
                 [n] a document that must not be returned for each chunk, -1 for none.
 
         Returns:

@@ -48,8 +48,8 @@ def load_model(model: str, datastore: str, dtype: str = "auto", retriever: str |
         dtype (`str`, *optional*, defaults to `"auto"`):
             Type of the weights. `"auto"` is the type of the checkpoint on a GPU, and float32 on a CPU, because many
             CPUs are slow in half precision.
-        retriever (`str`, *optional*): How neighbors are found. Defaults to the way in which the stored ones were
-        found.
+        retriever (`str`, *optional*):
+            How neighbors are found. Defaults to the way in which the stored ones were found.
 
     Returns:
         [`LoadedModel`]

@@ -146,3 +146,13 @@ def test_every_recipe_of_the_package_is_on_its_page():
     named = set(re.findall(r"^\| `([\w.]+)`", text, re.MULTILINE))
     recipes = {path.name.removesuffix(".yaml") for path in (ROOT / "data_prep" / "recipes").iterdir()}
     assert recipes <= named
+
+
+SECOND_ARGUMENT = re.compile(r"[.:] \w+ \((?:`[A-Za-z][^)]*|\[`\w+`\](?:, \*optional\*)?)\):")
+
+
+@pytest.mark.parametrize("package", ["modeling_retro", "data_prep", "trainers", "serving"])
+def test_each_argument_of_a_docstring_begins_a_line(package):
+    for path in sorted((ROOT / package).rglob("*.py")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            assert not SECOND_ARGUMENT.search(line), f"{path.name}, line {number}: {line.strip()}"

@@ -110,8 +110,7 @@ def evaluate_retro(
 
     Raises:
         `ValueError`: if the model has another chunk size than the datastore, if a mode is unknown, if the stride is
-        not
-            smaller than the window, if fewer neighbors are stored, or if the split has no documents.
+            not smaller than the window, if fewer neighbors are stored, or if the split has no documents.
     """
     datastore.check_chunk_size(model.config.chunk_size)
     unknown = sorted(set(modes) - set(MODES))

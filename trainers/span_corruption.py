@@ -69,7 +69,7 @@ class DataCollatorForSpanCorruption:
 
     Raises:
         `ValueError`: if the density or the span length is out of range, if the tokenizer lacks sentinels, padding or
-        EOS, if a row has more spans than there are sentinels, or if a row already holds a sentinel.
+            EOS, if a row has more spans than there are sentinels, or if a row already holds a sentinel.
 
     Example:
 
