@@ -39,9 +39,11 @@ test = [
     "openai>=2",
     "pytest>=8",
     "sentence-transformers>=6.2",
+    "tensorboard>=2.20",
     "torchao>=0.18",
+    "trackio>=0.40",
 ]
-quality = ["ruff>=0.17", "transformers-mlinter>=0.1.5"]
+quality = ["build>=1.3", "ruff>=0.17", "transformers-mlinter>=0.1.5"]
 
 setup(
     name="retro-transformers",
