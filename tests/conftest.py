@@ -34,6 +34,8 @@ from data_prep.embed import embed_chunks  # noqa: E402
 from data_prep.index import build_index  # noqa: E402
 from data_prep.neighbors import find_neighbors  # noqa: E402
 from modeling_retro import durable_files_retro  # noqa: E402
+from modeling_retro.datastore_retro import RetroDatastore  # noqa: E402
+from modeling_retro.retriever_retro import RetroRetriever  # noqa: E402
 
 
 TINY_CHUNK_SIZE = 8
@@ -125,6 +127,18 @@ def tiny_datastore_dir(
     for split in inputs:
         find_neighbors(datastore, num_neighbors=4, split=split)
     return datastore
+
+
+@pytest.fixture(scope="module")
+def datastore(tiny_datastore_dir: Path) -> RetroDatastore:
+    """The tiny datastore, opened."""
+    return RetroDatastore.from_pretrained(tiny_datastore_dir)
+
+
+@pytest.fixture(scope="module")
+def retriever(datastore: RetroDatastore) -> RetroRetriever:
+    """Searches the tiny datastore."""
+    return RetroRetriever(datastore, device="cpu")
 
 
 class DiskLog:

@@ -23,13 +23,7 @@ from conftest import make_texts
 from transformers import AutoModel, AutoTokenizer
 
 from modeling_retro.chunk_encoder_retro import ChunkEncoder
-from modeling_retro.datastore_retro import RetroDatastore
 from modeling_retro.retriever_retro import RetroRetriever
-
-
-@pytest.fixture(scope="module")
-def datastore(tiny_datastore_dir):
-    return RetroDatastore.from_pretrained(tiny_datastore_dir)
 
 
 def embeddings_of(path):

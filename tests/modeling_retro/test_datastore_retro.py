@@ -28,16 +28,6 @@ from modeling_retro.datastore_retro import RetroDatastore
 from modeling_retro.retriever_retro import RetroRetriever
 
 
-@pytest.fixture(scope="module")
-def datastore(tiny_datastore_dir):
-    return RetroDatastore.from_pretrained(tiny_datastore_dir)
-
-
-@pytest.fixture(scope="module")
-def retriever(datastore):
-    return RetroRetriever(datastore, device="cpu")
-
-
 @pytest.fixture
 def datastore_copy(tiny_datastore_dir, tmp_path):
     return shutil.copytree(tiny_datastore_dir, tmp_path / "datastore")

@@ -27,17 +27,7 @@ from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
 from modeling_retro.chunk_encoder_retro import decode_chunks
 from modeling_retro.datastore_retro import RetroDatastore
-from modeling_retro.retriever_retro import RetroRetriever, other_document_filter, search
-
-
-@pytest.fixture(scope="module")
-def datastore(tiny_datastore_dir):
-    return RetroDatastore.from_pretrained(tiny_datastore_dir)
-
-
-@pytest.fixture(scope="module")
-def retriever(datastore):
-    return RetroRetriever(datastore, device="cpu")
+from modeling_retro.retriever_retro import other_document_filter, search
 
 
 def brute_force(queries, keys, key_documents, query_documents, k):

@@ -22,16 +22,10 @@ import torch
 from conftest import make_texts, write_jsonl
 
 from data_prep.chunk import DocumentChunker
-from modeling_retro.datastore_retro import RetroDatastore
 from modeling_retro.retriever_retro import RetroRetriever
 from trainers.retro_config import RetroTrainingArguments
 from trainers.retro_trainer import ChunkRows, DataCollatorForRetro
 from trainers.streaming import RetroStreamTrainer, StreamCollator, StreamedRows, load_document_stream
-
-
-@pytest.fixture(scope="module")
-def datastore(tiny_datastore_dir):
-    return RetroDatastore.from_pretrained(tiny_datastore_dir)
 
 
 @pytest.fixture(scope="module")
