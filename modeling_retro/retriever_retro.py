@@ -334,7 +334,7 @@ class RetroRetriever:
         """
         if self.datastore.is_current():
             return False
-        datastore = RetroDatastore.from_pretrained(self.datastore.path)
+        datastore = self.datastore.reopen()
         if self.encoder is not None:
             datastore.check_encoder(self.encoder)
         datastore.check_tokenizer(self.datastore.tokenizer)

@@ -36,6 +36,7 @@ COMMANDS = {
     "update": ("data_prep.scripts.update", "add documents, and replace those with the same id"),
     "remove": ("data_prep.scripts.remove", "remove documents, which are then no longer found"),
     "compact": ("data_prep.scripts.compact", "remove the chunks of removed documents from the disk"),
+    "export": ("data_prep.scripts.export", "copy a datastore into Milvus or PostgreSQL"),
     "verify": ("data_prep.scripts.verify", "find damage in a datastore or model, and repair it"),
     "import": ("data_prep.scripts.convert", "import data of other RETRO implementations"),
     "plan": ("data_prep.scripts.plan", "estimate time, memory and disk of a datastore"),
