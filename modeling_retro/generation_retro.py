@@ -35,8 +35,23 @@ class RetrievalMemory:
     """
 
     prompt_length: int
+    has_default_positions: bool = False
     prompt_mask: torch.Tensor | None = None
     chunks: dict[bytes, dict[str, torch.Tensor]] = field(default_factory=dict)
+    missing: list[int] | None = None
+
+    def completes_no_chunk(self, past_length: int, seq_len: int, chunk_size: int) -> bool:
+        """
+        Whether it is known that the generated tokens of a call complete no chunk. This follows from their number, and
+        from the padding of the prompt, which is read once. Any other way would wait for the device at every token.
+        """
+        if not self.has_default_positions or past_length < self.prompt_length:
+            return False
+        if self.missing is None:
+            is_padding = torch.zeros(1, 1) if self.prompt_mask is None else self.prompt_mask == 0
+            self.missing = is_padding.long().sum(-1).unique().tolist()
+        lengths = range(past_length + 1, past_length + seq_len + 1)
+        return not any((length - missing) % chunk_size == 0 for length in lengths for missing in self.missing)
 
 
 # One for each thread and task. Contexts nest, because an assistant model generates inside another generation.
@@ -234,6 +249,9 @@ class RetroGenerationMixin:
             return None, None
         check_cache(past_key_values, self.cache_class)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        memory = _active_memory.get()
+        if memory is not None and memory.completes_no_chunk(past_length, input_ids.shape[1], self.config.chunk_size):
+            return None, None
         if position_ids is None:
             position_ids = default_position_ids(input_ids, attention_mask, past_length)
         position_ids = position_ids.expand(input_ids.shape[0], -1)
@@ -294,7 +312,12 @@ class RetroGenerationMixin:
             `retrieved_scores` (`torch.FloatTensor`, NaN where absent) of shape `(num_sequences, num_chunks, k)`.
         """
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        memory = RetrievalMemory(prompt_length=prompt.shape[1] if prompt is not None else 0)
+        memory = RetrievalMemory(
+            prompt_length=prompt.shape[1] if prompt is not None else 0,
+            has_default_positions=prompt is not None
+            and kwargs.get("position_ids") is None
+            and kwargs.get("past_key_values") is None,
+        )
         token = _active_memory.set(memory)
         try:
             outputs = super().generate(*args, **kwargs)

@@ -12,12 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import sys
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
 from test_modeling_retro import CHUNK, LENGTH, VOCAB, assert_close, make_inputs
 from test_modeling_retro import make_model as make_cross_model
 from tiny_joint import make_joint
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 
@@ -427,3 +430,53 @@ def test_from_pretrained_takes_the_retriever_itself(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, retriever=model.retriever)
     assert loaded.retriever is model.retriever
+
+
+class HostReads(TorchDispatchMode):
+    """The functions of this package that make the CPU wait for values of the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.readers: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal"):
+            frames = [frame for frame in traceback.extract_stack()[:-1] if "/torch/" not in frame.filename]
+            if "modeling_retro" in Path(frames[-1].filename).parts[:-1] and "tests" not in frames[-1].filename:
+                self.readers.append(frames[-1].name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_steps_that_complete_no_chunk_do_not_wait_for_the_device(kind_of_model, monkeypatch):
+    model = make_retro()
+    if kind_of_model == "joint":
+        # On a CPU it looks whether a mask is needed.
+        monkeypatch.setattr(type(model), "_needs_no_mask", lambda self, seen: False)
+    lengths = [2 * CHUNK + 1, CHUNK + 1]  # both rows complete chunks at the same steps
+    ids, mask = left_padded(lengths)
+
+    def readers(num_new_tokens):
+        with HostReads() as reads:
+            model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=num_new_tokens,
+                min_new_tokens=num_new_tokens,
+                do_sample=False,
+                eos_token_id=VOCAB - 1,
+            )
+        return reads.readers
+
+    readers(2)  # the second model keeps neighbors that it has read
+    # The tokens 1 to CHUNK - 1 that are generated do not complete a chunk once they are read.
+    few, many = readers(2), readers(CHUNK - 1)
+    assert few == many and few  # the prompt completes chunks, and its padding is read once
+    assert len(readers(CHUNK + 1)) > len(many)
+    # Rows with other padding complete their chunks at other steps, and none is missed.
+    ids, mask = left_padded([2 * CHUNK + 1, CHUNK + 3, CHUNK - 2])
+    generated = model.generate(ids, attention_mask=mask, max_new_tokens=3 * CHUNK, do_sample=False, eos_token_id=None)
+    found = set(model.retriever.chunks)
+    for row, row_mask in zip(generated, mask):
+        own = row[torch.count_nonzero(row_mask == 0) : -1]  # the last token is not read
+        for chunk in own[: len(own) // CHUNK * CHUNK].view(-1, CHUNK).tolist():
+            assert tuple(chunk) in found
