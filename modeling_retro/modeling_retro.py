@@ -192,22 +192,42 @@ def create_neighbor_mask(mask: torch.BoolTensor, dtype: torch.dtype) -> torch.Te
     return bias[:, None, None, :]
 
 
-def flash_sequence_lengths(position_ids: torch.LongTensor, batch_size: int) -> dict[str, torch.Tensor | int]:
+def flash_sequence_lengths(position_ids: torch.LongTensor, mask: torch.BoolTensor) -> dict[str, torch.Tensor | int]:
     """
     The lengths of packed documents, as flash attention takes them in place of a mask. transformers finds these lengths
-    only if there is one row. A sequence ends where the next position is not one higher. Each padding token is a
-    sequence of its own, which no other token sees.
+    only if there is one row and no cache. A sequence ends where the next position is not one higher. Each padding
+    token is a sequence of its own, which no other token sees. Documents that ended in the cache are sequences without
+    queries.
+
+    Args:
+        position_ids (`torch.LongTensor` of shape `(batch_size, seq_len)`):
+            Index of each token of the call in its document.
+        mask (`torch.BoolTensor` of shape `(batch_size, past_length + seq_len)`):
+            False for padding.
+
+    Raises:
+        ValueError: If padding stands inside a document, because the kernels see whole sequences.
     """
-    position_ids = position_ids.expand(batch_size, -1)
-    is_start = nn.functional.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=True)  # [B, T]
+    seq_len, total_length = position_ids.shape[1], mask.shape[1]
+    past_length = total_length - seq_len
+    row_index = mask.cumsum(-1) - 1  # [B, N]
+    # Positions of cached tokens, counted from the start of the document that the call continues.
+    start = row_index[:, past_length, None] - position_ids[:, :1]
+    index = torch.cat([(row_index - start)[:, :past_length], position_ids], dim=1)  # [B, N]
+    is_start = nn.functional.pad(index[:, 1:] != index[:, :-1] + 1, (1, 0), value=True) | (index == 0)
+    if (mask[:, 1:] & ~mask[:, :-1] & ~is_start[:, 1:] & (index[:, 1:] > 0)).any():
+        raise ValueError(
+            "a document continues behind padding, which flash attention cannot leave out; pad on the left, or set "
+            "`attn_implementation` to 'sdpa'"
+        )
     starts = is_start.flatten().nonzero()[:, 0]
-    cu_seq_lens = nn.functional.pad(starts, (0, 1), value=is_start.numel()).to(torch.int32)
-    max_length = position_ids.shape[1]
+    is_query = torch.arange(total_length, device=mask.device).expand_as(mask) >= past_length
+    num_queries = nn.functional.pad(is_query.flatten().cumsum(0), (1, 0))  # queries in front of each key
     return {
-        "cu_seq_lens_q": cu_seq_lens,
-        "cu_seq_lens_k": cu_seq_lens,
-        "max_length_q": max_length,
-        "max_length_k": max_length,
+        "cu_seq_lens_q": nn.functional.pad(num_queries[starts], (0, 1), value=position_ids.numel()).to(torch.int32),
+        "cu_seq_lens_k": nn.functional.pad(starts, (0, 1), value=mask.numel()).to(torch.int32),
+        "max_length_q": seq_len,
+        "max_length_k": total_length,
     }
 
 
@@ -721,9 +741,14 @@ class RetroModel(RetroPreTrainedModel):
         causal_mask = self._create_causal_mask(
             inputs_embeds, attention_mask, position_ids if has_explicit_positions else None, past_key_values
         )
-        is_empty = past_key_values is None or (cache is not None and past_length == 0)
-        if has_explicit_positions and is_empty and is_flash_attention_requested(self.config):
-            causal_mask, kwargs = None, flash_sequence_lengths(position_ids, inputs_embeds.shape[0]) | kwargs
+        # A static cache has keys behind the row, and a single token needs only a mask over the keys.
+        has_lengths = past_key_values is None or (
+            cache is not None and (past_length == 0 or inputs_embeds.shape[1] > 1)
+        )
+        if has_explicit_positions and has_lengths and is_flash_attention_requested(self.config):
+            row_positions = position_ids.expand(inputs_embeds.shape[0], -1)
+            mask = token_mask(attention_mask, row_positions, past_length)
+            causal_mask, kwargs = None, flash_sequence_lengths(row_positions, mask) | kwargs
         neighbors = self._prepare_neighbors(
             inputs_embeds, attention_mask, position_ids, neighbor_input_ids, neighbor_attention_mask, cache
         )

@@ -26,7 +26,8 @@ from transformers import AutoModel, AutoModelForCausalLM, CompileConfig, TextStr
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modeling_retro import RetroForCausalLM, RetroModel
+from modeling_retro import RetroCache, RetroForCausalLM, RetroModel
+from modeling_retro.modeling_retro import flash_sequence_lengths
 
 
 def neighbor_inputs(batch_size=2, length=3 * CHUNK + 2):
@@ -252,13 +253,66 @@ def slow_flash_attention(module, query, key, value, attention_mask, scaling, cu_
     key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
     is_seen = torch.arange(keys) <= torch.arange(queries)[:, None] + keys - queries
     if cu_seq_lens_q is not None:
-        assert attention_mask is None and queries == keys
-        document = torch.bucketize(torch.arange(batch_size * queries), cu_seq_lens_q, right=True).view(batch_size, -1)
-        is_seen = is_seen & (document[:, :, None] == document[:, None])[:, None]
+        cu_seq_lens_k = kwargs["cu_seq_lens_k"]
+        assert attention_mask is None and len(cu_seq_lens_q) == len(cu_seq_lens_k)
+        assert (kwargs["max_length_q"], kwargs["max_length_k"]) == (queries, keys)
+        whole = torch.zeros(batch_size * queries, batch_size * keys, dtype=torch.bool)
+        for sequence in range(len(cu_seq_lens_q) - 1):
+            (first_q, end_q), (first_k, end_k) = (x[sequence : sequence + 2] for x in (cu_seq_lens_q, cu_seq_lens_k))
+            # The last query of a sequence stands at its last key.
+            places = torch.arange(end_q - first_q)[:, None] + (end_k - first_k) - (end_q - first_q)
+            whole[first_q:end_q, first_k:end_k] = torch.arange(end_k - first_k) <= places
+        whole = whole.unflatten(0, (batch_size, queries)).unflatten(2, (batch_size, keys))
+        rows = torch.arange(batch_size)
+        is_seen = whole[rows, :, rows][:, None]
+        assert is_seen.sum() == whole.sum()  # no sequence reaches into another row
     elif attention_mask is not None:
         is_seen = is_seen & attention_mask.bool()[:, None, None]
     scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~is_seen, torch.finfo(query.dtype).min)
     return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+
+def test_lengths_for_flash_attention_of_packed_rows_that_continue_a_cache():
+    """Documents that ended in the cache and padding are sequences without queries."""
+    # Four cached tokens in each row. The first row continues its second document, the second row begins a third one.
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    lengths = flash_sequence_lengths(torch.tensor([[2, 0, 1], [0, 1, 2]]), mask)
+    assert lengths["cu_seq_lens_k"].tolist() == [0, 2, 5, 7, 11, 14]
+    assert lengths["cu_seq_lens_q"].tolist() == [0, 0, 1, 3, 3, 6]
+    assert (lengths["max_length_q"], lengths["max_length_k"]) == (3, 7)
+    assert lengths["cu_seq_lens_k"].dtype == lengths["cu_seq_lens_q"].dtype == torch.int32
+
+
+def test_flash_attention_separates_packed_rows_that_continue_a_cache(monkeypatch):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", slow_flash_attention)
+    model, flash = make_retro(), make_retro()
+    flash.config._attn_implementation_internal = "flash_attention_2"
+    ids = neighbor_inputs(length=4 * CHUNK)["input_ids"]
+    packed = torch.cat([torch.arange(n) for n in (CHUNK + 3, CHUNK, 2 * CHUNK - 3)])
+    positions = torch.stack([packed, torch.arange(4 * CHUNK)])
+    left = torch.stack([torch.arange(4 * CHUNK) >= 3, torch.ones(4 * CHUNK, dtype=torch.bool)]).long()
+    padded = torch.stack([torch.cat([torch.zeros(3, dtype=torch.long), packed[:-3]]), positions[1]])
+    for mask, position_ids in ((None, positions), (left, padded)):
+        logits = {}
+        for candidate in (model, flash):
+            cache, parts, start = RetroCache(), [], 0
+            for end in (CHUNK + 5, 3 * CHUNK, 3 * CHUNK + 1, 4 * CHUNK):
+                with torch.no_grad():
+                    outputs = candidate(
+                        ids[:, start:end],
+                        attention_mask=None if mask is None else mask[:, :end],
+                        position_ids=position_ids[:, start:end],
+                        past_key_values=cache,
+                    )
+                parts.append(outputs.logits)
+                start = end
+            logits[candidate] = torch.cat(parts, dim=1)
+        is_token = torch.ones(2, 4 * CHUNK, dtype=torch.bool) if mask is None else mask.bool()
+        assert_close(logits[flash][is_token], logits[model][is_token], 1e-7)
+    holes = torch.ones(2, 4, dtype=torch.long)
+    holes[0, 2] = 0
+    with pytest.raises(ValueError, match="continues behind padding.*'sdpa'"):
+        flash(ids[:, :4], attention_mask=holes, position_ids=holes.cumsum(-1) - 1)
 
 
 def test_flash_attention_is_told_of_padding_and_of_documents_in_every_row(monkeypatch):
