@@ -55,6 +55,7 @@ COMMANDS = {
     "train-retriever": ("trainers.scripts.train_retriever", "train the encoder that finds neighbors"),
     "evaluate-retriever": ("trainers.scripts.evaluate_retriever", "measure a retriever"),
     "mine-negatives": ("trainers.scripts.mine_negatives", "find hard negatives for retriever training"),
+    "mine-neighbors": ("trainers.scripts.mine_neighbors", "find the neighbors that help a language model"),
     "distill-encoder": ("trainers.scripts.distill_encoder", "make a static encoder, which is many times faster"),
     "train-span-corruption": ("trainers.scripts.train_span_corruption", "train on corrupted spans"),
 }
