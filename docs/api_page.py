@@ -84,6 +84,7 @@ SECTIONS = {
         "trainers.losses": ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"],
         "data_prep.pairs": ["load_pairs"],
         "data_prep.corpus_pairs": ["pairs_from_datastore"],
+        "trainers.neighbor_preference": ["mine_neighbors"],
     },
     "Serving and showing": {
         "serving.load": ["load_model"],

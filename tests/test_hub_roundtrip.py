@@ -15,6 +15,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,10 @@ import pytest
 import torch
 from loopback_hub import loopback_hub
 
+from data_prep.bm25_index import build_bm25_index
+from data_prep.neighbors import find_neighbors
 from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroRetriever
+from modeling_retro.datastore_manifest_retro import read_manifest
 from modeling_retro.model_card_retro import save_model_card
 
 
@@ -362,3 +366,45 @@ def test_datastores_are_verified_pinned_and_read_by_datasets(hub, pushed, tiny_d
     assert "format version 99" in report["newer"]
     assert "has no datastore.json" in report["no-manifest"]
     assert all(report[name].startswith("ValueError: ") for name in names)
+
+
+PUSH_BM25 = """
+from modeling_retro import RetroDatastore
+
+RetroDatastore.from_pretrained("datastore").push_to_hub("alice/lexical")
+"""
+
+SEARCH_BM25 = """
+import json
+from modeling_retro import RetroDatastore, RetroRetriever
+
+datastore = RetroDatastore.from_pretrained("alice/lexical")
+datastore.verify()
+tokens, mask = datastore.split("validation").chunks.take(range(len(datastore.split("validation").chunks)))
+report = {"retriever": datastore.retriever}
+for way in ("bm25", "hybrid"):
+    found = RetroRetriever(datastore, retriever=way, device="cpu").retrieve(tokens[mask.all(-1)], 3)
+    report[way] = [found.chunk_ids.tolist(), found.scores.tolist()]
+print(json.dumps(report))
+"""
+
+
+def test_a_datastore_with_a_bm25_index_is_shared_with_it(hub, tiny_datastore_dir, tmp_path):
+    folder = shutil.copytree(tiny_datastore_dir, tmp_path / "alice" / "datastore")
+    build_bm25_index(folder)
+    for split in ("train", "validation"):
+        find_neighbors(folder, 4, split, "bm25", force=True)
+    hub.run(PUSH_BM25, home=tmp_path / "alice")
+    files = hub.repos["datasets", "alice/lexical"].files()
+    assert {f"bm25/{name}" for name in read_manifest(folder)["bm25"]["sha256"]} <= set(
+        files
+    ) and "index.faiss" in files
+    report = json.loads(hub.run(SEARCH_BM25, home=tmp_path / "bob").stdout.splitlines()[-1])
+    datastore = RetroDatastore.from_pretrained(folder)
+    tokens, mask = datastore.split("validation").chunks.take(range(len(datastore.split("validation").chunks)))
+    assert report["retriever"] == "bm25"
+    for way in ("bm25", "hybrid"):
+        found = RetroRetriever(datastore, retriever=way, device="cpu").retrieve(tokens[mask.all(-1)], 3)
+        assert report[way][0] == found.chunk_ids.tolist()
+        assert (found.chunk_ids >= 0).any()
+        torch.testing.assert_close(torch.tensor(report[way][1]), torch.as_tensor(found.scores))

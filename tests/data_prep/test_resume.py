@@ -90,7 +90,9 @@ def tree(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
-def kill_until_done(recipe: dict, folder: Path, kills: int, seed: int, compare: Callable = tree) -> dict[str, int]:
+def kill_until_done(
+    recipe: dict, folder: Path, kills: int, seed: int, compare: Callable = tree, stage_of: Callable = stage_of
+) -> dict[str, int]:
     """
     Compares what `compare` tells of datastores whose two processes were killed at random moments with that of one
     process that was not; returns the kills of each stage.
@@ -158,3 +160,28 @@ def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_bytes(recipe, tm
     recipe["splits"]["train"] = str(write_jsonl(tmp_path / "train.jsonl", make_texts(300, seed=21, max_words=120)))
     killed = kill_until_done(recipe, tmp_path, kills=40, seed=1)
     assert {"chunk", "deduplicate", "embed", "index", "neighbors"} <= set(killed), killed
+
+
+def bm25_stage_of(output_dir: Path) -> str:
+    """As `stage_of`, for a recipe that searches by BM25 and embeds nothing."""
+    manifest = (
+        json.loads((output_dir / "datastore.json").read_text()) if (output_dir / "datastore.json").exists() else {}
+    )
+    if "fingerprint" not in manifest.get("splits", {}).get("train", {}).get("chunks", {}):
+        return "chunk"
+    return "bm25" if "bm25" not in manifest else "neighbors"
+
+
+@pytest.mark.slow
+def test_a_bm25_index_whose_building_is_killed_ends_with_the_same_bytes(recipe, tmp_path):
+    texts = make_texts(1200, seed=21, max_words=120)
+    lexical = {
+        "tokenizer": recipe["tokenizer"],
+        "splits": {"train": str(write_jsonl(tmp_path / "train.jsonl", texts))},
+        "chunk": recipe["chunk"],
+        "bm25": {"terms": "words"},
+        "neighbors": {"num_neighbors": 2, "retriever": "bm25"},
+    }
+    killed = kill_until_done(lexical, tmp_path, kills=12, seed=3, stage_of=bm25_stage_of)
+    assert "bm25" in killed, killed
+    assert not list(tmp_path.glob("*/.bm25-*"))
