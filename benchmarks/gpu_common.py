@@ -63,6 +63,7 @@ class Size:
     quality_tokens: int
     max_documents: int | None
     max_chunks: dict[str, int] = field(default_factory=lambda: dict(MAX_CHUNKS))
+    max_held_out_characters: int | None = None  # of a document, so that few chunks hold several documents
 
 
 SIZES = {
@@ -96,6 +97,7 @@ SIZES = {
         quality_tokens=512,
         max_documents=3,
         max_chunks={"train": 200, "validation": 40},
+        max_held_out_characters=1_000,
     ),
 }
 
@@ -142,7 +144,14 @@ def open_datastore(arguments: Any) -> RetroDatastore:
     if arguments.datastore is not None:
         return RetroDatastore.from_pretrained(arguments.datastore)
     folder = Path(arguments.output_dir)
-    split_documents(folder, arguments.data, seed=0, on_bad_record="error", by_name=arguments.data is None)
+    split_documents(
+        folder,
+        arguments.data,
+        seed=0,
+        on_bad_record="error",
+        by_name=arguments.data is None,
+        max_held_out_characters=SIZES[arguments.size].max_held_out_characters,
+    )
     if arguments.size == "toy":
         tokenizer = train_tokenizer(folder)
     else:
