@@ -54,6 +54,7 @@ NOT_RUN = {
     "retro quickstart": "test_quickstart.py",
     "retro pairs --download": "test_pairs.py",
     "retro stackexchange": "test_stackexchange.py",
+    "retro train-retriever --model_name_or_path encoder --pairs mined/pairs": "test_mine_neighbors.py",
     "retro evaluate-retriever --encoder encoder --beir": "test_retriever_evaluation.py",
     "retro serve": "test_serve.py",
     "retro demo": "test_demo.py",

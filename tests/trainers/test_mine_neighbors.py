@@ -28,6 +28,7 @@ from modeling_retro.chunk_encoder_retro import decode_chunks
 from modeling_retro.datastore_retro import RetroDatastore
 from trainers import neighbor_preference
 from trainers.neighbor_preference import choose_pairs, chunks_with_a_successor, mine_neighbors, neighbor_gains
+from trainers.scripts import train_retriever
 from trainers.scripts.mine_neighbors import main
 
 
@@ -125,7 +126,7 @@ def base_dir(tmp_path_factory, tiny_tokenizer):
 
 
 def test_a_killed_run_goes_on_and_its_pairs_are_what_the_trainer_takes(
-    base_dir, tiny_datastore_dir, tmp_path, monkeypatch, capsys
+    base_dir, tiny_datastore_dir, tiny_encoder_dir, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(neighbor_preference, "CHUNKS_PER_SHARD", 16)
     words = ["--datastore", str(tiny_datastore_dir), "--model", str(base_dir), "--num_candidates", "4"]
@@ -149,6 +150,10 @@ def test_a_killed_run_goes_on_and_its_pairs_are_what_the_trainer_takes(
     assert whole[:] == killed[:] and f"{len(whole)} pairs in" in capsys.readouterr().out
     loaded = load_pairs(str(tmp_path / "killed" / "pairs"))
     assert loaded.column_names == ["anchor", "positive", "negative_1"] and len(loaded) > 20
+    options = ["--per_device_train_batch_size", "4", "--max_steps", "1", "--report_to", "none"]
+    options += ["--model_name_or_path", str(tiny_encoder_dir), "--output_dir", str(tmp_path / "encoder")]
+    train_retriever.main([*options, "--pairs", str(tmp_path / "killed" / "pairs")])
+    assert (tmp_path / "encoder" / "modules.json").is_file()
     # Other pairs are chosen from the same scores, without scoring again.
     main([*words, "--output_dir", str(tmp_path / "killed"), "--num_negatives", "2"])
     assert len(scored) == 5 and "negative_2" in load_from_disk(str(tmp_path / "killed" / "pairs")).column_names
