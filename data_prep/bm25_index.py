@@ -93,6 +93,7 @@ def build_bm25_index(
         shards = manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"]
         fingerprint = chunks_fingerprint(shards)
         if before is not None and before["fingerprint"] == fingerprint and (path / before["folder"]).is_dir():
+            _remove_work(path)  # a run that was killed after its last step left its own
             return before
         if before is not None and before["fingerprint"] != chunks_fingerprint(shards[: before["shards"]]):
             raise ValueError(f"the BM25 index of {path} belongs to other chunks; use --force to build it again")
@@ -101,11 +102,7 @@ def build_bm25_index(
         # A datastore that was changed keeps the index of the earlier version for its readers.
         folder = path / (f"bm25-{manifest['version']}" if manifest.get("version") else "bm25")
         state = process_state()
-        if state.is_main_process:
-            for other in path.glob(f"{_WORK}*"):
-                if other != work:
-                    remove(other)
-        state.wait_for_everyone()
+        _remove_work(path, but=work)
         tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
 
         def count(index: int, temporary: Path) -> dict[str, Any]:
@@ -138,6 +135,16 @@ def build_bm25_index(
                 remove(path / before["folder"])
         state.wait_for_everyone()
         return manifest["bm25"]
+
+
+def _remove_work(path: Path, but: Path | None = None) -> None:
+    """Removes the unfinished files of other runs."""
+    state = process_state()
+    if state.is_main_process:
+        for other in path.glob(f"{_WORK}*"):
+            if other != but:
+                remove(other)
+    state.wait_for_everyone()
 
 
 def count_terms(

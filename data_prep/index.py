@@ -169,6 +169,9 @@ def build_index(
         shards = manifest["splits"].get(TRAIN_SPLIT, {}).get("chunks", {}).get("shards", [])
         fingerprint = chunks_fingerprint(shards)
         if before is not None and before["fingerprint"] == fingerprint and (path / index_name(manifest)).exists():
+            if process_state().is_main_process:
+                for work in path.glob(f"{_WORK}*"):
+                    remove(work)  # a run that was killed after its last step left its own
             return before
         if before is not None and before["fingerprint"] != chunks_fingerprint(shards[: before["shards"]]):
             raise ValueError(f"the index of {path} belongs to other chunks; use --force to build it again")

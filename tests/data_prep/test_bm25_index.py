@@ -80,6 +80,11 @@ def test_a_finished_index_is_left_alone_and_other_options_are_refused(copy):
     times = {file: file.stat().st_mtime_ns for file in (copy / "bm25").iterdir()}
     assert build_bm25_index(copy) == record
     assert times == {file: file.stat().st_mtime_ns for file in (copy / "bm25").iterdir()}
+    for work in (copy / ".bm25-0123", copy / ".index-0123"):  # as a run leaves them that is killed after its last step
+        work.mkdir()
+    build_bm25_index(copy)
+    build_index(copy, factory="Flat")
+    assert not list(copy.glob(".bm25-*")) and not list(copy.glob(".index-*"))
     with pytest.raises(ValueError, match="begun with terms='tokens', not 'words'"):
         build_bm25_index(copy, "words")
     with pytest.raises(ValueError, match="terms is 'stems', expected one of tokens, words"):

@@ -21,17 +21,21 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from accelerate import PartialState
 from conftest import TINY_CHUNK_SIZE, make_texts, write_jsonl
 
+from data_prep.bm25_index import build_bm25_index
+from data_prep.chunk import chunk_documents
 from data_prep.prepare import prepare_datastore
+from data_prep.stage_files import directory_lock
 from modeling_retro.datastore_retro import RetroDatastore
 
 
-def work(rank: int, world_size: int, port: int, recipe: dict, output_dir: Path, log: Path) -> None:
+def work(rank: int, world_size: int, port: int, make: Callable, output_dir: Path, log: Path) -> None:
     """One process of a run, as `accelerate launch` would start it."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -39,18 +43,18 @@ def work(rank: int, world_size: int, port: int, recipe: dict, output_dir: Path, 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     PartialState._reset_state()
-    prepare_datastore(recipe, output_dir)
+    make(output_dir)
     assert PartialState().num_processes == world_size
 
 
-def run(recipe: dict, output_dir: Path, seconds: float | None = None, world_size: int = 2) -> bool:
-    """Runs some processes; kills them after `seconds`. Returns whether they ended by themselves."""
+def run(make: Callable, output_dir: Path, seconds: float | None = None, world_size: int = 2) -> bool:
+    """Runs `make` in some processes; kills them after `seconds`. Returns whether they ended by themselves."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("fork")  # libraries are imported already
     log = output_dir.with_suffix(".log")
-    arguments = [(rank, world_size, port, recipe, output_dir, log) for rank in range(world_size)]
+    arguments = [(rank, world_size, port, make, output_dir, log) for rank in range(world_size)]
     processes = [context.Process(target=work, args=own) for own in arguments]
     for process in processes:
         process.start()
@@ -58,9 +62,11 @@ def run(recipe: dict, output_dir: Path, seconds: float | None = None, world_size
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         time.sleep(0.01)
     ended = all(process.exitcode == 0 for process in processes)
-    for process in processes:
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
+    # All stop before the first is killed, so that none is left to see the connection to another break.
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for process in processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
     for process in processes:
         process.join()
         if seconds is None:
@@ -91,7 +97,7 @@ def tree(path: Path) -> dict[str, bytes]:
 
 
 def kill_until_done(
-    recipe: dict, folder: Path, kills: int, seed: int, compare: Callable = tree, stage_of: Callable = stage_of
+    make: Callable, folder: Path, kills: int, seed: int, compare: Callable = tree, stage_of: Callable = stage_of
 ) -> dict[str, int]:
     """
     Compares what `compare` tells of datastores whose two processes were killed at random moments with that of one
@@ -99,7 +105,7 @@ def kill_until_done(
     """
     generator = random.Random(seed)
     start = time.monotonic()
-    run(recipe, folder / "reference", world_size=1)
+    run(make, folder / "reference", world_size=1)
     duration = time.monotonic() - start
     expected = compare(folder / "reference")
     killed: dict[str, int] = {}
@@ -108,11 +114,11 @@ def kill_until_done(
         output_dir = folder / f"trial-{trial}"
         # Two processes have to find each other first: each kill comes later, so that a run gets somewhere.
         limit = duration
-        while not run(recipe, output_dir, seconds=generator.uniform(0.05, 0.7) * limit):
+        while not run(make, output_dir, seconds=generator.uniform(0.05, 0.7) * limit):
             stage = stage_of(output_dir)
             killed[stage] = killed.get(stage, 0) + 1
             limit *= 1.15
-        run(recipe, output_dir)
+        run(make, output_dir)
         assert compare(output_dir) == expected
         trial += 1
     print(f"kills by stage: {killed}")
@@ -136,7 +142,7 @@ def recipe(tmp_path, tiny_tokenizer, tiny_encoder_dir):
 
 
 def test_a_run_that_is_killed_ends_with_the_same_bytes(recipe, tmp_path):
-    kill_until_done(recipe, tmp_path, kills=3, seed=0)
+    kill_until_done(partial(prepare_datastore, recipe), tmp_path, kills=3, seed=0)
 
 
 def all_but_the_graph(path: Path) -> tuple[dict[str, bytes], dict[str, float]]:
@@ -152,36 +158,33 @@ def all_but_the_graph(path: Path) -> tuple[dict[str, bytes], dict[str, float]]:
 def test_a_graph_whose_building_is_killed_has_the_same_recall(recipe, tmp_path):
     recipe["splits"]["train"] = str(write_jsonl(tmp_path / "train.jsonl", make_texts(300, seed=21, max_words=120)))
     recipe["index"] = {"factory": "HNSW8", "target_recall": 0.9}
-    kill_until_done(recipe, tmp_path, kills=10, seed=2, compare=all_but_the_graph)
+    kill_until_done(partial(prepare_datastore, recipe), tmp_path, kills=10, seed=2, compare=all_but_the_graph)
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_bytes(recipe, tmp_path):
     recipe["splits"]["train"] = str(write_jsonl(tmp_path / "train.jsonl", make_texts(300, seed=21, max_words=120)))
-    killed = kill_until_done(recipe, tmp_path, kills=40, seed=1)
+    killed = kill_until_done(partial(prepare_datastore, recipe), tmp_path, kills=40, seed=1)
     assert {"chunk", "deduplicate", "embed", "index", "neighbors"} <= set(killed), killed
 
 
-def bm25_stage_of(output_dir: Path) -> str:
-    """As `stage_of`, for a recipe that searches by BM25 and embeds nothing."""
-    manifest = (
-        json.loads((output_dir / "datastore.json").read_text()) if (output_dir / "datastore.json").exists() else {}
-    )
-    if "fingerprint" not in manifest.get("splits", {}).get("train", {}).get("chunks", {}):
-        return "chunk"
-    return "bm25" if "bm25" not in manifest else "neighbors"
+def make_lexical(recipe: dict, output_dir: Path) -> None:
+    with directory_lock(output_dir):  # one lock over both stages, as `prepare_datastore` has it
+        chunk_documents(recipe["splits"]["train"], output_dir, recipe["tokenizer"], **recipe["chunk"])
+        build_bm25_index(output_dir, terms="words")
+
+
+def lexical_stage_of(output_dir: Path) -> str:
+    """The first stage that the manifest of a datastore without an encoder does not hold whole."""
+    file = output_dir / "datastore.json"
+    splits = json.loads(file.read_text())["splits"] if file.exists() else {}
+    return "bm25" if "fingerprint" in splits.get("train", {}).get("chunks", {}) else "chunk"
 
 
 @pytest.mark.slow
 def test_a_bm25_index_whose_building_is_killed_ends_with_the_same_bytes(recipe, tmp_path):
-    texts = make_texts(1200, seed=21, max_words=120)
-    lexical = {
-        "tokenizer": recipe["tokenizer"],
-        "splits": {"train": str(write_jsonl(tmp_path / "train.jsonl", texts))},
-        "chunk": recipe["chunk"],
-        "bm25": {"terms": "words"},
-        "neighbors": {"num_neighbors": 2, "retriever": "bm25"},
-    }
-    killed = kill_until_done(lexical, tmp_path, kills=12, seed=3, stage_of=bm25_stage_of)
+    recipe["splits"]["train"] = str(write_jsonl(tmp_path / "train.jsonl", make_texts(600, seed=21, max_words=120)))
+    make = partial(make_lexical, recipe)
+    killed = kill_until_done(make, tmp_path, kills=10, seed=3, stage_of=lexical_stage_of)
     assert "bm25" in killed, killed
     assert not list(tmp_path.glob("*/.bm25-*"))
