@@ -55,8 +55,9 @@ def main():
     parser.add_argument("--max_tokens", type=int, default=128)
     parser.add_argument("--prompt_tokens", type=int, default=64)
     parser.add_argument("--num_streams", type=int, default=8)
+    parser.add_argument("--dtype", default="auto")
     arguments = parser.parse_args()
-    loaded = load_model(arguments.model, arguments.datastore)
+    loaded = load_model(arguments.model, arguments.datastore, arguments.dtype)
     chunks = loaded.retriever.datastore.split("validation").chunks
     starts = [i for i in range(len(chunks)) if chunks.length[i] == chunks.chunk_size][: arguments.num_streams]
     prompts = [chunks.take([i])[0][0].tolist()[: arguments.prompt_tokens] for i in starts]
