@@ -136,7 +136,7 @@ def test_run_resumed_from_a_checkpoint_ends_with_the_same_weights(
 def test_killed_run_started_again_ends_with_the_weights_of_a_whole_one(
     tiny_datastore_dir, model_config, tmp_path, streams
 ):
-    options = {"max_steps": 120, "save_steps": 10, "save_total_limit": 2}
+    options = {"max_steps": 60, "save_steps": 10, "save_total_limit": 2}
     if streams:
         options["train_documents"] = tiny_datastore_dir.parent / "train.jsonl"
     killed = train_options(tiny_datastore_dir, model_config, tmp_path / "killed", **options)
