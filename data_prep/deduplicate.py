@@ -274,10 +274,12 @@ def _finish(path: Path, stage: dict[str, Any]) -> None:
     state = process_state()
     if "deduplicated" in stage and state.is_main_process:
         work = path / (_WORK + stage["deduplicated"]["run"])
-        if work.exists():
-            for file in work.glob(".shard-*.json"):
-                file.unlink()
+        # Only the remaining chunks have records. If a kill came after both folders changed their names, the working
+        # folder holds the former chunks, or what is left of them.
+        if any(work.glob(".shard-*.json")):
             replace(work, path / "chunks")
+        for file in (path / "chunks").glob(".shard-*.json"):
+            file.unlink()
         for leftover in path.glob(f"{_WORK}*"):
             remove(leftover)
     state.wait_for_everyone()

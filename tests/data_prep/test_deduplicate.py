@@ -15,6 +15,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from data_prep.deduplicate import NearDuplicates, deduplicate
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
+from modeling_retro import durable_files_retro
 from modeling_retro.datastore_retro import RetroDatastore
 
 
@@ -87,6 +89,28 @@ def test_near_duplicates_of_held_out_documents_leave_the_training_side(tmp_path,
     ]
     assert lines[0]["jaccard"] == 1.0 and 0.8 <= lines[1]["jaccard"] < 1
     assert deduplicate(datastore) == report  # the second time finds nothing to do
+
+
+def test_a_kill_while_the_former_chunks_are_removed_loses_nothing(tmp_path, tiny_tokenizer, monkeypatch):
+    datastore, _ = make_corpus(tmp_path, tiny_tokenizer, shard_bytes=2000)
+
+    remove = durable_files_retro.remove
+
+    def remove_half(path):
+        if not path.name.startswith(".deduplicated-"):
+            remove(path)
+            return
+        shutil.rmtree(min(path.glob("shard-*")))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable_files_retro, "remove", remove_half)
+        with pytest.raises(KeyboardInterrupt):
+            deduplicate(datastore)
+    deduplicate(datastore)
+    opened = RetroDatastore.from_pretrained(datastore)
+    opened.verify()
+    assert not list(datastore.glob(".deduplicat*")) and not list((datastore / "chunks").glob(".shard-*.json"))
 
 
 def test_documents_that_are_added_later_are_looked_through(tmp_path, tiny_tokenizer):
