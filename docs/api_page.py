@@ -72,6 +72,8 @@ SECTIONS = {
         "trainers.load_model": ["load_retro_model"],
         "trainers.evaluation": ["evaluate_retro"],
         "trainers.in_front": ["in_front_bits"],
+        "trainers.rivals": ["evaluate_rivals"],
+        "trainers.knn_lm": ["build_knn_store", "neighbor_distribution"],
         "trainers.operations": ["operations_per_token"],
         "trainers.evaluation_report": ["RetroEvaluation", "bootstrap_interval"],
         "trainers.generation": ["generate_with_neighbors"],

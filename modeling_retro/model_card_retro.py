@@ -255,6 +255,8 @@ def evaluation_tables(evaluation: Mapping[str, Any]) -> str:
     """
     names = list(evaluation["bits_per_byte"])
     tables = [_main_table(evaluation)]
+    if "rivals" in evaluation:
+        tables.append(_rivals_table(evaluation))
     if "overlap" in evaluation:
         rows = [
             [
@@ -285,6 +287,22 @@ def _main_table(evaluation: Mapping[str, Any]) -> str:
         "in brackets 95 % intervals by bootstrap over documents."
     )
     return f"{_table(['retrieval', 'bits per byte', 'perplexity', 'less off', 'less random'], rows)}\n{note}\n"
+
+
+def _rivals_table(evaluation: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            "{bits_per_byte:.4f} ({low:.4f} … {high:.4f})".format(**numbers),
+            f"{numbers['operations_per_token'] / 1e9:.3f}",
+            f"{numbers['milliseconds_per_token']:.2f}",
+            f"{numbers['processor_milliseconds_per_token']:.2f}",
+            f"{numbers['storage_bytes'] / 1e6:.1f}",
+        ]
+        for name, numbers in evaluation["rivals"].items()
+    ]
+    header = ["way", "bits per byte", "GFLOPs a token", "ms a token", "processor ms a token", "stored MB"]
+    return _table(header, rows)
 
 
 def _difference(differences: Mapping[str, Mapping[str, float]], name: str, reference: str) -> str:

@@ -22,9 +22,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
-from accelerate.utils import reduce
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from data_prep.index import read_embeddings
@@ -35,6 +32,8 @@ from modeling_retro.retriever_retro import NeighborSearch, other_document_filter
 
 from .evaluation_report import RetroEvaluation
 from .in_front import in_front_bits
+from .operations import read_clocks
+from .windows import document_offsets, document_windows, summed_over_processes, window_batches
 
 
 MODES = ("off", "random", "on", "neighbor", "continuation", "shuffled", "in_front")
@@ -57,6 +56,7 @@ def evaluate_retro(
     domains: Sequence[str] | None = None,
     retriever: str | None = None,
     seed: int = 0,
+    keep_token_bits: bool = False,
     show_progress: bool = True,
 ) -> RetroEvaluation:
     """
@@ -102,6 +102,8 @@ def evaluate_retro(
             were found. With another way, they are searched again.
         seed (`int`, *optional*, defaults to 0):
             Seed of the random neighbors, of the shuffling and of the bootstrap.
+        keep_token_bits (`bool`, *optional*, defaults to `False`):
+            Whether to keep the bits of each token, which all modes except `"in_front"` have.
         show_progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
@@ -128,18 +130,14 @@ def evaluate_retro(
         raise ValueError(f"num_neighbors is {num_neighbors}, expected numbers from 1 to the {most} {remedy}")
     if not datastore_shares or not 0 < min(datastore_shares) <= max(datastore_shares) <= 1:
         raise ValueError(f"datastore_shares is {list(datastore_shares)}, expected shares above 0 and up to 1")
-    document_offsets = _document_offsets(split.chunks.document_id, max_documents)
-    num_documents, num_chunks = len(document_offsets) - 1, int(document_offsets[-1])
+    offsets = document_offsets(split.chunks.document_id, max_documents)
+    num_documents, num_chunks = len(offsets) - 1, int(offsets[-1])
     if num_documents == 0:
         raise ValueError("the split has no documents to evaluate on")
     if domains is not None and len(domains) != num_documents:
         raise ValueError(f"there are {len(domains)} domains for {num_documents} documents; expected one for each")
 
-    windows = [
-        (offset + start, offset + end, offset + first_counted)
-        for offset, length in zip(document_offsets[:-1], np.diff(document_offsets), strict=True)
-        for start, end, first_counted in sliding_windows(length, window_chunks, stride_chunks)
-    ]
+    windows = document_windows(offsets, window_chunks, stride_chunks)
     width = max(numbers)
     if measure_overlap and not is_stored:
         width = max(width, min(OVERLAP_NEIGHBORS, most))
@@ -156,28 +154,36 @@ def evaluate_retro(
     if "removed" in datastore.manifest:
         living = np.flatnonzero(~datastore.is_removed(np.arange(len(datastore.chunks))))
         drawn = living[drawn % len(living)]
-    bits = {}
+    bits, bits_of_tokens, seconds = {}, {}, {}
     for name, mode, number, share in _settings(modes, numbers, datastore_shares):
         neighbors = None
         description = f"Evaluating ({name})" if show_progress else None
+        clock = read_clocks()
         if mode == "in_front":
             neighbor_ids = retrieved[share][:, :number]
             found = in_front_bits(model, datastore, split, windows, neighbor_ids, batch_size, description)
-            bits[name], num_tokens = map(_sum_over_processes, found)
-            continue
-        if mode != "off":
-            neighbor_ids = (drawn if mode == "random" else retrieved[share])[:, :number]
-            neighbors = NeighborSource(datastore, neighbor_ids, mode, seed)
-        bits[name], num_tokens = chunk_bits(model, datastore, split, windows, neighbors, batch_size, description)
+            bits[name], num_tokens = map(summed_over_processes, found)
+        else:
+            if mode != "off":
+                neighbor_ids = (drawn if mode == "random" else retrieved[share])[:, :number]
+                neighbors = NeighborSource(datastore, neighbor_ids, mode, seed)
+            found, counted = token_bits(model, datastore, split, windows, neighbors, batch_size, description)
+            bits[name], num_tokens = found.sum(-1), counted.sum(-1)
+            if keep_token_bits:
+                bits_of_tokens[name] = found
+        seconds[name] = read_clocks() - clock
     return RetroEvaluation(
         chunk_bits=bits,
         chunk_bytes=np.asarray(split.chunks.num_bytes[:num_chunks]),
-        document_offsets=document_offsets,
+        document_offsets=offsets,
         num_tokens=int(num_tokens.sum()),
         num_neighbors=numbers,
         overlap=overlap,
         domains=None if domains is None else list(domains),
         seed=seed,
+        chunk_tokens=num_tokens,
+        token_bits=bits_of_tokens,
+        seconds=seconds,
     )
 
 
@@ -299,31 +305,7 @@ class NeighborSource:
         return tokens, mask
 
 
-def sliding_windows(num_chunks: int, window_chunks: int, stride_chunks: int) -> list[tuple[int, int, int]]:
-    """
-    Makes windows over a document. Every chunk is counted in exactly one of them.
-
-    Args:
-        num_chunks (`int`):
-            Length of the document in chunks.
-        window_chunks (`int`), stride_chunks (`int`):
-            Length of a window and step between windows, in chunks.
-
-    Returns:
-        `list[tuple[int, int, int]]`: start and end of each window, and the first chunk counted in it.
-    """
-    windows, counted = [], 0
-    for start in range(0, num_chunks, stride_chunks):
-        end = min(start + window_chunks, num_chunks)
-        windows.append((start, end, counted))
-        counted = end
-        if end == num_chunks:
-            break
-    return windows
-
-
-@torch.inference_mode()
-def chunk_bits(
+def token_bits(
     model: PreTrainedModel,
     datastore: RetroDatastore,
     split: DatastoreSplit,
@@ -333,7 +315,7 @@ def chunk_bits(
     description: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Computes the bits that the model needs for each chunk.
+    Computes the bits that the model needs for each token.
 
     Args:
         model ([`~transformers.PreTrainedModel`]), datastore ([`RetroDatastore`]), split ([`DatastoreSplit`]):
@@ -348,36 +330,43 @@ def chunk_bits(
             Label of the progress bar. Without it there is no bar.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: bits float64 and number of counted tokens int64, both `[chunks]`.
+        `tuple[np.ndarray, np.ndarray]`: bits float64, 0 for tokens that do not count, and whether each token
+        counts, bool, both `[chunks, m]`.
     """
-    state = PartialState()
-    # Processes that share matrices (tensor parallelism) compute the same windows together.
-    tp_size = model.tp_size or 1
-    num_workers, worker = state.num_processes // tp_size, state.process_index // tp_size
-    windows = np.array(sorted(windows, key=lambda window: window[1] - window[0]))
-    batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
-    bits = np.zeros(max(end for _, end, _ in windows))
-    num_tokens = np.zeros(len(bits), dtype=np.int64)
-
+    shape = (max(end for _, end, _ in windows), model.config.chunk_size)
+    bits, is_counted = np.zeros(shape), np.zeros(shape, dtype=np.int64)
     was_training = model.training
     model.eval()
-    rounds = range(-(-len(batches) // num_workers))
-    for i in tqdm(rounds, desc=description, disable=description is None or not state.is_main_process):
-        # Sharded models need all processes in every forward pass, so a process without a batch repeats one of another.
-        i = i * num_workers + worker
-        start, end, first_counted = batches[i % len(batches)].T[..., None]
-        chunk_ids = start + np.arange((end - start).max())  # [B, L]
-        chunk_ids = np.where(chunk_ids < end, chunk_ids, -1)
+    for chunk_ids, first_counted, is_own in window_batches(model, windows, batch_size, description):
         nats, counted = _token_nats(model, datastore, split, chunk_ids, neighbors)  # [B, L, m]
-        counted &= (chunk_ids >= first_counted)[..., None]
-        if i < len(batches) and state.process_index % tp_size == 0:
+        if is_own:
             chosen = chunk_ids >= first_counted
-            bits[chunk_ids[chosen]] = (nats * counted).sum(-1)[chosen] / math.log(2)
-            num_tokens[chunk_ids[chosen]] = counted.sum(-1)[chosen]
+            bits[chunk_ids[chosen]] = (nats * counted)[chosen] / math.log(2)
+            is_counted[chunk_ids[chosen]] = counted[chosen]
     model.train(was_training)
-    return _sum_over_processes(bits), _sum_over_processes(num_tokens)
+    return summed_over_processes(bits), summed_over_processes(is_counted) > 0
 
 
+def chunk_bits(
+    model: PreTrainedModel,
+    datastore: RetroDatastore,
+    split: DatastoreSplit,
+    windows: Sequence[tuple[int, int, int]],
+    neighbors: NeighborSource | None,
+    batch_size: int,
+    description: str | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Computes the bits that the model needs for each chunk. The arguments are those of [`token_bits`].
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: bits float64 and number of counted tokens int64, both `[chunks]`.
+    """
+    bits, counted = token_bits(model, datastore, split, windows, neighbors, batch_size, description)
+    return bits.sum(-1), counted.sum(-1)
+
+
+@torch.inference_mode()
 def _token_nats(
     model: PreTrainedModel,
     datastore: RetroDatastore,
@@ -405,21 +394,6 @@ def _token_nats(
     if bos_token_id is not None:
         counted[:, 0, 0] &= input_ids[:, 0, 0] != bos_token_id
     return nats, counted
-
-
-def _document_offsets(document_id: np.ndarray, max_documents: int | None) -> np.ndarray:
-    """The first chunk of each document, and the end of the last document, int64 `[documents + 1]`."""
-    document_id = np.asarray(document_id)
-    offsets = np.flatnonzero(np.diff(document_id, prepend=-1))
-    offsets = np.append(offsets, len(document_id))
-    return offsets if max_documents is None else offsets[: max_documents + 1]
-
-
-def _sum_over_processes(array: np.ndarray) -> np.ndarray:
-    state = PartialState()
-    if state.num_processes == 1:
-        return array
-    return reduce(torch.from_numpy(array).to(state.device), reduction="sum").cpu().numpy()
 
 
 def neighbor_overlap(

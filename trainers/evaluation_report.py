@@ -16,7 +16,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,16 @@ class RetroEvaluation:
             Domain of each document.
         seed (`int`, *optional*, defaults to 0):
             Seed of the bootstrap.
+        chunk_tokens (`np.ndarray`, *optional*):
+            Number of counted tokens of each chunk, int64 `[chunks]`.
+        token_bits (`dict[str, np.ndarray]`, *optional*):
+            Bits of the code for each token, float64 `[chunks, m]`, for some ways to retrieve.
+        seconds (`dict[str, np.ndarray]`, *optional*):
+            Wall-clock time and processor time of the measurement of each way, float64 `[2]`.
+        rivals (`dict[str, dict[str, float]]`, *optional*):
+            What each way costs (see [`~trainers.rivals.evaluate_rivals`]).
+        knn_lm (`dict`, *optional*):
+            The settings of the kNN-LM.
     """
 
     chunk_bits: dict[str, np.ndarray]
@@ -83,6 +93,11 @@ class RetroEvaluation:
     overlap: np.ndarray | None = None
     domains: list[str] | None = None
     seed: int = 0
+    chunk_tokens: np.ndarray | None = None
+    token_bits: dict[str, np.ndarray] = field(default_factory=dict)
+    seconds: dict[str, np.ndarray] = field(default_factory=dict)
+    rivals: dict[str, dict[str, float]] = field(default_factory=dict)
+    knn_lm: dict[str, Any] | None = None
     document_bytes: np.ndarray = field(init=False)
 
     def __post_init__(self):
@@ -91,6 +106,22 @@ class RetroEvaluation:
     def document_bits(self, name: str) -> np.ndarray:
         """Bits of each document, float64 `[documents]`."""
         return np.add.reduceat(self.chunk_bits[name], self.document_offsets[:-1])
+
+    def only(self, documents: np.ndarray) -> "RetroEvaluation":
+        """The same results over some documents, given as bool `[documents]`."""
+        lengths = np.diff(self.document_offsets)
+        chunks = np.repeat(documents, lengths)
+        return replace(
+            self,
+            chunk_bits={name: bits[chunks] for name, bits in self.chunk_bits.items()},
+            chunk_bytes=self.chunk_bytes[chunks],
+            document_offsets=np.concatenate([[0], np.cumsum(lengths[documents])]),
+            num_tokens=int(self.chunk_tokens[chunks].sum()),
+            overlap=None if self.overlap is None else self.overlap[chunks],
+            domains=None if self.domains is None else [self.domains[n] for n in np.flatnonzero(documents)],
+            chunk_tokens=self.chunk_tokens[chunks],
+            token_bits={name: bits[chunks] for name, bits in self.token_bits.items()},
+        )
 
     def bits_per_byte(self, name: str) -> float:
         """Bits of the code per byte of the source text."""
@@ -163,7 +194,15 @@ class RetroEvaluation:
             numbers["overlap"] = self.overlap_curve()
         if self.domains is not None:
             numbers["domains"] = self.by_domain()
+        if self.rivals:
+            numbers["rivals"] = {name: self._interval(name) | costs for name, costs in self.rivals.items()}
+        if self.knn_lm is not None:
+            numbers["knn_lm"] = self.knn_lm
         return numbers
+
+    def _interval(self, name: str) -> dict[str, float]:
+        low, high = bootstrap_interval(self.document_bits(name), self.document_bytes, seed=self.seed)
+        return {"bits_per_byte": self.bits_per_byte(name), "low": low, "high": high}
 
     def to_markdown(self) -> str:
         """The numbers as Markdown tables."""
@@ -171,7 +210,8 @@ class RetroEvaluation:
 
     def save(self, directory: str | os.PathLike, facts: Mapping[str, Any] | None = None) -> None:
         """
-        Writes `evaluation.json`, `evaluation.md` and, with matplotlib, `evaluation.png` and `overlap.png`.
+        Writes `evaluation.json`, `evaluation.md`, `evaluation.png` and, if they were measured, `overlap.png` and
+        `rivals.svg`.
 
         Args:
             directory (`str` or `os.PathLike`):
@@ -187,6 +227,8 @@ class RetroEvaluation:
         self.plot(directory / "evaluation.png")
         if self.overlap is not None:
             self.plot_overlap(directory / "overlap.png")
+        if self.rivals:
+            self.plot_rivals(directory / "rivals.svg")
 
     def plot(self, path: str | os.PathLike) -> None:
         """
@@ -236,6 +278,44 @@ class RetroEvaluation:
         axes.set_xlabel("overlap with the neighbors, at most")
         axes.set_ylabel("bits per byte")
         axes.legend()
+        figure.savefig(path, dpi=150)
+
+    def plot_rivals(self, path: str | os.PathLike) -> None:
+        """
+        Draws the bits per byte of each way against its operations for a token. A line joins the ways that no other
+        beats in both.
+
+        Args:
+            path (`str` or `os.PathLike`):
+                SVG or PNG file to write.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        places = {
+            name: (costs["operations_per_token"] / 1e9, self.bits_per_byte(name))
+            for name, costs in self.rivals.items()
+        }
+        best, lowest = [], float("inf")
+        for operations, bits in sorted(places.values()):
+            if bits < lowest:
+                best.append((operations, bits))
+                lowest = bits
+        axes.plot(*zip(*best, strict=True), color="lightgray", zorder=0)
+        # A legend, because ways that cost the same would have labels in the same place.
+        for number, name in enumerate(sorted(places, key=lambda name: places[name][1])):
+            axes.plot(*places[name], "osD^vPX*<>"[number % 10], color=f"C{number % 10}", markersize=9, label=name)
+        axes.set_xscale("log")
+        ticks = [tick * 10.0**power for power in range(-6, 6) for tick in (1, 2, 5)]
+        low, high = (edge(x for x, _ in places.values()) for edge in (min, max))
+        axes.set_xticks([tick for tick in ticks if low / 2 <= tick <= high * 2], minor=False)
+        axes.minorticks_off()
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("billions of operations for a token")
+        axes.set_ylabel("bits per byte")
+        axes.grid(color="whitesmoke")
+        figure.legend(loc="outside right upper", frameon=False)
         figure.savefig(path, dpi=150)
 
 

@@ -13,6 +13,9 @@
 # limitations under the License.
 """Counts the operations of a model for a token, without retrieval, with it, and with the neighbors in front"""
 
+import time
+
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
@@ -64,3 +67,10 @@ def operations_per_token(
         counted["in_front"] = count(window + length)
     model.set_attn_implementation(implementation)
     return {mode: operations / size for mode, operations in counted.items()}
+
+
+def read_clocks() -> np.ndarray:
+    """Wall-clock time and processor time of this process in seconds, float64 `[2]`."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return np.array([time.perf_counter(), time.process_time()])

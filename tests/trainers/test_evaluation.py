@@ -32,9 +32,9 @@ from trainers.evaluation import (
     longest_common_substring,
     neighbor_overlap,
     neighbors_in_share,
-    sliding_windows,
 )
 from trainers.evaluation_report import RetroEvaluation, bootstrap_interval
+from trainers.windows import sliding_windows
 
 
 VOCAB_SIZE = 40

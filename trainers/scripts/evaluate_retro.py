@@ -21,6 +21,8 @@ Measures what retrieval buys a RETRO language model on held-out documents: bits 
     retro evaluate --model model --datastore datastore --output_dir lexical --retriever bm25
     retro evaluate --model HuggingFaceTB/SmolLM2-135M --datastore datastore --output_dir untrained \\
         --modes off random on in_front
+    retro evaluate --model model --datastore datastore --output_dir rivals --num_neighbors 1 2 \\
+        --baselines in_context knn_lm
     accelerate launch -m trainers.scripts.evaluate_retro --model model --datastore datastore --output_dir evaluation
 """
 
@@ -67,6 +69,19 @@ class EvaluateRetroArguments:
             "help": "Another RETRO model to measure without retrieval, such as one trained with neighbor_dropout 1."
         },
     )
+    baselines: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Rivals to measure beside the modes, with what each way costs: in_context (the neighbors in front "
+            "of the window) and knn_lm."
+        },
+    )
+    knn_folder: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the keys of the kNN-LM. Defaults to knn_lm in output_dir."},
+    )
+    knn_factory: str = field(default="auto", metadata={"help": "Factory string of the index of the kNN-LM."})
+    knn_neighbors: int = field(default=1024, metadata={"help": "Number of keys that the kNN-LM finds for a token."})
     overlap: bool = field(default=False, metadata={"help": "Report by the overlap of chunks with their neighbors."})
     domains: str | None = field(
         default=None,
@@ -105,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ..evaluation import evaluate_retro, stored_retriever
     from ..load_model import load_retro_model
+    from ..rivals import evaluate_rivals
 
     keep_freed_memory()
     state = PartialState()
@@ -122,18 +138,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.domains is not None:
         domains = Path(arguments.domains).read_text(encoding="utf-8").splitlines()
     model = load_retro_model(arguments.model, datastore, dtype=dtype, reader=arguments.reader).to(state.device)
-    evaluation = evaluate_retro(
-        model,
-        datastore,
-        split,
-        modes=arguments.modes,
-        num_neighbors=arguments.num_neighbors,
-        datastore_shares=arguments.datastore_share,
-        measure_overlap=arguments.overlap,
-        domains=domains,
-        retriever=arguments.retriever,
+    ways = {
+        "modes": arguments.modes,
+        "num_neighbors": arguments.num_neighbors,
+        "datastore_shares": arguments.datastore_share,
+        "measure_overlap": arguments.overlap,
+        "domains": domains,
+        "retriever": arguments.retriever,
         **options,
-    )
+    }
+    if arguments.baselines:
+        evaluation = evaluate_rivals(
+            model,
+            datastore,
+            split,
+            arguments.baselines,
+            knn_folder=arguments.knn_folder or Path(arguments.output_dir) / "knn_lm",
+            knn_factory=arguments.knn_factory,
+            knn_neighbors=arguments.knn_neighbors,
+            **ways,
+        )
+    else:
+        evaluation = evaluate_retro(model, datastore, split, **ways)
     if arguments.baseline is not None:
         baseline = load_retro_model(arguments.baseline, datastore, dtype=dtype).to(state.device)
         measured = evaluate_retro(baseline, datastore, split, modes=["off"], **options)
