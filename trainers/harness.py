@@ -47,6 +47,9 @@ class RetroLM(HFLM):
             Number of neighbors of a chunk.
         retrieval (`bool`, *optional*, defaults to `True`):
             Whether to look up neighbors.
+        in_context (`bool`, *optional*, defaults to `False`):
+            Whether the model runs without retrieval and has the neighbors of the end of a question in front of it, as
+            one would do without RETRO. Texts whose likelihood is asked for as a whole have none.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Data type of the model.
         device (`str`, *optional*):
@@ -55,7 +58,7 @@ class RetroLM(HFLM):
             Passed to `HFLM`: `batch_size`, `max_length`, `add_bos_token`, …
 
     Raises:
-        ValueError: If the model does not fit the datastore, or `k` is below 1.
+        ValueError: If the model does not fit the datastore, if `k` is below 1, or if `in_context` has no retrieval.
 
     Example:
 
@@ -73,12 +76,15 @@ class RetroLM(HFLM):
         datastore: str | RetroDatastore,
         k: int = 2,
         retrieval: bool = True,
+        in_context: bool = False,
         dtype: str = "float32",
         device: str | None = None,
         **kwargs: Any,
     ):
         if k < 1:
             raise ValueError(f"k is {k}, expected at least 1; `retrieval=False` evaluates without neighbors")
+        if in_context and not retrieval:
+            raise ValueError("in_context is true and retrieval false; neighbors in front of a question are looked up")
         if isinstance(datastore, str):
             datastore = RetroDatastore.from_pretrained(datastore)
         if isinstance(pretrained, str):
@@ -86,7 +92,8 @@ class RetroLM(HFLM):
         pretrained = pretrained.to(device or PartialState().device)
         pretrained.config.num_neighbors = k
         self.retriever = RetroRetriever(datastore) if retrieval else None
-        pretrained.set_retriever(self.retriever)
+        self.in_context = in_context
+        pretrained.set_retriever(None if in_context else self.retriever)
         # The harness sets a pad token, which the datastore's tokenizer must not have from then on.
         super().__init__(pretrained, tokenizer=copy.deepcopy(datastore.tokenizer), backend="causal", **kwargs)
 
@@ -98,7 +105,7 @@ class RetroLM(HFLM):
                 # Windows of a whole text have no question.
                 (texts, context, answer)
                 if texts is None
-                else (texts, self._whole_chunks(context, self.max_length + 1 - len(answer)), answer)
+                else (texts, self._looked_up(context, self.max_length + 1 - len(answer)), answer)
                 for texts, context, answer in requests
             ]
         return super()._loglikelihood_tokens(requests, **kwargs)
@@ -116,12 +123,28 @@ class RetroLM(HFLM):
             return super().tok_batch_encode(strings, *args, left_truncate_len=left_truncate_len, **kwargs)
         input_ids, mask = super().tok_batch_encode(strings, *args, **kwargs)
         rows = [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
-        rows = [self._whole_chunks(row, left_truncate_len or self.max_length) for row in rows]
+        rows = [self._looked_up(row, left_truncate_len or self.max_length) for row in rows]
         length = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
         input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
         return input_ids, mask
+
+    def _looked_up(self, tokens: list[int], max_tokens: int) -> list[int]:
+        """A question as the model gets it: padded to whole chunks, or with neighbors in front."""
+        if not self.in_context:
+            return self._whole_chunks(tokens, max_tokens)
+        chunk_size = self.retriever.datastore.chunk_size
+        last = self.retriever.pad_to_chunks(tokens[-chunk_size:])[None]
+        found = self.retriever.retrieve(last, self.config.num_neighbors)
+        front = found.neighbor_input_ids[found.neighbor_attention_mask].tolist()
+        room = max_tokens - len(front)
+        if room <= 0:
+            raise ValueError(
+                f"max_length is {self.max_length}, which leaves no token for the question behind neighbors of "
+                f"{len(front)} tokens"
+            )
+        return front + tokens[-room:]
 
     def _whole_chunks(self, tokens: list[int], max_tokens: int) -> list[int]:
         """The last tokens, as many as fit, padded on the left to whole chunks."""

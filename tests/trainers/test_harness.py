@@ -204,6 +204,34 @@ def test_a_prompt_is_padded_to_whole_chunks_before_it_is_continued(folders, data
         assert text == datastore.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_in_context_is_the_base_with_the_neighbors_in_front_of_the_question(folders, datastore, k):
+    base = AutoModelForCausalLM.from_pretrained(folders / "decoder").eval()
+    model = RetroLM(str(folders / "joint"), datastore, k=k, in_context=True, batch_size=3)
+    found = answers(model)
+    retriever = RetroRetriever(datastore)
+    for (likelihood, _), text, (question, answer) in zip(found["questions"], found["generated"], QUESTIONS[:4]):
+        context, answer = model._encode_pair(question, answer)
+        fronts = []
+        for tokens in (context, model.tok_encode(question)):
+            neighbors = retriever.retrieve(retriever.pad_to_chunks(tokens)[None, -8:], k)
+            fronts.append(neighbors.neighbor_input_ids[neighbors.neighbor_attention_mask].tolist() + tokens)
+        ids = torch.tensor([fronts[0] + answer])
+        with torch.no_grad():
+            log_probs = base(ids).logits[0].log_softmax(-1)[-len(answer) - 1 : -1]
+        expected = log_probs.gather(1, torch.tensor(answer)[:, None]).sum().item()
+        assert likelihood == pytest.approx(expected, abs=1e-4)
+        output = base.generate(torch.tensor([fronts[1]]), max_new_tokens=10, do_sample=False)
+        written = datastore.tokenizer.decode(output[0, len(fronts[1]) :], skip_special_tokens=True)
+        assert text == written.split("\n")[0]
+    stock = HFLM(base, tokenizer=copy.deepcopy(datastore.tokenizer))
+    np.testing.assert_allclose(found["text"], answers(stock)["text"], rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="in_context is true and retrieval false"):
+        RetroLM(str(folders / "joint"), datastore, in_context=True, retrieval=False)
+    with pytest.raises(ValueError, match="no token for the question"):
+        answers(RetroLM(str(folders / "joint"), datastore, in_context=True, max_length=11))
+
+
 def test_the_datastores_tokenizer_stays_as_it_was(folders, datastore):
     tokenizer = datastore.tokenizer
     before = tokenizer.padding_side, tokenizer.pad_token_id
@@ -241,6 +269,7 @@ def test_the_command_writes_the_results_of_tasks(folders, tiny_datastore_dir, re
     found = model.loglikelihood(requests("loglikelihood", QUESTIONS[:4]), disable_tqdm=True)
     assert perplexity == pytest.approx(math.exp(-np.mean([value for value, _ in found])), rel=1e-4)
     assert report["arguments"]["retrieval"] == (retrieval == "true")
+    assert report["seconds"] > 0
     assert "tiny_answers" in (tmp_path / "out" / "results.md").read_text()
     assert "tiny_answers" in capsys.readouterr().out
 

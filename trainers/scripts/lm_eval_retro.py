@@ -41,6 +41,10 @@ class LMEvalArguments:
     output_dir: str = field(metadata={"help": "Folder for results.json and results.md."})
     num_neighbors: int = field(default=2, metadata={"help": "Number of neighbors of a chunk."})
     retrieval: bool = field(default=True, metadata={"help": "Look up neighbors; false is the model without them."})
+    in_context: bool = field(
+        default=False,
+        metadata={"help": "Put the neighbors of the end of a question in front of it, for a model without retrieval."},
+    )
     task_folder: str | None = field(
         default=None, metadata={"help": "Folder with YAML files of tasks, in place of the tasks of the harness."}
     )
@@ -67,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from modeling_retro.durable_files_retro import write_json, write_text
 
     from ..harness import RetroLM
+    from ..operations import read_clocks
 
     keep_freed_memory()
     model = RetroLM(
@@ -74,10 +79,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.datastore,
         k=arguments.num_neighbors,
         retrieval=arguments.retrieval,
+        in_context=arguments.in_context,
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
         max_length=arguments.max_length,
     )
+    clocks = read_clocks()
     results = lm_eval.simple_evaluate(
         model,
         tasks=arguments.tasks,
@@ -89,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     names = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "lm_eval_version")
     report = {name: results[name] for name in names if name in results}
+    report["seconds"], report["processor_seconds"] = (read_clocks() - clocks).tolist()
     report["arguments"] = vars(arguments)
     output_dir = Path(arguments.output_dir)
     write_json(output_dir / "results.json", json.loads(json.dumps(report, default=str)))
