@@ -50,6 +50,8 @@ class RetroLM(HFLM):
         in_context (`bool`, *optional*, defaults to `False`):
             Whether the model runs without retrieval and has the neighbors of the end of a question in front of it, as
             one would do without RETRO. Texts whose likelihood is asked for as a whole have none.
+        reader (`str`, *optional*):
+            Adapters that were trained to read neighbors, for a model that is wrapped.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Data type of the model.
         device (`str`, *optional*):
@@ -77,6 +79,7 @@ class RetroLM(HFLM):
         k: int = 2,
         retrieval: bool = True,
         in_context: bool = False,
+        reader: str | None = None,
         dtype: str = "float32",
         device: str | None = None,
         **kwargs: Any,
@@ -88,7 +91,7 @@ class RetroLM(HFLM):
         if isinstance(datastore, str):
             datastore = RetroDatastore.from_pretrained(datastore)
         if isinstance(pretrained, str):
-            pretrained = load_retro_model(pretrained, datastore, dtype=getattr(torch, dtype))
+            pretrained = load_retro_model(pretrained, datastore, dtype=getattr(torch, dtype), reader=reader)
         pretrained = pretrained.to(device or PartialState().device)
         pretrained.config.num_neighbors = k
         self.retriever = RetroRetriever(datastore) if retrieval else None

@@ -30,9 +30,11 @@ from modeling_retro.datastore_retro import DatastoreSplit, RetroDatastore
 from modeling_retro.durable_files_retro import write_text
 
 
-# A term at the start of a line, and what it is said to be.
+# A term at the start of a line, and what it is said to be. Pronouns are no terms, because nobody knows what they mean.
 DEFINITION = re.compile(
-    r"^(?P<term>[A-Z][\w'’()-]*(?: [\w'’()-]+){0,5}) (?P<verb>is|are|was|were) (?P<text>[^.\n]{20,}\.)", re.MULTILINE
+    r"^(?!(?:This|That|These|Those|It|They|There|Here|He|She|We|You|I|What|Who|Which)\b)"
+    r"(?P<term>[A-Z][\w'’()-]*(?: [\w'’()-]+){0,5}) (?P<verb>is|are|was|were) (?P<text>[^.\n]{20,}\.)",
+    re.MULTILINE,
 )
 DEFINITION_WORDS = 5
 SCORING = "from trainers.harness_tasks import score_definition, score_line\n"

@@ -232,6 +232,19 @@ def test_in_context_is_the_base_with_the_neighbors_in_front_of_the_question(fold
         answers(RetroLM(str(folders / "joint"), datastore, in_context=True, max_length=11))
 
 
+def test_a_wrapped_model_takes_a_reader(folders, datastore, tmp_path):
+    fields = {"neighbor_adapter": {"r": 2}, "row_adapter": {"r": 2}}
+    trained = RetroJointForCausalLM.from_decoder_pretrained(folders / "decoder", chunk_size=8, **fields)
+    with torch.no_grad():
+        for name, weight in trained.named_parameters():
+            if ".lora_" in name:
+                weight.normal_()
+    trained.freeze_decoder()
+    trained.save_pretrained(tmp_path, retrofit_only=True)
+    loaded = RetroLM(str(folders / "decoder"), datastore, reader=str(tmp_path))
+    assert_same_answers(answers(loaded), answers(RetroLM(trained, datastore)), tolerance=1e-5)
+
+
 def test_the_datastores_tokenizer_stays_as_it_was(folders, datastore):
     tokenizer = datastore.tokenizer
     before = tokenizer.padding_side, tokenizer.pad_token_id
@@ -290,7 +303,8 @@ def test_questions_are_lines_and_definitions_of_the_text():
     assert definition_questions(text, generator) == [
         {"question": "A gate is", "answer": "a learned scalar that starts at zero."}
     ]
-    assert definition_questions("Nothing here.", generator) == []
+    for text in ("Nothing here.", "This is a learned scalar that starts at zero.", "It is a scalar that is learned."):
+        assert definition_questions(text, generator) == []
 
 
 def test_scores_of_lines_and_definitions():

@@ -45,6 +45,13 @@ class LMEvalArguments:
         default=False,
         metadata={"help": "Put the neighbors of the end of a question in front of it, for a model without retrieval."},
     )
+    reader: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapters that were trained to read neighbors, for a model that is wrapped: the name of some that "
+            "come with the package, or folder or Hub id."
+        },
+    )
     task_folder: str | None = field(
         default=None, metadata={"help": "Folder with YAML files of tasks, in place of the tasks of the harness."}
     )
@@ -80,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         k=arguments.num_neighbors,
         retrieval=arguments.retrieval,
         in_context=arguments.in_context,
+        reader=arguments.reader,
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
         max_length=arguments.max_length,
