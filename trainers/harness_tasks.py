@@ -42,7 +42,9 @@ SCORING = "from trainers.harness_tasks import score_definition, score_line\n"
 
 def next_line_questions(text: str, generator: np.random.Generator, max_lines: int = 40) -> list[dict[str, str]]:
     """
-    One line of a text as an answer, and the lines in front of it as the question.
+    One line of a text as an answer, and the lines in front of it as the question. The question also holds the
+    indentation of the line except its last character, because tokenizers join a line break with the spaces behind it,
+    except the last one. Behind a bare line break, a model expects a line without indentation.
 
     Args:
         text (`str`): The text.
@@ -57,7 +59,9 @@ def next_line_questions(text: str, generator: np.random.Generator, max_lines: in
     if not choices:
         return []
     n = int(generator.choice(choices))
-    return [{"question": "\n".join(lines[max(0, n - max_lines) : n]) + "\n", "answer": lines[n].strip()}]
+    indentation = lines[n][: len(lines[n]) - len(lines[n].lstrip())]
+    question = "\n".join([*lines[max(0, n - max_lines) : n], indentation[:-1]])
+    return [{"question": question, "answer": lines[n].strip()}]
 
 
 def definition_questions(text: str, generator: np.random.Generator) -> list[dict[str, str]]:

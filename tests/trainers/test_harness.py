@@ -294,7 +294,7 @@ def test_questions_are_lines_and_definitions_of_the_text():
     assert {each["answer"] for each in drawn} == {"return os.getcwd()", "# the last line"}
     for each in drawn:
         n = [line.strip() for line in lines].index(each["answer"])
-        assert each["question"] == "\n".join(lines[:n]) + "\n"
+        assert each["question"] == "\n".join(lines[:n]) + "\n   "
     assert next_line_questions("\n".join(lines), generator, max_lines=1)[0]["question"].count("\n") == 1
     assert next_line_questions("one\ntwo\nthree\nfour\nshort", generator) == []
     text = (
