@@ -20,9 +20,11 @@ It always measures recall@1 and recall@10 against exact search, and writes them 
 data_prep.scripts.index ...`.
 """
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -59,7 +61,11 @@ logger = logging.get_logger(__name__)
 _WORK = ".index-"
 _RECALL_AT = (1, 10)
 # Number of results that an index with refined codes (…,RFlat) scores exactly for each wanted result.
-_REFINED = 8
+_REFINED = 16
+# Indexes with refined codes are filled by one process, which takes minutes up to this number of vectors.
+_REFINED_UP_TO = 10_000_000
+# Number of training vectors for each list of an inverted file, and in all. More take longer and find nothing more.
+_TRAINING_PER_LIST, _LEAST_TRAINING = 64, 1 << 16
 # Up to this number, an exact search takes milliseconds for a query and needs no tuning.
 _EXACT_UP_TO = 50_000
 # Number of vectors that are converted to float32 at once.
@@ -231,7 +237,8 @@ class _IndexBuild:
         if self.options["factory"] != "auto":
             return self.options["factory"]
         memory = self.options["max_index_memory"]
-        return suggest_factory(int(self.offsets[-1]), self.dim, None if memory is None else memory * 1e9)
+        max_bytes = None if memory is None else memory * 1e9
+        return suggest_factory(int(self.offsets[-1]), self.dim, max_bytes, for_gpus=faiss.get_num_gpus() > 0)
 
     def train(self) -> None:
         """Trains an empty index on a random sample, or empties the index to which shards are added."""
@@ -241,12 +248,15 @@ class _IndexBuild:
             else:
                 index = make_index(self.factory, self.dim, self.options["metric"])
                 if not index.is_trained:
-                    sample = self._sample(self.options["max_training_vectors"])
-                    if self.use_gpus and faiss.try_extract_index_ivf(index) is not None:
+                    ivf = faiss.try_extract_index_ivf(index)
+                    enough = max(_TRAINING_PER_LIST * ivf.nlist, _LEAST_TRAINING) if ivf is not None else np.inf
+                    sample = self._sample(min(self.options["max_training_vectors"], enough))
+                    if self.use_gpus and ivf is not None:
                         clustering = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(faiss.extract_index_ivf(index).d))
                         faiss.extract_index_ivf(index).clustering_index = clustering
                     try:
-                        index.train(sample)
+                        with _threads_of_all():
+                            index.train(sample)
                     except RuntimeError as error:
                         raise ValueError(
                             f"faiss cannot train {self.factory!r} on {len(sample)} vectors: {_last_line(error)}"
@@ -281,8 +291,9 @@ class _IndexBuild:
             index = faiss.read_index(str(self._trained))
             if not self._mergeable:
                 index = faiss.read_index(str(old[0])) if old else index
-                for shard in tqdm(range(self.first_shard, len(self.embeddings)), desc=f"Filling {self.factory}"):
-                    self._add(index, shard)
+                with _threads_of_all():
+                    for shard in tqdm(range(self.first_shard, len(self.embeddings)), desc=f"Filling {self.factory}"):
+                        self._add(index, shard)
             elif self._on_disk:
                 data = self.merged.with_suffix(".ivfdata")
                 merge_on_disk(index, files, data)
@@ -305,7 +316,8 @@ class _IndexBuild:
                 found = index.search(queries, min(_RECALL_AT[-1] + 1, index.ntotal))[1]
                 return recall_at(self._scores(queries, without(found, excluded)), exact)
 
-            parameters, recall = tune(index, recall_now, self.options["target_recall"])
+            with _threads_of_all():
+                parameters, recall = tune(index, recall_now, self.options["target_recall"])
             if recall[f"recall@{_RECALL_AT[-1]}"] < self.options["target_recall"]:
                 logger.warning(
                     f"recall@10 is {recall['recall@10']:.3f} at best, below the target "
@@ -425,6 +437,17 @@ class _IndexBuild:
         return self._scores(queries, without(_best(scores, ids, k, kind)[1], excluded))
 
 
+@contextlib.contextmanager
+def _threads_of_all() -> Iterator[None]:
+    """Gives one process the threads of the processes of this machine that wait for it."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(threads * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(threads)
+
+
 def _best(scores: np.ndarray, ids: np.ndarray, k: int, kind: int) -> tuple[np.ndarray, np.ndarray]:
     order = np.lexsort((ids, -scores if kind == faiss.METRIC_INNER_PRODUCT else scores), axis=-1)[:, :k]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
@@ -453,15 +476,20 @@ def make_index(factory: str, dim: int, metric: str) -> faiss.Index:
         raise ValueError(f"faiss knows no factory {factory!r} for {dim} dimensions: {_last_line(error)}") from error
 
 
-def suggest_factory(rows: int, dim: int, max_bytes: float | None = None) -> str:
+def suggest_factory(rows: int, dim: int, max_bytes: float | None = None, for_gpus: bool = False) -> str:
     """
     Chooses a factory for a number of vectors. Up to 50,000 vectors are searched exactly. More get an inverted file of
-    about 8 sqrt(rows) lists, whose codes are as precise as the memory allows.
+    about 8 sqrt(rows) lists. Up to ten million, the lists hold codes of 2 bits for each dimension, which are scanned
+    in the registers of the processor, and the vectors beside them score the best results again. This is about six
+    times as fast as lists of vectors with the same recall. More vectors, those that GPUs search, and those for which
+    the memory is too small, get lists of codes that are as precise as the memory allows.
 
     Args:
         rows (`int`): Number of vectors.
         dim (`int`): Dimension of the vectors.
         max_bytes (`float`, *optional*): Largest size of the index in memory. Defaults to no limit.
+        for_gpus (`bool`, *optional*, defaults to `False`):
+            Whether GPUs search the index, for which faiss cannot refine codes.
 
     Returns:
         `str`: The factory string.
@@ -471,10 +499,12 @@ def suggest_factory(rows: int, dim: int, max_bytes: float | None = None) -> str:
     lists = 1 << round(math.log2(max(16, min(8 * math.sqrt(rows), rows / 39))))
     quantizer = f"IVF{lists}" if lists < 1 << 16 else f"IVF{lists}_HNSW32"
     codes = [(2 * dim, "SQfp16"), (dim, "SQ8")]
+    if rows <= _REFINED_UP_TO and dim % 2 == 0 and not for_gpus:
+        codes.insert(0, (dim // 4 + 2 * dim, f"PQ{dim // 2}x4fsr,Refine(SQfp16)"))
     codes += [(m, f"PQ{m}") for m in (128, 96, 64, 48, 32, 16, 8) if m < dim and dim % m == 0]
     for size, code in codes:
         if max_bytes is None or (size + 8) * rows + 4 * dim * lists <= max_bytes:
-            prefix = f"OPQ{size}," if code.startswith("PQ") else ""
+            prefix = f"OPQ{size}," if code == f"PQ{size}" else ""
             return f"{prefix}{quantizer},{code}"
     raise ValueError(f"no index of {rows} vectors fits into {max_bytes / 1e9:g} GB; allow more memory")
 
@@ -484,7 +514,9 @@ def index_bytes(factory: str, rows: int, dim: int) -> int:
     index = make_index(factory.replace("_HNSW32", ""), dim, "inner_product")
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None:
-        return rows * (ivf.code_size + 8) + 4 * ivf.nlist * ivf.d
+        inner = faiss.downcast_index(index)
+        refined = inner.refine_index.sa_code_size() if isinstance(inner, faiss.IndexRefine) else 0
+        return rows * (ivf.code_size + refined + 8) + 4 * ivf.nlist * ivf.d
     return rows * index.sa_code_size()
 
 
@@ -522,7 +554,7 @@ def empty_copy(path: Path) -> faiss.Index:
     """Reads the trained index of a file, without its vectors."""
     index = read_index(path)
     ivf = faiss.try_extract_index_ivf(index)
-    if ivf is None:
+    if ivf is None or isinstance(faiss.downcast_index(index), faiss.IndexRefine):
         index = faiss.read_index(str(path))
         index.reset()
         return index
@@ -540,13 +572,22 @@ def to_gpus(index: faiss.Index, shard: bool) -> faiss.Index:
     Args:
         index (`faiss.Index`): The index.
         shard (`bool`): Whether to split it over the GPUs rather than to copy it to each.
+
+    Raises:
+        ValueError: If faiss has no such index for GPUs, as for refined codes.
     """
     state = process_state()
     options = faiss.GpuMultipleClonerOptions()
     options.useFloat16 = True
     options.shard = shard
     gpus = None if state.num_processes == 1 else [state.local_process_index]
-    return faiss.index_cpu_to_gpus_list(index, options, gpus)
+    try:
+        return faiss.index_cpu_to_gpus_list(index, options, gpus)
+    except RuntimeError as error:
+        raise ValueError(
+            f"faiss cannot move this index to GPUs ({_last_line(error)}); build it with a factory such as "
+            "IVF4096,SQfp16 and --force, or search without use_gpus"
+        ) from error
 
 
 def without(ids: np.ndarray, excluded: np.ndarray) -> np.ndarray:

@@ -55,6 +55,7 @@ FACTORIES = [
     "HNSW8",
     "IVF4,Flat,RFlat",
     "IVF4,PQ8x4fs,RFlat",
+    "IVF4,PQ8x4fsr,Refine(SQfp16)",
 ]
 
 
@@ -139,7 +140,7 @@ def test_an_index_over_its_memory_limit_is_merged_on_disk_and_can_be_moved(embed
     RetroDatastore.from_pretrained(moved).verify()
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "HNSW8"])
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "HNSW8", "IVF8,PQ8x4fsr,Refine(SQfp16)"])
 @pytest.mark.parametrize("memory", [None, 1e-6])
 def test_shards_that_are_added_later_are_added_to_the_index(embedded, factory, memory):
     whole = json.loads((embedded / "datastore.json").read_text())
@@ -168,7 +169,7 @@ def test_a_finished_index_is_left_alone(embedded):
         build_index(embedded, factory="Flat")
 
 
-@pytest.mark.parametrize("factory", ["IVF8,Flat", "HNSW8"])
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "HNSW8", "IVF8,PQ8x4fsr,Refine(SQfp16)"])
 @pytest.mark.parametrize("step", ["train", "fill", "merge", "measure", "publish"])
 def test_an_interrupted_build_goes_on_and_ends_the_same(embedded, tmp_path, monkeypatch, factory, step):
     other = shutil.copytree(embedded, tmp_path / "other")
@@ -223,7 +224,10 @@ def test_damaged_embeddings_are_named(embedded):
 
 def test_the_suggested_factory_fits_the_memory():
     assert suggest_factory(40_000, 384) == "Flat"
-    assert suggest_factory(1_000_000, 384) == "IVF8192,SQfp16"
+    assert suggest_factory(1_000_000, 384) == "IVF8192,PQ192x4fsr,Refine(SQfp16)"
+    assert suggest_factory(1_000_000, 383) == suggest_factory(1_000_000, 384, for_gpus=True) == "IVF8192,SQfp16"
+    assert suggest_factory(1_000_000, 384, 0.8e9) == "IVF8192,SQfp16"
+    assert suggest_factory(11_000_000, 384) == "IVF32768,SQfp16"
     assert suggest_factory(1_000_000, 384, 0.5e9) == "IVF8192,SQ8"
     assert suggest_factory(27_000_000_000, 384, 2e12) == "OPQ64,IVF1048576_HNSW32,PQ64"
     with pytest.raises(ValueError, match="no index of 1000000 vectors fits into 0.001 GB"):
