@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from array_datastore import random_datastore
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerState
 
 from modeling_retro import RetroJointForCausalLM
@@ -218,3 +219,36 @@ def test_an_adapter_learns_from_its_teacher_stops_and_goes_on_to_the_same_weight
     assert resumed.keys() == constant.keys()
     for name, value in resumed.items():
         assert torch.equal(value, constant[name]), name
+
+
+def test_a_frozen_decoder_may_be_in_bfloat16(teacher_dir, base_dir, tiny_datastore_dir, tmp_path):
+    words = [tiny_datastore_dir, base_dir, teacher_dir]
+    train_retro.main(reader_options(*words, tmp_path / "float32", bf16=True))
+    half = {"bf16": True, "decoder_dtype": "bfloat16"}
+    train_retro.main(reader_options(*words, tmp_path / "bfloat16", **half))
+    # The command again, from a checkpoint: to the same adapters.
+    (tmp_path / "resumed").mkdir()
+    (tmp_path / "bfloat16" / "checkpoint-4").rename(tmp_path / "resumed" / "checkpoint-4")
+    train_retro.main(reader_options(*words, tmp_path / "resumed", **half))
+    start, *trained = (
+        load_file(tmp_path / name / "retrofit.safetensors")
+        for name in ("float32/checkpoint-2", "float32", "bfloat16", "resumed")
+    )
+    expected, found, resumed = trained
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, resumed[name])
+    learned, difference = (
+        torch.cat([(left[name] - expected[name]).flatten() for name in expected]).norm() for left in (start, found)
+    )
+    assert difference < 0.5 * learned
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True, "retrofit_only": False}, {"bf16": True, "fsdp_size": 2}])
+def test_a_decoder_in_bfloat16_that_would_be_trained_or_saved_is_refused(
+    teacher_dir, base_dir, tiny_datastore_dir, tmp_path, options
+):
+    words = reader_options(tiny_datastore_dir, base_dir, teacher_dir, tmp_path, decoder_dtype="bfloat16", **options)
+    with pytest.raises(ValueError, match="--decoder_dtype is bfloat16, .* needs --bf16 true"):
+        train_retro.main(words)

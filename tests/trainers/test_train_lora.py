@@ -17,6 +17,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_train_retro import train_options
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -128,6 +129,19 @@ def test_an_adapter_is_trained_evaluated_generated_with_and_merged(
     prompt = ["--prompt", "retro looks things up in a", "--max_new_tokens", "12"]
     generate.main([*options, str(tmp_path / "adapter"), *prompt])
     assert "neighbor 1 (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("base", ["cross-reference", "joint-reference"])
+def test_the_frozen_weights_may_be_in_bfloat16(bases, base, tiny_datastore_dir, tmp_path):
+    datastore = RetroDatastore.from_pretrained(tiny_datastore_dir)
+    answers = []
+    for name in ("float32", "bfloat16"):
+        train(tiny_datastore_dir, bases / base, tmp_path / name, bf16=True, decoder_dtype=name)
+        weights = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert {value.dtype for value in weights.values()} == {torch.float32}
+        answers.append(outputs(load_retro_model(str(tmp_path / name), datastore), datastore)[0])
+    start = outputs(load_retro_model(str(bases / base), datastore), datastore)[0]
+    assert (answers[1] - answers[0]).norm() < 0.2 * (answers[0] - start).norm()
 
 
 @pytest.mark.parametrize(

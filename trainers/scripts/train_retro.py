@@ -105,6 +105,13 @@ class TrainRetroArguments:
             "choices": ["decoder", "cross_attention"],
         },
     )
+    decoder_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Data type of a decoder that is not trained. bfloat16 halves its memory; it needs --bf16 true.",
+            "choices": ["float32", "bfloat16"],
+        },
+    )
     train_split: str | None = field(
         default=None, metadata={"help": "Split to train on, in place of the datastore's own chunks."}
     )
@@ -189,6 +196,16 @@ def load_model(
     if (arguments.model is None) == (arguments.model_config is None):
         raise ValueError("give either --model (to continue its training) or --model_config (from scratch)")
     num_shares = arguments.fsdp_size * arguments.tp_size
+    is_halved = arguments.decoder_dtype != "float32"
+    leaves_decoder_out = arguments.lora_rank is not None or (
+        training_arguments.freeze_decoder and training_arguments.retrofit_only
+    )
+    if is_halved and not (training_arguments.bf16 and leaves_decoder_out and num_shares == 1):
+        raise ValueError(
+            f"--decoder_dtype is {arguments.decoder_dtype}, which is for a decoder that is neither trained nor saved: "
+            "it needs --bf16 true, either --lora_rank or both --freeze_decoder true and --retrofit_only true, and no "
+            "--fsdp_size or --tp_size"
+        )
     if arguments.lora_rank is not None:
         refused = {
             "freeze_decoder": training_arguments.freeze_decoder,
@@ -208,11 +225,18 @@ def load_model(
                 f"{arguments.model} is no RETRO model yet, and an adapter must name one as its base. Make it by "
                 f"`retro retrofit --base {arguments.model} --attention joint --retrofit_only true --output_dir FOLDER`"
             )
+        if is_halved:
+            model.to(getattr(torch, arguments.decoder_dtype))
         return add_lora(model, arguments.lora_rank, arguments.lora_layers)
     if num_shares == 1:
         if arguments.model_config is not None:
             return _model_from_scratch(arguments, datastore)
-        return load_retro_model(arguments.model, datastore, dtype=torch.float32, **adapter_fields(arguments))
+        model = load_retro_model(arguments.model, datastore, dtype=torch.float32, **adapter_fields(arguments))
+        if is_halved:
+            for name, parameter in model.named_parameters():
+                if not model.is_added_weight(name):
+                    parameter.data = parameter.data.to(getattr(torch, arguments.decoder_dtype))
+        return model
     state = PartialState(cpu=training_arguments.use_cpu)
     if state.num_processes != num_shares:
         raise ValueError(
