@@ -71,7 +71,7 @@ class TokenLocations:
 
     document_index: torch.LongTensor  # [B, T] i: index of the token in its document
     row_index: torch.LongTensor  # [B, T] t': index of the token in its row, counted without padding
-    document_slot: torch.LongTensor  # [B, T] (t' - i) // m: number of chunks of the row before the token's document
+    document_slot: torch.LongTensor  # [B, T] (t' - i) / m: number of chunks of the row before the token's document
     is_token: torch.BoolTensor  # [B, T] False for padding
     column_of: torch.LongTensor  # [B, N + 1] column of the token with each row index
     first_document_index: torch.LongTensor  # [B, 1] i of the first token of the call
@@ -81,7 +81,8 @@ class TokenLocations:
 
 def locate_tokens(position_ids: torch.LongTensor, attention_mask: torch.BoolTensor, chunk_size: int) -> TokenLocations:
     """
-    Finds the places of the tokens of a call in their documents and rows.
+    Finds the places of the tokens of a call in their documents and rows. A row whose first token has a position above
+    0 lacks the first tokens of its document. Its first chunk ends at position m - 1, as if these were there.
 
     Args:
         position_ids (`torch.LongTensor` of shape `(batch_size, seq_len)`):
@@ -99,7 +100,7 @@ def locate_tokens(position_ids: torch.LongTensor, attention_mask: torch.BoolTens
     column_of = column_of.scatter(1, torch.where(attention_mask, row_index, total_length), columns)
 
     is_token, row_index = attention_mask[:, -seq_len:], row_index[:, -seq_len:]
-    document_slot = (row_index - position_ids) // chunk_size
+    document_slot = torch.div(row_index - position_ids, chunk_size, rounding_mode="trunc")
     first = is_token.int().argmax(-1, keepdim=True)
     first_document_index = position_ids.gather(1, first)
     first_slot = document_slot.gather(1, first) + first_document_index // chunk_size
@@ -125,14 +126,16 @@ def completed_chunks(
 
     Returns:
         `tuple`: rows `(n,)`, slots `(n,)` counted from the first chunk that the call completes in the row, and columns
-        `(n, chunk_size)` of the tokens of each chunk, counted from the first cached one.
+        `(n, chunk_size)` of the tokens of each chunk, counted from the first cached one. The tokens that a row lacks
+        in its first chunk are in the columns in front of it, which are padding, or negative if there are not enough.
     """
     slots = locations.document_slot + (locations.document_index + 1) // chunk_size - 1 - locations.first_slot
     closing = locations.is_token & ((locations.document_index + 1) % chunk_size == 0) & (slots >= 0)
     rows, closing_columns = closing.nonzero(as_tuple=True)
     back = torch.arange(chunk_size - 1, -1, -1, device=rows.device)
     row_index = locations.row_index[rows, closing_columns][:, None] - back  # [n, m]
-    return rows, slots[rows, closing_columns], locations.column_of[rows[:, None], row_index]
+    columns = locations.column_of[rows[:, None], row_index.clamp(min=0)] + row_index.clamp(max=0)
+    return rows, slots[rows, closing_columns], columns
 
 
 def find_seen_slots(
@@ -141,8 +144,9 @@ def find_seen_slots(
     """
     Finds the slot that each token sees. Let i be the index of a token in its document, and t' its index in the row,
     counted without padding. The token sees the neighbors of the last complete chunk of its document. This is chunk
-    u = (i + 1) // m - 1 of the document, and chunk (t' - i) // m + u of the row. The last token of a chunk is
-    therefore the first that sees the neighbors retrieved with it (section 2.4 of arXiv 2112.04426).
+    u = (i + 1) // m - 1 of the document, and chunk (t' - i) / m + u of the row, where the quotient is rounded towards
+    0. The last token of a chunk is therefore the first that sees the neighbors retrieved with it (section 2.4 of arXiv
+    2112.04426).
 
     The slots are the chunks that the call completes. If `has_previous_slot`, the last chunk that the row completed in
     earlier calls stands in front of them.
@@ -229,7 +233,7 @@ def compute_chunk_layout(
     columns = torch.arange(seq_len, device=device).expand(batch_size, -1)
     query_columns = columns.new_zeros(batch_size, nowhere + 1).scatter(1, places, columns)[:, :-1]
 
-    # All tokens of a chunk stand in front of its last token in the row.
+    # All tokens of a chunk stand in front of its last token in the row. Those that a row lacks become its first one.
     closing_index = t.new_zeros(batch_size, num_slots + 1)
     closing_index = closing_index.scatter(1, torch.where(closing, slot, num_slots), t)[:, :-1]  # [B, S]
     if has_previous_slot:

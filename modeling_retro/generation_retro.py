@@ -35,7 +35,8 @@ class RetrievalMemory:
     """
 
     prompt_length: int
-    has_default_positions: bool = False
+    continues_cache: bool = True
+    prompt_positions: torch.Tensor | None = None
     prompt_mask: torch.Tensor | None = None
     chunks: dict[bytes, dict[str, torch.Tensor]] = field(default_factory=dict)
     missing: list[int] | None = None
@@ -43,13 +44,17 @@ class RetrievalMemory:
     def completes_no_chunk(self, past_length: int, seq_len: int, chunk_size: int) -> bool:
         """
         Whether it is known that the generated tokens of a call complete no chunk. This follows from their number, and
-        from the padding of the prompt, which is read once. Any other way would wait for the device at every token.
+        from the positions or the padding of the prompt, which are read once. Any other way would wait for the device
+        at every token.
         """
-        if not self.has_default_positions or past_length < self.prompt_length:
+        if self.continues_cache or past_length < self.prompt_length:
             return False
         if self.missing is None:
-            is_padding = torch.zeros(1, 1) if self.prompt_mask is None else self.prompt_mask == 0
-            self.missing = is_padding.long().sum(-1).unique().tolist()
+            if self.prompt_positions is not None:
+                missing = self.prompt_length - 1 - self.prompt_positions[:, -1]
+            else:
+                missing = torch.zeros(1) if self.prompt_mask is None else (self.prompt_mask == 0).sum(-1)
+            self.missing = missing.long().unique().tolist()
         lengths = range(past_length + 1, past_length + seq_len + 1)
         return not any((length - missing) % chunk_size == 0 for length in lengths for missing in self.missing)
 
@@ -73,6 +78,7 @@ def check_neighbors(
     inputs: torch.Tensor,
     neighbor_input_ids: torch.LongTensor | None,
     neighbor_attention_mask: torch.Tensor | None,
+    position_ids: torch.LongTensor | None,
     past_key_values: Cache | None,
     chunk_size: int,
     cache_class: type[RetrievalCache],
@@ -87,6 +93,8 @@ def check_neighbors(
             Tokens of the neighbors.
         neighbor_attention_mask (`torch.Tensor` of the same shape, *optional*):
             1 (or True) for real tokens. By default all tokens are real.
+        position_ids (`torch.LongTensor` of shape `(batch_size, seq_len)`, *optional*):
+            Index of each token in its document.
         past_key_values (`Cache`, *optional*):
             Cache of the call.
         chunk_size (`int`):
@@ -117,9 +125,9 @@ def check_neighbors(
             f"`neighbor_input_ids`, {tuple(neighbor_input_ids.shape)}."
         )
     num_slots = neighbor_input_ids.shape[1]
-    # With a filled cache, the first tokens of the call may complete a chunk that was open.
+    # With positions or a filled cache, the first tokens of the call may complete a chunk that began before them.
     is_filled = isinstance(past_key_values, cache_class) and past_key_values.get_seq_length() > 0
-    max_slots = -(-seq_len // chunk_size) if is_filled else seq_len // chunk_size
+    max_slots = -(-seq_len // chunk_size) if is_filled or position_ids is not None else seq_len // chunk_size
     if num_slots > max_slots:
         raise ValueError(
             f"`neighbor_input_ids` has {num_slots} slots, but {seq_len} tokens complete at most {max_slots} "
@@ -261,8 +269,8 @@ class RetroGenerationMixin:
         )
         if past_length > 0:
             input_ids = torch.cat([past_key_values.input_ids, input_ids], dim=1)
-        chunks = input_ids[rows[:, None], columns]  # [n, m]
-        wanted = (chunks >= 0).all(-1) & (columns[:, -1] >= first_column)
+        chunks = input_ids[rows[:, None], columns.clamp(min=0)]  # [n, m]
+        wanted = ((chunks >= 0) & (columns >= 0)).all(-1) & (columns[:, -1] >= first_column)
         rows, slots, chunks = rows[wanted], slots[wanted], chunks[wanted]
         if rows.shape[0] == 0:
             return None, None
@@ -314,9 +322,8 @@ class RetroGenerationMixin:
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         memory = RetrievalMemory(
             prompt_length=prompt.shape[1] if prompt is not None else 0,
-            has_default_positions=prompt is not None
-            and kwargs.get("position_ids") is None
-            and kwargs.get("past_key_values") is None,
+            continues_cache=prompt is None or kwargs.get("past_key_values") is not None,
+            prompt_positions=kwargs.get("position_ids"),
         )
         token = _active_memory.set(memory)
         try:
@@ -330,15 +337,22 @@ class RetroGenerationMixin:
     def _add_provenance(self, outputs: Any, memory: RetrievalMemory) -> None:
         sequences = outputs.sequences.cpu()
         num_sequences, length = sequences.shape
+
+        def of_prompt(values: torch.Tensor) -> torch.Tensor:
+            # Each row of the prompt is repeated for its beams.
+            return values.cpu()[torch.arange(num_sequences) * values.shape[0] // num_sequences]
+
         mask = torch.ones(num_sequences, length, dtype=torch.bool)
         if memory.prompt_mask is not None:
-            # Each row of the prompt is repeated for its beams.
-            rows = torch.arange(num_sequences) * memory.prompt_mask.shape[0] // num_sequences
-            mask[:, : memory.prompt_length] = memory.prompt_mask.cpu().bool()[rows]
+            mask[:, : memory.prompt_length] = of_prompt(memory.prompt_mask).bool()
         position_ids = default_position_ids(sequences, mask, 0)
+        if memory.prompt_positions is not None:
+            given = of_prompt(memory.prompt_positions)
+            later = given[:, -1:] + torch.arange(1, length - given.shape[1] + 1)
+            position_ids = torch.cat([given, later], dim=1)
         chunk_size = self.config.chunk_size
         rows, slots, columns = completed_chunks(locate_tokens(position_ids, mask, chunk_size), chunk_size)
-        keys = [chunk.tobytes() for chunk in sequences[rows[:, None], columns].numpy()]
+        keys = [chunk.tobytes() for chunk in sequences[rows[:, None], columns.clamp(min=0)].numpy()]
         for name, absent in PROVENANCE_FIELDS.items():
             known = [(n, memory.chunks[key][name]) for n, key in enumerate(keys) if name in memory.chunks.get(key, {})]
             if not known:

@@ -215,6 +215,8 @@ def flash_sequence_lengths(position_ids: torch.LongTensor, mask: torch.BoolTenso
     start = row_index[:, past_length, None] - position_ids[:, :1]
     index = torch.cat([(row_index - start)[:, :past_length], position_ids], dim=1)  # [B, N]
     is_start = nn.functional.pad(index[:, 1:] != index[:, :-1] + 1, (1, 0), value=True) | (index == 0)
+    # The first token of a row need not be the first of its document.
+    is_start = is_start | (mask & (row_index == 0) & (index > 0))
     if (mask[:, 1:] & ~mask[:, :-1] & ~is_start[:, 1:] & (index[:, 1:] > 0)).any():
         raise ValueError(
             "a document continues behind padding, which flash attention cannot leave out; pad on the left, or set "
@@ -730,6 +732,7 @@ class RetroModel(RetroPreTrainedModel):
             inputs_embeds,
             neighbor_input_ids,
             neighbor_attention_mask,
+            position_ids,
             past_key_values,
             chunk_size=self.config.chunk_size,
             cache_class=RetroCache,

@@ -332,6 +332,7 @@ class RetroJointForCausalLM(
             inputs,
             neighbor_input_ids,
             neighbor_attention_mask,
+            position_ids,
             past_key_values,
             chunk_size=self.config.chunk_size,
             cache_class=RetroJointCache,

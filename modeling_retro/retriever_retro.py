@@ -389,8 +389,9 @@ class RetroRetriever:
         """
         Pads a prompt on the left to whole chunks. The prompt then ends where a chunk ends, and is looked up at once.
 
-        The model treats the padding as real tokens, with positions and an attention mask of 1. Only the text of the
-        query leaves it out.
+        Only the text of the query leaves the padding out. With an attention mask of 1 the model reads the padding like
+        other tokens, and a model that was not trained with such prompts does not ignore it.
+        [`RetroRetriever.close_chunks`] hides it.
 
         Args:
             prompt_ids (`Sequence[int]` or `torch.LongTensor`): Token ids [T] or [B, T].
@@ -399,9 +400,40 @@ class RetroRetriever:
             `torch.LongTensor`: [T'] or [B, T'], where T' is the next multiple of the chunk size.
         """
         prompt_ids = torch.as_tensor(prompt_ids, dtype=torch.long)
+        missing = -prompt_ids.shape[-1] % self.datastore.chunk_size
+        return torch.nn.functional.pad(prompt_ids, (missing, 0), value=self._pad_token_id)
+
+    def close_chunks(self, prompts: Sequence[Sequence[int] | torch.Tensor]) -> dict[str, torch.LongTensor]:
+        """
+        Makes a batch of prompts that all end where a chunk ends, so that their ends are looked up at once. The padding
+        in front of them is hidden from the model and left out of the queries, but the positions count it.
+
+        Args:
+            prompts (`Sequence[Sequence[int]]`): Token ids of each prompt.
+
+        Returns:
+            `dict[str, torch.LongTensor]`: `input_ids`, `attention_mask` and `position_ids` for `generate` or
+            `forward`, each [B, T], where T is a multiple of the chunk size.
+
+        Raises:
+            ValueError: If a prompt is empty.
+        """
+        rows = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
+        lengths = torch.tensor([len(row) for row in rows])
+        if not lengths.all():
+            raise ValueError(f"prompt {int(lengths.argmin())} of the batch is empty, expected at least one token")
+        num_columns = -(-lengths // self.datastore.chunk_size) * self.datastore.chunk_size
+        columns = torch.arange(int(num_columns.max()))
+        mask = columns >= len(columns) - lengths[:, None]  # [B, T]
+        input_ids = torch.full(mask.shape, self._pad_token_id)
+        input_ids[mask] = torch.cat(rows)
+        position_ids = (columns - len(columns) + num_columns[:, None]) * mask
+        return {"input_ids": input_ids, "attention_mask": mask.long(), "position_ids": position_ids}
+
+    @property
+    def _pad_token_id(self) -> int:
         tokenizer = self.datastore.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad is None:
             raise ValueError("the tokenizer of the datastore has neither a pad nor an EOS token to pad a prompt with")
-        missing = -prompt_ids.shape[-1] % self.datastore.chunk_size
-        return torch.nn.functional.pad(prompt_ids, (missing, 0), value=pad)
+        return pad

@@ -63,7 +63,8 @@ def generate_with_neighbors(
         prompt (`str`):
             Text to continue. It must not be empty.
         pad_to_chunks (`bool`, *optional*, defaults to `False`):
-            Whether to pad the prompt on the left to whole chunks, so that its end is looked up at once.
+            Whether to pad the prompt on the left to whole chunks, so that its end is looked up at once. The model does
+            not see the padding.
         allow_control_tokens (`bool`, *optional*, defaults to `False`):
             Whether text of the prompt that spells a special token, such as `<|im_start|>`, becomes that token.
         generate_kwargs:
@@ -80,13 +81,13 @@ def generate_with_neighbors(
         raise ValueError("the prompt is empty; give some text to continue")
     if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
         input_ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), input_ids], dim=1)
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if pad_to_chunks:
-        input_ids = retriever.pad_to_chunks(input_ids)
+        inputs = retriever.close_chunks(input_ids)
     model.eval()  # nothing is retrieved in training mode
     model.set_retriever(retriever)
     output = model.generate(
-        input_ids.to(model.device),
-        attention_mask=torch.ones_like(input_ids).to(model.device),
+        **{name: values.to(model.device) for name, values in inputs.items()},
         return_dict_in_generate=True,
         **generate_kwargs,
     )

@@ -28,6 +28,10 @@ from modeling_retro.retriever_retro import RetroRetriever
 from .load_model import load_retro_model
 
 
+# In the place of tokens in front of a question, which the model does not see but counts.
+HIDDEN = -1
+
+
 @register_model("retro")
 class RetroLM(HFLM):
     """
@@ -35,8 +39,9 @@ class RetroLM(HFLM):
     decoder.
 
     With retrieval, every chunk that a request completes is looked up. The context of a question and the prompt of a
-    generation are padded on the left to whole chunks (see [`RetroRetriever.pad_to_chunks`]). Their end is therefore
-    looked up too, and the answer uses what was found. Texts whose likelihood is asked for as a whole are not padded.
+    generation are padded on the left to whole chunks, with padding that the model does not see (see
+    [`RetroRetriever.close_chunks`]). Their end is therefore looked up too, and the answer uses what was found. Texts
+    whose likelihood is asked for as a whole are not padded.
 
     Args:
         pretrained (`str` or [`~transformers.PreTrainedModel`]):
@@ -113,6 +118,23 @@ class RetroLM(HFLM):
             ]
         return super()._loglikelihood_tokens(requests, **kwargs)
 
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not (inps == HIDDEN).any():
+            return super()._model_call(inps, *args, **kwargs)
+        mask = (inps != HIDDEN).long()
+        # Contexts are whole chunks, so that each token has the position of its column.
+        position_ids = torch.arange(inps.shape[1], device=inps.device).expand_as(inps) * mask
+        inps = inps.masked_fill(mask == 0, self.tokenizer.pad_token_id)
+        with torch.no_grad():
+            return self.model(inps, attention_mask=mask, position_ids=position_ids).logits
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.retriever is not None and not self.in_context:
+            mask = kwargs["attention_mask"]
+            missing = -mask.sum(-1, keepdim=True) % self.retriever.datastore.chunk_size
+            kwargs["position_ids"] = (mask.cumsum(-1) - 1 + missing) * mask
+        return super()._model_generate(context, *args, **kwargs)
+
     def tok_batch_encode(
         self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,16 +150,21 @@ class RetroLM(HFLM):
         rows = [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
         rows = [self._looked_up(row, left_truncate_len or self.max_length) for row in rows]
         length = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-        return input_ids, mask
+        input_ids = torch.tensor([[HIDDEN] * (length - len(row)) + row for row in rows])
+        mask = input_ids != HIDDEN
+        return input_ids.masked_fill(~mask, self.tokenizer.pad_token_id), mask.long()
 
     def _looked_up(self, tokens: list[int], max_tokens: int) -> list[int]:
-        """A question as the model gets it: padded to whole chunks, or with neighbors in front."""
-        if not self.in_context:
-            return self._whole_chunks(tokens, max_tokens)
+        """A question as the model gets it: in whole chunks, with hidden tokens in front, or behind neighbors."""
         chunk_size = self.retriever.datastore.chunk_size
+        if not self.in_context:
+            if max_tokens < chunk_size:
+                raise ValueError(
+                    f"max_length is {self.max_length}, which leaves no whole chunk of {chunk_size} tokens for the "
+                    "question"
+                )
+            tokens = tokens[-(max_tokens // chunk_size * chunk_size) :]
+            return [HIDDEN] * (-len(tokens) % chunk_size) + tokens
         last = self.retriever.pad_to_chunks(tokens[-chunk_size:])[None]
         found = self.retriever.retrieve(last, self.config.num_neighbors)
         front = found.neighbor_input_ids[found.neighbor_attention_mask].tolist()
@@ -148,16 +175,6 @@ class RetroLM(HFLM):
                 f"{len(front)} tokens"
             )
         return front + tokens[-room:]
-
-    def _whole_chunks(self, tokens: list[int], max_tokens: int) -> list[int]:
-        """The last tokens, as many as fit, padded on the left to whole chunks."""
-        chunk_size = self.retriever.datastore.chunk_size
-        max_tokens = max_tokens // chunk_size * chunk_size
-        if max_tokens <= 0:
-            raise ValueError(
-                f"max_length is {self.max_length}, which leaves no whole chunk of {chunk_size} tokens for the question"
-            )
-        return self.retriever.pad_to_chunks(tokens[-max_tokens:]).tolist()
 
 
 __all__ = ["RetroLM"]

@@ -101,10 +101,11 @@ class SlowRetro:
                 states[j] = state + self.mlp(f"{layer}.mlp", self.norm(f"{layer}.post_attention_layernorm", state))
         return {j: self.norm(f"{encoder}.norm", state) for j, state in states.items()}
 
-    def document_logits(self, tokens, neighbors):
+    def document_logits(self, tokens, neighbors, first=0):
         """
         Logits `(T, V)` of one document without padding. `neighbors[u]` is a list of (token ids, mask) of the neighbors
-        retrieved with its chunk u; missing chunks have none.
+        retrieved with its chunk u; missing chunks have none. The document lacks its tokens before position `first`, in
+        whose place the encoder looks at copies of the first one that it has.
         """
         config, m = self.config, self.config.chunk_size
         theta = config.rope_parameters["rope_theta"]
@@ -113,18 +114,20 @@ class SlowRetro:
         for n in range(config.num_hidden_layers):
             layer = f"model.layers.{n}"
             normed = [self.norm(f"{layer}.input_layernorm", x) for x in h]
+            places = range(first, first + len(h))
             h = [
-                x + self.attention(f"{layer}.self_attn", normed[i], i, normed[: i + 1], range(i + 1), theta)
+                x + self.attention(f"{layer}.self_attn", normed[i], places[i], normed[: i + 1], places[: i + 1], theta)
                 for i, x in enumerate(h)
             ]
             if n == config.cross_attention_layers[0]:
+                whole = [h[0]] * first + h
                 encoded = [
-                    [self.encode_neighbor(ids, mask, h[u * m : (u + 1) * m]) for ids, mask in neighbors.get(u, [])]
-                    for u in range(len(tokens) // m)
+                    [self.encode_neighbor(ids, mask, whole[u * m : (u + 1) * m]) for ids, mask in neighbors.get(u, [])]
+                    for u in range(len(whole) // m)
                 ]
             if n in config.cross_attention_layers:
                 for i in range(len(h)):
-                    u = (i + 1) // m - 1
+                    u = (first + i + 1) // m - 1
                     sources = [(j, state) for one in (encoded[u] if u >= 0 else []) for j, state in one.items()]
                     if not sources:
                         continue
@@ -132,7 +135,7 @@ class SlowRetro:
                     output = self.attention(
                         f"{layer}.cross_attn",
                         query,
-                        i - u * m,
+                        first + i - u * m,
                         [state for _, state in sources],
                         [j for j, _ in sources],
                         config.neighbor_rope_theta,

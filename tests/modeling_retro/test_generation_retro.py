@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_modeling_retro import CHUNK, LENGTH, VOCAB, assert_close, make_inputs
+from test_modeling_retro import CHUNK, LENGTH, VOCAB, assert_close, make_inputs, slow_logits
 from test_modeling_retro import make_model as make_cross_model
-from tiny_joint import make_joint
+from tiny_joint import make_joint, slow_joint_logits
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
@@ -279,6 +279,87 @@ def test_sampling_with_several_sequences_follows_the_uncached_distribution():
             )
         )
     assert samples[0].shape == (4, CHUNK + 10) and torch.equal(samples[0], samples[1])
+
+
+def closed_chunks(lengths, seed=4):
+    """Rows whose padding, which is counted but hidden, makes them end with a chunk; and the rows alone."""
+    total = max(-(-length // CHUNK) * CHUNK for length in lengths)
+    ids, mask = left_padded([*lengths, total], seed)
+    ids, mask = ids[:-1], mask[:-1]
+    missing = torch.tensor([-length % CHUNK for length in lengths])[:, None]
+    return ids, mask, ((mask.cumsum(-1) - 1 + missing) * mask), missing[:, 0].tolist()
+
+
+def slow_closed_logits(model, row_ids, missing):
+    """The reference for a row `(T,)` that lacks its first tokens, with neighbors looked up for the padded chunks."""
+    padded = torch.cat([torch.zeros(missing, dtype=torch.long), row_ids])
+    chunks = padded[: len(padded) // CHUNK * CHUNK].view(-1, CHUNK)
+    found = HashRetriever().retrieve(chunks, model.config.num_neighbors)
+    slow = slow_joint_logits if hasattr(model, "decoder") else slow_logits
+    with torch.no_grad():
+        return slow(model, row_ids, found.neighbor_input_ids, found.neighbor_attention_mask, first=missing)
+
+
+def test_rows_that_lack_their_first_tokens_equal_the_slow_reference(kind_of_model):
+    model = make_retro()
+    tolerance = 1e-5 if kind_of_model == "cross" else 1e-7  # the reference computes angles in another precision
+    ids, mask, positions, missing = closed_chunks([2, 2 * CHUNK - 1, CHUNK, CHUNK + 1])
+    more = torch.randint(1, VOCAB, (4, CHUNK + 1))
+    ids, mask = torch.cat([ids, more], dim=1), torch.cat([mask, torch.ones_like(more)], dim=1)
+    later = positions[:, -1:] + torch.arange(1, CHUNK + 2)
+    positions = torch.cat([positions, later], dim=1)
+    expected = [slow_closed_logits(model, ids[n, mask[n].bool()], missing[n]) for n in range(4)]
+    for step in (1, 3, 2 * CHUNK, ids.shape[1]):
+        cache, logits = model.cache_class(config=model.config), []
+        for start in range(0, ids.shape[1], step):
+            end = min(start + step, ids.shape[1])
+            with torch.no_grad():
+                outputs = model(
+                    ids[:, start:end],
+                    attention_mask=mask[:, :end],
+                    position_ids=positions[:, start:end],
+                    past_key_values=cache,
+                )
+            logits.append(outputs.logits)
+        logits = torch.cat(logits, dim=1)
+        for row in range(4):
+            assert_close(logits[row, mask[row].bool()], expected[row], tolerance)
+    with torch.no_grad(), model.retrieval(False):  # without neighbors, the padding changes nothing
+        logits = model(ids, attention_mask=mask, position_ids=positions).logits
+        for row in range(4):
+            alone = model(ids[row, mask[row].bool()][None]).logits[0]
+            assert_close(logits[row, mask[row].bool()], alone, 1e-5)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_batch_of_closed_chunks_generates_like_each_row_alone(use_cache, num_beams):
+    model = make_retro()
+    lengths = [2, 2 * CHUNK - 1, CHUNK]
+    ids, mask, positions, _ = closed_chunks(lengths)
+    arguments = {"max_new_tokens": CHUNK + 2, "do_sample": False, "eos_token_id": None, "num_beams": num_beams}
+    arguments |= {"use_cache": use_cache, "return_dict_in_generate": True}
+    output = model.generate(ids, attention_mask=mask, position_ids=positions, **arguments)
+    for row, length in enumerate(lengths):
+        own = slice(-(-length // CHUNK) * -CHUNK, None)
+        given = {"attention_mask": mask[row : row + 1, own], "position_ids": positions[row : row + 1, own]}
+        alone = model.generate(ids[row : row + 1, own], **given, **arguments)
+        new = output.sequences[row, ids.shape[1] :]
+        assert torch.equal(new, alone.sequences[0, alone.sequences.shape[1] - len(new) :])
+        chunks = alone.sequences[0, : -(CHUNK + 2)].view(-1, CHUNK)
+        found = HashRetriever().retrieve(torch.cat([chunks, new[None, :CHUNK]]), 2)
+        num_chunks = len(found.chunk_ids)
+        assert torch.equal(alone.retrieved_chunk_ids[0], found.chunk_ids)
+        assert torch.equal(output.retrieved_chunk_ids[row, :num_chunks], found.chunk_ids)
+
+
+def test_a_first_chunk_without_its_padding_is_not_looked_up():
+    model = make_retro()
+    ids = torch.randint(1, VOCAB, (1, CHUNK + 2))
+    with torch.no_grad():
+        model(ids, position_ids=torch.arange(CHUNK - 2, 2 * CHUNK)[None])
+    # The second chunk is whole.
+    assert model.retriever.chunks == [tuple(ids[0, 2:].tolist())]
 
 
 def test_continuing_from_a_returned_cache_equals_generating_in_one_go():

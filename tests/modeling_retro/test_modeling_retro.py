@@ -55,14 +55,14 @@ def make_inputs(batch_size, length, num_slots=None, k=2, seed=1):
     return ids, neighbors, torch.arange(LENGTH) < kept
 
 
-def slow_logits(model, ids, neighbors, mask):
+def slow_logits(model, ids, neighbors, mask, first=0):
     """The reference for one document."""
     given = {
         u: [(neighbors[u, n].tolist(), mask[u, n].tolist()) for n in range(neighbors.shape[1]) if mask[u, n].any()]
         for u in range(neighbors.shape[0])
     }
     with torch.no_grad():
-        return SlowRetro(model).document_logits(ids.tolist(), given)
+        return SlowRetro(model).document_logits(ids.tolist(), given, first)
 
 
 def assert_close(actual, expected, tolerance=1e-10):

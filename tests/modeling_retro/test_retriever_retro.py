@@ -96,6 +96,25 @@ def test_special_tokens_are_no_part_of_a_query(datastore, retriever):
     assert batch.shape == (3, 2 * TINY_CHUNK_SIZE)
 
 
+def test_closed_chunks_end_with_their_prompts_and_hide_their_padding(retriever):
+    size = TINY_CHUNK_SIZE
+    prompts = [[5, 6, 7], torch.arange(2, 2 + size), list(range(2, 4 + size))]
+    batch = retriever.close_chunks(prompts)
+    assert {name: value.shape for name, value in batch.items()} == dict.fromkeys(
+        ("input_ids", "attention_mask", "position_ids"), (3, 2 * size)
+    )
+    for row, prompt in enumerate(prompts):
+        kept = batch["attention_mask"][row].bool()
+        assert kept.tolist() == [False] * (2 * size - len(prompt)) + [True] * len(prompt)
+        assert batch["input_ids"][row, kept].tolist() == list(prompt)
+        alone = retriever.pad_to_chunks(prompt)
+        assert batch["input_ids"][row, 2 * size - len(alone) :].tolist() == alone.tolist()
+        assert batch["position_ids"][row, kept].tolist() == list(range(len(alone) - len(prompt), len(alone)))
+        assert not batch["position_ids"][row, ~kept].any()
+    with pytest.raises(ValueError, match="prompt 1 of the batch is empty"):
+        retriever.close_chunks([[1], []])
+
+
 def test_retrieve_refuses_other_shapes(retriever):
     with pytest.raises(ValueError, match=rf"\[n, {TINY_CHUNK_SIZE}\], got \[2, 3\]"):
         retriever.retrieve(torch.zeros(2, 3, dtype=torch.long), 1)

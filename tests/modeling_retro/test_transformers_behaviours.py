@@ -292,7 +292,10 @@ def test_flash_attention_separates_packed_rows_that_continue_a_cache(monkeypatch
     positions = torch.stack([packed, torch.arange(4 * CHUNK)])
     left = torch.stack([torch.arange(4 * CHUNK) >= 3, torch.ones(4 * CHUNK, dtype=torch.bool)]).long()
     padded = torch.stack([torch.cat([torch.zeros(3, dtype=torch.long), packed[:-3]]), positions[1]])
-    for mask, position_ids in ((None, positions), (left, padded)):
+    # The first row lacks the first token of its document, and padding stands in its place.
+    short, lacking = left.clone(), positions.clone()
+    short[0, :3], lacking[0] = torch.tensor([0, 1, 1]), torch.arange(4 * CHUNK)
+    for mask, position_ids in ((None, positions), (left, padded), (short, lacking)):
         logits = {}
         for candidate in (model, flash):
             cache, parts, start = RetroCache(), [], 0

@@ -82,12 +82,12 @@ def make_joint(family="llama", seed=0, attn_implementation="sdpa", num_neighbors
     return RetroJointForCausalLM.from_decoder(decoder, chunk_size=CHUNK, num_neighbors=num_neighbors)
 
 
-def slow_joint_logits(model, ids, neighbors, mask):
+def slow_joint_logits(model, ids, neighbors, mask, first=0):
     """
     Logits of one document `(T,)` by the plain decoder, on one sequence [all neighbors | document] with a 4-D mask from
     the definition: token t sees the document up to t (within the window, in layers that have one) and the real tokens
     of the neighbors of chunk (t + 1) // m - 1, all but the first of each; a neighbor's tokens see those before them in
-    the same neighbor.
+    the same neighbor. The document lacks its tokens before position `first`.
     """
     pieces = [
         (u, neighbors[u, n, mask[u, n]], torch.arange(LENGTH)[mask[u, n]] - LENGTH)
@@ -95,7 +95,7 @@ def slow_joint_logits(model, ids, neighbors, mask):
         for n in range(neighbors.shape[1])
     ]
     sequence = torch.cat([tokens for _, tokens, _ in pieces] + [ids])
-    position_ids = torch.cat([positions for *_, positions in pieces] + [torch.arange(len(ids))])
+    position_ids = torch.cat([positions for *_, positions in pieces] + [torch.arange(first, first + len(ids))])
     front = len(sequence) - len(ids)
     config = model.decoder.config
     hidden = model.config.hidden_neighbor_tokens
@@ -109,11 +109,11 @@ def slow_joint_logits(model, ids, neighbors, mask):
             end = start + len(tokens)
             seen[start:end, start:end] = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
             for t in range(len(ids)):
-                seen[front + t, start + hidden : end] = (t + 1) // CHUNK - 1 == u
+                seen[front + t, start + hidden : end] = (first + t + 1) // CHUNK - 1 == u
             start = end
         for t in range(len(ids)):
-            first = max(0, t - window + 1) if layer_type == "sliding_attention" else 0
-            seen[front + t, front + first : front + t + 1] = True
+            oldest = max(0, t - window + 1) if layer_type == "sliding_attention" else 0
+            seen[front + t, front + oldest : front + t + 1] = True
         masks[layer_type] = torch.zeros(1, 1, *seen.shape, dtype=torch.float64).masked_fill(~seen, -1e300)
     return model.decoder(
         input_ids=sequence[None],

@@ -151,13 +151,19 @@ def test_a_text_costs_what_retro_evaluate_says(folders, datastore, kind, k, retr
 
 
 def expected_answer(model, retriever, context, answer, k):
-    """The likelihood of an answer behind a context that is padded to whole chunks, by the model with neighbors."""
-    ids = torch.cat([retriever.pad_to_chunks(context), torch.tensor(answer)])
+    """
+    The likelihood of an answer behind a context that is padded to whole chunks, by the model with neighbors. The
+    padding is hidden.
+    """
+    prompt = retriever.close_chunks([context])
+    ids = torch.cat([prompt["input_ids"][0], torch.tensor(answer)])
     whole = ids[: len(ids) // 8 * 8].reshape(-1, 8)
     found = retriever.retrieve(whole, k)
     with torch.no_grad(), model.retrieval(False):
         logits = model(
             ids[None],
+            attention_mask=torch.cat([prompt["attention_mask"], torch.ones(1, len(answer), dtype=torch.long)], dim=1),
+            position_ids=torch.arange(len(ids))[None],
             neighbor_input_ids=found.neighbor_input_ids[None],
             neighbor_attention_mask=found.neighbor_attention_mask[None],
         ).logits[0]
@@ -189,18 +195,18 @@ def test_the_end_of_a_question_is_looked_up_for_its_answer(folders, datastore, k
         )
 
 
-def test_a_prompt_is_padded_to_whole_chunks_before_it_is_continued(folders, datastore):
-    model = RetroLM(str(folders / "cross"), datastore, k=2, batch_size=4)
+@pytest.mark.parametrize("kind", ["cross", "joint"])
+def test_a_prompt_is_padded_to_whole_chunks_before_it_is_continued(folders, datastore, kind):
+    model = RetroLM(str(folders / kind), datastore, k=2, batch_size=4)
     generation = {"until": [], "max_gen_toks": 12, "do_sample": False}
     prompts = [prompt for prompt, _ in QUESTIONS[:4]]
     found = model.generate_until(
         requests("generate_until", [(prompt, generation) for prompt in prompts]), disable_tqdm=True
     )
     for prompt, text in zip(prompts, found):
-        ids = model.retriever.pad_to_chunks(model.tok_encode(prompt))[None]
-        # Pads are real tokens to the model.
-        output = model.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-        tokens = output[0, ids.shape[1] :]
+        closed = model.retriever.close_chunks([model.tok_encode(prompt)])
+        output = model.model.generate(**closed, max_new_tokens=12, do_sample=False)
+        tokens = output[0, closed["input_ids"].shape[1] :]
         assert text == datastore.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
