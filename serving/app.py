@@ -106,11 +106,9 @@ class ServedModel:
                 prompts = [self._completion_prompt(prompt) for prompt in request.prompts]
             if not prompts:
                 raise ValueError("there is no prompt; give at least one")
-            if request.pad_to_chunks:
-                prompts = [self.retriever.pad_to_chunks(ids).tolist() for ids in prompts]
         except ValueError as error:
             raise RequestError(400, str(error), param) from error
-        longest = max(map(len, prompts))
+        longest = max(len(self.make_row(request, prompt).tokens) for prompt in prompts)
         room = min(self.max_prompt_tokens, self.context_length - 1)
         if longest > room:
             message = f"a prompt has {longest} tokens, more than the {room} that this server takes"
@@ -126,6 +124,15 @@ class ServedModel:
         if unknown:
             raise ValueError(f"token {unknown[0]} of the prompt is not of the vocabulary, 0 to {self.vocab_size - 1}")
         return prompt
+
+    def make_row(self, request: CompletionRequest | ChatRequest, prompt: list[int]) -> Row:
+        """The row of a prompt, with its neighbors looked up as the request wants it."""
+        num_neighbors = self.num_neighbors if request.num_neighbors is None else request.num_neighbors
+        row = Row(list(prompt), num_neighbors if request.retrieval else 0)
+        if request.pad_to_chunks:
+            row.tokens = self.retriever.close_chunks([prompt])["input_ids"][0].tolist()
+            row.num_hidden = len(row.tokens) - len(prompt)
+        return row
 
     def max_new_tokens(self, request: CompletionRequest | ChatRequest, prompt_length: int) -> int:
         """
@@ -162,18 +169,13 @@ class Run:
         self._events: asyncio.Queue[tuple[int, CompletionEvent]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._start_time = time.perf_counter()
-        num_neighbors = served.num_neighbors if request.num_neighbors is None else request.num_neighbors
-        self.completions = [
-            Completion(
-                Row(list(prompt), num_neighbors if request.retrieval else 0),
-                served.max_new_tokens(request, len(prompt)),
-                request.sampling(number),
-                request.stop,
-                self._emitter(index * request.n + number),
-            )
-            for index, prompt in enumerate(prompts)
-            for number in range(request.n)
-        ]
+        self.completions = []
+        for index, prompt in enumerate(prompts):
+            for number in range(request.n):
+                row = served.make_row(request, prompt)
+                max_tokens = served.max_new_tokens(request, len(row.tokens))
+                emit = self._emitter(index * request.n + number)
+                self.completions.append(Completion(row, max_tokens, request.sampling(number), request.stop, emit))
         served.engine.submit(self.completions)
         metrics.prompt_tokens.inc(sum(map(len, prompts)))
 

@@ -58,12 +58,16 @@ class Row:
             Tokens of the prompt, at least one, and of the continuation.
         num_neighbors (`int`):
             Number of neighbors that are looked up for each chunk. 0 switches retrieval off.
+        num_hidden (`int`, *optional*, defaults to 0):
+            Number of tokens at the start of the prompt that are padding, fewer than those of a chunk. The model does
+            not see them, but chunks and positions count them (see [`RetroRetriever.close_chunks`]).
         retrieved (`list[RetrievedChunk]`):
             The neighbors of each whole chunk.
     """
 
     tokens: list[int]
     num_neighbors: int
+    num_hidden: int = 0
     retrieved: list[RetrievedChunk] = field(default_factory=list)
 
 
@@ -118,7 +122,7 @@ class DecodingBatch:
         batch.
 
         Args:
-            row ([`Row`]): The row, with at least one token.
+            row ([`Row`]): The row, with at least one token and no hidden ones.
 
         Returns:
             `list[float]`: the bits of `len(row.tokens) - 1` tokens.
@@ -152,11 +156,12 @@ class DecodingBatch:
             neighbors = {"neighbor_input_ids": all_ids, "neighbor_attention_mask": all_masks}
         self._cached = [length + 1 for length in self._cached]
         lengths = torch.tensor(self._cached, device=device)
+        num_seen = lengths - torch.tensor([row.num_hidden for row in self.rows], device=device)
         columns = torch.arange(max(self._cached), device=device)
         with self.model.retrieval(False):
             outputs = self.model(
                 input_ids=torch.tensor([row.tokens[-1:] for row in self.rows], device=device),
-                attention_mask=(columns >= len(columns) - lengths[:, None]).long(),
+                attention_mask=(columns >= len(columns) - num_seen[:, None]).long(),
                 position_ids=lengths[:, None] - 1,
                 past_key_values=self._cache,
                 use_cache=True,
@@ -188,6 +193,10 @@ class DecodingBatch:
         found_ids, found_mask = self._look_up(rows, chunks)
         inputs = [{"input_ids": torch.tensor([row.tokens], device=device)} for row in rows]
         for n, row in enumerate(rows):
+            if row.num_hidden > 0:
+                positions = torch.arange(len(row.tokens), device=device)[None]
+                mask = (positions >= row.num_hidden).long()
+                inputs[n] |= {"attention_mask": mask, "position_ids": positions * mask}
             own = [i for i, (owner, _) in enumerate(chunks) if owner == n]
             if own:
                 # Other rows may ask for more neighbors, which this row would not have alone.

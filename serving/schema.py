@@ -61,7 +61,8 @@ class GenerationRequest(Strict):
         num_neighbors (`int`, *optional*):
             Number of neighbors of each chunk. Defaults to that of the model.
         pad_to_chunks (`bool`, *optional*, defaults to `False`):
-            Whether the prompt is padded on the left to whole chunks, so that its end is looked up at once.
+            Whether the prompt is padded on the left to whole chunks, so that its end is looked up at once. The model
+            does not see the padding.
         include_neighbors (`bool`, *optional*, defaults to `True`):
             Whether the answer contains the neighbors.
     """

@@ -48,6 +48,10 @@ def make_prompt(length, seed):
 def logits_alone(model, row):
     """Logits after each token of a row by one uncached forward pass, with its neighbors looked up chunk by chunk."""
     inputs = {}
+    if row.num_hidden > 0:
+        columns = torch.arange(len(row.tokens))[None]
+        inputs["attention_mask"] = (columns >= row.num_hidden).long()
+        inputs["position_ids"] = columns * inputs["attention_mask"]
     chunks = torch.tensor(row.tokens[: len(row.tokens) // CHUNK * CHUNK]).view(-1, CHUNK)
     if row.num_neighbors > 0 and len(chunks) > 0:
         found = TopRetriever().retrieve(chunks, row.num_neighbors)
@@ -66,6 +70,8 @@ def test_rows_that_join_and_leave_compute_what_they_compute_alone(kind):
     plans = [(0, 3, 2, 9), (0, 2 * CHUNK, 2, 30), (0, 5, 0, 20), (2, 21, 1, 6), (2, 1, 3, 26), (11, 7, 2, 14)]
     plans += [(12, 4 * CHUNK - 1, 2, 3), (40, 6, 2, 5)]  # the last one comes to an empty batch
     rows = [Row(make_prompt(length, n), k) for n, (_, length, k, _) in enumerate(plans)]
+    rows[1].num_hidden, rows[4].tokens, rows[4].num_hidden = 3, make_prompt(CHUNK, 4), CHUNK - 1
+    rows[6].num_hidden = 1
     prompts = [list(row.tokens) for row in rows]
     seen = [[] for _ in rows]
     left = [plan[3] for plan in plans]
@@ -102,10 +108,13 @@ def test_greedy_rows_equal_generate_in_single_precision(kind):
     model.set_retriever(TopRetriever())
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
     rows = [Row(make_prompt(length, length), 2) for length in (2, 9, 17, 4)]
+    rows.append(Row(make_prompt(2 * CHUNK, 5), 2, num_hidden=CHUNK - 2))
     expected = []
     for row in rows:
-        ids = torch.tensor([row.tokens])
-        output = model.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
+        columns = torch.arange(len(row.tokens))[None]
+        mask = (columns >= row.num_hidden).long()
+        inputs = {"input_ids": torch.tensor([row.tokens]), "attention_mask": mask, "position_ids": columns * mask}
+        output = model.generate(**inputs, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
         expected.append((output.sequences[0].tolist(), output.retrieved_chunk_ids[0].tolist()))
     batch = DecodingBatch(model, TopRetriever())
     logits = batch.add(rows)

@@ -150,10 +150,17 @@ def test_neighbors_of_each_chunk_are_told(client, served, tiny_datastore_dir):
         assert client.completions.create(model="tiny", prompt=prompt, extra_body=body).choices[0].neighbors == []
     answer = client.completions.create(model="tiny", prompt=prompt, extra_body={"include_neighbors": False})
     assert "neighbors" not in answer.choices[0].model_dump()
-    # Padded to whole chunks, even a short prompt is looked up.
-    answer = client.completions.create(model="tiny", prompt="retro", max_tokens=1, extra_body={"pad_to_chunks": True})
-    assert len(answer.choices[0].neighbors) == 1
-    assert answer.usage.prompt_tokens == TINY_CHUNK_SIZE
+    # Padded to whole chunks, even a short prompt is looked up. The padding is not counted.
+    arguments = {"model": "tiny", "prompt": "retro", "max_tokens": 9, "temperature": 0}
+    answer = client.completions.create(**arguments, extra_body={"pad_to_chunks": True})
+    assert [chunk["chunk"] for chunk in answer.choices[0].neighbors] == [0, 1]
+    assert answer.usage.prompt_tokens == len(served.prompts.encode_text("retro"))
+    # Without neighbors the padding changes nothing.
+    texts = [
+        client.completions.create(**arguments, extra_body={"retrieval": False, "pad_to_chunks": pads}).choices[0].text
+        for pads in (False, True)
+    ]
+    assert texts[0] == texts[1]
 
 
 def test_sampling_depends_on_its_seed_alone(client):
