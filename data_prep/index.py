@@ -391,11 +391,11 @@ class _IndexBuild:
         return self._rows(rows)
 
     def _rows(self, rows: np.ndarray) -> np.ndarray:
-        parts = [
-            array[rows[(rows >= start) & (rows < start + len(array))] - start]
-            for start, array in zip(self.offsets, self.embeddings, strict=False)
-        ]
-        return np.concatenate(parts).astype(np.float32)
+        vectors = np.empty((len(rows), self.dim), dtype=np.float32)
+        for start, array in zip(self.offsets, self.embeddings, strict=False):
+            here = (rows >= start) & (rows < start + len(array))
+            vectors[here] = array[rows[here] - start]
+        return vectors
 
     def _held_out_queries(self) -> tuple[np.ndarray, np.ndarray, str]:
         """Queries [q, dim], the row that each query must not find (-1 for none), and the source of the queries."""

@@ -26,12 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate.utils import gather_object
 from transformers.utils import logging
 
 from data_prep.chunk import chunk_documents, chunk_features, set_shards
 from data_prep.deduplicate import deduplicate
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index, read_embeddings
+from data_prep.memory import return_freed_memory
 from data_prep.neighbors import find_neighbors
 from data_prep.stage_files import (
     clear_records,
@@ -287,14 +289,18 @@ def _resolve(inputs: Any, folder: Path) -> list[Any]:
 
 
 class _timed:
-    """Prints the name of a step and the seconds that it took."""
+    """Prints the name of a step, the seconds that it took, and the processor seconds of all processes."""
 
     def __init__(self, name: str):
         self.name = name
 
     def __enter__(self) -> None:
-        self.start = time.perf_counter()
+        self.start, self.process_start = time.perf_counter(), time.process_time()
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None and process_state().is_main_process:
-            print(f"{self.name}: {time.perf_counter() - self.start:.1f} s", flush=True)
+        if kind is None:
+            seconds = time.perf_counter() - self.start
+            processor = sum(gather_object([time.process_time() - self.process_start]))
+            return_freed_memory()
+            if process_state().is_main_process:
+                print(f"{self.name}: {seconds:.1f} s, {processor:.1f} s of processor time", flush=True)

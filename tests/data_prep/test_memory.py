@@ -44,3 +44,22 @@ def test_memory_that_a_tensor_freed_is_used_again():
         result = subprocess.run(command, env=environment, capture_output=True, check=True)
         faults.append(int(result.stdout))
     assert faults[1] < faults[0] / 2
+
+
+RESIDENT = """
+import psutil, torch
+from data_prep.memory import keep_freed_memory, return_freed_memory
+keep_freed_memory()
+blocks = [torch.ones(2**20) for _ in range(64)]
+last = torch.ones(1)
+del blocks
+before = psutil.Process().memory_info().rss
+return_freed_memory()
+print(before - psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc knows the settings")
+def test_freed_memory_is_given_back_between_stages():
+    result = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, check=True)
+    assert int(result.stdout) > 200 * 2**20
