@@ -60,7 +60,7 @@ class GenerationRequest(Strict):
             Whether chunks are looked up.
         num_neighbors (`int`, *optional*):
             Number of neighbors of each chunk. Defaults to that of the model.
-        pad_to_chunks (`bool`, *optional*, defaults to `False`):
+        pad_to_chunks (`bool`, *optional*, defaults to `False`, and to `True` in conversations):
             Whether the prompt is padded on the left to whole chunks, so that its end is looked up at once. The model
             does not see the padding.
         include_neighbors (`bool`, *optional*, defaults to `True`):
@@ -171,6 +171,7 @@ class ChatRequest(GenerationRequest):
         top_logprobs (`int`, *optional*, defaults to 0): Number of most probable tokens to report with each token.
     """
 
+    pad_to_chunks: bool = True
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False

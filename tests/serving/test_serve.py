@@ -66,11 +66,11 @@ def reference(folder, tiny_datastore_dir):
     model: RetroGenerationMixin = load_retro_model(str(folder), retriever.datastore)
     model.set_retriever(retriever)
 
-    def generate(ids, max_tokens, retrieval=True):
+    def generate(ids, max_tokens, retrieval=True, pad_to_chunks=False):
+        prompt = retriever.close_chunks([ids]) if pad_to_chunks else {"input_ids": torch.tensor([ids])}
+        arguments = {"max_new_tokens": max_tokens, "do_sample": False, "eos_token_id": 0, "pad_token_id": 1}
         with model.retrieval(retrieval), torch.no_grad():
-            output = model.generate(
-                torch.tensor([ids]), max_new_tokens=max_tokens, do_sample=False, eos_token_id=0, pad_token_id=1
-            )[0, len(ids) :].tolist()
+            output = model.generate(**prompt, **arguments)[0, prompt["input_ids"].shape[1] :].tolist()
         return output[: output.index(0)] if 0 in output else output
 
     return generate
@@ -189,8 +189,9 @@ def test_chat_speaks_through_the_template(client, served, reference):
     ids = served.prompts.tokenizer("system: retro<eos>user: up<eos>assistant:")["input_ids"]
     arguments = {"model": "tiny", "messages": messages, "max_completion_tokens": 30, "temperature": 0}
     answer = client.chat.completions.create(**arguments, logprobs=True, top_logprobs=2)
-    expected = reference(ids, 30)
+    expected = reference(ids, 30, pad_to_chunks=True)
     choice = answer.choices[0]
+    assert choice.neighbors[0]["chunk"] == 0
     assert choice.message.role == "assistant" and choice.message.content == text_of(served, expected)
     assert answer.usage.prompt_tokens == len(ids)
     content = choice.logprobs.content
@@ -201,6 +202,8 @@ def test_chat_speaks_through_the_template(client, served, reference):
     pieces = list(client.chat.completions.create(**arguments, stream=True))
     assert pieces[0].choices[0].delta.role == "assistant"
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == choice.message.content
+    answer = client.chat.completions.create(**arguments, extra_body={"pad_to_chunks": False})
+    assert answer.choices[0].message.content == text_of(served, reference(ids, 30))
 
 
 def test_logprobs_are_those_of_the_model(client, served, folder, tiny_datastore_dir):
