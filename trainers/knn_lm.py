@@ -372,13 +372,14 @@ def neighbor_probabilities(
     Returns:
         `np.ndarray`: float64 `[n, temperatures]`.
     """
-    # The first is always there, because an index is never empty.
-    less_nearest = distances.astype(np.float64) - distances.min(axis=1, keepdims=True)
+    nearest = distances.min(axis=1, keepdims=True)
+    less_nearest = distances.astype(np.float64) - np.where(np.isfinite(nearest), nearest, 0)
     matches = values == tokens[:, None]
     found = np.empty((len(tokens), len(temperatures)))
     for n, temperature in enumerate(temperatures):
         weights = np.exp(-less_nearest / temperature)
-        found[:, n] = (weights * matches).sum(axis=1) / weights.sum(axis=1)
+        # A search that probes only empty lists of an inverted file finds no key, and then knows no token.
+        found[:, n] = (weights * matches).sum(axis=1) / np.maximum(weights.sum(axis=1), 1)
     return found
 
 

@@ -28,7 +28,7 @@ from .evaluation import evaluate_retro, stored_retriever
 from .evaluation_report import RetroEvaluation
 from .knn_lm import build_knn_store, neighbor_distribution
 from .operations import operations_per_token
-from .windows import document_windows
+from .windows import document_offsets, document_windows
 
 
 BASELINES = ("in_context", "knn_lm")
@@ -44,9 +44,11 @@ def evaluate_rivals(
     knn_neighbors: int = 1024,
     modes: Sequence[str] = ("off", "random", "on"),
     num_neighbors: int | Sequence[int] = 2,
+    datastore_shares: Sequence[float] = (1.0,),
     window_chunks: int = 32,
     stride_chunks: int = 16,
     batch_size: int = 8,
+    max_documents: int | None = None,
     retriever: str | None = None,
     seed: int = 0,
     show_progress: bool = True,
@@ -93,15 +95,22 @@ def evaluate_rivals(
     unknown = sorted(set(baselines) - set(BASELINES))
     if unknown:
         raise ValueError(f"unknown baselines {', '.join(unknown)}; expected some of {', '.join(BASELINES)}")
-    if tuple(kwargs.get("datastore_shares", (1.0,))) != (1.0,):
+    if tuple(datastore_shares) != (1.0,):
         raise ValueError(
-            f"datastore_shares is {list(kwargs['datastore_shares'])}, expected 1 with baselines; measure shares alone"
+            f"datastore_shares is {list(datastore_shares)}, expected 1 with baselines; measure shares alone"
         )
     has_knn = "knn_lm" in baselines
     if has_knn and (knn_folder is None or "off" not in modes or knn_neighbors < 1):
         raise ValueError(
             f"the baseline knn_lm has knn_folder {knn_folder}, modes {', '.join(modes)} and knn_neighbors "
             f"{knn_neighbors}, expected a folder, off among the modes and at least 1"
+        )
+    if has_knn:
+        num_documents = len(document_offsets(split.chunks.document_id, max_documents)) - 1
+        if num_documents < 2:
+            raise ValueError("the kNN-LM is tuned on some documents and measured on others; there is only one")
+        store = build_knn_store(
+            model, datastore, knn_folder, knn_factory, window_chunks, batch_size, seed, show_progress
         )
     modes = list(dict.fromkeys([*modes, *(["in_front"] if "in_context" in baselines else [])]))
     evaluation = evaluate_retro(
@@ -113,6 +122,7 @@ def evaluate_rivals(
         window_chunks=window_chunks,
         stride_chunks=stride_chunks,
         batch_size=batch_size,
+        max_documents=max_documents,
         retriever=retriever,
         seed=seed,
         keep_token_bits=has_knn,
@@ -126,12 +136,6 @@ def evaluate_rivals(
     for name, seconds in evaluation.seconds.items():
         ways[name] = operations[name], seconds, 0 if name == "off" else storage
     if has_knn:
-        num_documents = len(evaluation.document_bytes)
-        if num_documents < 2:
-            raise ValueError("the kNN-LM is tuned on some documents and measured on others; there is only one")
-        store = build_knn_store(
-            model, datastore, knn_folder, knn_factory, window_chunks, batch_size, seed, show_progress
-        )
         windows = document_windows(evaluation.document_offsets, window_chunks, stride_chunks)
         description = "Evaluating (knn_lm)" if show_progress else None
         found = neighbor_distribution(model, split, windows, store, batch_size, knn_neighbors, description)

@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroJointForCausalLM
 from modeling_retro.model_card_retro import evaluation_tables
 from trainers import knn_lm
+from trainers.cli import main
 from trainers.evaluation import evaluate_retro, token_bits
 from trainers.in_front import in_front_bits
 from trainers.knn_lm import (
@@ -129,6 +130,8 @@ def test_probabilities_of_the_neighbors_sum_to_one_and_ignore_absent_ones():
         weights = np.exp(-distances / temperature)
         expected = [(weights * (values == token)).sum(1) / weights.sum(1) for token in range(3)]
         assert np.allclose(found[..., n], expected, rtol=1e-10)
+    # Where no key was found, no token is known.
+    assert (neighbor_probabilities(np.full((5, 6), np.inf), values, values[:, 0], [0.1, 2.0]) == 0).all()
 
 
 def test_tuning_finds_the_best_of_the_grid_on_the_chunks_given():
@@ -262,6 +265,33 @@ def test_the_report_says_what_each_way_costs(models, datastore, tmp_path):
     assert table == evaluation_tables(saved)
     assert "| on + knn_lm |" in table[table.index("GFLOPs a token") :]
     assert (tmp_path / "report" / "rivals.svg").stat().st_size > 1000
+
+
+def test_the_command_measures_rivals(models, datastore, tmp_path, capsys):
+    models["joint"].save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--datastore", str(datastore.path), "--num_neighbors", "1"]
+    options += ["--window_chunks", "4", "--stride_chunks", "2", "--batch_size", "3", "--max_documents", "3"]
+    options += ["--baselines", "in_context", "knn_lm", "--output_dir", str(tmp_path / "out")]
+    main(["evaluate", *options])
+    expected = evaluate_rivals(
+        models["joint"],
+        datastore,
+        datastore.split("validation"),
+        ["in_context", "knn_lm"],
+        tmp_path / "out" / "knn_lm",  # the keys that the command has left
+        num_neighbors=1,
+        max_documents=3,
+        **OPTIONS,
+    )
+    saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert saved["num_documents"] == 2
+    for name in ("off", "on", "in_context", "knn_lm", "on + knn_lm"):
+        assert saved["rivals"][name]["bits_per_byte"] == pytest.approx(expected.bits_per_byte(name), rel=1e-6)
+    assert "| on + knn_lm |" in capsys.readouterr().out
+    assert "| on + knn_lm |" in (tmp_path / "model" / "README.md").read_text()
+    with pytest.raises(SystemExit):
+        main(["evaluate", *options, "--baseline", str(tmp_path / "model")])
+    assert "in a run of its own" in capsys.readouterr().err
 
 
 def test_unusable_baselines_are_refused(models, datastore, tmp_path):

@@ -122,6 +122,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..load_model import load_retro_model
     from ..rivals import evaluate_rivals
 
+    if arguments.baseline is not None and "knn_lm" in arguments.baselines:
+        raise ValueError(
+            f"--baseline is {arguments.baseline} and --baselines has knn_lm, which leaves out the documents it was "
+            "tuned on; measure the other model in a run of its own"
+        )
     keep_freed_memory()
     state = PartialState()
     datastore = RetroDatastore.from_pretrained(arguments.datastore)
