@@ -478,11 +478,11 @@ def make_index(factory: str, dim: int, metric: str) -> faiss.Index:
 
 def suggest_factory(rows: int, dim: int, max_bytes: float | None = None, for_gpus: bool = False) -> str:
     """
-    Chooses a factory for a number of vectors. Up to 50,000 vectors are searched exactly. More get an inverted file of
-    about 8 sqrt(rows) lists. Up to ten million, the lists hold codes of 2 bits for each dimension, which are scanned
-    in the registers of the processor, and the vectors beside them score the best results again. This is about six
-    times as fast as lists of vectors with the same recall. More vectors, those that GPUs search, and those for which
-    the memory is too small, get lists of codes that are as precise as the memory allows.
+    Chooses a factory for a number of vectors. Up to 50,000 vectors are searched exactly. Up to ten million get an
+    inverted file of about 4 sqrt(rows) lists. They hold codes of 2 bits for each dimension, which are scanned in the
+    registers of the processor, and the vectors beside them score the best results again. This is about six times as
+    fast as lists of vectors with the same recall. More vectors, those that GPUs search, and those for which the memory
+    is too small, get about 8 sqrt(rows) lists of codes that are as precise as the memory allows.
 
     Args:
         rows (`int`): Number of vectors.
@@ -496,13 +496,15 @@ def suggest_factory(rows: int, dim: int, max_bytes: float | None = None, for_gpu
     """
     if rows <= _EXACT_UP_TO and (max_bytes is None or 4 * dim * rows <= max_bytes):
         return "Flat"
-    lists = 1 << round(math.log2(max(16, min(8 * math.sqrt(rows), rows / 39))))
-    quantizer = f"IVF{lists}" if lists < 1 << 16 else f"IVF{lists}_HNSW32"
     codes = [(2 * dim, "SQfp16"), (dim, "SQ8")]
+    refined = f"PQ{dim // 2}x4fsr,Refine(SQfp16)"
     if rows <= _REFINED_UP_TO and dim % 2 == 0 and not for_gpus:
-        codes.insert(0, (dim // 4 + 2 * dim, f"PQ{dim // 2}x4fsr,Refine(SQfp16)"))
+        codes.insert(0, (dim // 4 + 2 * dim, refined))
     codes += [(m, f"PQ{m}") for m in (128, 96, 64, 48, 32, 16, 8) if m < dim and dim % m == 0]
     for size, code in codes:
+        wanted = (4 if code == refined else 8) * math.sqrt(rows)  # scanning costs less than choosing the lists
+        lists = 1 << round(math.log2(max(16, min(wanted, rows / 39))))
+        quantizer = f"IVF{lists}" if lists < 1 << 16 else f"IVF{lists}_HNSW32"
         if max_bytes is None or (size + 8) * rows + 4 * dim * lists <= max_bytes:
             prefix = f"OPQ{size}," if code == f"PQ{size}" else ""
             return f"{prefix}{quantizer},{code}"

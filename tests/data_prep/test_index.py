@@ -224,7 +224,7 @@ def test_damaged_embeddings_are_named(embedded):
 
 def test_the_suggested_factory_fits_the_memory():
     assert suggest_factory(40_000, 384) == "Flat"
-    assert suggest_factory(1_000_000, 384) == "IVF8192,PQ192x4fsr,Refine(SQfp16)"
+    assert suggest_factory(1_000_000, 384) == "IVF4096,PQ192x4fsr,Refine(SQfp16)"
     assert suggest_factory(1_000_000, 383) == suggest_factory(1_000_000, 384, for_gpus=True) == "IVF8192,SQfp16"
     assert suggest_factory(1_000_000, 384, 0.8e9) == "IVF8192,SQfp16"
     assert suggest_factory(11_000_000, 384) == "IVF32768,SQfp16"
