@@ -149,13 +149,16 @@ def find_neighbors(
 
         def make(shard: int, temporary: Path) -> dict[str, Any]:
             parts, counts = [], {}
+            vectors = None
+            if embeddings is not None:
+                vectors, embeddings[shard] = embeddings[shard], None  # so that the pages of the file are released
             for start in range(0, chunk_shards[shard]["rows"], _QUERIES):
                 block = slice(start, start + _QUERIES)
                 columns = {name: part[block] for name, part in queries.chunks.shard(shard).items()}
                 mask = np.arange(opened.chunk_size) < columns["length"][:, None]
-                vectors = None if embeddings is None else embeddings[shard][block].astype(np.float32)
+                wanted = None if vectors is None else vectors[block].astype(np.float32)
                 unwanted = _unwanted(opened, columns, mask, queries.searched, drop_near_duplicates)
-                ids, scores, found = search(columns["input_ids"], mask, vectors, num_neighbors, unwanted)
+                ids, scores, found = search(columns["input_ids"], mask, wanted, num_neighbors, unwanted)
                 parts.append((ids, scores))
                 counts = {name: counts.get(name, 0) + number for name, number in found.items()}
             empty = (np.zeros((0, num_neighbors), dtype=np.int64), np.zeros((0, num_neighbors), dtype=np.float32))

@@ -25,6 +25,7 @@ neighbors.neighbor_input_ids.shape  # [2, 2, 128]
 ```
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,9 +90,10 @@ def search(
     while len(pending):
         used = wide_index if wide_index is not None and width > _MOST_ON_GPU else index
         short = []
-        with _probing(used, factor) as all_lists:
-            for start in range(0, len(pending), max(1, max_results // width)):
-                rows = pending[start : start + max(1, max_results // width)]
+        with _probing(used, factor) as (all_lists, candidates):
+            block = max(1, max_results // math.ceil(candidates * width))
+            for start in range(0, len(pending), block):
+                rows = pending[start : start + block]
                 ids[rows], scores[rows], dropped, ended = _search_block(used, queries, rows, k, width, unwanted)
                 done = (ids[rows, -1] >= 0) | (all_lists & (ended | (width == index.ntotal)))
                 for reason, number in dropped.items():
@@ -105,20 +107,28 @@ def search(
 
 
 @contextmanager
-def _probing(index: faiss.Index, factor: int) -> Iterator[bool]:
+def _probing(index: faiss.Index, factor: int) -> Iterator[tuple[bool, float]]:
     """
-    Multiplies nprobe of an inverted file inside the context, and yields whether the whole index is then searched.
+    Multiplies nprobe of an inverted file inside the context, and yields whether the whole index is then searched, and
+    the number of results that an index with refined codes scores for each that it returns. If `factor` times as many
+    are returned, this number falls to 4 at least.
     """
     ivf = faiss.try_extract_index_ivf(index) if isinstance(index, faiss.Index) else None
-    if ivf is None:
-        yield True
-        return
-    nprobe = ivf.nprobe
-    ivf.nprobe = min(factor * nprobe, ivf.nlist)
+    refined = faiss.downcast_index(index) if isinstance(index, faiss.Index) else None
+    refined = refined if isinstance(refined, faiss.IndexRefine) else None
+    candidates = 1.0 if refined is None else refined.k_factor
+    nprobe = None if ivf is None else ivf.nprobe
+    if ivf is not None:
+        ivf.nprobe = min(factor * nprobe, ivf.nlist)
+    if refined is not None:
+        refined.k_factor = min(candidates, max(4.0, candidates / factor))
     try:
-        yield ivf.nprobe == ivf.nlist
+        yield ivf is None or ivf.nprobe == ivf.nlist, 1.0 if refined is None else refined.k_factor
     finally:
-        ivf.nprobe = nprobe
+        if ivf is not None:
+            ivf.nprobe = nprobe
+        if refined is not None:
+            refined.k_factor = candidates
 
 
 def _search_block(

@@ -144,7 +144,7 @@ def test_one_document_that_fills_the_index_leaves_nothing_to_find(tmp_path, tiny
     assert counts["short"] == (documents == 0).sum() and counts["own_document"] > 0 and counts["refetched"] > 0
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "HNSW16"])
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "HNSW16", "IVF16,PQ4x4fsr,Refine(SQfp16)"])
 def test_search_fetches_until_enough_is_found(factory):
     generator = np.random.default_rng(0)
     keys = generator.normal(size=(600, 8)).astype(np.float32)
@@ -157,8 +157,11 @@ def test_search_fetches_until_enough_is_found(factory):
     index = faiss.index_factory(8, factory, faiss.METRIC_INNER_PRODUCT)
     index.train(keys)
     index.add(keys)
+    if "Refine" in factory:
+        faiss.ParameterSpace().set_index_parameter(index, "k_factor_rf", 16)
     unwanted = {"own_document": other_document_filter(Chunks(), documents[:50])}
     ids, scores, counts = search(index, keys[:50], 20, unwanted, fetch=4)
+    assert "Refine" not in factory or faiss.downcast_index(index).k_factor == 16
     assert (documents[ids] != 0).all() and counts["short"] == 0 and counts["refetched"] > 0
     assert (np.diff(scores, axis=1) <= 0).all()
     if factory == "Flat":
