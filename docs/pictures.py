@@ -256,7 +256,76 @@ def bits_against_operations() -> str:
     return picture(width, height, "Bits per byte against operations for a token", parts)
 
 
-PICTURES = {"token_view": token_view, "overlap": overlap, "bits_against_operations": bits_against_operations}
+# Color and label of each way beside its rivals, by the pattern of its name in the table.
+RIVALS = {
+    r"ON, \d neighbors?": (COLORS[2], "ON, with the number of neighbors"),
+    r"\d neighbors? in front": (COLORS[1], "neighbors in front of the window"),
+    r"\d random neighbors?": (GRAY, "random neighbors"),
+    r"kNN-LM": ("#8250df", "kNN-LM"),
+    r"ON.* and kNN-LM": ("#bf3989", "ON and kNN-LM"),
+}
+
+
+def rivals() -> str:
+    """Bits per byte of each way to use a datastore, against its operations, on three kinds of text."""
+    corpora = ["SQLite documentation", "package descriptions", "Bible (prose)"]
+    rows = table(DOCS / "results.md", "bits per byte, less OFF", *corpora)[1:]
+    costs = {
+        row["costs"]: float(row["GFLOPs a token"]) for row in table(DOCS / "results.md", "costs", "GFLOPs a token")
+    }
+    width, height, left, right, top, bottom, gap = 960, 440, 78, 20, 138, 66, 22
+    step = (width - left - right + gap) / len(corpora)
+    lowest, highest, most = -0.41, 0.03, 4.3
+
+    def place(panel: int, operations: float, gain: float) -> tuple[float, float]:
+        x = left + panel * step + operations / most * (step - gap)
+        return x, top + (highest - gain) / (highest - lowest) * (height - top - bottom)
+
+    parts = [
+        label(left, 30, "What one model gains from the documents of a datastore", "start", size=16),
+        label(left, 52, "upright lines: 95 % intervals", "start", GRAY, 13),
+        label(24, (top + height - bottom) / 2, "bits per byte, less OFF", turned=True),
+        label((left + width - right) / 2, height - 14, "billions of operations for a token"),
+    ]
+    for panel, corpus in enumerate(corpora):
+        for tenth in range(-4, 1):
+            x, y = place(panel, 0, tenth / 10)
+            parts.append(path([(x, y), (x + step - gap, y)], INK if tenth == 0 else PALE, 1))
+            if panel == 0:
+                parts.append(label(x - 8, y + 5, f"{tenth / 10:.1f}".replace("-", "−"), "end", GRAY, 13))
+        for operations in range(5):
+            x, y = place(panel, operations, lowest)
+            parts.append(path([(x, y), (x, y + 5)], GRAY, 1))
+            parts.append(label(x, y + 20, f"{operations}", fill=GRAY, size=13))
+        parts.append(path([place(panel, 0, lowest), place(panel, most, lowest)], INK, 1))
+        parts.append(label(place(panel, most / 2, 0)[0], top - 8, corpus, weight="bold"))
+        for pattern, (color, _) in RIVALS.items():
+            points = []
+            for row in rows:
+                name = row["bits per byte, less OFF"]
+                if re.fullmatch(pattern, name):
+                    gain, low, high = numbers(row[corpus])
+                    operations = costs[name]
+                    points.append(place(panel, operations, gain))
+                    parts.append(path([place(panel, operations, end) for end in (low, high)], color, 1.5))
+                    if pattern.startswith("ON, "):
+                        x, y = points[-1]
+                        parts.append(label(x + 8, y + 17, name[4], "start", color, weight="bold"))
+            parts.append(path(points, color, 2))
+            parts += [f'<circle cx="{x:g}" cy="{y:g}" r="5" fill="{color}"/>' for x, y in points]
+    for number, (color, words) in enumerate(RIVALS.values()):
+        x, y = left + 6 + 290 * (number // 2), 76 + 20 * (number % 2)
+        parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="5" fill="{color}"/>')
+        parts.append(label(x + 13, y + 5, words, "start", size=13))
+    return picture(width, height, "Bits per byte less than OFF against operations for a token", parts)
+
+
+PICTURES = {
+    "token_view": token_view,
+    "overlap": overlap,
+    "bits_against_operations": bits_against_operations,
+    "rivals": rivals,
+}
 
 
 if __name__ == "__main__":
