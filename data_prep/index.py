@@ -35,6 +35,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from data_prep.memory import return_freed_memory
 from data_prep.stage_files import (
     check_options,
     directory_lock,
@@ -294,6 +295,7 @@ class _IndexBuild:
                 with _threads_of_all():
                     for shard in tqdm(range(self.first_shard, len(self.embeddings)), desc=f"Filling {self.factory}"):
                         self._add(index, shard)
+                        return_freed_memory()  # an index that grows leaves ever larger pieces behind
             elif self._on_disk:
                 data = self.merged.with_suffix(".ivfdata")
                 merge_on_disk(index, files, data)
@@ -303,6 +305,8 @@ class _IndexBuild:
                     index.merge_from(faiss.read_index(str(file)), 0)
             with whole(self.merged) as temporary:
                 write_index(index, temporary)
+            del index
+            return_freed_memory()
         self.state.wait_for_everyone()
 
     def measure(self, fingerprint: str) -> None:
@@ -394,7 +398,7 @@ class _IndexBuild:
         vectors = np.empty((len(rows), self.dim), dtype=np.float32)
         for start, array in zip(self.offsets, self.embeddings, strict=False):
             here = (rows >= start) & (rows < start + len(array))
-            vectors[here] = array[rows[here] - start]
+            vectors[here] = _reopened(array)[rows[here] - start]
         return vectors
 
     def _held_out_queries(self) -> tuple[np.ndarray, np.ndarray, str]:
@@ -453,7 +457,13 @@ def _best(scores: np.ndarray, ids: np.ndarray, k: int, kind: int) -> tuple[np.nd
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
 
 
-def _blocks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def _reopened(array: np.memmap) -> np.memmap:
+    """The same file, mapped anew, so that what is read of it leaves the memory with the returned array."""
+    return np.load(array.filename, mmap_mode="r", allow_pickle=False)
+
+
+def _blocks(array: np.memmap) -> Iterator[tuple[int, np.ndarray]]:
+    array = _reopened(array)
     for start in range(0, len(array), _BLOCK):
         yield start, array[start : start + _BLOCK].astype(np.float32)
 
