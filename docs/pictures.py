@@ -18,6 +18,7 @@ docs/results.md, so run this again when they change:
     python docs/pictures.py
 """
 
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -183,6 +184,63 @@ def overlap() -> str:
     return picture(width, height, "Bits per byte saved against the overlap with the neighbors", parts)
 
 
+# Color of each kind of text in the table of sizes.
+KINDS = {
+    "all": INK,
+    "dictionary": COLORS[0],
+    "descriptions": COLORS[1],
+    "documentation": COLORS[2],
+    "python": "#8250df",
+}
+
+
+def datastore_size() -> str:
+    """What one neighbor saves by the size of the datastore, for each kind of text, from docs/results.md."""
+    rows = table(DOCS / "results.md", "tokens for a parameter", *KINDS)
+    width, height, left, right, top, bottom = 720, 420, 78, 128, 70, 66
+    sizes = [float(row["tokens for a parameter"]) for row in rows]
+    saved = {kind: [[-value for value in numbers(row[kind])] for row in rows] for kind in KINDS}
+    values = [value for cells in saved.values() for cell in cells for value in cell]
+    low, high = min(0, *values), max(values) * 1.03
+
+    def place(size: float, gain: float) -> tuple[float, float]:
+        share = math.log(size / sizes[0]) / math.log(sizes[-1] / sizes[0])
+        return (
+            left + 16 + share * (width - left - right - 24),
+            top + (high - gain) / (high - low) * (height - top - bottom),
+        )
+
+    parts = [
+        label(left, 30, "Bits per byte that one neighbor saves, by the size of the datastore", "start", size=16),
+        label(left, 52, "upright lines: 95 % intervals", "start", GRAY, 13),
+        label(24, (top + height - bottom) / 2, "bits per byte saved", turned=True),
+        label((left + width - right) / 2, height - 14, "tokens of the datastore for each parameter of the model"),
+    ]
+    for step in range(math.ceil(low * 20), math.floor(high * 20) + 1):
+        y = place(sizes[0], step / 20)[1]
+        parts.append(path([(left, y), (width - right, y)], INK if step == 0 else PALE, 1))
+        parts.append(label(left - 8, y + 5, f"{step / 20:.2f}".replace("-", "−"), "end", GRAY, 13))
+    for size in sizes:
+        x, y = place(size, low)
+        parts.append(path([(x, y), (x, y + 5)], GRAY, 1))
+        parts.append(label(x, y + 20, f"{size:g}", fill=GRAY, size=13))
+    ends = sorted((place(sizes[-1], cells[-1][0])[1], kind) for kind, cells in saved.items())
+    label_y = -math.inf
+    for y, kind in ends:  # labels of lines that end close to each other are moved apart
+        label_y = max(y + 5, label_y + 16)
+        words = "all kinds" if kind == "all" else kind
+        parts.append(label(width - right + 12, label_y, words, "start", KINDS[kind], 13))
+    for number, (kind, cells) in enumerate(saved.items()):
+        shift = 3 * (number - 2)
+        points = [place(size, cell[0]) for size, cell in zip(sizes, cells, strict=True)]
+        points = [(x + shift, y) for x, y in points]
+        parts.append(path(points, KINDS[kind], 3 if kind == "all" else 1.5))
+        for (x, y), size, cell in zip(points, sizes, cells, strict=True):
+            parts.append(path([(x, place(size, end)[1]) for end in cell[1:]], KINDS[kind], 1))
+            parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="3.5" fill="{KINDS[kind]}"/>')
+    return picture(width, height, "Bits per byte saved against the size of the datastore", parts)
+
+
 # Color, label and shift (some cost the same) of each way to read neighbors, by the pattern of its name in the table.
 WAYS = {
     r"OFF|ON, \d+ neighbors?": (COLORS[0], "untrained model, with the number of neighbors", 0),
@@ -325,6 +383,7 @@ PICTURES = {
     "overlap": overlap,
     "bits_against_operations": bits_against_operations,
     "rivals": rivals,
+    "datastore_size": datastore_size,
 }
 
 
