@@ -152,6 +152,8 @@ class RetroJointForCausalLM(
             config.text_config = decoder.config
         self.decoder = decoder
         self.decoder.loss_function = causal_lm_loss
+        if (head := self.decoder.get_output_embeddings()) is not None:
+            head.register_forward_pre_hook(make_contiguous)
         # CODEPATH: only readers that were trained to weigh neighbors differently from the decoder have this bias.
         self.neighbor_bias = nn.Parameter(torch.zeros(())) if config.neighbor_bias else None
         self.neighbor_memory = NeighborMemory(MEMORY_BYTES)
@@ -702,6 +704,14 @@ class RetroJointForCausalLM(
                     f"a {self.config.text_config.model_type!r} model cannot read neighbors with its own attention: "
                     f"{name} (relative difference of logits {float(difference):.2g})"
                 )
+
+
+def make_contiguous(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """
+    Lets a head read a copy of the last states of the rows, which `logits_to_keep` cuts out of all states. For such a
+    part of a tensor PyTorch copies the weights of a frozen head once for each row.
+    """
+    return (args[0].contiguous(), *args[1:])
 
 
 def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:

@@ -125,7 +125,8 @@ class RetroLM(HFLM):
         # Contexts are whole chunks, so that each token has the position of its column.
         position_ids = torch.arange(inps.shape[1], device=inps.device).expand_as(inps) * mask
         inps = inps.masked_fill(mask == 0, self.tokenizer.pad_token_id)
-        with torch.no_grad():
+        dtype = self.mixed_precision_dtype
+        with torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             return self.model(inps, attention_mask=mask, position_ids=position_ids).logits
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

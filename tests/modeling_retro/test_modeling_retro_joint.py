@@ -274,3 +274,14 @@ def test_bad_input_is_named():
     ]:
         with pytest.raises(ValueError, match=message):
             model(ids, **given)
+
+
+def test_the_head_reads_the_last_states_of_a_batch_from_contiguous_memory():
+    """Otherwise PyTorch copies the weights of a frozen head once for each row."""
+    model, read = make_joint(), []
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    ids = torch.randint(0, 20, (3, 2 * CHUNK))
+    with torch.no_grad():
+        last, whole = model(ids, logits_to_keep=1).logits, model(ids).logits
+    assert read[0].shape[:2] == (3, 1) and read[0].is_contiguous()
+    torch.testing.assert_close(last, whole[:, -1:], rtol=0, atol=1e-10)
