@@ -55,7 +55,7 @@ from data_prep.memory import keep_freed_memory
 from modeling_retro import RetroDatastore
 from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
 from modeling_retro.datastore_retro import DatastoreSplit
-from trainers.evaluation import NeighborSource, chunk_bits
+from trainers.evaluation import NeighborSource, token_bits
 from trainers.evaluation_report import RetroEvaluation
 from trainers.load_model import load_retro_model
 from trainers.windows import document_offsets, document_windows
@@ -154,9 +154,10 @@ class Measurement:
     def add(self, name: str, model: torch.nn.Module, neighbor_ids: np.ndarray | None) -> None:
         if name not in self.bits:
             neighbors = None if neighbor_ids is None else NeighborSource(self.datastore, neighbor_ids)
-            self.bits[name], self.bits["tokens"] = chunk_bits(
+            bits, is_counted = token_bits(
                 model, self.datastore, self.split, self.windows, neighbors, self.batch_size, name
             )
+            self.bits[name], self.bits["tokens"] = bits.sum(-1), is_counted.sum(-1)
             np.savez(self.file, **self.bits)
 
     def evaluation(self, domains: list[str] | None, num_neighbors: list[int]) -> RetroEvaluation:

@@ -347,25 +347,6 @@ def token_bits(
     return summed_over_processes(bits), summed_over_processes(is_counted) > 0
 
 
-def chunk_bits(
-    model: PreTrainedModel,
-    datastore: RetroDatastore,
-    split: DatastoreSplit,
-    windows: Sequence[tuple[int, int, int]],
-    neighbors: NeighborSource | None,
-    batch_size: int,
-    description: str | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Computes the bits that the model needs for each chunk. The arguments are those of [`token_bits`].
-
-    Returns:
-        `tuple[np.ndarray, np.ndarray]`: bits float64 and number of counted tokens int64, both `[chunks]`.
-    """
-    bits, counted = token_bits(model, datastore, split, windows, neighbors, batch_size, description)
-    return bits.sum(-1), counted.sum(-1)
-
-
 @torch.inference_mode()
 def _token_nats(
     model: PreTrainedModel,

@@ -27,11 +27,11 @@ from data_prep.neighbors import find_neighbors
 from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM
 from trainers.evaluation import (
     NeighborSource,
-    chunk_bits,
     evaluate_retro,
     longest_common_substring,
     neighbor_overlap,
     neighbors_in_share,
+    token_bits,
 )
 from trainers.evaluation_report import RetroEvaluation, bootstrap_interval
 from trainers.windows import sliding_windows
@@ -161,8 +161,10 @@ def test_bos_at_the_start_of_a_document_costs_nothing(model, held_out):
     with_bos = ArrayDatastore([[1, 2, 3]], CHUNK_SIZE, [[0]], bos_token_id=3)
     without_bos = ArrayDatastore([[1, 2, 3]], CHUNK_SIZE, [[0]])
     windows = [(0, 2, 0), (2, 3, 2)]
-    bits_bos, tokens_bos = chunk_bits(model, with_bos, split, windows, None, batch_size=2)
-    bits, tokens = chunk_bits(model, without_bos, split, windows, None, batch_size=2)
+    bits_bos, tokens_bos = (
+        values.sum(-1) for values in token_bits(model, with_bos, split, windows, None, batch_size=2)
+    )
+    bits, tokens = (values.sum(-1) for values in token_bits(model, without_bos, split, windows, None, batch_size=2))
     assert (tokens - tokens_bos).tolist() == [1, 0, 1]
     assert np.allclose(bits - bits_bos, [math.log2(VOCAB_SIZE), 0, math.log2(VOCAB_SIZE)])
 
