@@ -200,11 +200,12 @@ def load_model(
     leaves_decoder_out = arguments.lora_rank is not None or (
         training_arguments.freeze_decoder and training_arguments.retrofit_only
     )
-    if is_halved and not (training_arguments.bf16 and leaves_decoder_out and num_shares == 1):
+    has_base = arguments.model is not None and num_shares == 1
+    if is_halved and not (training_arguments.bf16 and leaves_decoder_out and has_base):
         raise ValueError(
             f"--decoder_dtype is {arguments.decoder_dtype}, which is for a decoder that is neither trained nor saved: "
-            "it needs --bf16 true, either --lora_rank or both --freeze_decoder true and --retrofit_only true, and no "
-            "--fsdp_size or --tp_size"
+            "it needs --bf16 true, --model, either --lora_rank or both --freeze_decoder true and --retrofit_only "
+            "true, and no --fsdp_size or --tp_size"
         )
     if arguments.lora_rank is not None:
         refused = {
