@@ -22,8 +22,8 @@ the texts.
     python benchmarks/reader_ablation.py --base HuggingFaceTB/SmolLM2-135M-Instruct --datastore mix \\
         --eval_datastores mix sqlite descriptions bible --output_dir ablation
 
-A run of 512 steps of 1,024 tokens takes one to two hours of a CPU core with bfloat16 instructions. The same command run
-again goes on where it stopped, and `--runs` chooses some of the runs, so that two cores can share them.
+A run of 512 steps of 1,024 tokens takes one to two hours of a CPU core with bfloat16 instructions. The same command
+run again goes on where it stopped, and `--runs` chooses some of the runs, so that two cores can share them.
 """
 
 import json
