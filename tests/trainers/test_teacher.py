@@ -252,3 +252,14 @@ def test_a_decoder_in_bfloat16_that_would_be_trained_or_saved_is_refused(
     words = reader_options(tiny_datastore_dir, base_dir, teacher_dir, tmp_path, decoder_dtype="bfloat16", **options)
     with pytest.raises(ValueError, match="--decoder_dtype is bfloat16, .* needs --bf16 true"):
         train_retro.main(words)
+
+
+def test_a_decoder_in_bfloat16_from_scratch_is_refused(teacher_dir, base_dir, tiny_datastore_dir, tmp_path):
+    half = {"bf16": True, "decoder_dtype": "bfloat16"}
+    words = reader_options(tiny_datastore_dir, base_dir, teacher_dir, tmp_path / "reader", **half)
+    config = tmp_path / "config.yaml"
+    config.write_text("hidden_size: 32\n", encoding="utf-8")
+    place = words.index("--model")
+    words[place : place + 2] = ["--model_config", str(config)]
+    with pytest.raises(ValueError, match="--decoder_dtype is bfloat16, .* needs --bf16 true, --model"):
+        train_retro.main(words)
