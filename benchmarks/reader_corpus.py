@@ -58,8 +58,8 @@ from data_prep.docstrings import is_held_out, read_docstrings
 
 
 LESSON_KINDS = ["docstrings", "rust", "python", "perl", "apache", "man", "jargon"]
-LESSON_CHARACTERS, HELD_OUT_CHARACTERS = 1300, 1100  # of a document
-KIND_CHARACTERS = 72_000  # lessons of each kind
+LESSON_CHARACTERS, HELD_OUT_CHARACTERS = 4000, 1100  # of a document
+KIND_CHARACTERS = 400_000  # lessons of each kind
 SEARCHED_BYTES = {"mix": 1_500_000, "measured": 1_350_000}  # of each kind
 NUM_HELD_OUT = 44
 
