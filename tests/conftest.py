@@ -14,6 +14,7 @@
 """Small things that many tests share: a tokenizer, an encoder and a datastore, made once and read only."""
 
 import json
+import multiprocessing
 import os
 import random
 from pathlib import Path
@@ -23,6 +24,8 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before gRPC starts: where it is used, each fork (a worker of a DataLoader, say) would first wait for its threads.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -39,6 +42,12 @@ from modeling_retro.retriever_retro import RetroRetriever  # noqa: E402
 
 
 TINY_CHUNK_SIZE = 8
+# Starts child processes from a server that has imported the libraries and has no threads. A fork of the tests' own
+# process could wait forever for a lock that a thread of another test (a gRPC server, a progress bar) held then.
+CHILDREN = multiprocessing.get_context("forkserver")
+CHILDREN.set_forkserver_preload(
+    ["pytest", "transformers.models.bert.modeling_bert", "data_prep.prepare", "data_prep.living_datastore"]
+)
 
 
 def make_texts(number: int, seed: int = 0, max_words: int = 60) -> list[str]:

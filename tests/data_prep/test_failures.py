@@ -19,12 +19,11 @@ import resource
 import signal
 import subprocess
 import sys
-import traceback
 from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import make_texts, write_jsonl
+from conftest import CHILDREN, make_texts, write_jsonl
 
 from data_prep.chunk import chunk_documents
 from data_prep.deduplicate import deduplicate
@@ -174,6 +173,18 @@ def test_of_two_runs_one_is_refused_and_the_lock_of_a_killed_one_is_none(recipe,
     assert verify(path) == []
 
 
+def search_and_verify_only(path):
+    """What a user who may only read the datastore can do."""
+    if os.getuid() == 0:
+        os.setuid(65534)
+    datastore = RetroDatastore.from_pretrained(path)
+    assert len(datastore.neighbor_ids) == len(datastore.chunks)
+    assert datastore.index.ntotal == len(datastore.chunks)
+    datastore.verify()
+    with pytest.raises(PermissionError):
+        find_neighbors(path, num_neighbors=1, force=True)
+
+
 @pytest.mark.hostile(
     "a datastore in a folder without permission to write",
     "it can be searched and verified; a stage that would write ends with an error of one line",
@@ -189,23 +200,11 @@ def test_a_datastore_that_cannot_be_written_is_searched_and_verified_but_not_cha
     modes = {folder: folder.stat().st_mode for folder in opened}
     for folder in opened:
         folder.chmod(modes[folder] | 0o055)
-    child = os.fork()
-    if child == 0:
-        try:
-            if os.getuid() == 0:
-                os.setuid(65534)
-            datastore = RetroDatastore.from_pretrained(path)
-            assert len(datastore.neighbor_ids) == len(datastore.chunks)
-            assert datastore.index.ntotal == len(datastore.chunks)
-            datastore.verify()
-            with pytest.raises(PermissionError):
-                find_neighbors(path, num_neighbors=1, force=True)
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
+    child = CHILDREN.Process(target=search_and_verify_only, args=(path,))
     try:
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        child.start()
+        child.join()
+        assert child.exitcode == 0
     finally:
         for folder, mode in modes.items():
             folder.chmod(mode)

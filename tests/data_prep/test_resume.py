@@ -14,7 +14,6 @@
 """Two processes that are killed again and again leave the bytes of one process that is not."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import PartialState
-from conftest import TINY_CHUNK_SIZE, make_texts, write_jsonl
+from conftest import CHILDREN, TINY_CHUNK_SIZE, make_texts, write_jsonl
 
 from data_prep.bm25_index import build_bm25_index
 from data_prep.chunk import chunk_documents
@@ -42,7 +41,6 @@ def work(rank: int, world_size: int, port: int, make: Callable, output_dir: Path
     os.dup2(output, 2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    PartialState._reset_state()
     make(output_dir)
     assert PartialState().num_processes == world_size
 
@@ -52,10 +50,9 @@ def run(make: Callable, output_dir: Path, seconds: float | None = None, world_si
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")  # libraries are imported already
     log = output_dir.with_suffix(".log")
     arguments = [(rank, world_size, port, make, output_dir, log) for rank in range(world_size)]
-    processes = [context.Process(target=work, args=own) for own in arguments]
+    processes = [CHILDREN.Process(target=work, args=own) for own in arguments]
     for process in processes:
         process.start()
     deadline = time.monotonic() + (600 if seconds is None else seconds)
