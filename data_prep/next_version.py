@@ -38,7 +38,7 @@ from modeling_retro.datastore_manifest_retro import (
 )
 from modeling_retro.datastore_retro import checksum
 from modeling_retro.datastore_versions_retro import remove_unread, superseding
-from modeling_retro.durable_files_retro import make_folder, remove, replace, write_json
+from modeling_retro.durable_files_retro import TEMPORARY, make_folder, remove, replace, write_json
 
 
 _NEXT = ".next"
@@ -79,7 +79,7 @@ def change_datastore(path: Path, request: dict[str, Any], make: Callable[[Path],
             if is_changed:
                 write_json(path / _NEXT / _READY, {})
             else:
-                remove(path / _NEXT)
+                _remove_next(path)
         process_state().wait_for_everyone()
         if is_changed:
             _publish(path)
@@ -161,5 +161,12 @@ def _publish(path: Path) -> None:
             with superseding(path, keep=True):
                 write_json(path / MANIFEST_NAME, manifest)
         remove_unread(path, manifest)
-        remove(folder)
+        _remove_next(path)
     state.wait_for_everyone()
+
+
+def _remove_next(path: Path) -> None:
+    """Removes the folder `.next`. If this is interrupted, the next run removes the rest as a temporary file."""
+    temporary = path / f"{TEMPORARY}next"
+    os.replace(path / _NEXT, temporary)
+    remove(temporary)

@@ -104,6 +104,8 @@ def directory_lock(path: Path) -> Iterator[None]:
     finally:
         _locks.pop(path, None)
         os.close(handle)
+    # The next stage of this run takes the exclusive lock only when no process holds the shared one any longer.
+    state.wait_for_everyone()
 
 
 def open_manifest(path: Path, create: bool = False) -> dict[str, Any]:

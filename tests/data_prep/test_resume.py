@@ -142,6 +142,16 @@ def test_a_run_that_is_killed_ends_with_the_same_bytes(recipe, tmp_path):
     kill_until_done(partial(prepare_datastore, recipe), tmp_path, kills=3, seed=0)
 
 
+def lock_again(output_dir: Path) -> None:
+    for _ in range(100):
+        with directory_lock(output_dir):
+            pass
+
+
+def test_the_processes_of_a_run_take_the_lock_again_when_all_have_left_it(tmp_path):
+    assert run(lock_again, tmp_path / "datastore")
+
+
 def all_but_the_graph(path: Path) -> tuple[dict[str, bytes], dict[str, float]]:
     """Chunks and embeddings, and the recall of the index in place of its bytes, which may differ."""
     datastore = RetroDatastore.from_pretrained(path)
