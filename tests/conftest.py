@@ -14,7 +14,6 @@
 """Small things that many tests share: a tokenizer, an encoder and a datastore, made once and read only."""
 
 import json
-import multiprocessing
 import os
 import random
 from pathlib import Path
@@ -42,12 +41,6 @@ from modeling_retro.retriever_retro import RetroRetriever  # noqa: E402
 
 
 TINY_CHUNK_SIZE = 8
-# Starts child processes from a server that has imported the libraries and has no threads. A fork of the tests' own
-# process could wait forever for a lock that a thread of another test (a gRPC server, a progress bar) held then.
-CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(
-    ["pytest", "transformers.models.bert.modeling_bert", "data_prep.prepare", "data_prep.living_datastore"]
-)
 
 
 def make_texts(number: int, seed: int = 0, max_words: int = 60) -> list[str]:

@@ -23,7 +23,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import CHILDREN, make_texts, write_jsonl
+from child_processes import CHILDREN
+from conftest import make_texts, write_jsonl
 
 from data_prep.chunk import chunk_documents
 from data_prep.deduplicate import deduplicate

@@ -18,15 +18,14 @@ import os
 import random
 import shutil
 import signal
-import socket
 import time
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
-from conftest import CHILDREN, TINY_CHUNK_SIZE, make_texts, write_jsonl
+from child_processes import CHILDREN, run_processes
+from conftest import TINY_CHUNK_SIZE, make_texts, write_jsonl
 from datasets import Dataset
 
 from data_prep import next_version
@@ -536,24 +535,8 @@ def test_readers_find_a_whole_version_at_every_moment(datastore_dir, changed):
     assert check_whole(datastore_dir, states) == len(states) - 1
 
 
-def work(rank, port, path):
-    """One process of two, as `accelerate launch` would start it."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    change_all(path)
-    assert PartialState().num_processes == 2
-
-
 @pytest.mark.slow
 def test_two_processes_make_the_versions_that_one_makes(datastore_dir, changed):
     expected, _ = changed
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [CHILDREN.Process(target=work, args=(rank, port, datastore_dir)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert run_processes(change_all, datastore_dir)
     assert files_in(datastore_dir) == expected

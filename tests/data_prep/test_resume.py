@@ -14,63 +14,21 @@
 """Two processes that are killed again and again leave the bytes of one process that is not."""
 
 import json
-import os
 import random
-import signal
-import socket
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
-from accelerate import PartialState
-from conftest import CHILDREN, TINY_CHUNK_SIZE, make_texts, write_jsonl
+from child_processes import run_processes
+from conftest import TINY_CHUNK_SIZE, make_texts, write_jsonl
 
 from data_prep.bm25_index import build_bm25_index
 from data_prep.chunk import chunk_documents
 from data_prep.prepare import prepare_datastore
 from data_prep.stage_files import directory_lock
 from modeling_retro.datastore_retro import RetroDatastore
-
-
-def work(rank: int, world_size: int, port: int, make: Callable, output_dir: Path, log: Path) -> None:
-    """One process of a run, as `accelerate launch` would start it."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    make(output_dir)
-    assert PartialState().num_processes == world_size
-
-
-def run(make: Callable, output_dir: Path, seconds: float | None = None, world_size: int = 2) -> bool:
-    """Runs `make` in some processes; kills them after `seconds`. Returns whether they ended by themselves."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = output_dir.with_suffix(".log")
-    arguments = [(rank, world_size, port, make, output_dir, log) for rank in range(world_size)]
-    processes = [CHILDREN.Process(target=work, args=own) for own in arguments]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + (600 if seconds is None else seconds)
-    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    ended = all(process.exitcode == 0 for process in processes)
-    # All stop before the first is killed, so that none is left to see the connection to another break.
-    for number in (signal.SIGSTOP, signal.SIGKILL):
-        for process in processes:
-            if process.is_alive():
-                os.kill(process.pid, number)
-    for process in processes:
-        process.join()
-        if seconds is None:
-            assert process.exitcode == 0, log.read_text()
-        else:
-            assert process.exitcode in (0, -signal.SIGKILL), log.read_text()
-    return ended
 
 
 def stage_of(output_dir: Path) -> str:
@@ -102,7 +60,7 @@ def kill_until_done(
     """
     generator = random.Random(seed)
     start = time.monotonic()
-    run(make, folder / "reference", world_size=1)
+    run_processes(make, folder / "reference", world_size=1)
     duration = time.monotonic() - start
     expected = compare(folder / "reference")
     killed: dict[str, int] = {}
@@ -111,11 +69,11 @@ def kill_until_done(
         output_dir = folder / f"trial-{trial}"
         # Two processes have to find each other first: each kill comes later, so that a run gets somewhere.
         limit = duration
-        while not run(make, output_dir, seconds=generator.uniform(0.05, 0.7) * limit):
+        while not run_processes(make, output_dir, seconds=generator.uniform(0.05, 0.7) * limit):
             stage = stage_of(output_dir)
             killed[stage] = killed.get(stage, 0) + 1
             limit *= 1.15
-        run(make, output_dir)
+        run_processes(make, output_dir)
         assert compare(output_dir) == expected
         trial += 1
     print(f"kills by stage: {killed}")
@@ -149,7 +107,7 @@ def lock_again(output_dir: Path) -> None:
 
 
 def test_the_processes_of_a_run_take_the_lock_again_when_all_have_left_it(tmp_path):
-    assert run(lock_again, tmp_path / "datastore")
+    assert run_processes(lock_again, tmp_path / "datastore")
 
 
 def all_but_the_graph(path: Path) -> tuple[dict[str, bytes], dict[str, float]]:
