@@ -93,7 +93,7 @@ SECTIONS = {
         "serving.decoding_batch": ["DecodingBatch", "Row", "RetrievedChunk"],
         "serving.engine": ["Engine", "Completion"],
         "serving.app": ["create_app"],
-        "serving.worth": ["read_text", "continue_both_ways", "Reading"],
+        "serving.reading": ["read_text", "continue_both_ways", "Reading"],
         "serving.space": ["export_space"],
     },
     "Span corruption": {

@@ -21,7 +21,7 @@ from .load import LoadedModel
 from .page import CSS, legend, plain_html, reading_html
 from .prompts import PromptEncoder
 from .sampling import SamplingParameters
-from .worth import continue_both_ways, read_text
+from .reading import continue_both_ways, read_text
 
 
 # Largest number of tokens of a text that is measured.

@@ -16,7 +16,7 @@
 import itertools
 from html import escape
 
-from .worth import Neighbor, Piece, Reading, Stretch
+from .reading import Neighbor, Piece, Reading, Stretch
 
 
 # Number of bits from which on a token has the full color.

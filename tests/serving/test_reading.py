@@ -26,7 +26,7 @@ from serving.page import plain_html, reading_html
 from serving.prompts import PromptEncoder
 from serving.sampling import ChosenToken, SamplingParameters
 from serving.text_stream import TextStream
-from serving.worth import Neighbor, Piece, Reading, Stretch, continue_both_ways, copied_places, read_text, split_copied
+from serving.reading import Neighbor, Piece, Reading, Stretch, continue_both_ways, copied_places, read_text, split_copied
 
 
 TEXT = "retro looks things up in a datastore naïve 日本語 👩‍👩‍👧 looks up in a datastore δέλτα retro looks"
