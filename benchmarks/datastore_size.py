@@ -55,10 +55,10 @@ from data_prep.memory import keep_freed_memory
 from modeling_retro import RetroDatastore
 from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
 from modeling_retro.datastore_retro import DatastoreSplit
-from trainers.evaluation import NeighborSource, token_bits
-from trainers.evaluation_report import RetroEvaluation
+from trainers.evaluation.evaluate import NeighborSource, token_bits
+from trainers.evaluation.report import RetroEvaluation
+from trainers.evaluation.windows import document_offsets, document_windows
 from trainers.load_model import load_retro_model
-from trainers.windows import document_offsets, document_windows
 
 
 WINDOW_CHUNKS, STRIDE_CHUNKS = 8, 4

@@ -30,7 +30,7 @@ from scipy.stats import spearmanr
 
 from data_prep.arguments import parse_arguments, run_command
 from modeling_retro import RetroDatastore
-from trainers.evaluation import evaluate_retro
+from trainers.evaluation.evaluate import evaluate_retro
 from trainers.load_model import load_retro_model
 
 

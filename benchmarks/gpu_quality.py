@@ -31,11 +31,16 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
 from modeling_retro.datastore_retro import RetroDatastore
-from trainers.evaluation import MODES, evaluate_retro
-from trainers.evaluation_report import RetroEvaluation
+from trainers.evaluation.evaluate import MODES, evaluate_retro
+from trainers.evaluation.report import RetroEvaluation
+from trainers.language_model.config import RetroTrainingArguments
+from trainers.language_model.trainer import (
+    DataCollatorForRetro,
+    RetroTrainer,
+    collator_options,
+    last_complete_checkpoint,
+)
 from trainers.load_model import load_retro_model
-from trainers.retro_config import RetroTrainingArguments
-from trainers.retro_trainer import DataCollatorForRetro, RetroTrainer, collator_options, last_complete_checkpoint
 
 
 READER_RANK = 16

@@ -39,8 +39,8 @@ from transformers import PreTrainedModel
 
 from modeling_retro.chunk_encoder_retro import ChunkEncoder, decode_chunks
 from modeling_retro.datastore_retro import RetroDatastore
-from trainers.retro_config import RetroTrainingArguments
-from trainers.retro_trainer import ChunkRows, DataCollatorForRetro, RetroTrainer, collator_options
+from trainers.language_model.config import RetroTrainingArguments
+from trainers.language_model.trainer import ChunkRows, DataCollatorForRetro, RetroTrainer, collator_options
 
 
 MODELS = {"joint attention": joint_model, "cross attention": retro_model}

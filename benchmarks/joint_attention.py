@@ -32,7 +32,7 @@ import torch
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.memory import keep_freed_memory
 from modeling_retro import RetroJointCache, RetroJointForCausalLM
-from trainers.operations import operations_per_token
+from trainers.evaluation.operations import operations_per_token
 
 
 @dataclass

@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.arguments import parse_arguments, run_command
-from trainers.evaluation_report import Difference
+from trainers.evaluation.report import Difference
 
 
 TEACHER = ["--teacher", "{teacher}"]

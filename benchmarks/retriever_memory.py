@@ -31,8 +31,8 @@ from retriever_speed import make_pairs
 from transformers import AutoTokenizer
 
 from modeling_retro.chunk_encoder_retro import load_text_encoder
-from trainers.retriever_config import RetrieverTrainingArguments
-from trainers.retriever_trainer import RetrieverTrainer
+from trainers.retriever.config import RetrieverTrainingArguments
+from trainers.retriever.trainer import RetrieverTrainer
 
 
 VARIANTS = {

@@ -36,10 +36,10 @@ from sentence_transformers import (
 )
 from transformers import AutoTokenizer, TrainerCallback
 
-from data_prep.pairs import load_pairs
+from data_prep.pairs.pairs import load_pairs
 from modeling_retro.chunk_encoder_retro import load_text_encoder
-from trainers.retriever_config import RetrieverTrainingArguments
-from trainers.retriever_trainer import RetrieverTrainer
+from trainers.retriever.config import RetrieverTrainingArguments
+from trainers.retriever.trainer import RetrieverTrainer
 
 
 class StepTimes(TrainerCallback):

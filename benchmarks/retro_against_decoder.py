@@ -25,7 +25,7 @@ from pathlib import Path
 
 from data_prep.arguments import parse_arguments, run_command
 from modeling_retro import RetroDatastore, RetroForCausalLM
-from trainers.evaluation import MODES, evaluate_retro
+from trainers.evaluation.evaluate import MODES, evaluate_retro
 from trainers.quickstart import train_model
 
 

@@ -32,8 +32,8 @@ from modeling_retro.retriever_retro import RetroRetriever
 from .answers import Answer, error_body
 from .decoding_batch import Row
 from .engine import Completion, CompletionEvent, Engine, QueueFullError
-from .middleware import Guard
 from .metrics import Metrics
+from .middleware import Guard
 from .prompts import PromptEncoder
 from .schema import ChatRequest, CompletionRequest
 

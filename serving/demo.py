@@ -20,8 +20,8 @@ import gradio as gr
 from .load import LoadedModel
 from .page import CSS, legend, plain_html, reading_html
 from .prompts import PromptEncoder
-from .sampling import SamplingParameters
 from .reading import continue_both_ways, read_text
+from .sampling import SamplingParameters
 
 
 # Largest number of tokens of a text that is measured.

@@ -31,7 +31,7 @@ from accelerate import PartialState
 
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(
-    ["pytest", "transformers.models.bert.modeling_bert", "data_prep.prepare", "data_prep.living_datastore"]
+    ["pytest", "transformers.models.bert.modeling_bert", "data_prep.prepare", "data_prep.upkeep.changes"]
 )
 
 

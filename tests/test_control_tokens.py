@@ -28,16 +28,16 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 import trainers as trainers_package
 from data_prep.chunk import DocumentChunker, chunk_documents
-from data_prep.convert import import_datastore
 from data_prep.documents import Document
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
-from data_prep.verify import verify
+from data_prep.upkeep.import_others import import_datastore
+from data_prep.upkeep.verify import verify
 from modeling_retro import RetroDatastore, RetroJointForCausalLM, RetroRetriever
 from trainers.generation import generate_with_neighbors
-from trainers.retriever_trainer import SiameseDataCollator
-from trainers.streaming import StreamedRows
+from trainers.language_model.streaming import StreamedRows
+from trainers.retriever.trainer import SiameseDataCollator
 
 
 CHATML = (

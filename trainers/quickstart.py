@@ -53,14 +53,14 @@ from modeling_retro import RetroConfig, RetroForCausalLM
 from modeling_retro.datastore_retro import RetroDatastore
 from modeling_retro.durable_files_retro import whole, write_text
 from modeling_retro.retriever_retro import RetroRetriever
+from trainers.evaluation.evaluate import evaluate_retro
+from trainers.evaluation.operations import operations_per_token
+from trainers.evaluation.report import RetroEvaluation
+from trainers.language_model.config import RetroTrainingArguments
+from trainers.language_model.trainer import RetroTrainer, config_for_datastore, last_complete_checkpoint
 
-from .evaluation import evaluate_retro
-from .evaluation_report import RetroEvaluation
 from .generation import format_chunks, generate_with_neighbors
 from .load_model import load_retro_model
-from .operations import operations_per_token
-from .retro_config import RetroTrainingArguments
-from .retro_trainer import RetroTrainer, config_for_datastore, last_complete_checkpoint
 from .smollm2 import HOW_TO_INSTALL, HUB_ID, find_smollm2
 
 

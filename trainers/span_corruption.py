@@ -34,7 +34,7 @@ class DataCollatorForSpanCorruption:
     in the released preprocessing of T5, the targets do not end with a sentinel.
 
     Rows of `raw_length` tokens give inputs of exactly `input_length` and labels of exactly `target_length` tokens.
-    Join the texts and split them to `raw_length` beforehand, as [`~data_prep.span_corruption_tasks.load_mixture`]
+    Join the texts and split them to `raw_length` beforehand, as [`~data_prep.span_corruption.tasks.load_mixture`]
     does. Shorter rows give shorter inputs, and longer rows are cut. A row of one token has no noise.
 
     The noise depends only on `seed` and on the tokens of the batch. It is the same in any worker, on any machine,

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class RetroTrainingOptions:
-    """Options of training a RETRO language model (see [`~trainers.retro_config.RetroTrainingArguments`])."""
+    """Options of training a RETRO language model (see [`~trainers.language_model.config.RetroTrainingArguments`])."""
 
     # Parameters whose default values differ from TrainingArguments
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate."})
@@ -98,7 +98,7 @@ class RetroTrainingOptions:
 
 @dataclass
 class RetrieverTrainingOptions:
-    """Options of training a retriever (see [`~trainers.retriever_config.RetrieverTrainingArguments`])."""
+    """Options of training a retriever (see [`~trainers.retriever.config.RetrieverTrainingArguments`])."""
 
     # Parameters whose default values differ from TrainingArguments
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Number of pairs per device in training."})

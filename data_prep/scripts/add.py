@@ -50,8 +50,8 @@ class AddArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = name_leading_words(argv, "datastore", "input")
     (arguments,) = parse_arguments(AddArguments, argv=argv, description=__doc__, prog="retro add")
-    from data_prep.living_datastore import add_documents, describe_version
     from data_prep.stage_files import process_state
+    from data_prep.upkeep.changes import add_documents, describe_version
 
     keep_freed_memory()
     manifest = add_documents(arguments.datastore, arguments.input, arguments.refresh_neighbors)

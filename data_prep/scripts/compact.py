@@ -43,8 +43,8 @@ class CompactArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = name_leading_words(argv, "datastore")
     (arguments,) = parse_arguments(CompactArguments, argv=argv, description=__doc__, prog="retro compact")
-    from data_prep.living_datastore import compact_datastore, describe_version
     from data_prep.stage_files import process_state
+    from data_prep.upkeep.changes import compact_datastore, describe_version
 
     keep_freed_memory()
     manifest = compact_datastore(arguments.datastore, arguments.refresh_neighbors)

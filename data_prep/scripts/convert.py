@@ -52,8 +52,8 @@ class ImportArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(ImportArguments, argv=argv, description=__doc__, prog="retro import")
-    from data_prep.convert import import_datastore
     from data_prep.stage_files import process_state
+    from data_prep.upkeep.import_others import import_datastore
 
     manifest = import_datastore(**vars(arguments))
     if process_state().is_main_process:

@@ -52,7 +52,7 @@ class ExportArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = name_leading_words(argv, "datastore")
     (arguments,) = parse_arguments(ExportArguments, argv=argv, description=__doc__, prog="retro export")
-    from data_prep.export import export_datastore
+    from data_prep.upkeep.export import export_datastore
 
     result = export_datastore(
         arguments.datastore, arguments.to, arguments.index, arguments.batch_size, arguments.force

@@ -71,9 +71,9 @@ class PairsArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(PairsArguments, argv=argv, description=__doc__, prog="retro pairs")
-    from data_prep.corpus_pairs import pairs_from_datastore
-    from data_prep.pair_collections import RECIPE_PATH, download_pairs
-    from data_prep.pairs import load_pairs
+    from data_prep.pairs.collections import RECIPE_PATH, download_pairs
+    from data_prep.pairs.corpus import pairs_from_datastore
+    from data_prep.pairs.pairs import load_pairs
     from modeling_retro import RetroDatastore
     from modeling_retro.durable_files_retro import whole
 

@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(RemoveArguments, argv=argv, description=__doc__, prog="retro remove")
     from pathlib import Path
 
-    from data_prep.living_datastore import describe_version, has_own_ids, remove_documents
     from data_prep.stage_files import process_state
+    from data_prep.upkeep.changes import describe_version, has_own_ids, remove_documents
     from modeling_retro.datastore_manifest_retro import read_manifest
 
     keep_freed_memory()

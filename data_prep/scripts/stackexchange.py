@@ -47,7 +47,7 @@ class StackExchangeArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(StackExchangeArguments, argv=argv, description=__doc__, prog="retro stackexchange")
-    from data_prep.stackexchange import stackexchange_pairs
+    from data_prep.pairs.stackexchange import stackexchange_pairs
 
     counts = stackexchange_pairs(
         arguments.inputs,

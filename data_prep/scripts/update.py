@@ -32,8 +32,8 @@ from data_prep.scripts.add import AddArguments
 def main(argv: Sequence[str] | None = None) -> None:
     argv = name_leading_words(argv, "datastore", "input")
     (arguments,) = parse_arguments(AddArguments, argv=argv, description=__doc__, prog="retro update")
-    from data_prep.living_datastore import describe_version, update_documents
     from data_prep.stage_files import process_state
+    from data_prep.upkeep.changes import describe_version, update_documents
 
     keep_freed_memory()
     manifest = update_documents(arguments.datastore, arguments.input, arguments.refresh_neighbors)

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(VerifyArguments, argv=argv, description=__doc__, prog="retro verify")
     from pathlib import Path
 
-    from data_prep.verify import repair_datastore, verify
+    from data_prep.upkeep.verify import repair_datastore, verify
     from modeling_retro.datastore_manifest_retro import MANIFEST_NAME
     from modeling_retro.datastore_retro import RetroDatastore
 

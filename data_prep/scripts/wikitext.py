@@ -68,8 +68,8 @@ class WikitextArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (args,) = parse_arguments(WikitextArguments, argv=argv, description=__doc__, prog="retro wikitext")
-    from data_prep.span_corruption_tasks import open_texts
-    from data_prep.wikitext import write_texts
+    from data_prep.span_corruption.tasks import open_texts
+    from data_prep.span_corruption.wikitext import write_texts
 
     config = args.dataset_config
     if config is None and args.source == WikitextArguments.source:

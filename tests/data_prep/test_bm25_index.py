@@ -27,7 +27,7 @@ from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
 from data_prep.prepare import prepare_datastore, read_recipe
 from data_prep.scripts.index import main
-from data_prep.verify import repair_datastore, verify_datastore
+from data_prep.upkeep.verify import repair_datastore, verify_datastore
 from modeling_retro.datastore_manifest_retro import read_manifest
 from modeling_retro.datastore_retro import RetroDatastore
 

@@ -20,11 +20,11 @@ import pytest
 from conftest import make_texts, write_jsonl
 
 from data_prep.chunk import chunk_documents
-from data_prep.convert import import_datastore
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
 from data_prep.scripts.convert import main
+from data_prep.upkeep.import_others import import_datastore
 from modeling_retro.datastore_retro import RetroDatastore
 
 

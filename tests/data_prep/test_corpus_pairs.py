@@ -16,8 +16,8 @@ import json
 import pytest
 
 from data_prep.chunk import chunk_documents
-from data_prep.corpus_pairs import pairs_from_datastore
-from data_prep.pairs import load_pairs
+from data_prep.pairs.corpus import pairs_from_datastore
+from data_prep.pairs.pairs import load_pairs
 from data_prep.scripts.pairs import main
 from modeling_retro.datastore_retro import RetroDatastore
 

@@ -24,8 +24,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.export import export_datastore
 from data_prep.scripts import export as export_script
+from data_prep.upkeep.export import export_datastore
 from modeling_retro import RetroDatastore, RetroRetriever
 from modeling_retro.chunk_encoder_retro import ChunkEncoder
 from modeling_retro.remote_datastore_retro import RemoteDatastore, open_engine

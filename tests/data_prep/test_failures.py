@@ -32,7 +32,7 @@ from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
 from data_prep.prepare import prepare_datastore
-from data_prep.verify import verify
+from data_prep.upkeep.verify import verify
 from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroRetriever
 
 

@@ -28,23 +28,23 @@ from child_processes import CHILDREN, run_processes
 from conftest import TINY_CHUNK_SIZE, make_texts, write_jsonl
 from datasets import Dataset
 
-from data_prep import next_version
 from data_prep.bm25_index import build_bm25_index
 from data_prep.chunk import DocumentChunker, chunk_documents
 from data_prep.deduplicate import deduplicate
 from data_prep.documents import Document
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
-from data_prep.living_datastore import (
+from data_prep.neighbors import find_neighbors, is_stale
+from data_prep.prepare import extend_datastore
+from data_prep.upkeep import next_version
+from data_prep.upkeep.changes import (
     add_documents,
     compact_datastore,
     describe_version,
     remove_documents,
     update_documents,
 )
-from data_prep.neighbors import find_neighbors, is_stale
-from data_prep.prepare import extend_datastore
-from data_prep.verify import repair_datastore, verify_datastore
+from data_prep.upkeep.verify import repair_datastore, verify_datastore
 from modeling_retro import durable_files_retro
 from modeling_retro.chunk_encoder_retro import ChunkEncoder
 from modeling_retro.datastore_retro import RetroDatastore

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from transformers import ByT5Tokenizer
 
-from data_prep.span_corruption_tasks import TextTask, load_mixture, open_texts, read_tasks
+from data_prep.span_corruption.tasks import TextTask, load_mixture, open_texts, read_tasks
 
 
 def drop_digits(text):

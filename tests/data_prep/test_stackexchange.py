@@ -17,9 +17,9 @@ import tracemalloc
 import py7zr
 import pytest
 
-from data_prep.pairs import load_pairs
+from data_prep.pairs.pairs import load_pairs
+from data_prep.pairs.stackexchange import html_to_text, stackexchange_pairs
 from data_prep.scripts.stackexchange import main
-from data_prep.stackexchange import html_to_text, stackexchange_pairs
 
 
 def row(**attributes):

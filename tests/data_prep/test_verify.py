@@ -33,7 +33,7 @@ from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors, neighbor_features
 from data_prep.scripts.verify import main
 from data_prep.stage_files import save_shard
-from data_prep.verify import repair_datastore, verify, verify_datastore
+from data_prep.upkeep.verify import repair_datastore, verify, verify_datastore
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointForCausalLM
 from modeling_retro.datastore_retro import checksum, chunks_fingerprint, read_columns
 

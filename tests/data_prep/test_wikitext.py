@@ -19,7 +19,7 @@ import pytest
 from datasets import IterableDataset, IterableDatasetDict
 
 from data_prep.scripts.wikitext import main
-from data_prep.wikitext import write_texts
+from data_prep.span_corruption.wikitext import write_texts
 
 
 def read(path):

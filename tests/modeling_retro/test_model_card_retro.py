@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard
 from test_modeling_retro import make_model
 
 from modeling_retro.model_card_retro import create_model_card, evaluation_tables, save_model_card
-from trainers.evaluation_report import RetroEvaluation
+from trainers.evaluation.report import RetroEvaluation
 
 
 def random_evaluation(**kwargs):

@@ -20,7 +20,7 @@ import torch
 from conftest import TINY_CHUNK_SIZE, make_texts, write_jsonl
 from tiny_server import retriever_of, running, save_model
 
-from data_prep.living_datastore import add_documents, compact_datastore, remove_documents
+from data_prep.upkeep.changes import add_documents, compact_datastore, remove_documents
 from serving.scripts.serve import ServeArguments
 from serving.server import load_served_model
 

@@ -24,9 +24,18 @@ from tiny_server import save_model
 from serving.load import load_model
 from serving.page import plain_html, reading_html
 from serving.prompts import PromptEncoder
+from serving.reading import (
+    Neighbor,
+    Piece,
+    Reading,
+    Stretch,
+    continue_both_ways,
+    copied_places,
+    read_text,
+    split_copied,
+)
 from serving.sampling import ChosenToken, SamplingParameters
 from serving.text_stream import TextStream
-from serving.reading import Neighbor, Piece, Reading, Stretch, continue_both_ways, copied_places, read_text, split_copied
 
 
 TEXT = "retro looks things up in a datastore naïve 日本語 👩‍👩‍👧 looks up in a datastore δέλτα retro looks"

@@ -24,7 +24,7 @@ from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
 from modeling_retro.datastore_retro import RetroDatastore
 from modeling_retro.retriever_retro import RetroRetriever
 from serving.app import create_app
-from trainers.retro_trainer import config_for_datastore
+from trainers.language_model.trainer import config_for_datastore
 
 
 SIZES = {

@@ -27,7 +27,7 @@ from data_prep.neighbors import find_neighbors
 from modeling_retro.chunk_encoder_retro import ChunkEncoder
 from modeling_retro.datastore_retro import RetroDatastore
 from modeling_retro.retriever_retro import RetroRetriever
-from trainers.distillation import distill_encoder
+from trainers.retriever.distillation import distill_encoder
 from trainers.scripts.distill_encoder import main
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from transformers import TrainerState
 
 from trainers.durable_checkpoints import DurableCheckpointsMixin
-from trainers.retriever_trainer import RetrieverTrainer
-from trainers.retro_trainer import RetroTrainer, last_complete_checkpoint
+from trainers.language_model.trainer import RetroTrainer, last_complete_checkpoint
+from trainers.retriever.trainer import RetrieverTrainer
 
 
 def test_the_state_of_the_training_is_written_when_all_else_is_on_the_disk(tmp_path, disk_log, monkeypatch):

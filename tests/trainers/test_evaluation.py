@@ -25,7 +25,7 @@ from array_datastore import ArrayDatastore, ArraySource, random_datastore
 from data_prep.bm25_index import build_bm25_index
 from data_prep.neighbors import find_neighbors
 from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM
-from trainers.evaluation import (
+from trainers.evaluation.evaluate import (
     NeighborSource,
     evaluate_retro,
     longest_common_substring,
@@ -33,8 +33,8 @@ from trainers.evaluation import (
     neighbors_in_share,
     token_bits,
 )
-from trainers.evaluation_report import RetroEvaluation, bootstrap_interval
-from trainers.windows import sliding_windows
+from trainers.evaluation.report import RetroEvaluation, bootstrap_interval
+from trainers.evaluation.windows import sliding_windows
 
 
 VOCAB_SIZE = 40

@@ -28,7 +28,7 @@ from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from modeling_retro import RetroDatastore, RetroForCausalLM, RetroJointForCausalLM, RetroRetriever
 from trainers.cli import main
-from trainers.evaluation import evaluate_retro
+from trainers.evaluation.evaluate import evaluate_retro
 
 
 pytest.importorskip("lm_eval")
@@ -36,8 +36,8 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from trainers.harness import RetroLM  # noqa: E402
-from trainers.harness_tasks import (  # noqa: E402
+from trainers.evaluation.harness import RetroLM  # noqa: E402
+from trainers.evaluation.harness_tasks import (  # noqa: E402
     definition_questions,
     next_line_questions,
     score_definition,

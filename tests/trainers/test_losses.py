@@ -18,7 +18,7 @@ import torch
 from sentence_transformers.sentence_transformer import losses as reference_losses
 from torch import nn
 
-from trainers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
+from trainers.retriever.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
 
 
 def random_embeddings(columns=2, batch_size=5, dim=7, seed=0):

@@ -16,9 +16,9 @@ import pytest
 from datasets import Dataset
 from tiny_retriever import make_encoder, make_tokenizer
 
-from data_prep.pairs import load_pairs
+from data_prep.pairs.pairs import load_pairs
 from modeling_retro.chunk_encoder_retro import ChunkEncoder
-from trainers.hard_negatives import mine_negatives
+from trainers.retriever.hard_negatives import mine_negatives
 from trainers.scripts.mine_negatives import main
 
 

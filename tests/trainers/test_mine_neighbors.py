@@ -22,12 +22,17 @@ from array_datastore import random_datastore
 from datasets import load_from_disk
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from data_prep.pairs import load_pairs
+from data_prep.pairs.pairs import load_pairs
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointForCausalLM
 from modeling_retro.chunk_encoder_retro import decode_chunks
 from modeling_retro.datastore_retro import RetroDatastore
-from trainers import neighbor_preference
-from trainers.neighbor_preference import choose_pairs, chunks_with_a_successor, mine_neighbors, neighbor_gains
+from trainers.retriever import neighbor_preference
+from trainers.retriever.neighbor_preference import (
+    choose_pairs,
+    chunks_with_a_successor,
+    mine_neighbors,
+    neighbor_gains,
+)
 from trainers.scripts import train_retriever
 from trainers.scripts.mine_neighbors import main
 

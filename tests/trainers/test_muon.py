@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from modeling_retro import RetroConfig, RetroForCausalLM
-from trainers.muon import MuonWithAdamW
+from trainers.language_model.muon import MuonWithAdamW
 
 
 def tiny_model():

@@ -24,8 +24,8 @@ from data_prep.chunk import DocumentChunker
 from data_prep.docstrings import is_held_out
 from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroJointForCausalLM, RetroRetriever
 from trainers import quickstart, smollm2
-from trainers.evaluation import evaluate_retro
-from trainers.evaluation_report import Difference
+from trainers.evaluation.evaluate import evaluate_retro
+from trainers.evaluation.report import Difference
 from trainers.scripts.quickstart import main
 
 

@@ -18,8 +18,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_prep.pairs import PairMixture, hash_pairs
-from trainers.retriever_trainer import NoDuplicatesBatchSampler, SiameseDataCollator
+from data_prep.pairs.pairs import PairMixture, hash_pairs
+from trainers.retriever.trainer import NoDuplicatesBatchSampler, SiameseDataCollator
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import pytest
 from tiny_retriever import make_encoder, make_pairs, make_tokenizer
 
 from modeling_retro.chunk_encoder_retro import ChunkEncoder
-from trainers.retriever_evaluation import RetrievalSet, retrieval_metrics, spearman
+from trainers.retriever.evaluation import RetrievalSet, retrieval_metrics, spearman
 from trainers.scripts.evaluate_retriever import main
 
 

@@ -25,11 +25,11 @@ from sentence_transformers import SentenceTransformer
 from tiny_retriever import make_encoder, make_pairs, make_tokenizer
 from transformers import AutoModel, T5Config, T5EncoderModel, TrainerCallback
 
-from data_prep.pairs import PairMixture
+from data_prep.pairs.pairs import PairMixture
 from modeling_retro.chunk_encoder_retro import ChunkEncoder
-from trainers.losses import MultipleNegativesRankingLoss
-from trainers.retriever_config import RetrieverTrainingArguments
-from trainers.retriever_trainer import RetrieverTrainer, SiameseDataCollator
+from trainers.retriever.config import RetrieverTrainingArguments
+from trainers.retriever.losses import MultipleNegativesRankingLoss
+from trainers.retriever.trainer import RetrieverTrainer, SiameseDataCollator
 
 
 def make_trainer(output_dir, encoder=None, pairs=None, callbacks=None, eval_dataset=None, **options):

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointForCausalLM
-from trainers.retro_config import RetroTrainingArguments
-from trainers.retro_trainer import (
+from trainers.language_model.config import RetroTrainingArguments
+from trainers.language_model.trainer import (
     ChunkRows,
     DataCollatorForRetro,
     EpochRowSampler,

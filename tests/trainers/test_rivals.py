@@ -24,18 +24,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroJointForCausalLM
 from modeling_retro.model_card_retro import evaluation_tables
-from trainers import knn_lm
 from trainers.cli import main
-from trainers.evaluation import evaluate_retro, token_bits
-from trainers.in_front import in_front_bits
-from trainers.knn_lm import (
+from trainers.evaluation import knn_lm
+from trainers.evaluation.evaluate import evaluate_retro, token_bits
+from trainers.evaluation.in_front import in_front_bits
+from trainers.evaluation.knn_lm import (
     NeighborDistribution,
     build_knn_store,
     neighbor_distribution,
     neighbor_probabilities,
 )
-from trainers.rivals import datastore_bytes, evaluate_rivals
-from trainers.windows import document_offsets, document_windows
+from trainers.evaluation.rivals import datastore_bytes, evaluate_rivals
+from trainers.evaluation.windows import document_offsets, document_windows
 
 
 OPTIONS = {"window_chunks": 4, "stride_chunks": 2, "batch_size": 3, "show_progress": False}

@@ -25,10 +25,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerState
 
 from modeling_retro import RetroJointForCausalLM
 from modeling_retro.datastore_retro import RetroDatastore
-from trainers.retro_trainer import ChunkRows, DataCollatorForRetro
+from trainers.language_model.teacher import TeacherPredictions, teach, teacher_loss
+from trainers.language_model.trainer import ChunkRows, DataCollatorForRetro
 from trainers.scripts import teach as teach_script
 from trainers.scripts import train_retro
-from trainers.teacher import TeacherPredictions, teach, teacher_loss
 
 
 ROW_CHUNKS, TOP = 3, 5

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_retro import RetroForCausalLM
 from trainers.cli import ACCELERATE_CONFIGS
-from trainers.retro_trainer import last_complete_checkpoint
+from trainers.language_model.trainer import last_complete_checkpoint
 from trainers.scripts import evaluate_retro, generate, train_retro
 
 

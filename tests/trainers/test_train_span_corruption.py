@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, EvalPrediction, T5EncoderModel
 
 from modeling_retro.chunk_encoder_retro import ChunkEncoder, load_text_encoder
-from trainers.retriever_config import RetrieverTrainingArguments
-from trainers.retriever_trainer import RetrieverTrainer
+from trainers.retriever.config import RetrieverTrainingArguments
+from trainers.retriever.trainer import RetrieverTrainer
 from trainers.scripts.train_span_corruption import main
 from trainers.span_corruption import DataCollatorForSpanCorruption, span_metrics
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from trainers.retriever_config import RetrieverTrainingArguments
-from trainers.retro_config import RetroTrainingArguments
+from trainers.language_model.config import RetroTrainingArguments
+from trainers.retriever.config import RetrieverTrainingArguments
 from trainers.training_arguments import LocalTrainingArguments
 
 

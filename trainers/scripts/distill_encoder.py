@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(
         DistillEncoderArguments, argv=argv, description=__doc__, prog="retro distill-encoder"
     )
-    from ..distillation import distill_encoder
+    from trainers.retriever.distillation import distill_encoder
 
     encoder = distill_encoder(**vars(arguments))
     print(f"{len(encoder.embeddings)} tokens of {encoder.dim} dimensions in {arguments.output_dir}")

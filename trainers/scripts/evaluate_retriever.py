@@ -55,10 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(
         EvaluateRetrieverArguments, argv=argv, description=__doc__, prog="retro evaluate-retriever"
     )
-    from data_prep.pairs import load_pairs
+    from data_prep.pairs.pairs import load_pairs
     from modeling_retro import ChunkEncoder
-
-    from ..retriever_evaluation import RetrievalSet, evaluate_retriever, read_scored_pairs, spearman
+    from trainers.retriever.evaluation import RetrievalSet, evaluate_retriever, read_scored_pairs, spearman
 
     if arguments.pairs is None and arguments.beir is None and arguments.scored_pairs is None:
         raise ValueError("give --pairs, --beir or --scored_pairs: what to measure the encoder on")

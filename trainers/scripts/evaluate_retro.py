@@ -117,10 +117,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from modeling_retro import RetroDatastore
     from modeling_retro.datastore_manifest_retro import describe_datastore
     from modeling_retro.model_card_retro import save_model_card
+    from trainers.evaluation.evaluate import evaluate_retro, stored_retriever
+    from trainers.evaluation.rivals import evaluate_rivals
 
-    from ..evaluation import evaluate_retro, stored_retriever
     from ..load_model import load_retro_model
-    from ..rivals import evaluate_rivals
 
     if arguments.baseline is not None and "knn_lm" in arguments.baselines:
         raise ValueError(

@@ -76,9 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ImportError as error:
         raise ImportError("retro lm-eval needs the extra lm-eval: pip install retro-transformers[lm-eval]") from error
     from modeling_retro.durable_files_retro import write_json, write_text
-
-    from ..harness import RetroLM
-    from ..operations import read_clocks
+    from trainers.evaluation.harness import RetroLM
+    from trainers.evaluation.operations import read_clocks
 
     keep_freed_memory()
     model = RetroLM(

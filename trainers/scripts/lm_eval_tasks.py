@@ -43,8 +43,7 @@ class LMEvalTasksArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(LMEvalTasksArguments, argv=argv, description=__doc__, prog="retro lm-eval-tasks")
     from modeling_retro import RetroDatastore
-
-    from ..harness_tasks import write_tasks
+    from trainers.evaluation.harness_tasks import write_tasks
 
     datastore = RetroDatastore.from_pretrained(arguments.datastore)
     written = write_tasks(datastore, arguments.output_dir, arguments.split, arguments.num_questions, arguments.seed)

@@ -51,11 +51,10 @@ class MineNegativesArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(MineNegativesArguments, argv=argv, description=__doc__, prog="retro mine-negatives")
-    from data_prep.pairs import load_pairs
+    from data_prep.pairs.pairs import load_pairs
     from modeling_retro import ChunkEncoder
     from modeling_retro.durable_files_retro import whole
-
-    from ..hard_negatives import mine_negatives
+    from trainers.retriever.hard_negatives import mine_negatives
 
     if not arguments.output_file.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"--output_file is {arguments.output_file}, expected a name .jsonl or .jsonl.gz")

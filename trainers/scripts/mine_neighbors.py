@@ -73,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from data_prep.memory import keep_freed_memory
     from modeling_retro.datastore_retro import RetroDatastore
+    from trainers.retriever.neighbor_preference import mine_neighbors
 
     from ..load_model import load_retro_model
-    from ..neighbor_preference import mine_neighbors
 
     keep_freed_memory()
     options = dict(vars(arguments))

@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from data_prep.memory import keep_freed_memory
     from modeling_retro.datastore_retro import RetroDatastore
+    from trainers.language_model.teacher import teach
 
     from ..load_model import load_retro_model
-    from ..teacher import teach
 
     keep_freed_memory()
     datastore = RetroDatastore.from_pretrained(arguments.datastore)

@@ -41,9 +41,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedModel
 
-    from data_prep.pairs import PairMixture
-
-    from ..retriever_config import RetrieverTrainingArguments
+    from data_prep.pairs.pairs import PairMixture
+    from trainers.retriever.config import RetrieverTrainingArguments
 
 
 @dataclass
@@ -90,14 +89,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         prog="retro train-retriever",
         training_options=RetrieverTrainingOptions,
-        training_arguments="trainers.retriever_config:RetrieverTrainingArguments",
+        training_arguments="trainers.retriever.config:RetrieverTrainingArguments",
     )
     from transformers import AutoTokenizer
 
-    from data_prep.pairs import load_pairs
-
-    from ..retriever_trainer import RetrieverTrainer
-    from ..retro_trainer import last_complete_checkpoint
+    from data_prep.pairs.pairs import load_pairs
+    from trainers.language_model.trainer import last_complete_checkpoint
+    from trainers.retriever.trainer import RetrieverTrainer
 
     keep_freed_memory()
     if arguments.tokenizer_name_or_path is None and arguments.model_name_or_path is None:
@@ -147,8 +145,8 @@ def _load_encoder(arguments: TrainRetrieverArguments, seed: int) -> "PreTrainedM
 def _load_training_pairs(
     arguments: TrainRetrieverArguments, training_arguments: "RetrieverTrainingArguments"
 ) -> "Dataset | IterableDataset | PairMixture":
-    from data_prep.pair_collections import read_recipe
-    from data_prep.pairs import PairMixture, load_pairs
+    from data_prep.pairs.collections import read_recipe
+    from data_prep.pairs.pairs import PairMixture, load_pairs
 
     if arguments.streaming and len(arguments.pairs) > 1:
         raise ValueError("--streaming takes one pair set; a mixture needs to know the sizes of its sets")

@@ -47,8 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from modeling_retro import RetroDatastore, RetroForCausalLM
-
-    from ..retro_config import RetroTrainingArguments
+    from trainers.language_model.config import RetroTrainingArguments
 
 
 @dataclass
@@ -127,19 +126,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         prog="retro train",
         training_options=RetroTrainingOptions,
-        training_arguments="trainers.retro_config:RetroTrainingArguments",
+        training_arguments="trainers.language_model.config:RetroTrainingArguments",
     )
     from modeling_retro import RetroDatastore, RetroRetriever
-
-    from ..retro_trainer import (
+    from trainers.language_model.streaming import RetroStreamTrainer, load_document_stream
+    from trainers.language_model.teacher import TeacherPredictions
+    from trainers.language_model.trainer import (
         ChunkRows,
         DataCollatorForRetro,
         RetroTrainer,
         collator_options,
         last_complete_checkpoint,
     )
-    from ..streaming import RetroStreamTrainer, load_document_stream
-    from ..teacher import TeacherPredictions
 
     keep_freed_memory()
     datastore = RetroDatastore.from_pretrained(arguments.datastore)
@@ -301,8 +299,7 @@ def adapter_fields(arguments: TrainRetroArguments) -> dict[str, Any]:
 
 def _model_from_scratch(arguments: TrainRetroArguments, datastore: "RetroDatastore") -> "RetroForCausalLM":
     from modeling_retro import RetroForCausalLM
-
-    from ..retro_trainer import config_for_datastore
+    from trainers.language_model.trainer import config_for_datastore
 
     path = Path(arguments.model_config)
     text = path.read_text(encoding="utf-8")

@@ -48,7 +48,7 @@ class SpanCorruptionArguments:
 
     Args:
         tasks (`str`):
-            YAML file of tasks (see [`data_prep.span_corruption_tasks`]).
+            YAML file of tasks (see [`data_prep.span_corruption.tasks`]).
         model_name_or_path (`str`, *optional*):
             Checkpoint to continue from. Defaults to a new model.
         config_name_or_path (`str`, *optional*):
@@ -61,7 +61,7 @@ class SpanCorruptionArguments:
             Number of rows among which rows are shuffled. 0 keeps the order of the texts.
     """
 
-    tasks: str = field(metadata={"help": "YAML file of tasks, see data_prep/span_corruption_tasks.py."})
+    tasks: str = field(metadata={"help": "YAML file of tasks, see data_prep/span_corruption/tasks.py."})
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to continue from. Defaults to a new model."}
     )
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from transformers import Adafactor, AutoModelForTextEncoding, Trainer, set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
-    from data_prep.span_corruption_tasks import load_mixture, read_tasks
+    from data_prep.span_corruption.tasks import load_mixture, read_tasks
 
     from ..span_corruption import DataCollatorForSpanCorruption, span_metrics
 

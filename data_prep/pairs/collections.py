@@ -20,7 +20,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 
 
-RECIPE_PATH = Path(__file__).parent / "recipes" / "sentence_pairs.tsv"
+RECIPE_PATH = Path(__file__).parents[1] / "recipes" / "sentence_pairs.tsv"
 
 
 def read_recipe(path: str | Path = RECIPE_PATH) -> dict[str, dict[str, str]]:

@@ -15,8 +15,8 @@
 
 from dataclasses import dataclass
 
-from .training_arguments import LocalTrainingArguments
-from .training_options import RetroTrainingOptions
+from trainers.training_arguments import LocalTrainingArguments
+from trainers.training_options import RetroTrainingOptions
 
 
 @dataclass

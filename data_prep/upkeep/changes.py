@@ -37,7 +37,6 @@ from data_prep.documents import Document, find_sources
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index, read_embeddings
 from data_prep.neighbors import find_neighbors, is_stale, neighbor_features
-from data_prep.next_version import change_datastore, check_changeable, finish_change
 from data_prep.stage_files import (
     clear_records,
     directory_lock,
@@ -47,6 +46,7 @@ from data_prep.stage_files import (
     save_shard,
     write_manifest,
 )
+from data_prep.upkeep.next_version import change_datastore, check_changeable, finish_change
 from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, neighbors_folder
 from modeling_retro.datastore_retro import (
     RetroDatastore,

@@ -34,11 +34,11 @@ from modeling_retro import RetroConfig
 from modeling_retro.base_model_retro import RETROFIT_WEIGHTS_NAME
 from modeling_retro.datastore_retro import DatastoreSplit, RetroDatastore
 from modeling_retro.model_card_retro import save_model_card
+from trainers.durable_checkpoints import DurableCheckpointsMixin
+from trainers.evaluation.evaluate import evaluate_retro
 
-from .durable_checkpoints import DurableCheckpointsMixin
-from .evaluation import evaluate_retro
+from .config import RetroTrainingArguments
 from .muon import MuonWithAdamW
-from .retro_config import RetroTrainingArguments
 from .teacher import TeacherPredictions, teacher_loss
 
 
@@ -182,7 +182,7 @@ class DataCollatorForRetro:
         random_share (`float`, *optional*, defaults to `0.0`):
             Probability that the neighbors of a chunk are replaced by random chunks, so that the model learns not to
             trust every neighbor. Use it only in training.
-        teacher ([`~trainers.teacher.TeacherPredictions`], *optional*):
+        teacher ([`~trainers.language_model.teacher.TeacherPredictions`], *optional*):
             Predictions of a teacher to add to the batch. After a chunk whose neighbors were replaced, the predictions
             for the next chunk are left out.
         seed (`int`, *optional*, defaults to `0`):

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from data_prep.pairs import hash_texts
+from data_prep.pairs.pairs import hash_texts
 from modeling_retro.chunk_encoder_retro import ChunkEncoder
 from modeling_retro.datastore_retro import faiss  # if faiss is missing, this import names the extras
 

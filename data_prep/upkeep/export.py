@@ -21,11 +21,10 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from data_prep.index import read_embeddings
 from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
 from modeling_retro.datastore_retro import RetroDatastore
 from modeling_retro.remote_datastore_retro import COLUMNS, open_engine
-
-from .index import read_embeddings
 
 
 logger = logging.get_logger(__name__)

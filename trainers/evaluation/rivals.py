@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
 from modeling_retro.datastore_retro import DatastoreSplit, RetroDatastore
 
-from .evaluation import evaluate_retro, stored_retriever
-from .evaluation_report import RetroEvaluation
+from .evaluate import evaluate_retro, stored_retriever
 from .knn_lm import build_knn_store, neighbor_distribution
 from .operations import operations_per_token
+from .report import RetroEvaluation
 from .windows import document_offsets, document_windows
 
 
@@ -56,8 +56,8 @@ def evaluate_rivals(
 ) -> RetroEvaluation:
     """
     Measures a RETRO model beside its rivals on the same tokens and windows: `in_context` is the mode `"in_front"` of
-    [`~trainers.evaluation.evaluate_retro`], and `knn_lm` mixes the predictions of the model without retrieval with
-    those of the nearest keys (see [`~trainers.knn_lm`]). `on + knn_lm` mixes the predictions with retrieval. The
+    [`~trainers.evaluate_retro`], and `knn_lm` mixes the predictions of the model without retrieval with
+    those of the nearest keys (see `knn_lm`). `on + knn_lm` mixes the predictions with retrieval. The
     weight and the temperature of each mixture are chosen on a random tenth of the documents, which then count in no
     row.
 
@@ -82,7 +82,7 @@ def evaluate_rivals(
         knn_neighbors (`int`, *optional*, defaults to 1024):
             Number of keys to find for each token.
         kwargs:
-            All others are those of [`~trainers.evaluation.evaluate_retro`].
+            All others are those of [`~trainers.evaluate_retro`].
 
     Returns:
         [`RetroEvaluation`]
@@ -90,7 +90,7 @@ def evaluate_rivals(
     Raises:
         ValueError: If a baseline is unknown, if the kNN-LM has no folder, fewer than 2 documents or no `"off"` to
             start from, if shares of the datastore are asked for, or for the reasons of
-            [`~trainers.evaluation.evaluate_retro`] and [`~trainers.knn_lm.build_knn_store`].
+            [`~trainers.evaluate_retro`] and [`~trainers.evaluation.knn_lm.build_knn_store`].
     """
     unknown = sorted(set(baselines) - set(BASELINES))
     if unknown:

@@ -451,7 +451,7 @@ def neighbor_distribution(
 ) -> NeighborDistribution:
     """
     Searches the keys for the context of each token of a split. The context is that of
-    [`~trainers.evaluation.token_bits`].
+    [`~trainers.evaluation.evaluate.token_bits`].
 
     Args:
         model ([`~transformers.PreTrainedModel`]):

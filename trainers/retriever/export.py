@@ -20,7 +20,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .retriever_config import RetrieverTrainingArguments
+from .config import RetrieverTrainingArguments
 
 
 def save_sentence_transformers_files(

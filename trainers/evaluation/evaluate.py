@@ -30,9 +30,9 @@ from modeling_retro.datastore_retro import DatastoreSplit, RetroDatastore
 from modeling_retro.ranking_retro import longest_common_substring
 from modeling_retro.retriever_retro import NeighborSearch, other_document_filter, removed_filter
 
-from .evaluation_report import RetroEvaluation
 from .in_front import in_front_bits
 from .operations import read_clocks
+from .report import RetroEvaluation
 from .windows import document_offsets, document_windows, summed_over_processes, window_batches
 
 
@@ -77,7 +77,7 @@ def evaluate_retro(
             `"neighbor"` with the neighbors but without their continuations, `"continuation"` with only the
             continuations, `"shuffled"` with the tokens of each neighbor in random order, and `"in_front"` with the
             neighbors in front of the window of the model without retrieval (see
-            [`~trainers.in_front.in_front_bits`]).
+            [`~trainers.evaluation.in_front.in_front_bits`]).
         num_neighbors (`int` or `Sequence[int]`, *optional*, defaults to 2):
             Number k of neighbors of a chunk, or several numbers, of which each is measured.
         datastore_shares (`Sequence[float]`, *optional*, defaults to `(1.0,)`):

@@ -37,7 +37,7 @@ DEFINITION = re.compile(
     re.MULTILINE,
 )
 DEFINITION_WORDS = 5
-SCORING = "from trainers.harness_tasks import score_definition, score_line\n"
+SCORING = "from trainers.evaluation.harness_tasks import score_definition, score_line\n"
 
 
 def next_line_questions(text: str, generator: np.random.Generator, max_lines: int = 40) -> list[dict[str, str]]:

@@ -36,8 +36,8 @@ from modeling_retro.datastore_manifest_retro import allows_control_tokens
 from modeling_retro.datastore_retro import DatastoreSplit
 from modeling_retro.retriever_retro import RetroRetriever
 
-from .retro_config import RetroTrainingArguments
-from .retro_trainer import DataCollatorForRetro, RetroTrainer, collator_options
+from .config import RetroTrainingArguments
+from .trainer import DataCollatorForRetro, RetroTrainer, collator_options
 
 
 POSITION_FILE = "stream_position.json"

@@ -32,7 +32,7 @@ from xml.parsers import expat
 
 from tqdm.auto import tqdm
 
-from .stage_files import whole
+from data_prep.stage_files import whole
 
 
 try:

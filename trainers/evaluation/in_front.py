@@ -41,7 +41,7 @@ def in_front_bits(
     Computes the bits that a model without retrieval needs for each chunk, when the neighbors of the chunk before it
     stand in front of its window (in-context retrieval, arXiv 2302.00083). The neighbors change with each chunk, so the
     model reads the window again for each. A chunk sees the same neighbors and the same context as in
-    [`~trainers.evaluation.chunk_bits`], except that its last token does not see its own neighbors.
+    [`~trainers.evaluation.evaluate.chunk_bits`], except that its last token does not see its own neighbors.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):

@@ -17,7 +17,7 @@ import numpy as np
 from datasets import Dataset
 from transformers.utils import logging
 
-from data_prep.pairs import hash_pairs
+from data_prep.pairs.pairs import hash_pairs
 from modeling_retro.chunk_encoder_retro import ChunkEncoder
 from modeling_retro.datastore_retro import faiss  # if faiss is missing, this import names the extras
 from modeling_retro.retriever_retro import search

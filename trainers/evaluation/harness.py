@@ -24,8 +24,7 @@ from transformers import PreTrainedModel
 
 from modeling_retro.datastore_retro import RetroDatastore
 from modeling_retro.retriever_retro import RetroRetriever
-
-from .load_model import load_retro_model
+from trainers.load_model import load_retro_model
 
 
 # In the place of tokens in front of a question, which the model does not see but counts.
@@ -71,7 +70,7 @@ class RetroLM(HFLM):
 
     ```python
     >>> import lm_eval
-    >>> from trainers.harness import RetroLM
+    >>> from trainers.evaluation.harness import RetroLM
 
     >>> model = RetroLM("path/to/model", "path/to/datastore", k=2, batch_size=8)
     >>> results = lm_eval.simple_evaluate(model, tasks=["lambada_openai"])

@@ -52,7 +52,7 @@ class Difference:
 @dataclass
 class RetroEvaluation:
     """
-    The results of [`~trainers.evaluation.evaluate_retro`]. The name of a way to retrieve is its mode, such as `"on"`.
+    The results of [`~trainers.evaluate_retro`]. The name of a way to retrieve is its mode, such as `"on"`.
     If several numbers of neighbors are measured, the number is added (`"on k=2"`), and if only a share of the
     datastore is searched, the share is added (`"on k=2 share=0.5"`).
 
@@ -80,7 +80,7 @@ class RetroEvaluation:
         seconds (`dict[str, np.ndarray]`, *optional*):
             Wall-clock time and processor time of the measurement of each way, float64 `[2]`.
         rivals (`dict[str, dict[str, float]]`, *optional*):
-            What each way costs (see [`~trainers.rivals.evaluate_rivals`]).
+            What each way costs (see [`~trainers.evaluation.rivals.evaluate_rivals`]).
         knn_lm (`dict`, *optional*):
             The settings of the kNN-LM.
     """

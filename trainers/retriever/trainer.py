@@ -37,15 +37,15 @@ from transformers import (
 from transformers.data.data_collator import DataCollatorMixin
 from transformers.utils import logging
 
-from data_prep.pairs import PairMixture, hash_pairs, hash_texts, pair_columns
+from data_prep.pairs.pairs import PairMixture, hash_pairs, hash_texts, pair_columns
 from modeling_retro.chunk_encoder_retro import longest_input, pool_hidden_states
 from modeling_retro.durable_files_retro import sync
+from trainers.durable_checkpoints import DurableCheckpointsMixin
 
-from .durable_checkpoints import DurableCheckpointsMixin
+from .config import RetrieverTrainingArguments
+from .evaluation import retrieval_metrics
+from .export import model_card_text, save_sentence_transformers_files
 from .losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss, split_by_length
-from .retriever_config import RetrieverTrainingArguments
-from .retriever_evaluation import retrieval_metrics
-from .retriever_export import model_card_text, save_sentence_transformers_files
 
 
 logger = logging.get_logger(__name__)
@@ -77,7 +77,7 @@ class SiameseDataCollator(DataCollatorMixin):
 
     ```python
     >>> from transformers import AutoTokenizer
-    >>> from trainers.retriever_trainer import SiameseDataCollator
+    >>> from trainers.retriever.trainer import SiameseDataCollator
 
     >>> collator = SiameseDataCollator(AutoTokenizer.from_pretrained("google-bert/bert-base-uncased"))
     >>> rows = [
@@ -168,7 +168,7 @@ class NoDuplicatesBatchSampler(BatchSampler):
 
     Args:
         text_ids (`Sequence[np.ndarray]`):
-            Hashes of the texts of each set, int64 `[rows, columns]` ([`~data_prep.pairs.hash_pairs`]). The numbers of
+            Hashes of the texts of each set, int64 `[rows, columns]` ([`~data_prep.hash_pairs`]). The numbers of
             rows continue from one set to the next.
         batch_size (`int`):
             Number of pairs in the batch of one process.
@@ -294,8 +294,8 @@ class RetrieverTrainer(DurableCheckpointsMixin, Trainer):
             Batch, loss, pooling and schedule.
         processing_class (`PreTrainedTokenizerBase`):
             The tokenizer.
-        train_dataset (`datasets.Dataset`, `datasets.IterableDataset` or [`~data_prep.pairs.PairMixture`], *optional*):
-            Pairs as [`~data_prep.pairs.load_pairs`] returns them. Batches have no duplicates, except those of an
+        train_dataset (`datasets.Dataset`, `datasets.IterableDataset` or [`~data_prep.PairMixture`], *optional*):
+            Pairs as [`~data_prep.load_pairs`] returns them. Batches have no duplicates, except those of an
             iterable dataset.
         eval_dataset (`datasets.Dataset` or `dict[str, datasets.Dataset]`, *optional*):
             Held-out pairs. Each anchor is looked up among all texts of the other columns, which gives `eval_recall@1`,

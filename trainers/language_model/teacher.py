@@ -32,8 +32,7 @@ from data_prep.stage_files import directory_lock, process_state, run_shards, sav
 from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
 from modeling_retro.datastore_retro import DatastoreSplit, RetroDatastore, read_columns
 from modeling_retro.durable_files_retro import write_json
-
-from .in_front import read_in_front
+from trainers.evaluation.in_front import read_in_front
 
 
 TEACHER_NAME = "teacher.json"
