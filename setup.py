@@ -13,6 +13,7 @@
 # limitations under the License.
 """Packaging of RETRO for Hugging Face. faiss stands in the extras: faiss-cpu and faiss-gpu are the same module."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -50,9 +51,13 @@ test = [
 ]
 quality = ["build>=1.3", "ruff>=0.17", "transformers-mlinter>=0.1.5"]
 
+# The package cannot be imported here, because what it needs is not installed yet.
+init = Path(__file__).with_name("modeling_retro") / "__init__.py"
+version = re.search(r'^__version__ = "(.+)"$', init.read_text(encoding="utf-8"), re.MULTILINE)[1]
+
 setup(
     name="retro-transformers",
-    version="0.1.0",
+    version=version,
     description="Retrieval-enhanced transformers (RETRO) for the Hugging Face ecosystem",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -53,8 +53,8 @@ from data_prep.arguments import parse_arguments, run_command
 from data_prep.index import read_embeddings
 from data_prep.memory import keep_freed_memory
 from modeling_retro import RetroDatastore
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
-from modeling_retro.datastore_retro import DatastoreSplit
+from modeling_retro.datastore.manifest import TRAIN_SPLIT
+from modeling_retro.datastore.splits import DatastoreSplit
 from trainers.evaluation.evaluate import NeighborSource, token_bits
 from trainers.evaluation.report import RetroEvaluation
 from trainers.evaluation.windows import document_offsets, document_windows

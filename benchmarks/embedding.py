@@ -34,8 +34,8 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from modeling_retro.chunk_encoder_retro import ChunkEncoder, decode_chunks
-from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder, decode_chunks
 
 
 def sample_texts(datastore: RetroDatastore, number: int) -> list[str]:

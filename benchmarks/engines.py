@@ -32,7 +32,7 @@ import faiss
 import numpy as np
 
 from data_prep.arguments import parse_arguments, run_command
-from modeling_retro.remote_datastore_retro import open_engine
+from modeling_retro.engines.remote import open_engine
 
 
 @dataclass

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointForCausalLM
-from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.durable_files_retro import whole
 from trainers.language_model.trainer import DataCollatorForRetro, config_for_datastore
 from trainers.quickstart import MAX_CHUNKS, make_datastore, split_documents, train_tokenizer

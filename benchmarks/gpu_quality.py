@@ -30,7 +30,7 @@ from gpu_common import (
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
-from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
 from trainers.evaluation.evaluate import MODES, evaluate_retro
 from trainers.evaluation.report import RetroEvaluation
 from trainers.language_model.config import RetroTrainingArguments

@@ -37,8 +37,8 @@ from sentence_transformers import SentenceTransformer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from modeling_retro.chunk_encoder_retro import ChunkEncoder, decode_chunks
-from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder, decode_chunks
 from trainers.language_model.config import RetroTrainingArguments
 from trainers.language_model.trainer import ChunkRows, DataCollatorForRetro, RetroTrainer, collator_options
 

@@ -32,8 +32,9 @@ import faiss
 import numpy as np
 
 from data_prep.index import make_index, read_embeddings, recall_at, tune, write_index
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, read_manifest
-from modeling_retro.datastore_retro import read_index, split_path
+from modeling_retro.datastore.datastore import read_index
+from modeling_retro.datastore.manifest import TRAIN_SPLIT, read_manifest
+from modeling_retro.datastore.splits import split_path
 
 
 K = 10

@@ -32,7 +32,7 @@ from pathlib import Path
 import faiss
 
 from data_prep.neighbors import find_neighbors
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
+from modeling_retro.datastore.manifest import TRAIN_SPLIT
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ import torch
 from retriever_speed import make_pairs
 from transformers import AutoTokenizer
 
-from modeling_retro.chunk_encoder_retro import load_text_encoder
+from modeling_retro.encoder.chunk_encoder import load_text_encoder
 from trainers.retriever.config import RetrieverTrainingArguments
 from trainers.retriever.trainer import RetrieverTrainer
 

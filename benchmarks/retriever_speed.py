@@ -37,7 +37,7 @@ from sentence_transformers import (
 from transformers import AutoTokenizer, TrainerCallback
 
 from data_prep.pairs.pairs import load_pairs
-from modeling_retro.chunk_encoder_retro import load_text_encoder
+from modeling_retro.encoder.chunk_encoder import load_text_encoder
 from trainers.retriever.config import RetrieverTrainingArguments
 from trainers.retriever.trainer import RetrieverTrainer
 

@@ -37,7 +37,7 @@ from transformers import set_seed
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.chunk import chunk_documents
-from data_prep.deduplicate import deduplicate
+from data_prep.deduplicate import deduplicate_documents
 from data_prep.docstrings import is_held_out, read_docstrings
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
@@ -120,7 +120,7 @@ def make_datastore(output_dir: Path, base: str | Path, arguments: ExperimentArgu
     path = output_dir / "datastore"
     for split, max_chunks in (("train", arguments.max_chunks), ("validation", None)):
         chunk_documents(documents / f"{split}.jsonl", path, str(base), split=split, max_chunks=max_chunks)
-    print(f"near-duplicates of held-out documents removed: {deduplicate(path)}")
+    print(f"near-duplicates of held-out documents removed: {deduplicate_documents(path)}")
     for split in ("train", "validation"):
         embed_chunks(path, find_encoder(), split=split, dtype="bfloat16")
     build_index(path)

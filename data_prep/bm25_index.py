@@ -38,16 +38,18 @@ from data_prep.stage_files import (
     run_shards,
     write_manifest,
 )
-from modeling_retro.bm25_retro import (  # if bm25s is missing, this import names the extra
+from modeling_retro.datastore.bm25 import (  # if bm25s is missing, this import names the extra
     TERMS,
     bm25s,
     inverse_document_frequency,
     words_of_chunks,
 )
-from modeling_retro.chunk_encoder_retro import text_mask
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
-from modeling_retro.datastore_retro import RetroDatastore, checksum, chunks_fingerprint, verify_file
+from modeling_retro.datastore.checksums import checksum, verify_file
+from modeling_retro.datastore.chunks import chunks_fingerprint
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.manifest import TRAIN_SPLIT
 from modeling_retro.durable_files_retro import remove, whole
+from modeling_retro.encoder.chunk_encoder import text_mask
 
 
 _WORK = ".bm25-"

@@ -61,15 +61,11 @@ from data_prep.stage_files import (
     save_shard,
     write_manifest,
 )
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, allows_control_tokens, check_split_name, public_name
-from modeling_retro.datastore_retro import (
-    checksum,
-    chunks_fingerprint,
-    read_columns,
-    split_path,
-    tokenizer_fingerprint,
-)
-from modeling_retro.durable_files_retro import remove, whole
+from modeling_retro.datastore.checksums import checksum, tokenizer_fingerprint
+from modeling_retro.datastore.chunks import chunks_fingerprint, read_columns
+from modeling_retro.datastore.manifest import TRAIN_SPLIT, allows_control_tokens, check_split_name
+from modeling_retro.datastore.splits import split_path
+from modeling_retro.durable_files_retro import public_name, remove, whole
 
 
 logger = logging.get_logger(__name__)

@@ -42,8 +42,10 @@ from data_prep.stage_files import (
     save_shard,
     write_manifest,
 )
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
-from modeling_retro.datastore_retro import ChunkTable, RetroDatastore, verify_file
+from modeling_retro.datastore.checksums import verify_file
+from modeling_retro.datastore.chunks import ChunkTable
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.manifest import TRAIN_SPLIT
 from modeling_retro.durable_files_retro import remove, replace, whole
 
 
@@ -134,7 +136,7 @@ def documents_of(columns: dict[str, np.ndarray]) -> Iterator[tuple[int, slice, n
         yield int(document_id[start]), slice(int(start), int(stop)), tokens
 
 
-def deduplicate(
+def deduplicate_documents(
     datastore: str | Path,
     against: Sequence[str] = (),
     threshold: float = 0.8,

@@ -38,10 +38,12 @@ from data_prep.stage_files import (
     run_shards,
     write_manifest,
 )
-from modeling_retro.chunk_encoder_retro import ChunkEncoder
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, public_name
-from modeling_retro.datastore_retro import RetroDatastore, split_path, verify_file
-from modeling_retro.durable_files_retro import whole
+from modeling_retro.datastore.checksums import verify_file
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.manifest import TRAIN_SPLIT
+from modeling_retro.datastore.splits import split_path
+from modeling_retro.durable_files_retro import public_name, whole
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder
 
 
 logger = logging.get_logger(__name__)

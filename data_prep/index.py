@@ -45,15 +45,11 @@ from data_prep.stage_files import (
     run_shards,
     write_manifest,
 )
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, index_name
-from modeling_retro.datastore_retro import (  # if faiss is missing, this import names the extras
-    checksum,
-    chunks_fingerprint,
-    faiss,
-    read_index,
-    split_path,
-    verify_file,
-)
+from modeling_retro.datastore.checksums import checksum, verify_file
+from modeling_retro.datastore.chunks import chunks_fingerprint
+from modeling_retro.datastore.datastore import faiss, read_index  # if faiss is missing, this import names the extras
+from modeling_retro.datastore.manifest import TRAIN_SPLIT, index_name
+from modeling_retro.datastore.splits import split_path
 from modeling_retro.durable_files_retro import make_folder, remove, replace, sync, whole, write_json
 
 

@@ -36,9 +36,11 @@ from data_prep.stage_files import (
     save_shard,
     write_manifest,
 )
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
-from modeling_retro.datastore_retro import ChunkTable, RetroDatastore, split_path
-from modeling_retro.retriever_retro import NeighborSearch, other_document_filter, removed_filter
+from modeling_retro.datastore.chunks import ChunkTable
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.manifest import TRAIN_SPLIT
+from modeling_retro.datastore.splits import split_path
+from modeling_retro.retriever.search import NeighborSearch, other_document_filter, removed_filter
 
 
 logger = logging.get_logger(__name__)
@@ -97,7 +99,7 @@ def find_neighbors(
         num_neighbors (`int`, *optional*, defaults to 4): Number K of neighbors of a chunk.
         split (`str`, *optional*, defaults to `"train"`): The split whose chunks are the queries.
         retriever (`str`, *optional*, defaults to `"dense"`):
-            `"dense"`, `"bm25"`, `"hybrid"` or `"rerank"` (see [`~modeling_retro.retriever_retro.NeighborSearch`]).
+            `"dense"`, `"bm25"`, `"hybrid"` or `"rerank"` (see [`~modeling_retro.retriever.search.NeighborSearch`]).
         drop_near_duplicates (`float`, *optional*):
             Neighbors that hold more than this share of the chunk's tokens, such as 0.9, are dropped.
         use_gpus (`bool`, *optional*, defaults to `False`): Whether to search on GPUs.

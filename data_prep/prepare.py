@@ -30,7 +30,7 @@ from accelerate.utils import gather_object
 from transformers.utils import logging
 
 from data_prep.chunk import chunk_documents, chunk_features, set_shards
-from data_prep.deduplicate import deduplicate
+from data_prep.deduplicate import deduplicate_documents
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index, read_embeddings
 from data_prep.memory import return_freed_memory
@@ -45,8 +45,9 @@ from data_prep.stage_files import (
     save_shard,
     write_manifest,
 )
-from modeling_retro.datastore_manifest_retro import INDEXES, TRAIN_SPLIT, read_manifest
-from modeling_retro.datastore_retro import RetroDatastore, split_path
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.manifest import INDEXES, TRAIN_SPLIT, read_manifest
+from modeling_retro.datastore.splits import split_path
 from modeling_retro.durable_files_retro import whole
 
 
@@ -145,7 +146,7 @@ def prepare_datastore(
                 )
         if len(splits) > 1 and recipe.get("deduplicate") is not None:
             with _timed("deduplicate"):
-                deduplicate(path, **recipe["deduplicate"])
+                deduplicate_documents(path, **recipe["deduplicate"])
         for split in splits if "index" in indexes else ():
             with _timed(f"embed {split}"):
                 embed_chunks(path, recipe["encoder"], split=split, **recipe.get("embed", {}))

@@ -38,15 +38,16 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from modeling_retro.datastore_manifest_retro import (
+from modeling_retro.datastore.checksums import checksum
+from modeling_retro.datastore.manifest import (
     FIRST_FORMAT_VERSION,
     INDEXES,
     MANIFEST_NAME,
     TRAIN_SPLIT,
     read_manifest,
 )
-from modeling_retro.datastore_retro import checksum, split_path
-from modeling_retro.datastore_versions_retro import superseding
+from modeling_retro.datastore.splits import split_path
+from modeling_retro.datastore.versions import superseding
 from modeling_retro.durable_files_retro import make_folder, recover_all, remove, whole, write_json
 
 

@@ -17,27 +17,71 @@ when it is used for the first time, with torch, transformers or faiss if it need
 """
 
 import importlib
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .auto_classes_retro import register_auto_classes
+from .auto_classes import register_auto_classes
 
 
 if TYPE_CHECKING:
-    from .cache_retro import RetroCache, RetroJointCache
-    from .chunk_encoder_retro import ChunkEncoder
-    from .configuration_retro import RetroConfig
-    from .configuration_retro_joint import RetroJointConfig
-    from .datastore_retro import RetroDatastore
-    from .modeling_retro import RetroForCausalLM, RetroModel, RetroNeighborEncoder, RetroPreTrainedModel
-    from .modeling_retro_joint import RetroJointForCausalLM
-    from .retriever_retro import RetrievedNeighbors, RetroRetriever
+    from .cache_retro import RetroCache as RetroCache
+    from .cache_retro import RetroJointCache as RetroJointCache
+    from .configuration_retro import RetroConfig as RetroConfig
+    from .configuration_retro_joint import RetroJointConfig as RetroJointConfig
+    from .datastore.bm25 import Bm25Index as Bm25Index
+    from .datastore.checksums import tokenizer_fingerprint as tokenizer_fingerprint
+    from .datastore.chunks import ChunkTable as ChunkTable
+    from .datastore.datastore import RetroDatastore as RetroDatastore
+    from .datastore.datastore import read_index as read_index
+    from .datastore.hub import download_datastore as download_datastore
+    from .datastore.hub import push_datastore as push_datastore
+    from .datastore.splits import DatastoreSplit as DatastoreSplit
+    from .encoder.chunk_encoder import ChunkEncoder as ChunkEncoder
+    from .model_card_retro import create_model_card as create_model_card
+    from .model_card_retro import save_model_card as save_model_card
+    from .modeling_retro import RetroForCausalLM as RetroForCausalLM
+    from .modeling_retro import RetroModel as RetroModel
+    from .modeling_retro import RetroNeighborEncoder as RetroNeighborEncoder
+    from .modeling_retro import RetroPreTrainedModel as RetroPreTrainedModel
+    from .modeling_retro_joint import RetroJointForCausalLM as RetroJointForCausalLM
+    from .neighbor_memory_retro import NeighborMemory as NeighborMemory
+    from .retriever.retriever import RetrievedNeighbors as RetrievedNeighbors
+    from .retriever.retriever import RetroRetriever as RetroRetriever
+    from .retriever.retriever import open_datastore as open_datastore
+    from .retriever.search import NeighborSearch as NeighborSearch
+
+
+__version__ = "0.1.0"
+
+
+def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """
+    Makes `__getattr__` and `__dir__` of a package whose names are imported when they are used for the first time.
+
+    Args:
+        package (`str`): Name of the package.
+        modules (`Mapping[str, str]`): The module of each name, from the package.
+    """
+
+    def get_attribute(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f".{modules[name]}", package), name)
+
+    return get_attribute, lambda: sorted([*vars(importlib.import_module(package)), *modules])
+
 
 _MODULES = {
-    "ChunkEncoder": "chunk_encoder_retro",
-    "RetrievedNeighbors": "retriever_retro",
+    "Bm25Index": "datastore.bm25",
+    "ChunkEncoder": "encoder.chunk_encoder",
+    "ChunkTable": "datastore.chunks",
+    "DatastoreSplit": "datastore.splits",
+    "NeighborMemory": "neighbor_memory_retro",
+    "NeighborSearch": "retriever.search",
+    "RetrievedNeighbors": "retriever.retriever",
     "RetroCache": "cache_retro",
     "RetroConfig": "configuration_retro",
-    "RetroDatastore": "datastore_retro",
+    "RetroDatastore": "datastore.datastore",
     "RetroForCausalLM": "modeling_retro",
     "RetroJointCache": "cache_retro",
     "RetroJointConfig": "configuration_retro_joint",
@@ -45,34 +89,17 @@ _MODULES = {
     "RetroModel": "modeling_retro",
     "RetroNeighborEncoder": "modeling_retro",
     "RetroPreTrainedModel": "modeling_retro",
-    "RetroRetriever": "retriever_retro",
+    "RetroRetriever": "retriever.retriever",
+    "create_model_card": "model_card_retro",
+    "download_datastore": "datastore.hub",
+    "open_datastore": "retriever.retriever",
+    "push_datastore": "datastore.hub",
+    "read_index": "datastore.datastore",
+    "save_model_card": "model_card_retro",
+    "tokenizer_fingerprint": "datastore.checksums",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULES])
-
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)
+__all__ = sorted(_MODULES)
 
 register_auto_classes()
-
-__all__ = [
-    "ChunkEncoder",
-    "RetrievedNeighbors",
-    "RetroCache",
-    "RetroConfig",
-    "RetroDatastore",
-    "RetroForCausalLM",
-    "RetroJointCache",
-    "RetroJointConfig",
-    "RetroJointForCausalLM",
-    "RetroModel",
-    "RetroNeighborEncoder",
-    "RetroPreTrainedModel",
-    "RetroRetriever",
-]

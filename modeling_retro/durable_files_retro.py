@@ -193,4 +193,10 @@ def _exchange(first: Path, second: Path) -> bool:
     raise OSError(number, os.strerror(number), str(second))
 
 
+def public_name(name: str) -> str:
+    """A name on the Hub unchanged, or only the last part of the name of a folder."""
+    is_folder = Path(name).is_absolute() or name[:1] in (".", "~") or Path(name).exists()
+    return os.path.basename(os.path.abspath(name)) if is_folder and name else name
+
+
 __all__ = ["whole", "whole_files", "write_json", "write_text"]

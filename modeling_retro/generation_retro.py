@@ -185,9 +185,14 @@ class RetroGenerationMixin:
                 "The model names no datastore for retriever='auto': pass a retriever, or set "
                 "`config.datastore_name_or_path`."
             )
-        # This import needs datasets and faiss, which a saved model that does not retrieve can do without.
-        from .datastore_retro import RetroDatastore
-        from .retriever_retro import RetroRetriever
+        # A saved model brings its own code, but not that of retrieval.
+        try:
+            from modeling_retro.datastore.datastore import RetroDatastore
+            from modeling_retro.retriever.retriever import RetroRetriever
+        except ImportError as error:
+            raise ImportError(
+                f"retriever='auto' needs the package ({error}): `pip install retro-transformers[cpu]`"
+            ) from error
 
         name, revision = self.config.datastore_name_or_path, self.config.datastore_revision
         return RetroRetriever(RetroDatastore.from_pretrained(name, revision=revision, **hub_kwargs))

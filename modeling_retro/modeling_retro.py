@@ -48,7 +48,7 @@ from .chunk_layout_retro import (
 from .configuration_retro import RetroConfig
 from .generation_retro import RetroGenerationMixin, check_neighbors
 from .loss_retro import causal_lm_loss
-from .model_sharing_retro import RetroSharingMixin
+from .model_hub_retro import RetroSharingMixin
 from .retrofit_retro import RetroRetrofitMixin
 
 

@@ -32,7 +32,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, is_peft_available
 
-from .base_model_retro import HUB_ARGUMENTS, RetroBaseModelMixin, checkpoint_sha256
+from .added_weights_retro import HUB_ARGUMENTS, RetroBaseModelMixin, checkpoint_sha256
 from .cache_retro import RetroJointCache, prepend_slot
 from .chunk_layout_retro import (
     TokenLocations,
@@ -45,8 +45,8 @@ from .chunk_layout_retro import (
 from .configuration_retro_joint import RetroJointConfig
 from .generation_retro import RetroGenerationMixin, check_neighbors
 from .loss_retro import causal_lm_loss
-from .model_sharing_retro import RetroSharingMixin
-from .neighbor_states_retro import LayerStates, NeighborMemory
+from .model_hub_retro import RetroSharingMixin
+from .neighbor_memory_retro import LayerStates, NeighborMemory
 from .reader_adapters_retro import NEIGHBOR_ADAPTER, ROW_ADAPTER, ReaderAdapters, is_adapter_weight
 from .readers_retro import Reader
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import cached_file
 
-from .base_model_retro import RETROFIT_WEIGHTS_NAME
+from .added_weights_retro import RETROFIT_WEIGHTS_NAME
 from .configuration_retro_joint import RetroJointConfig
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 
-from .base_model_retro import HUB_ARGUMENTS, RetroBaseModelMixin, checkpoint_sha256
+from .added_weights_retro import HUB_ARGUMENTS, RetroBaseModelMixin, checkpoint_sha256
 from .configuration_retro import RetroConfig
 
 

@@ -27,7 +27,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from modeling_retro.retriever_retro import RetroRetriever
+from modeling_retro.retriever.retriever import RetroRetriever
 
 from .answers import Answer, error_body
 from .decoding_batch import Row

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from modeling_retro.retriever_retro import RetroRetriever
+from modeling_retro.retriever.retriever import RetroRetriever
 from trainers.load_model import load_retro_model
 
 

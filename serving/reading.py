@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from modeling_retro.retriever_retro import RetroRetriever
+from modeling_retro.retriever.retriever import RetroRetriever
 
 from .decoding_batch import DecodingBatch, RetrievedChunk, Row
 from .sampling import ChosenToken, Sampler, SamplingParameters

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modeling_retro.datastore_manifest_retro import allows_control_tokens
+from modeling_retro.datastore.manifest import allows_control_tokens
 
 from .app import ServedModel
 from .decoding_batch import DecodingBatch

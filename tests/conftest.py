@@ -36,8 +36,8 @@ from data_prep.embed import embed_chunks  # noqa: E402
 from data_prep.index import build_index  # noqa: E402
 from data_prep.neighbors import find_neighbors  # noqa: E402
 from modeling_retro import durable_files_retro  # noqa: E402
-from modeling_retro.datastore_retro import RetroDatastore  # noqa: E402
-from modeling_retro.retriever_retro import RetroRetriever  # noqa: E402
+from modeling_retro.datastore.datastore import RetroDatastore  # noqa: E402
+from modeling_retro.retriever.retriever import RetroRetriever  # noqa: E402
 
 
 TINY_CHUNK_SIZE = 8

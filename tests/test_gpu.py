@@ -29,8 +29,8 @@ from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
 from modeling_retro import RetroCache, RetroConfig, RetroForCausalLM, RetroJointForCausalLM
-from modeling_retro.chunk_encoder_retro import ChunkEncoder
-from modeling_retro.datastore_retro import RetroDatastore, faiss
+from modeling_retro.datastore.datastore import RetroDatastore, faiss
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder
 
 
 DEVICE = "cuda"

@@ -26,7 +26,7 @@ from loopback_hub import loopback_hub
 from data_prep.bm25_index import build_bm25_index
 from data_prep.neighbors import find_neighbors
 from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroRetriever
-from modeling_retro.datastore_manifest_retro import read_manifest
+from modeling_retro.datastore.manifest import read_manifest
 from modeling_retro.model_card_retro import save_model_card
 
 
@@ -45,7 +45,8 @@ sys.meta_path.insert(0, Absent())
 PUSH = """
 import json, sys
 from huggingface_hub import CommitOperationAdd, HfApi
-from modeling_retro import RetroDatastore, RetroForCausalLM, hub_transfer_retro
+from modeling_retro import RetroDatastore, RetroForCausalLM
+from modeling_retro.datastore import hub as hub_transfer_retro
 
 report = {}
 

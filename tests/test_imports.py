@@ -48,13 +48,19 @@ def heavy(modules):
 def test_importing_the_package_imports_none_of_its_requirements():
     modules = imported_after("import modeling_retro")
     assert heavy(modules) == []
-    assert [name for name in modules if name.startswith("modeling_retro.")] == ["modeling_retro.auto_classes_retro"]
+    assert [name for name in modules if name.startswith("modeling_retro.")] == ["modeling_retro.auto_classes"]
 
 
-def test_every_name_of_the_package_is_found():
-    code = "import modeling_retro\nfor name in modeling_retro.__all__: getattr(modeling_retro, name)\n"
-    code += "assert set(modeling_retro.__all__) <= set(dir(modeling_retro))"
+@pytest.mark.parametrize("package", ["modeling_retro", "data_prep", "trainers", "serving"])
+def test_every_name_of_a_package_is_found(package):
+    code = f"import {package}\nfor name in {package}.__all__: getattr({package}, name)\n"
+    code += f"assert set({package}.__all__) <= set(dir({package}))"
     assert "faiss" in imported_after(code)
+
+
+@pytest.mark.parametrize("package", ["data_prep", "trainers", "serving"])
+def test_a_package_without_its_names_imports_nothing_heavy(package):
+    assert heavy(imported_after(f"import {package}")) == []
 
 
 def test_a_model_comes_without_faiss_and_datasets():
@@ -128,7 +134,7 @@ def test_auto_classes_know_the_models_once_the_package_is_imported(tmp_path, mak
 @pytest.mark.parametrize("imports", ORDERS.values(), ids=ORDERS.keys())
 def test_entering_the_models_imports_none_of_them(imports):
     modules = imported_after(f"{imports}\nfrom transformers.models.auto.modeling_auto import MODEL_MAPPING")
-    assert [name for name in modules if name.startswith("modeling_retro.")] == ["modeling_retro.auto_classes_retro"]
+    assert [name for name in modules if name.startswith("modeling_retro.")] == ["modeling_retro.auto_classes"]
 
 
 def test_other_models_are_loaded_as_before(tmp_path):

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.arguments import run_command
+from modeling_retro import __version__
 
 
 ACCELERATE_CONFIGS = Path(__file__).parent / "accelerate_configs"
@@ -127,6 +128,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(help_text())
+        return
+    if argv[0] == "--version":
+        print(f"retro-transformers {__version__}")
         return
     command, *options = argv
     if command not in COMMANDS:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from modeling_retro.retriever_retro import RetroRetriever
+from modeling_retro.retriever.retriever import RetroRetriever
 
 
 @dataclass

@@ -21,7 +21,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointConfig, RetroJointForCausalLM
-from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
 
 
 def load_retro_model(name_or_path: str, datastore: RetroDatastore, **kwargs: Any) -> PreTrainedModel:

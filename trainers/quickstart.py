@@ -42,7 +42,7 @@ from transformers import (
 )
 
 from data_prep.chunk import chunk_documents
-from data_prep.deduplicate import deduplicate
+from data_prep.deduplicate import deduplicate_documents
 from data_prep.docstrings import is_held_out, read_docstrings
 from data_prep.documents import Dropped, RecordFormat, RecordReader, find_sources, plan_parts
 from data_prep.embed import embed_chunks
@@ -50,9 +50,9 @@ from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
 from data_prep.stage_files import checksum
 from modeling_retro import RetroConfig, RetroForCausalLM
-from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.durable_files_retro import whole, write_text
-from modeling_retro.retriever_retro import RetroRetriever
+from modeling_retro.retriever.retriever import RetroRetriever
 from trainers.evaluation.evaluate import evaluate_retro
 from trainers.evaluation.operations import operations_per_token
 from trainers.evaluation.report import RetroEvaluation
@@ -400,7 +400,7 @@ def make_datastore(
             max_chunks=max_chunks,
             shard_bytes=SHARD_BYTES,
         )
-    removed = deduplicate(path)
+    removed = deduplicate_documents(path)
     print(f"{removed['documents']} near-duplicates of held-out documents ({removed['chunks']} chunks) removed")
     for split in MAX_CHUNKS:
         embed_chunks(path, encoder, split=split, dtype="bfloat16" if _computes_in_bf16() else "float32")

@@ -22,9 +22,9 @@ import xxhash
 from datasets import Dataset, Features, Value
 from tqdm.auto import tqdm
 
-from modeling_retro.chunk_encoder_retro import decode_chunks
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
-from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.manifest import TRAIN_SPLIT
+from modeling_retro.encoder.chunk_encoder import decode_chunks
 
 
 KINDS = ("continuation", "entity", "title")

@@ -48,10 +48,10 @@ class DeduplicateArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(DeduplicateArguments, argv=argv, description=__doc__, prog="retro deduplicate")
-    from data_prep.deduplicate import deduplicate
+    from data_prep.deduplicate import deduplicate_documents
     from data_prep.stage_files import process_state
 
-    report = deduplicate(**vars(arguments))
+    report = deduplicate_documents(**vars(arguments))
     if process_state().is_main_process:
         print(f"removed {report['documents']} near duplicates of held-out documents ({report['chunks']} chunks)")
 

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from data_prep.stage_files import process_state
     from data_prep.upkeep.changes import describe_version, has_own_ids, remove_documents
-    from modeling_retro.datastore_manifest_retro import read_manifest
+    from modeling_retro.datastore.manifest import read_manifest
 
     keep_freed_memory()
     documents = arguments.documents

@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from pathlib import Path
 
     from data_prep.upkeep.verify import repair_datastore, verify
-    from modeling_retro.datastore_manifest_retro import MANIFEST_NAME
-    from modeling_retro.datastore_retro import RetroDatastore
+    from modeling_retro.datastore.datastore import RetroDatastore
+    from modeling_retro.datastore.manifest import MANIFEST_NAME
 
     path = Path(arguments.path)
     if not path.is_dir():

@@ -32,7 +32,7 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from data_prep.chunk import append_documents, chunk_features, set_shards
-from data_prep.deduplicate import deduplicate
+from data_prep.deduplicate import deduplicate_documents
 from data_prep.documents import Document, find_sources
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index, read_embeddings
@@ -47,16 +47,11 @@ from data_prep.stage_files import (
     write_manifest,
 )
 from data_prep.upkeep.next_version import change_datastore, check_changeable, finish_change
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT, neighbors_folder
-from modeling_retro.datastore_retro import (
-    RetroDatastore,
-    checksum,
-    chunks_fingerprint,
-    drop_neighbors,
-    read_columns,
-    split_path,
-    verify_file,
-)
+from modeling_retro.datastore.checksums import checksum, verify_file
+from modeling_retro.datastore.chunks import chunks_fingerprint, read_columns
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.manifest import TRAIN_SPLIT, neighbors_folder
+from modeling_retro.datastore.splits import drop_neighbors, split_path
 from modeling_retro.durable_files_retro import whole
 
 
@@ -283,7 +278,7 @@ def _append(
         raise ValueError("the inputs hold no documents with text; nothing is added")
     if "deduplicated" in stage:
         options = stage["deduplicated"]["options"]
-        deduplicate(folder, sorted(options["against"]), options["threshold"], options["ngram"])
+        deduplicate_documents(folder, sorted(options["against"]), options["threshold"], options["ngram"])
     return shards
 
 

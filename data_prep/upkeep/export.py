@@ -22,9 +22,10 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from data_prep.index import read_embeddings
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
-from modeling_retro.datastore_retro import RetroDatastore
-from modeling_retro.remote_datastore_retro import COLUMNS, open_engine
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.manifest import TRAIN_SPLIT
+from modeling_retro.engines.engine import COLUMNS
+from modeling_retro.engines.remote import open_engine
 
 
 logger = logging.get_logger(__name__)
@@ -51,7 +52,7 @@ def export_datastore(
 
     Args:
         path (`str` or `Path`): The datastore, with embeddings.
-        url (`str`): Address of the database (see [`~modeling_retro.remote_datastore_retro.Engine`]).
+        url (`str`): Address of the database (see [`~modeling_retro.engines.engine.Engine`]).
         index (`str`, *optional*, defaults to `"hnsw"`): `"hnsw"`, or `"flat"` for exact search.
         batch_size (`int`, *optional*, defaults to 1,000): Number of chunks in a request.
         force (`bool`, *optional*, defaults to `False`): Whether to replace another datastore of this tenant.

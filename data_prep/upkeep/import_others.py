@@ -43,16 +43,17 @@ from data_prep.stage_files import (
     save_shard,
     write_manifest,
 )
-from modeling_retro.chunk_encoder_retro import ChunkEncoder, decode_chunks
-from modeling_retro.datastore_manifest_retro import (
+from modeling_retro.datastore.checksums import tokenizer_fingerprint
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.manifest import (
     TRAIN_SPLIT,
     allows_control_tokens,
     check_split_name,
-    public_name,
     read_manifest,
 )
-from modeling_retro.datastore_retro import RetroDatastore, split_path, tokenizer_fingerprint
-from modeling_retro.durable_files_retro import whole
+from modeling_retro.datastore.splits import split_path
+from modeling_retro.durable_files_retro import public_name, whole
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder, decode_chunks
 
 
 logger = logging.get_logger(__name__)

@@ -29,15 +29,15 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from data_prep.stage_files import directory_lock, open_manifest, process_state
-from modeling_retro.datastore_manifest_retro import (
+from modeling_retro.datastore.checksums import checksum
+from modeling_retro.datastore.manifest import (
     CHANGED_FORMAT_VERSION,
     MANIFEST_NAME,
     TRAIN_SPLIT,
     files_of,
     read_manifest,
 )
-from modeling_retro.datastore_retro import checksum
-from modeling_retro.datastore_versions_retro import remove_unread, superseding
+from modeling_retro.datastore.versions import remove_unread, superseding
 from modeling_retro.durable_files_retro import TEMPORARY, make_folder, remove, replace, write_json
 
 

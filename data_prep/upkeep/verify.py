@@ -37,8 +37,11 @@ from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
 from data_prep.stage_files import directory_lock, open_manifest, write_manifest
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointConfig, RetroJointForCausalLM
-from modeling_retro.base_model_retro import RETROFIT_WEIGHTS_NAME, checkpoint_sha256
-from modeling_retro.datastore_manifest_retro import (
+from modeling_retro.added_weights_retro import RETROFIT_WEIGHTS_NAME, checkpoint_sha256
+from modeling_retro.datastore.checksums import tokenizer_fingerprint, verify_file
+from modeling_retro.datastore.chunks import chunks_fingerprint, read_columns
+from modeling_retro.datastore.datastore import RetroDatastore, faiss, read_index
+from modeling_retro.datastore.manifest import (
     MANIFEST_NAME,
     PLAIN_NAME,
     TRAIN_SPLIT,
@@ -47,16 +50,7 @@ from modeling_retro.datastore_manifest_retro import (
     neighbors_folder,
     read_manifest,
 )
-from modeling_retro.datastore_retro import (
-    RetroDatastore,
-    chunks_fingerprint,
-    faiss,
-    read_columns,
-    read_index,
-    split_path,
-    tokenizer_fingerprint,
-    verify_file,
-)
+from modeling_retro.datastore.splits import split_path
 from modeling_retro.durable_files_retro import remove
 from modeling_retro.model_card_retro import EVALUATION_NAME, weights_sha256
 
@@ -391,7 +385,9 @@ class _DatastoreVerifier:
             problems.append(("bm25.fingerprint", "is of other chunks, or of fewer"))
         if not problems:
             try:
-                from modeling_retro.bm25_retro import Bm25Index  # needs a library that other datastores do not need
+                from modeling_retro.datastore.bm25 import (
+                    Bm25Index,  # needs a library that other datastores do not need
+                )
 
                 index = Bm25Index(folder, record)
                 index.check()

@@ -28,8 +28,8 @@ from data_prep.neighbors import find_neighbors
 from data_prep.prepare import prepare_datastore, read_recipe
 from data_prep.scripts.index import main
 from data_prep.upkeep.verify import repair_datastore, verify_datastore
-from modeling_retro.datastore_manifest_retro import read_manifest
-from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.manifest import read_manifest
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from data_prep.chunk import DocumentChunker, chunk_documents
 from data_prep.documents import Document
 from data_prep.scripts.chunk import main
-from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
 
 
 AWKWARD = [

@@ -25,7 +25,7 @@ from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
 from data_prep.scripts.convert import main
 from data_prep.upkeep.import_others import import_datastore
-from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
 
 
 M = 8

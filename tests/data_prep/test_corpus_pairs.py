@@ -19,7 +19,7 @@ from data_prep.chunk import chunk_documents
 from data_prep.pairs.corpus import pairs_from_datastore
 from data_prep.pairs.pairs import load_pairs
 from data_prep.scripts.pairs import main
-from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
 
 
 TEXTS = [

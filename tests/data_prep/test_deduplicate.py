@@ -22,12 +22,12 @@ import pytest
 from conftest import write_jsonl
 
 from data_prep.chunk import chunk_documents
-from data_prep.deduplicate import NearDuplicates, deduplicate
+from data_prep.deduplicate import NearDuplicates, deduplicate_documents
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
 from modeling_retro import durable_files_retro
-from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
 
 
 def jaccard(first, second, n=13):
@@ -77,7 +77,7 @@ def test_near_duplicates_of_held_out_documents_leave_the_training_side(tmp_path,
     before = RetroDatastore.from_pretrained(datastore).chunks
     document_id = before.document_id.copy()
     expected = before.take(np.flatnonzero(~np.isin(document_id, [10, 26])))[0]
-    report = deduplicate(datastore)
+    report = deduplicate_documents(datastore)
     after = RetroDatastore.from_pretrained(datastore)
     assert report["documents"] == 2 and report["chunks"] == len(document_id) - len(after.chunks)
     np.testing.assert_array_equal(after.chunks.take(np.arange(len(after.chunks)))[0], expected)
@@ -88,7 +88,7 @@ def test_near_duplicates_of_held_out_documents_leave_the_training_side(tmp_path,
         (26, "validation", 2),
     ]
     assert lines[0]["jaccard"] == 1.0 and 0.8 <= lines[1]["jaccard"] < 1
-    assert deduplicate(datastore) == report  # the second time finds nothing to do
+    assert deduplicate_documents(datastore) == report  # the second time finds nothing to do
 
 
 def test_a_kill_while_the_former_chunks_are_removed_loses_nothing(tmp_path, tiny_tokenizer, monkeypatch):
@@ -106,8 +106,8 @@ def test_a_kill_while_the_former_chunks_are_removed_loses_nothing(tmp_path, tiny
     with monkeypatch.context() as patch:
         patch.setattr(durable_files_retro, "remove", remove_half)
         with pytest.raises(KeyboardInterrupt):
-            deduplicate(datastore)
-    deduplicate(datastore)
+            deduplicate_documents(datastore)
+    deduplicate_documents(datastore)
     opened = RetroDatastore.from_pretrained(datastore)
     opened.verify()
     assert not list(datastore.glob(".deduplicat*")) and not list((datastore / "chunks").glob(".shard-*.json"))
@@ -115,11 +115,11 @@ def test_a_kill_while_the_former_chunks_are_removed_loses_nothing(tmp_path, tiny
 
 def test_documents_that_are_added_later_are_looked_through(tmp_path, tiny_tokenizer):
     datastore, training = make_corpus(tmp_path, tiny_tokenizer)
-    deduplicate(datastore)
+    deduplicate_documents(datastore)
     more = write_jsonl(tmp_path / "more.jsonl", ["something new", training[10]])
     inputs = [tmp_path / "train.jsonl", more]
     chunk_documents(inputs, datastore, tiny_tokenizer, chunk_size=8, append=True)
-    assert deduplicate(datastore)["documents"] == 3
+    assert deduplicate_documents(datastore)["documents"] == 3
     assert RetroDatastore.from_pretrained(datastore).chunks.document_id[-1] == len(training)
     assert len((datastore / "duplicates.jsonl").read_text().splitlines()) == 3
 
@@ -128,8 +128,8 @@ def test_chunks_that_are_embedded_are_not_changed_behind_their_back(tmp_path, ti
     datastore, _ = make_corpus(tmp_path, tiny_tokenizer)
     embed_chunks(datastore, tiny_encoder_dir)
     with pytest.raises(ValueError, match="already embedded"):
-        deduplicate(datastore)
-    deduplicate(datastore, force=True)
+        deduplicate_documents(datastore)
+    deduplicate_documents(datastore, force=True)
     with pytest.raises(ValueError, match="run `retro index`"):
         RetroDatastore.from_pretrained(datastore).index
 
@@ -140,7 +140,7 @@ def test_a_shard_without_chunks_goes_through_all_stages(tmp_path, tiny_tokenizer
     stage = chunk_documents(file, tmp_path / "out", tiny_tokenizer, chunk_size=8, max_chunks=9, shard_bytes=1)
     assert [shard["rows"] for shard in stage["shards"]] == [1, 1, 0]
     chunk_documents(file, tmp_path / "out", tiny_tokenizer, chunk_size=8, split="validation", max_documents=1)
-    assert deduplicate(tmp_path / "out")["documents"] == 1
+    assert deduplicate_documents(tmp_path / "out")["documents"] == 1
     for split in ("train", "validation"):
         embed_chunks(tmp_path / "out", tiny_encoder_dir, split=split)
     assert build_index(tmp_path / "out")["ntotal"] == 1
@@ -153,7 +153,7 @@ def test_a_shard_without_chunks_goes_through_all_stages(tmp_path, tiny_tokenizer
 def test_nothing_to_compare_with_is_an_error(tmp_path, tiny_tokenizer):
     chunk_documents(write_jsonl(tmp_path / "a.jsonl", ["abc"]), tmp_path / "out", tiny_tokenizer)
     with pytest.raises(ValueError, match="no held-out split"):
-        deduplicate(tmp_path / "out")
+        deduplicate_documents(tmp_path / "out")
 
 
 def test_a_corpus_of_nothing_but_held_out_documents_is_an_error(tmp_path, tiny_tokenizer):
@@ -161,4 +161,4 @@ def test_a_corpus_of_nothing_but_held_out_documents_is_an_error(tmp_path, tiny_t
     for split in ("train", "validation"):
         chunk_documents(file, tmp_path / "out", tiny_tokenizer, split=split)
     with pytest.raises(ValueError, match="nothing would be left"):
-        deduplicate(tmp_path / "out")
+        deduplicate_documents(tmp_path / "out")

@@ -26,8 +26,9 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 from data_prep.chunk import chunk_documents
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
-from modeling_retro.chunk_encoder_retro import ChunkEncoder
-from modeling_retro.datastore_retro import RetroDatastore, checksum
+from modeling_retro.datastore.checksums import checksum
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ import torch
 from data_prep.scripts import export as export_script
 from data_prep.upkeep.export import export_datastore
 from modeling_retro import RetroDatastore, RetroRetriever
-from modeling_retro.chunk_encoder_retro import ChunkEncoder
-from modeling_retro.remote_datastore_retro import RemoteDatastore, open_engine
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder
+from modeling_retro.engines.remote import RemoteDatastore, open_engine
 
 
 pytest.importorskip("pymilvus", reason="Milvus needs `pip install retro-transformers[milvus]`")

@@ -27,7 +27,7 @@ from child_processes import CHILDREN
 from conftest import make_texts, write_jsonl
 
 from data_prep.chunk import chunk_documents
-from data_prep.deduplicate import deduplicate
+from data_prep.deduplicate import deduplicate_documents
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
@@ -98,7 +98,7 @@ def stages(recipe, path):
         "chunk validation",
         lambda: chunk_documents(validation, path, recipe["tokenizer"], "validation", **recipe["chunk"]),
     )
-    yield "deduplicate", lambda: deduplicate(path, **recipe["deduplicate"])
+    yield "deduplicate", lambda: deduplicate_documents(path, **recipe["deduplicate"])
     yield "embed", lambda: embed_chunks(path, recipe["encoder"])
     yield "index", lambda: build_index(path, **recipe["index"])
     yield "neighbors", lambda: find_neighbors(path, **recipe["neighbors"])

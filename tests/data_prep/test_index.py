@@ -25,7 +25,7 @@ import pytest
 from data_prep.index import build_index, recall_at, suggest_factory, tune
 from data_prep.neighbors import find_neighbors
 from data_prep.stage_files import run_shards
-from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_bad_options_are_named(embedded, options, message):
 
 def test_without_faiss_the_error_names_the_extras(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    for name in ("data_prep.index", "modeling_retro.datastore_retro"):
+    for name in ("data_prep.index", "modeling_retro.datastore.datastore"):
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"\[cpu\].*\[gpu\]"):
         importlib.import_module("data_prep.index")

@@ -30,7 +30,7 @@ from datasets import Dataset
 
 from data_prep.bm25_index import build_bm25_index
 from data_prep.chunk import DocumentChunker, chunk_documents
-from data_prep.deduplicate import deduplicate
+from data_prep.deduplicate import deduplicate_documents
 from data_prep.documents import Document
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
@@ -46,10 +46,10 @@ from data_prep.upkeep.changes import (
 )
 from data_prep.upkeep.verify import repair_datastore, verify_datastore
 from modeling_retro import durable_files_retro
-from modeling_retro.chunk_encoder_retro import ChunkEncoder
-from modeling_retro.datastore_retro import RetroDatastore
-from modeling_retro.datastore_versions_retro import remove_unread
-from modeling_retro.retriever_retro import RetroRetriever
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.versions import remove_unread
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder
+from modeling_retro.retriever.retriever import RetroRetriever
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def test_added_documents_that_equal_held_out_ones_are_left_out(tmp_path, tiny_to
     for split, own in (("train", texts[:4]), ("validation", texts[4:6])):
         file = write_jsonl(tmp_path / f"{split}.jsonl", own)
         chunk_documents(file, folder, tiny_tokenizer, split=split, chunk_size=TINY_CHUNK_SIZE)
-    deduplicate(folder)
+    deduplicate_documents(folder)
     embed_chunks(folder, tiny_encoder_dir)
     build_index(folder, factory="Flat")
     add_documents(folder, write_jsonl(tmp_path / "more.jsonl", texts[5:]))

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from data_prep.neighbors import find_neighbors, near_duplicate_filter
-from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
 
 
 @pytest.fixture

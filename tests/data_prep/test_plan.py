@@ -19,7 +19,7 @@ import pytest
 from data_prep.index import index_bytes, make_index
 from data_prep.plan import parse_number, plan_datastore
 from data_prep.scripts.plan import main
-from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
 
 
 def test_planned_sizes_are_those_of_a_datastore(tiny_datastore_dir):

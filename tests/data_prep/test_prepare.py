@@ -27,7 +27,7 @@ from conftest import TINY_CHUNK_SIZE, make_texts, write_jsonl
 from data_prep.prepare import prepare_datastore, read_recipe
 from data_prep.scripts.prepare import main
 from data_prep.stage_files import directory_lock, save_shard
-from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from data_prep.bm25_index import build_bm25_index
 from data_prep.chunk import chunk_documents
 from data_prep.prepare import prepare_datastore
 from data_prep.stage_files import directory_lock
-from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
 
 
 def stage_of(output_dir: Path) -> str:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_prep.chunk import chunk_documents, chunk_features
-from data_prep.deduplicate import deduplicate
+from data_prep.deduplicate import deduplicate_documents
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors, neighbor_features
@@ -35,7 +35,8 @@ from data_prep.scripts.verify import main
 from data_prep.stage_files import save_shard
 from data_prep.upkeep.verify import repair_datastore, verify, verify_datastore
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointForCausalLM
-from modeling_retro.datastore_retro import checksum, chunks_fingerprint, read_columns
+from modeling_retro.datastore.checksums import checksum
+from modeling_retro.datastore.chunks import chunks_fingerprint, read_columns
 
 
 @pytest.fixture
@@ -260,7 +261,7 @@ def test_shards_of_filtered_capped_and_deduplicated_splits_are_made_anew(tmp_pat
     filtered = {"filter": "good == true", "id_column": "id", **options}
     chunk_documents(tmp_path / "train.jsonl", path, tiny_tokenizer, **filtered)
     chunk_documents(tmp_path / "validation.jsonl", path, tiny_tokenizer, split="validation", max_chunks=20, **options)
-    assert deduplicate(path, ngram=4)["documents"] >= 1
+    assert deduplicate_documents(path, ngram=4)["documents"] >= 1
     assert verify_datastore(path) == []
     before = the_files(path)
     for shard in path.rglob("*.arrow"):

@@ -22,8 +22,8 @@ import torch
 from conftest import make_texts
 from transformers import AutoModel, AutoTokenizer
 
-from modeling_retro.chunk_encoder_retro import ChunkEncoder
-from modeling_retro.retriever_retro import RetroRetriever
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder
+from modeling_retro.retriever.retriever import RetroRetriever
 
 
 def embeddings_of(path):

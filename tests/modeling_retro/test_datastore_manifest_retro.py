@@ -19,8 +19,9 @@ import shutil
 
 import pytest
 
-from modeling_retro import RetroDatastore, datastore_manifest_retro
-from modeling_retro.datastore_manifest_retro import MANIFEST_NAME, read_manifest
+from modeling_retro import RetroDatastore
+from modeling_retro.datastore import manifest as datastore_manifest_retro
+from modeling_retro.datastore.manifest import MANIFEST_NAME, read_manifest
 
 
 def set_value(manifest, path, value):

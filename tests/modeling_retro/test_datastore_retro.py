@@ -23,9 +23,9 @@ import torch
 from conftest import TINY_CHUNK_SIZE, make_texts
 from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
-from modeling_retro.chunk_encoder_retro import ChunkEncoder
-from modeling_retro.datastore_retro import RetroDatastore
-from modeling_retro.retriever_retro import RetroRetriever
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder
+from modeling_retro.retriever.retriever import RetroRetriever
 
 
 @pytest.fixture

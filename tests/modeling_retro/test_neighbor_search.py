@@ -27,9 +27,10 @@ from conftest import TINY_CHUNK_SIZE, write_jsonl
 from data_prep.bm25_index import build_bm25_index
 from data_prep.chunk import chunk_documents
 from data_prep.neighbors import find_neighbors
-from modeling_retro.datastore_retro import RetroDatastore
-from modeling_retro.ranking_retro import fuse, longest_common_substring, rerank
-from modeling_retro.retriever_retro import DEPTH, NeighborSearch, RetroRetriever, other_document_filter
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.retriever.ranking import fuse, longest_common_substring, rerank
+from modeling_retro.retriever.retriever import RetroRetriever
+from modeling_retro.retriever.search import DEPTH, NeighborSearch, other_document_filter
 
 
 K1, B = 1.2, 0.6

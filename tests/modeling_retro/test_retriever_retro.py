@@ -25,9 +25,9 @@ from data_prep.chunk import chunk_documents
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
-from modeling_retro.chunk_encoder_retro import decode_chunks
-from modeling_retro.datastore_retro import RetroDatastore
-from modeling_retro.retriever_retro import other_document_filter, search
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.encoder.chunk_encoder import decode_chunks
+from modeling_retro.retriever.search import other_document_filter, search
 
 
 def brute_force(queries, keys, key_documents, query_documents, k):

@@ -25,8 +25,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, StaticEmbedding, Transformer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from modeling_retro.chunk_encoder_retro import ChunkEncoder
-from modeling_retro.static_encoder_retro import ModulesChunkEncoder, StaticChunkEncoder
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder
+from modeling_retro.encoder.static_encoder import ModulesChunkEncoder, StaticChunkEncoder
 
 
 DIM = 24
@@ -79,7 +79,7 @@ def test_static_encoder_equals_sentence_transformers(tmp_path, texts, word_token
 
 
 def test_words_are_forgotten_when_there_are_too_many(tmp_path, texts, word_tokenizer, monkeypatch):
-    monkeypatch.setattr("modeling_retro.static_encoder_retro._MOST_WORDS", 8)
+    monkeypatch.setattr("modeling_retro.encoder.static_encoder._MOST_WORDS", 8)
     folder = save_static(tmp_path, word_tokenizer)
     np.testing.assert_allclose(
         ChunkEncoder.from_pretrained(folder).encode(texts, window=3), expected(folder, texts), atol=1e-6

@@ -21,8 +21,8 @@ import uvicorn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
-from modeling_retro.datastore_retro import RetroDatastore
-from modeling_retro.retriever_retro import RetroRetriever
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.retriever.retriever import RetroRetriever
 from serving.app import create_app
 from trainers.language_model.trainer import config_for_datastore
 

@@ -24,9 +24,9 @@ from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFa
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
-from modeling_retro.chunk_encoder_retro import ChunkEncoder
-from modeling_retro.datastore_retro import RetroDatastore
-from modeling_retro.retriever_retro import RetroRetriever
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder
+from modeling_retro.retriever.retriever import RetroRetriever
 from trainers.retriever.distillation import distill_encoder
 from trainers.scripts.distill_encoder import main
 

@@ -17,7 +17,7 @@ from datasets import Dataset
 from tiny_retriever import make_encoder, make_tokenizer
 
 from data_prep.pairs.pairs import load_pairs
-from modeling_retro.chunk_encoder_retro import ChunkEncoder
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder
 from trainers.retriever.hard_negatives import mine_negatives
 from trainers.scripts.mine_negatives import main
 

@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_prep.pairs.pairs import load_pairs
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointForCausalLM
-from modeling_retro.chunk_encoder_retro import decode_chunks
-from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.encoder.chunk_encoder import decode_chunks
 from trainers.retriever import neighbor_preference
 from trainers.retriever.neighbor_preference import (
     choose_pairs,

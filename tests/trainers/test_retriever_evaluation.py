@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from tiny_retriever import make_encoder, make_pairs, make_tokenizer
 
-from modeling_retro.chunk_encoder_retro import ChunkEncoder
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder
 from trainers.retriever.evaluation import RetrievalSet, retrieval_metrics, spearman
 from trainers.scripts.evaluate_retriever import main
 

@@ -26,7 +26,7 @@ from tiny_retriever import make_encoder, make_pairs, make_tokenizer
 from transformers import AutoModel, T5Config, T5EncoderModel, TrainerCallback
 
 from data_prep.pairs.pairs import PairMixture
-from modeling_retro.chunk_encoder_retro import ChunkEncoder
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder
 from trainers.retriever.config import RetrieverTrainingArguments
 from trainers.retriever.losses import MultipleNegativesRankingLoss
 from trainers.retriever.trainer import RetrieverTrainer, SiameseDataCollator

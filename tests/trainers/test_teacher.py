@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerState
 
 from modeling_retro import RetroJointForCausalLM
-from modeling_retro.datastore_retro import RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
 from trainers.language_model.teacher import TeacherPredictions, teach, teacher_loss
 from trainers.language_model.trainer import ChunkRows, DataCollatorForRetro
 from trainers.scripts import teach as teach_script

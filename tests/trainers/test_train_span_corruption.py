@@ -24,7 +24,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, EvalPrediction, T5EncoderModel
 
-from modeling_retro.chunk_encoder_retro import ChunkEncoder, load_text_encoder
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder, load_text_encoder
 from trainers.retriever.config import RetrieverTrainingArguments
 from trainers.retriever.trainer import RetrieverTrainer
 from trainers.scripts.train_span_corruption import main

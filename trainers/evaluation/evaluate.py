@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from data_prep.index import read_embeddings
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
-from modeling_retro.datastore_retro import DatastoreSplit, RetroDatastore
-from modeling_retro.ranking_retro import longest_common_substring
-from modeling_retro.retriever_retro import NeighborSearch, other_document_filter, removed_filter
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.manifest import TRAIN_SPLIT
+from modeling_retro.datastore.splits import DatastoreSplit
+from modeling_retro.retriever.ranking import longest_common_substring
+from modeling_retro.retriever.search import NeighborSearch, other_document_filter, removed_filter
 
 from .in_front import in_front_bits
 from .operations import read_clocks
@@ -98,7 +99,7 @@ def evaluate_retro(
             Domain of each document. Each domain is reported by itself.
         retriever (`str`, *optional*):
             How neighbors are found: `"dense"`, `"bm25"`, `"hybrid"` or `"rerank"` (see
-            [`~modeling_retro.retriever_retro.NeighborSearch`]). Defaults to the way in which the stored ones
+            [`~modeling_retro.retriever.search.NeighborSearch`]). Defaults to the way in which the stored ones
             were found. With another way, they are searched again.
         seed (`int`, *optional*, defaults to 0):
             Seed of the random neighbors, of the shuffling and of the bootstrap.

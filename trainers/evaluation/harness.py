@@ -22,8 +22,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
-from modeling_retro.datastore_retro import RetroDatastore
-from modeling_retro.retriever_retro import RetroRetriever
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.retriever.retriever import RetroRetriever, open_datastore
 from trainers.load_model import load_retro_model
 
 
@@ -93,7 +93,7 @@ class RetroLM(HFLM):
         if in_context and not retrieval:
             raise ValueError("in_context is true and retrieval false; neighbors in front of a question are looked up")
         if isinstance(datastore, str):
-            datastore = RetroDatastore.from_pretrained(datastore)
+            datastore = open_datastore(datastore)
         if isinstance(pretrained, str):
             pretrained = load_retro_model(pretrained, datastore, dtype=getattr(torch, dtype), reader=reader)
         pretrained = pretrained.to(device or PartialState().device)

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from modeling_retro.datastore_retro import DatastoreSplit, RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.splits import DatastoreSplit
 from modeling_retro.durable_files_retro import write_text
 
 

@@ -24,7 +24,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from modeling_retro.datastore_retro import DatastoreSplit, RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.splits import DatastoreSplit
 
 
 @torch.inference_mode()

@@ -34,10 +34,12 @@ from transformers import PreTrainedModel
 
 from data_prep.index import make_index, recall_at, suggest_factory, tune, write_index
 from data_prep.stage_files import directory_lock
-from modeling_retro.chunk_encoder_retro import tensors_fingerprint
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
-from modeling_retro.datastore_retro import DatastoreSplit, RetroDatastore, chunks_fingerprint, faiss, read_index
+from modeling_retro.datastore.chunks import chunks_fingerprint
+from modeling_retro.datastore.datastore import RetroDatastore, faiss, read_index
+from modeling_retro.datastore.manifest import TRAIN_SPLIT
+from modeling_retro.datastore.splits import DatastoreSplit
 from modeling_retro.durable_files_retro import make_folder, whole, write_json
+from modeling_retro.encoder.chunk_encoder import tensors_fingerprint
 
 from .operations import read_clocks
 from .windows import document_offsets, document_windows, summed_over_processes, window_batches

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
-from modeling_retro.datastore_retro import DatastoreSplit, RetroDatastore
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.manifest import TRAIN_SPLIT
+from modeling_retro.datastore.splits import DatastoreSplit
 
 from .evaluate import evaluate_retro, stored_retriever
 from .knn_lm import build_knn_store, neighbor_distribution

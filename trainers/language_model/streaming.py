@@ -32,9 +32,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from data_prep.chunk import DocumentChunker
 from data_prep.documents import Document
-from modeling_retro.datastore_manifest_retro import allows_control_tokens
-from modeling_retro.datastore_retro import DatastoreSplit
-from modeling_retro.retriever_retro import RetroRetriever
+from modeling_retro.datastore.manifest import allows_control_tokens
+from modeling_retro.datastore.splits import DatastoreSplit
+from modeling_retro.retriever.retriever import RetroRetriever
 
 from .config import RetroTrainingArguments
 from .trainer import DataCollatorForRetro, RetroTrainer, collator_options

@@ -29,8 +29,10 @@ from datasets import Features, List, Value
 from transformers import PreTrainedModel
 
 from data_prep.stage_files import directory_lock, process_state, run_shards, save_shard
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
-from modeling_retro.datastore_retro import DatastoreSplit, RetroDatastore, read_columns
+from modeling_retro.datastore.chunks import read_columns
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.manifest import TRAIN_SPLIT
+from modeling_retro.datastore.splits import DatastoreSplit
 from modeling_retro.durable_files_retro import write_json
 from trainers.evaluation.in_front import read_in_front
 

@@ -31,8 +31,9 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_retro import RetroConfig
-from modeling_retro.base_model_retro import RETROFIT_WEIGHTS_NAME
-from modeling_retro.datastore_retro import DatastoreSplit, RetroDatastore
+from modeling_retro.added_weights_retro import RETROFIT_WEIGHTS_NAME
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.splits import DatastoreSplit
 from modeling_retro.model_card_retro import save_model_card
 from trainers.durable_checkpoints import DurableCheckpointsMixin
 from trainers.evaluation.evaluate import evaluate_retro

@@ -19,9 +19,9 @@ import numpy as np
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from modeling_retro.chunk_encoder_retro import load_text_encoder, sentence_transformers_config
 from modeling_retro.durable_files_retro import whole
-from modeling_retro.static_encoder_retro import StaticChunkEncoder
+from modeling_retro.encoder.chunk_encoder import load_text_encoder, sentence_transformers_config
+from modeling_retro.encoder.static_encoder import StaticChunkEncoder
 
 
 logger = logging.get_logger(__name__)

@@ -23,8 +23,8 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from data_prep.pairs.pairs import hash_texts
-from modeling_retro.chunk_encoder_retro import ChunkEncoder
-from modeling_retro.datastore_retro import faiss  # if faiss is missing, this import names the extras
+from modeling_retro.datastore.datastore import faiss  # if faiss is missing, this import names the extras
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder
 
 
 def retrieval_metrics(
@@ -220,7 +220,7 @@ def evaluate_retriever(
     Embeds a retrieval set and measures the exact search.
 
     Args:
-        encoder ([`~modeling_retro.chunk_encoder_retro.ChunkEncoder`]):
+        encoder ([`~modeling_retro.encoder.chunk_encoder.ChunkEncoder`]):
             The encoder.
         retrieval_set ([`RetrievalSet`]):
             Queries, documents and judgements.

@@ -18,9 +18,9 @@ from datasets import Dataset
 from transformers.utils import logging
 
 from data_prep.pairs.pairs import hash_pairs
-from modeling_retro.chunk_encoder_retro import ChunkEncoder
-from modeling_retro.datastore_retro import faiss  # if faiss is missing, this import names the extras
-from modeling_retro.retriever_retro import search
+from modeling_retro.datastore.datastore import faiss  # if faiss is missing, this import names the extras
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder
+from modeling_retro.retriever.search import search
 
 
 logger = logging.get_logger(__name__)
@@ -45,7 +45,7 @@ def mine_negatives(
     Args:
         pairs (`datasets.Dataset`):
             Pairs with the columns `anchor` and `positive`.
-        encoder ([`~modeling_retro.chunk_encoder_retro.ChunkEncoder`]):
+        encoder ([`~modeling_retro.encoder.chunk_encoder.ChunkEncoder`]):
             The encoder.
         num_negatives (`int`, *optional*, defaults to 1):
             Number of hard negatives of each pair. Pairs with fewer are left out.

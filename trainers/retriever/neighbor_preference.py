@@ -27,10 +27,11 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedModel
 
 from data_prep.stage_files import directory_lock, process_state, run_shards, save_shard
-from modeling_retro.chunk_encoder_retro import decode_chunks
-from modeling_retro.datastore_manifest_retro import TRAIN_SPLIT
-from modeling_retro.datastore_retro import ChunkTable, RetroDatastore, read_columns
+from modeling_retro.datastore.chunks import ChunkTable, read_columns
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.manifest import TRAIN_SPLIT
 from modeling_retro.durable_files_retro import whole, write_json
+from modeling_retro.encoder.chunk_encoder import decode_chunks
 
 
 MINED_NAME = "mined.json"

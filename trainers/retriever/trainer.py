@@ -38,8 +38,8 @@ from transformers.data.data_collator import DataCollatorMixin
 from transformers.utils import logging
 
 from data_prep.pairs.pairs import PairMixture, hash_pairs, hash_texts, pair_columns
-from modeling_retro.chunk_encoder_retro import longest_input, pool_hidden_states
 from modeling_retro.durable_files_retro import sync
+from modeling_retro.encoder.chunk_encoder import longest_input, pool_hidden_states
 from trainers.durable_checkpoints import DurableCheckpointsMixin
 
 from .config import RetrieverTrainingArguments
@@ -304,7 +304,7 @@ class RetrieverTrainer(DurableCheckpointsMixin, Trainer):
             Passed to [`~transformers.Trainer`].
 
     `save_model` writes a folder that `AutoModel`, sentence-transformers and
-    [`~modeling_retro.chunk_encoder_retro.ChunkEncoder`] can load.
+    [`~modeling_retro.encoder.chunk_encoder.ChunkEncoder`] can load.
     """
 
     _tag_names = ["sentence-transformers", "sentence-similarity", "feature-extraction", "retro"]

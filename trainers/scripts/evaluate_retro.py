@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from transformers import AutoConfig
 
     from modeling_retro import RetroDatastore
-    from modeling_retro.datastore_manifest_retro import describe_datastore
+    from modeling_retro.datastore.manifest import describe_datastore
     from modeling_retro.model_card_retro import save_model_card
     from trainers.evaluation.evaluate import evaluate_retro, stored_retriever
     from trainers.evaluation.rivals import evaluate_rivals

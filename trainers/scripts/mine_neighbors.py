@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from accelerate import PartialState
 
     from data_prep.memory import keep_freed_memory
-    from modeling_retro.datastore_retro import RetroDatastore
+    from modeling_retro.datastore.datastore import RetroDatastore
     from trainers.retriever.neighbor_preference import mine_neighbors
 
     from ..load_model import load_retro_model

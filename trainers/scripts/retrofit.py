@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from transformers import AutoTokenizer
 
     from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
-    from modeling_retro.datastore_retro import tokenizer_fingerprint
+    from modeling_retro.datastore.checksums import tokenizer_fingerprint
 
     if arguments.reader is not None and arguments.attention != "joint":
         raise ValueError(f"--reader {arguments.reader} is for --attention joint; cross attention has no such adapters")

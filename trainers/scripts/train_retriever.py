@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _load_encoder(arguments: TrainRetrieverArguments, seed: int) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModel, set_seed
 
-    from modeling_retro.chunk_encoder_retro import load_text_encoder
+    from modeling_retro.encoder.chunk_encoder import load_text_encoder
 
     if (arguments.model_name_or_path is None) == (arguments.model_config is None):
         raise ValueError(

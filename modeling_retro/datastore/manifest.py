@@ -14,13 +14,13 @@
 """The manifest of a datastore: its schema, and checks of its values"""
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .configuration_retro import RetroConfig
+from ..configuration_retro import RetroConfig
+from ..durable_files_retro import public_name
 
 
 MANIFEST_NAME = "datastore.json"
@@ -339,9 +339,3 @@ def describe_datastore(manifest: Mapping[str, Any]) -> dict[str, Any]:
     if "removed" in manifest:
         facts["removed_documents"] = manifest["removed"]["documents"]
     return facts
-
-
-def public_name(name: str) -> str:
-    """A name on the Hub unchanged, or only the last part of the name of a folder."""
-    is_folder = Path(name).is_absolute() or name[:1] in (".", "~") or Path(name).exists()
-    return os.path.basename(os.path.abspath(name)) if is_folder and name else name

@@ -42,8 +42,8 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFo
 from tqdm.auto import tqdm
 from transformers.utils import is_datasets_available
 
-from .datastore_manifest_retro import MANIFEST_NAME, TRAIN_SPLIT, neighbors_folder, public_name, read_manifest
-from .durable_files_retro import sync, sync_file
+from ..durable_files_retro import public_name, sync, sync_file
+from .manifest import MANIFEST_NAME, TRAIN_SPLIT, neighbors_folder, read_manifest
 
 
 if is_datasets_available():  # if not, datastore_retro has raised an error that says what to install

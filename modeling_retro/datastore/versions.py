@@ -26,8 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .datastore_manifest_retro import MANIFEST_NAME, files_of, read_manifest
-from .durable_files_retro import make_folder, remove, sync_file
+from ..durable_files_retro import make_folder, remove, sync_file
+from .manifest import MANIFEST_NAME, files_of, read_manifest
 
 
 try:
@@ -72,7 +72,7 @@ def open_version(path: Path) -> tuple[dict[str, Any], HeldVersion]:
         `tuple[dict, HeldVersion]`: the manifest, and the object that holds the version.
 
     Raises:
-        ValueError: For the reasons of [`~modeling_retro.datastore_manifest_retro.read_manifest`].
+        ValueError: For the reasons of [`~modeling_retro.datastore.manifest.read_manifest`].
     """
     if not (path / MANIFEST_NAME).is_file():
         read_manifest(path)  # raises an error that says that there is no datastore

@@ -22,7 +22,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .datastore_manifest_retro import MANIFEST_NAME, check_model, public_name, read_manifest
+from .durable_files_retro import public_name
 from .model_card_retro import CARD_NAME, CONFIG_CLASSES, EVALUATION_NAME, read_evaluation, save_model_card
 
 
@@ -127,6 +127,10 @@ class RetroSharingMixin:
             )
 
     def _name_datastore(self, api: HfApi, datastore: str) -> None:
+        try:
+            from modeling_retro.datastore.manifest import MANIFEST_NAME, check_model, read_manifest
+        except ImportError as error:
+            raise ImportError("naming a datastore needs the package: `pip install retro-transformers[cpu]`") from error
         commit = api.dataset_info(datastore).sha
         if not api.file_exists(datastore, MANIFEST_NAME, repo_type="dataset", revision=commit):
             raise ValueError(f"{datastore} is not a datastore: it has no {MANIFEST_NAME}")

@@ -15,7 +15,7 @@
 
 import numpy as np
 
-from .datastore_retro import ChunkTable
+from ..datastore.chunks import ChunkTable
 
 
 # Place p of a list, counted from 1, has the score 1 / (60 + p) (Cormack, Clarke and Buettcher, 2009).

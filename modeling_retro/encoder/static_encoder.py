@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers.utils import cached_file
 
-from .chunk_encoder_retro import ChunkEncoder, kept_dimensions, tensors_fingerprint
+from .chunk_encoder import ChunkEncoder, kept_dimensions, tensors_fingerprint
 
 
 # The white space that ends a word for the tokenizers of `_cuts_at_spaces`. Python's own has characters that do not.

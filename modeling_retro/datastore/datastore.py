@@ -23,317 +23,41 @@ datastore.take_neighbors([0, 1])[0]  # int64 [2, 128]: each with its continuatio
 ```
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from huggingface_hub import CommitInfo
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .chunk_encoder_retro import ChunkEncoder
-from .configuration_retro import RetroConfig
-from .datastore_manifest_retro import (
-    MANIFEST_NAME,
-    PLAIN_NAME,
+from ..configuration_retro import RetroConfig
+from ..encoder.chunk_encoder import ChunkEncoder
+from .checksums import tokenizer_fingerprint, verify_file
+from .chunks import ChunkTable, chunks_fingerprint, load_shard
+from .manifest import (
     TRAIN_SPLIT,
     check_model,
     index_name,
     neighbors_folder,
     read_manifest,
 )
-from .datastore_versions_retro import HeldVersion, open_version
+from .splits import DatastoreSplit, RemovedChunks, split_path
+from .versions import HeldVersion, open_version
 
 
 if TYPE_CHECKING:
-    from .bm25_retro import Bm25Index
+    from .bm25 import Bm25Index
 
 try:
     import datasets
     import faiss
-    import pyarrow as pa
 except ImportError as error:
     raise ImportError(
         "Retrieval needs `datasets` and `faiss`. Install one of the two extras: "
         "`pip install retro-transformers[cpu]` or `pip install retro-transformers[gpu]`."
     ) from error
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """
-    Computes the identity of a tokenizer. It is equal for two tokenizers that give every text the same ids.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer.
-
-    Returns:
-        `dict`: `vocab_size`, with added tokens, and `sha256` of the serialised tokenizer without padding and
-        truncation.
-    """
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{type(tokenizer).__name__} is a slow tokenizer; the datastore needs a fast one (tokenizer.json)"
-        )
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()
-    backend.no_truncation()
-    return {"vocab_size": len(tokenizer), "sha256": hashlib.sha256(backend.to_str().encode()).hexdigest()}
-
-
-def chunks_fingerprint(shards: Sequence[Mapping[str, Any]]) -> str:
-    """The identity of a set of chunks in their order, from the checksums of its shards."""
-    return hashlib.sha256(" ".join(shard["sha256"] for shard in shards).encode()).hexdigest()
-
-
-class ChunkTable:
-    """
-    The chunks of one split, read-only. They are zero-copy views of the Arrow files of its shards, which are opened on
-    first use.
-
-    Args:
-        folders (`Sequence[Path]`): Folders written by `datasets.Dataset.save_to_disk`, in the order of the chunk ids.
-        rows (`Sequence[int]`): Number of chunks in each folder.
-        chunk_size (`int`): Number m of tokens in a chunk.
-    """
-
-    def __init__(self, folders: Sequence[Path], rows: Sequence[int], chunk_size: int):
-        self.folders = list(folders)
-        self.chunk_size = chunk_size
-        self.offsets = np.concatenate([[0], np.cumsum(np.asarray(rows, dtype=np.int64))]).astype(np.int64)
-        # Each mapped file needs a file descriptor, and a large datastore has more shards than a process may open
-        # files.
-        self._shard = lru_cache(maxsize=256)(self._open)
-        self._columns: dict[str, np.ndarray] = {}
-
-    def __len__(self) -> int:
-        return int(self.offsets[-1])
-
-    def __repr__(self) -> str:
-        return f"ChunkTable({len(self)} chunks of {self.chunk_size} tokens in {len(self.folders)} shards)"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folders": self.folders, "rows": np.diff(self.offsets).tolist(), "chunk_size": self.chunk_size}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
-
-    @property
-    def length(self) -> np.ndarray:
-        """`np.ndarray` int32 [N]: Number of real tokens in each chunk. The rest of a chunk is padding."""
-        return self._column("length")
-
-    @property
-    def document_id(self) -> np.ndarray:
-        """`np.ndarray` int64 [N]: Document of each chunk, ascending. The chunks of a document are consecutive."""
-        return self._column("document_id")
-
-    @property
-    def num_bytes(self) -> np.ndarray:
-        """`np.ndarray` int64 [N]: Number of UTF-8 bytes of the source text that the tokens of each chunk cover."""
-        return self._column("num_bytes")
-
-    def take(self, chunk_ids: Any) -> tuple[np.ndarray, np.ndarray]:
-        """
-        Gathers chunks.
-
-        Args:
-            chunk_ids (`np.ndarray`): Integers of any shape [...]; -1 stands for an absent chunk.
-
-        Returns:
-            `tuple[np.ndarray, np.ndarray]`: token ids int64 [..., m] (0 where masked) and mask bool [..., m].
-        """
-        chunk_ids = np.asarray(chunk_ids, dtype=np.int64)
-        length = self.gather("length", chunk_ids)
-        mask = np.arange(self.chunk_size) < length[..., None]
-        return self.gather("input_ids", chunk_ids).astype(np.int64) * mask, mask
-
-    def gather(self, column: str, chunk_ids: np.ndarray) -> np.ndarray:
-        """
-        Gathers the values of a column for chunks of any shape [...]. Absent chunks (-1) get zeros.
-
-        Args:
-            column (`str`): `"input_ids"`, `"length"`, `"document_id"` or `"num_bytes"`.
-            chunk_ids (`np.ndarray`): int64 [...].
-
-        Returns:
-            `np.ndarray`: [...], or [..., m] for the token ids.
-        """
-        flat = np.asarray(chunk_ids, dtype=np.int64).reshape(-1)
-        if flat.size and (flat.max() >= len(self) or flat.min() < -1):
-            raise ValueError(f"chunk ids must lie in [-1, {len(self) - 1}], got {flat.min()} to {flat.max()}")
-        shards = np.searchsorted(self.offsets, flat, side="right") - 1
-        order = np.argsort(shards, kind="stable")
-        order = order[np.count_nonzero(shards < 0) :]
-        first = self._shard(0)[column]
-        values = np.zeros((len(flat), *first.shape[1:]), dtype=first.dtype)
-        bounds = np.flatnonzero(np.diff(shards[order])) + 1
-        for positions in np.split(order, bounds) if order.size else []:
-            shard = int(shards[positions[0]])
-            values[positions] = self._shard(shard)[column][flat[positions] - self.offsets[shard]]
-        return values.reshape((*np.shape(chunk_ids), *first.shape[1:]))
-
-    def shard(self, index: int) -> dict[str, np.ndarray]:
-        """
-        The columns of one shard as views of its file: `input_ids` [n, m], `length`, `document_id`, `num_bytes` [n].
-        """
-        return self._shard(index)
-
-    def _column(self, name: str) -> np.ndarray:
-        if name not in self._columns:
-            parts = [self._shard(index)[name] for index in range(len(self.folders))]
-            self._columns[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return self._columns[name]
-
-    def _open(self, index: int) -> dict[str, np.ndarray]:
-        columns = read_columns(self.folders[index])
-        rows, width = columns["input_ids"].shape
-        expected = int(self.offsets[index + 1] - self.offsets[index])
-        if width != self.chunk_size:
-            raise ValueError(
-                f"{self.folders[index]} holds chunks of {width} tokens, the manifest says {self.chunk_size}"
-            )
-        if rows != expected:
-            raise ValueError(f"{self.folders[index]} holds {rows} chunks, the manifest says {expected}")
-        return columns
-
-
-def load_shard(folder: Path) -> datasets.Dataset:
-    """Opens a shard as a memory-mapped dataset. Raises a `ValueError` if its list of files leads out of its folder."""
-    for file in json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
-        if not PLAIN_NAME.fullmatch(file["filename"]):
-            raise ValueError(f"{folder / 'state.json'} names {file['filename']!r}, expected a name without a path")
-    return datasets.load_from_disk(str(folder))
-
-
-def read_columns(folder: Path) -> dict[str, np.ndarray]:
-    """
-    Reads the columns of a folder that `datasets.Dataset.save_to_disk` wrote, as zero-copy views of its memory-mapped
-    file.
-
-    Args:
-        folder (`Path`): The folder. If its file has several record batches, they are copied into one array.
-
-    Returns:
-        `dict[str, np.ndarray]`: [n] for scalar columns, [n, width] for fixed-size lists.
-    """
-    try:
-        table = load_shard(folder).data
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"cannot read the shard {folder}: {error}") from error
-    columns = {}
-    for name in table.column_names:
-        pieces = []
-        for piece in table.column(name).chunks:
-            if pa.types.is_fixed_size_list(piece.type):
-                pieces.append(piece.flatten().to_numpy(zero_copy_only=True).reshape(-1, piece.type.list_size))
-            else:
-                pieces.append(piece.to_numpy(zero_copy_only=True))
-        columns[name] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-    return columns
-
-
-class DatastoreSplit:
-    """
-    The chunks of one split, and their neighbors among the searched chunks.
-
-    Args:
-        path (`Path`): Folder of the split: the datastore itself, or `splits/NAME` in it.
-        record (`dict`): The record of the split in the manifest.
-        chunk_size (`int`): Number m of tokens in a chunk.
-        searched (`bool`): Whether these chunks are also searched, so that a chunk must not find its own document.
-    """
-
-    def __init__(self, path: Path, record: Mapping[str, Any], chunk_size: int, searched: bool):
-        self.path = path
-        self._held: HeldVersion | None = None
-        self._is_removed: _RemovedChunks | None = None
-        self.record = record
-        self.searched = searched
-        if "fingerprint" not in record.get("chunks", {}):
-            raise ValueError(f"{path} has no finished chunks; run `retro chunk` (again)")
-        shards = record["chunks"]["shards"]
-        folders = [path / "chunks" / shard["name"] for shard in shards]
-        missing = [str(folder) for folder in folders if not folder.is_dir()]
-        if missing:
-            raise ValueError(f"the shard {missing[0]} is missing ({len(missing)} of {len(shards)} shards are)")
-        self.chunks = ChunkTable(folders, [shard["rows"] for shard in shards], chunk_size)
-
-    @cached_property
-    def _neighbors(self) -> dict[str, np.ndarray]:
-        records = self.record.get("neighbors", {}).get("shards", [])
-        chunk_shards = self.record["chunks"]["shards"]
-        if len(records) < len(chunk_shards):
-            raise ValueError(
-                f"{self.path} has neighbors for {len(records)} of {len(chunk_shards)} shards of chunks; "
-                "run `retro neighbors`"
-            )
-        for record, chunks in zip(records, chunk_shards, strict=True):
-            if record["chunks_sha256"] != chunks["sha256"]:
-                raise ValueError(
-                    f"the neighbors of {record['name']} belong to other chunks or another order of rows; "
-                    "run `retro neighbors --force`"
-                )
-        parts = [read_columns(self.path / "neighbors" / neighbors_folder(record)) for record in records]
-        columns = {
-            name: parts[0][name] if len(parts) == 1 else np.concatenate([part[name] for part in parts])
-            for name in ("neighbor_ids", "neighbor_scores")
-        }
-        return columns if self._is_removed is None else drop_neighbors(columns, self._is_removed)
-
-    @property
-    def neighbor_ids(self) -> np.ndarray:
-        """
-        `np.ndarray` int64 [n, K]: Global ids of the searched chunks, best first. -1 if there are fewer, for example
-        because a neighbor was removed.
-        """
-        return self._neighbors["neighbor_ids"]
-
-    @property
-    def neighbor_scores(self) -> np.ndarray:
-        """`np.ndarray` float32 [n, K]: Scores of `neighbor_ids` in the metric of the index."""
-        return self._neighbors["neighbor_scores"]
-
-
-class _RemovedChunks:
-    """Says of chunk ids [...] which are of removed documents, whose numbers a file lists."""
-
-    def __init__(self, chunks: ChunkTable, file: Path, sha256: str):
-        self.chunks = chunks
-        self.file = file
-        self.sha256 = sha256
-
-    @cached_property
-    def documents(self) -> np.ndarray:
-        return np.load(verify_file(self.file, self.sha256), allow_pickle=False)
-
-    def __call__(self, chunk_ids: np.ndarray) -> np.ndarray:
-        return np.isin(self.chunks.gather("document_id", chunk_ids), self.documents) & (chunk_ids >= 0)
-
-
-def drop_neighbors(
-    columns: Mapping[str, np.ndarray], is_dropped: Callable[[np.ndarray], np.ndarray]
-) -> dict[str, np.ndarray]:
-    """
-    Drops some of the stored neighbors. Those behind move up, and the places at the end become empty.
-
-    Args:
-        columns (`Mapping[str, np.ndarray]`): `neighbor_ids` int64 [n, K] and `neighbor_scores` float32 [n, K].
-        is_dropped (`Callable`): Maps ids [n, K] to bool [n, K], True for those to drop.
-    """
-    ids = columns["neighbor_ids"]
-    kept = (ids >= 0) & ~is_dropped(ids)
-    order = np.argsort(~kept, axis=1, kind="stable")
-    kept = np.take_along_axis(kept, order, axis=1)
-    empty = {"neighbor_ids": -1, "neighbor_scores": 0}
-    return {
-        name: np.where(kept, np.take_along_axis(columns[name], order, axis=1), value).astype(columns[name].dtype)
-        for name, value in empty.items()
-    }
 
 
 class RetroDatastore:
@@ -362,21 +86,21 @@ class RetroDatastore:
 
         Args:
             name_or_path (`str` or `Path`):
-                A folder with `datastore.json`, the id of a dataset repository, or the address of a database that
-                `retro export` wrote to (`milvus://…`, `postgresql://…`).
+                A folder with `datastore.json`, or the id of a dataset repository.
             revision (`str`, *optional*): Branch, tag or commit of the repository.
             hub_kwargs: Further arguments of [`~huggingface_hub.snapshot_download`].
 
         Raises:
             ValueError: If there is no datastore, or its files do not agree with its manifest.
         """
-        if str(name_or_path).startswith(("milvus://", "postgresql://")):
-            from .remote_datastore_retro import RemoteDatastore
-
-            return RemoteDatastore(str(name_or_path))
+        if "://" in str(name_or_path):
+            raise ValueError(
+                f"{str(name_or_path).partition('://')[0]}://… is the address of a database and no folder or Hub id; "
+                "open it with `RetroRetriever.from_pretrained`"
+            )
         path = Path(name_or_path)
         if not path.is_dir():
-            from .hub_transfer_retro import download_datastore
+            from .hub import download_datastore
 
             path = download_datastore(str(name_or_path), revision=revision, **hub_kwargs)
         manifest, held = open_version(path)
@@ -393,8 +117,8 @@ class RetroDatastore:
         return read_manifest(self.path) == self.manifest if self._held is None else self._held.is_current()
 
     def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
-        """Uploads the datastore. The arguments are those of [`~modeling_retro.hub_transfer_retro.push_datastore`]."""
-        from .hub_transfer_retro import push_datastore
+        """Uploads the datastore. The arguments are those of [`~modeling_retro.datastore.hub.push_datastore`]."""
+        from .hub import push_datastore
 
         return push_datastore(self.path, repo_id, **kwargs)
 
@@ -449,7 +173,7 @@ class RetroDatastore:
             split._held = self._held
             if "removed" in self.manifest:
                 chunks, record = split.chunks if name == TRAIN_SPLIT else self.chunks, self.manifest["removed"]
-                split._is_removed = _RemovedChunks(chunks, self.path / record["name"], record["sha256"])
+                split._is_removed = RemovedChunks(chunks, self.path / record["name"], record["sha256"])
             self._splits[name] = split
         return self._splits[name]
 
@@ -505,7 +229,7 @@ class RetroDatastore:
     def bm25(self) -> "Bm25Index":
         """The BM25 index over `chunks`, memory-mapped."""
         record = self._index_record("bm25", "BM25 index", "retro index --kind bm25")
-        from .bm25_retro import Bm25Index  # needs a library that the other retrievers do not need
+        from .bm25 import Bm25Index  # needs a library that the other retrievers do not need
 
         index = Bm25Index(self.path / record["folder"], record)
         if index.ntotal != len(self.chunks):
@@ -658,33 +382,6 @@ class RetroDatastore:
         input_ids, mask = self.chunks.take(wanted)
         shape = (*chunk_ids.shape, self.neighbor_length)
         return input_ids.reshape(shape), mask.reshape(shape)
-
-
-def split_path(path: Path, split: str) -> Path:
-    """Folder of a split. The training split is in the folder of the datastore itself, others are in `splits/NAME`."""
-    return path if split == TRAIN_SPLIT else path / "splits" / split
-
-
-def checksum(path: Path) -> str:
-    """The sha256 of a file, or of the names and contents of all files in a folder."""
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            if file != path:
-                digest.update(str(file.relative_to(path)).encode())
-            with file.open("rb") as handle:
-                while block := handle.read(1 << 20):
-                    digest.update(block)
-    return digest.hexdigest()
-
-
-def verify_file(path: Path, sha256: str) -> Path:
-    """Returns `path`, or raises a `ValueError` if the file or folder is missing or its [`checksum`] differs."""
-    if not path.exists():
-        raise ValueError(f"{path} is missing")
-    if checksum(path) != sha256:
-        raise ValueError(f"{path} was altered: its checksum is not the one in {MANIFEST_NAME}")
-    return path
 
 
 def read_index(path: Path) -> faiss.Index:

@@ -189,7 +189,7 @@ class ChunkEncoder:
         name = str(name_or_path)
         files = sentence_transformers_config(name, revision)
         if files["kind"] != "transformer":
-            from .static_encoder_retro import ModulesChunkEncoder, StaticChunkEncoder
+            from .static_encoder import ModulesChunkEncoder, StaticChunkEncoder
 
             subclass = StaticChunkEncoder if files["kind"] == "static" else ModulesChunkEncoder
             return subclass.from_files(name, revision, files, pooling, normalize, device, dtype, truncate_dim)

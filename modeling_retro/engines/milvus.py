@@ -21,7 +21,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from .remote_datastore_retro import Engine
+from .engine import Engine
 
 
 try:

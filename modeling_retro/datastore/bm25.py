@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .chunk_encoder_retro import decode_chunks, text_mask
+from ..encoder.chunk_encoder import decode_chunks, text_mask
 
 
 try:

@@ -19,7 +19,7 @@ from urllib.parse import urlencode, urlunsplit
 
 import numpy as np
 
-from .remote_datastore_retro import Engine
+from .engine import Engine
 
 
 try:

@@ -1,0 +1,66 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Checksums of files and tokenizers"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from .manifest import MANIFEST_NAME
+
+
+def checksum(path: Path) -> str:
+    """The sha256 of a file, or of the names and contents of all files in a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            if file != path:
+                digest.update(str(file.relative_to(path)).encode())
+            with file.open("rb") as handle:
+                while block := handle.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def verify_file(path: Path, sha256: str) -> Path:
+    """Returns `path`, or raises a `ValueError` if the file or folder is missing or its [`checksum`] differs."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing")
+    if checksum(path) != sha256:
+        raise ValueError(f"{path} was altered: its checksum is not the one in {MANIFEST_NAME}")
+    return path
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """
+    Computes the identity of a tokenizer. It is equal for two tokenizers that give every text the same ids.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer.
+
+    Returns:
+        `dict`: `vocab_size`, with added tokens, and `sha256` of the serialised tokenizer without padding and
+        truncation.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} is a slow tokenizer; the datastore needs a fast one (tokenizer.json)"
+        )
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    return {"vocab_size": len(tokenizer), "sha256": hashlib.sha256(backend.to_str().encode()).hexdigest()}

@@ -1,0 +1,236 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Searches in a datastore, with a retriever that joins the datastore and the encoder of its chunks.
+
+```python
+from modeling_retro import RetroDatastore, RetroRetriever
+
+datastore = RetroDatastore.from_pretrained("datastore")
+retriever = RetroRetriever(datastore)
+chunks = torch.from_numpy(datastore.chunks.take([0, 1])[0])  # int64 [2, 64]
+neighbors = retriever.retrieve(chunks, k=2, exclude_document_ids=datastore.chunks.document_id[:2])
+neighbors.neighbor_input_ids.shape  # [2, 2, 128]
+```
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..configuration_retro import RetroConfig
+from ..datastore.datastore import RetroDatastore  # if faiss is missing, this import names the extras
+from ..encoder.chunk_encoder import ChunkEncoder
+from .search import NeighborSearch, other_document_filter, removed_filter
+
+
+@dataclass
+class RetrievedNeighbors:
+    """
+    The result of a retriever for n chunks.
+
+    Args:
+        neighbor_input_ids (`torch.LongTensor`): [n, k, r] token ids of each neighbor and its continuation.
+        neighbor_attention_mask (`torch.BoolTensor`): [n, k, r], False at padding and absent neighbors.
+        scores (`torch.FloatTensor`, *optional*): [n, k] in the metric of the index.
+        chunk_ids (`torch.LongTensor`, *optional*): [n, k] global chunk ids, -1 for absent neighbors.
+        document_ids (`torch.LongTensor`, *optional*): [n, k], -1 for absent neighbors.
+    """
+
+    neighbor_input_ids: torch.Tensor
+    neighbor_attention_mask: torch.Tensor
+    scores: torch.Tensor | None = None
+    chunk_ids: torch.Tensor | None = None
+    document_ids: torch.Tensor | None = None
+
+
+def open_datastore(name_or_path: str | Path, revision: str | None = None) -> RetroDatastore:
+    """Opens the datastore of a user's choice: a folder, a Hub id or the address of a database."""
+    if "://" not in str(name_or_path):
+        return RetroDatastore.from_pretrained(name_or_path, revision=revision)
+    from ..engines.remote import RemoteDatastore
+
+    return RemoteDatastore(str(name_or_path))
+
+
+class RetroRetriever:
+    """
+    Looks up chunks in a datastore, for data preparation, evaluation and generation.
+
+    Args:
+        datastore ([`RetroDatastore`]): The datastore to search.
+        encoder ([`ChunkEncoder`], *optional*): Defaults to the encoder of the datastore.
+        device (`str` or `torch.device`, *optional*):
+            Device of the encoder. Defaults to the first GPU, or else the CPU.
+        dtype (`str` or `torch.dtype`, *optional*): Computing type of the encoder.
+        retriever (`str`, *optional*):
+            How neighbors are found: `"dense"`, `"bm25"`, `"hybrid"` or `"rerank"` (see [`NeighborSearch`]). Defaults
+            to the way in which the stored neighbors were found. `"bm25"` needs no encoder.
+    """
+
+    def __init__(
+        self,
+        datastore: RetroDatastore,
+        encoder: ChunkEncoder | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        retriever: str | None = None,
+    ):
+        self.search = NeighborSearch(datastore, retriever)
+        if not self.search.needs_embeddings:
+            encoder = None
+        else:
+            if encoder is None:
+                encoder = datastore.open_encoder(device, dtype)
+            datastore.check_encoder(encoder)
+        self.datastore = datastore
+        self.encoder = encoder
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None, **kwargs) -> "RetroRetriever":
+        """
+        Opens a datastore and its encoder.
+
+        Args:
+            name_or_path (`str` or `Path`):
+                A folder or Hub id (see [`RetroDatastore.from_pretrained`]), or the address of a database that
+                `retro export` wrote to (`milvus://…`, `postgresql://…`).
+            revision (`str`, *optional*): Branch, tag or commit of a repository.
+            kwargs: Arguments of the constructor.
+        """
+        return cls(open_datastore(name_or_path, revision), **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RetroRetriever":
+        # transformers deep-copies keyword arguments, but an index must be shared and not copied.
+        return self
+
+    def refresh(self) -> bool:
+        """
+        Switches to the current version of the datastore, if its folder holds another version than the searched one.
+
+        Returns:
+            `bool`: Whether the version was switched.
+
+        Raises:
+            ValueError: If this retriever cannot search the current version. The retriever then keeps the earlier one.
+        """
+        if self.datastore.is_current():
+            return False
+        datastore = self.datastore.reopen()
+        if self.encoder is not None:
+            datastore.check_encoder(self.encoder)
+        datastore.check_tokenizer(self.datastore.tokenizer)
+        datastore.check_chunk_size(self.datastore.chunk_size)
+        search = NeighborSearch(datastore, self.search.retriever)
+        search.open()
+        self.datastore, self.search = datastore, search
+        return True
+
+    def check_model(self, config: RetroConfig) -> None:
+        """Raises a `ValueError` unless a model of this configuration can read the retrieved neighbors."""
+        self.datastore.check_model(config)
+
+    def retrieve(
+        self, chunk_input_ids: torch.Tensor, k: int, exclude_document_ids: Any | None = None
+    ) -> RetrievedNeighbors:
+        """
+        Looks up whole chunks.
+
+        Args:
+            chunk_input_ids (`torch.LongTensor`):
+                [n, m] token ids. Special tokens are dropped from the text of the query.
+            k (`int`): Number of neighbors of a chunk.
+            exclude_document_ids (`torch.LongTensor` or `np.ndarray`, *optional*):
+                [n] a document that must not be returned for each chunk, -1 for none.
+
+        Returns:
+            [`RetrievedNeighbors`]: on the device of `chunk_input_ids`.
+        """
+        if chunk_input_ids.ndim != 2 or chunk_input_ids.shape[1] != self.datastore.chunk_size:
+            raise ValueError(
+                f"chunk_input_ids must have shape [n, {self.datastore.chunk_size}], got {list(chunk_input_ids.shape)}"
+            )
+        input_ids = chunk_input_ids.cpu().numpy()
+        mask = np.ones_like(input_ids, dtype=bool)
+        embeddings = None
+        if self.encoder is not None:
+            embeddings = self.encoder.encode_chunks(input_ids, mask, self.datastore.tokenizer)
+        search = self.search  # `refresh` may replace it meanwhile
+        datastore = search.datastore
+        unwanted = removed_filter(datastore)
+        if exclude_document_ids is not None:
+            excluded = np.asarray(exclude_document_ids)
+            unwanted["own_document"] = other_document_filter(datastore.chunks, excluded)
+        ids, scores, _ = search(input_ids, mask, embeddings, k, unwanted)
+        neighbors, neighbor_mask = datastore.take_neighbors(ids)
+        documents = np.where(ids >= 0, datastore.chunks.gather("document_id", ids), -1)
+        arrays = (neighbors, neighbor_mask, scores, ids, documents)
+        return RetrievedNeighbors(*(torch.from_numpy(array).to(chunk_input_ids.device) for array in arrays))
+
+    def pad_to_chunks(self, prompt_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """
+        Pads a prompt on the left to whole chunks. The prompt then ends where a chunk ends, and is looked up at once.
+
+        Only the text of the query leaves the padding out. With an attention mask of 1 the model reads the padding like
+        other tokens, and a model that was not trained with such prompts does not ignore it.
+        [`RetroRetriever.close_chunks`] hides it.
+
+        Args:
+            prompt_ids (`Sequence[int]` or `torch.LongTensor`): Token ids [T] or [B, T].
+
+        Returns:
+            `torch.LongTensor`: [T'] or [B, T'], where T' is the next multiple of the chunk size.
+        """
+        prompt_ids = torch.as_tensor(prompt_ids, dtype=torch.long)
+        missing = -prompt_ids.shape[-1] % self.datastore.chunk_size
+        return torch.nn.functional.pad(prompt_ids, (missing, 0), value=self._pad_token_id)
+
+    def close_chunks(self, prompts: Sequence[Sequence[int] | torch.Tensor]) -> dict[str, torch.LongTensor]:
+        """
+        Makes a batch of prompts that all end where a chunk ends, so that their ends are looked up at once. The padding
+        in front of them is hidden from the model and left out of the queries, but the positions count it.
+
+        Args:
+            prompts (`Sequence[Sequence[int]]`): Token ids of each prompt.
+
+        Returns:
+            `dict[str, torch.LongTensor]`: `input_ids`, `attention_mask` and `position_ids` for `generate` or
+            `forward`, each [B, T], where T is a multiple of the chunk size.
+
+        Raises:
+            ValueError: If a prompt is empty.
+        """
+        rows = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
+        lengths = torch.tensor([len(row) for row in rows])
+        if not lengths.all():
+            raise ValueError(f"prompt {int(lengths.argmin())} of the batch is empty, expected at least one token")
+        num_columns = -(-lengths // self.datastore.chunk_size) * self.datastore.chunk_size
+        columns = torch.arange(int(num_columns.max()))
+        mask = columns >= len(columns) - lengths[:, None]  # [B, T]
+        input_ids = torch.full(mask.shape, self._pad_token_id)
+        input_ids[mask] = torch.cat(rows)
+        position_ids = (columns - len(columns) + num_columns[:, None]) * mask
+        return {"input_ids": input_ids, "attention_mask": mask.long(), "position_ids": position_ids}
+
+    @property
+    def _pad_token_id(self) -> int:
+        tokenizer = self.datastore.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if pad is None:
+            raise ValueError("the tokenizer of the datastore has neither a pad nor an EOS token to pad a prompt with")
+        return pad
