@@ -13,13 +13,25 @@
 # limitations under the License.
 """Loads the model, the retriever and the tokens that end a text, for the server and the page"""
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 
+from modeling_retro.datastore.manifest import allows_control_tokens
 from modeling_retro.retriever.retriever import RetroRetriever
 from trainers.load_model import load_retro_model
+
+from .decoding_batch import DecodingBatch
+from .engine import Engine
+from .prompts import PromptEncoder
+
+
+if TYPE_CHECKING:
+    from .app import ServedModel
 
 
 @dataclass
@@ -68,3 +80,76 @@ def load_model(model: str, datastore: str, dtype: str = "auto", retriever: str |
     end_tokens = [end_tokens] if isinstance(end_tokens, int) else end_tokens or []
     end_tokens = frozenset([*end_tokens, opened.datastore.tokenizer.eos_token_id]) - {None}
     return LoadedModel(loaded, opened, end_tokens)
+
+
+def load_served_model(
+    model: str,
+    datastore: str,
+    *,
+    retriever: str | None = None,
+    served_model_name: str | None = None,
+    num_neighbors: int | None = None,
+    max_batch_size: int = 16,
+    max_waiting: int = 64,
+    max_prompt_tokens: int = 4096,
+    max_tokens: int = 1024,
+    dtype: str = "auto",
+) -> "ServedModel":
+    """
+    Opens the datastore, loads the model and starts its engine.
+
+    Args:
+        model (`str`): See [`load_model`].
+        datastore (`str`): See [`load_model`].
+        retriever (`str`, *optional*): See [`load_model`].
+        served_model_name (`str`, *optional*): Name of the model in requests. Defaults to the last part of `model`.
+        num_neighbors (`int`, *optional*):
+            Neighbors of a chunk unless a request names another number. Defaults to the model's.
+        max_batch_size (`int`, *optional*, defaults to 16): Largest number of completions that run together.
+        max_waiting (`int`, *optional*, defaults to 64): Completions that may wait.
+        max_prompt_tokens (`int`, *optional*, defaults to 4096): Longest prompt in tokens.
+        max_tokens (`int`, *optional*, defaults to 1024): Longest completion in tokens.
+        dtype (`str`, *optional*, defaults to `"auto"`): See [`load_model`].
+
+    Returns:
+        [`ServedModel`]
+
+    Raises:
+        ValueError: If the model does not fit the datastore, or a limit is below 1.
+    """
+    from .app import ServedModel  # needs libraries that the page can do without
+
+    limits = {"max_batch_size": max_batch_size, "max_prompt_tokens": max_prompt_tokens, "max_tokens": max_tokens}
+    for name, limit in limits.items():
+        if limit < 1:
+            raise ValueError(f"--{name} is {limit}, expected at least 1")
+    if max_waiting < 0 or (num_neighbors or 0) < 0:
+        raise ValueError("--max_waiting and --num_neighbors cannot be negative")
+    loaded = load_model(model, datastore, dtype, retriever)
+    opened, tokenizer = loaded.retriever.datastore, loaded.retriever.datastore.tokenizer
+    if allows_control_tokens(opened.manifest):
+        print(
+            f"warning: {opened.path} was chunked with allow_control_tokens: its documents can end a text or speak "
+            "as another role of a conversation",
+            file=sys.stderr,
+        )
+    config = loaded.model.config.get_text_config()
+    engine = Engine(
+        DecodingBatch(loaded.model, loaded.retriever),
+        tokenizer,
+        loaded.end_tokens,
+        max_batch_size=max_batch_size,
+        max_waiting=max_waiting,
+        refresh=loaded.retriever.refresh,
+    )
+    return ServedModel(
+        name=served_model_name or Path(model).name,
+        engine=engine,
+        prompts=PromptEncoder(tokenizer),
+        retriever=loaded.retriever,
+        num_neighbors=loaded.model.config.num_neighbors if num_neighbors is None else num_neighbors,
+        vocab_size=loaded.model.config.vocab_size,
+        max_prompt_tokens=max_prompt_tokens,
+        max_tokens=max_tokens,
+        context_length=getattr(config, "max_position_embeddings", None) or 1 << 30,  # some models have no positions
+    )

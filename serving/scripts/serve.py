@@ -80,10 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ImportError(
             f"`retro serve` needs {error.name}; install the extra: `pip install retro-transformers[serve]`"
         ) from error
-    from ..server import load_served_model
+    from ..load import load_served_model
 
     api_key = os.environ.get(API_KEY) or None
-    served = load_served_model(arguments)
+    options = {name: value for name, value in vars(arguments).items() if name not in ("host", "port")}
+    served = load_served_model(**options)
     if api_key is None and not _is_loopback(arguments.host):
         print(
             f"warning: everybody who reaches {arguments.host} can use this server; set {API_KEY} to ask for a key",

@@ -21,14 +21,13 @@ from conftest import TINY_CHUNK_SIZE, make_texts, write_jsonl
 from tiny_server import retriever_of, running, save_model
 
 from data_prep.upkeep.changes import add_documents, compact_datastore, remove_documents
-from serving.scripts.serve import ServeArguments
-from serving.server import load_served_model
+from serving.load import load_served_model
 
 
 def test_a_server_takes_each_version_of_its_datastore(tiny_datastore_dir, tmp_path):
     path = shutil.copytree(tiny_datastore_dir, tmp_path / "datastore")
     model = save_model("joint", path, tmp_path / "tiny")
-    served = load_served_model(ServeArguments(str(model), str(path), max_prompt_tokens=120))
+    served = load_served_model(str(model), str(path), max_prompt_tokens=120)
     prompt = "retro looks things up in a datastore naïve"
     ids = served.prompts.encode_text(prompt)[:TINY_CHUNK_SIZE]
 

@@ -26,8 +26,7 @@ from conftest import TINY_CHUNK_SIZE
 from tiny_server import TEMPLATE, retriever_of, running, save_model
 
 from modeling_retro.generation_retro import RetroGenerationMixin
-from serving.scripts.serve import ServeArguments
-from serving.server import load_served_model
+from serving.load import load_served_model
 from trainers.load_model import load_retro_model
 
 
@@ -42,7 +41,7 @@ def folder(request, tiny_datastore_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(folder, tiny_datastore_dir):
-    served = load_served_model(ServeArguments(str(folder), str(tiny_datastore_dir), **LIMITS))
+    served = load_served_model(str(folder), str(tiny_datastore_dir), **LIMITS)
     served.prompts.tokenizer.chat_template = TEMPLATE
     return served
 

@@ -25,8 +25,7 @@ import pytest
 import torch
 from tiny_server import retriever_of, running, save_model
 
-from serving.scripts.serve import ServeArguments
-from serving.server import load_served_model
+from serving.load import load_served_model
 from trainers.load_model import load_retro_model
 
 
@@ -83,7 +82,7 @@ def test_answers_of_a_soak_are_those_of_each_prompt_alone(number, tiny_datastore
     retriever = retriever_of(tiny_datastore_dir)
     model = load_retro_model(str(folder), retriever.datastore)
     model.set_retriever(retriever)
-    served = load_served_model(ServeArguments(str(folder), str(tiny_datastore_dir), max_batch_size=8))
+    served = load_served_model(str(folder), str(tiny_datastore_dir), max_batch_size=8)
     requests = list(make_requests(number))
     expected = {}
     for prompt, retrieval, _ in requests:
