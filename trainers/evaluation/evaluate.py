@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from data_prep.index import read_embeddings
@@ -33,6 +32,7 @@ from modeling_retro.retriever.search import NeighborSearch, other_document_filte
 
 from .in_front import in_front_bits
 from .operations import read_clocks
+from .predictions import token_nats
 from .report import RetroEvaluation
 from .windows import document_offsets, document_windows, summed_over_processes, window_batches
 
@@ -339,42 +339,45 @@ def token_bits(
     was_training = model.training
     model.eval()
     for chunk_ids, first_counted, is_own in window_batches(model, windows, batch_size, description):
-        nats, counted = _token_nats(model, datastore, split, chunk_ids, neighbors)  # [B, L, m]
+        nats, counted = _window_nats(model, datastore, split, chunk_ids, first_counted, neighbors)  # [B, L, m]
         if is_own:
             chosen = chunk_ids >= first_counted
-            bits[chunk_ids[chosen]] = (nats * counted)[chosen] / math.log(2)
+            bits[chunk_ids[chosen]] = nats[chosen] / math.log(2)
             is_counted[chunk_ids[chosen]] = counted[chosen]
     model.train(was_training)
     return summed_over_processes(bits), summed_over_processes(is_counted) > 0
 
 
-@torch.inference_mode()
-def _token_nats(
+def _window_nats(
     model: PreTrainedModel,
     datastore: RetroDatastore,
     split: DatastoreSplit,
     chunk_ids: np.ndarray,
+    first_counted: np.ndarray,
     neighbors: NeighborSource | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Nats (float64) of the tokens in windows of chunk ids `[B, L]`, and whether they count, each `[B, L, m]`."""
+    """
+    Nats (float64) of the tokens in windows of chunk ids `[B, L]`, 0 for those that do not count, and whether they do,
+    both `[B, L, m]`.
+    """
     input_ids, counted = split.chunks.take(chunk_ids)  # [B, L, m]
-    inputs = {}
-    if neighbors is not None:
-        neighbor_input_ids, neighbor_mask = neighbors.take(chunk_ids)  # [B, L, k, r]
-        inputs["neighbor_input_ids"] = torch.from_numpy(neighbor_input_ids).to(model.device)
-        inputs["neighbor_attention_mask"] = torch.from_numpy(neighbor_mask).to(model.device)
-
-    # Padding is on the right, where causal attention of real tokens does not look, so no mask is needed.
-    tokens = torch.from_numpy(input_ids.reshape(len(chunk_ids), -1)).to(model.device)  # [B, T]
-    with model.retrieval(False):
-        logits = model(input_ids=tokens, use_cache=False, **inputs).logits[:, :-1].float()
-    nats = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").double().cpu().numpy()
-    uniform = math.log(model.config.vocab_size)
-    nats = np.concatenate([np.full((len(nats), 1), uniform), nats], axis=1).reshape(input_ids.shape)
-
+    counted &= (chunk_ids >= first_counted)[..., None]
     bos_token_id = datastore.tokenizer.bos_token_id
     if bos_token_id is not None:
         counted[:, 0, 0] &= input_ids[:, 0, 0] != bos_token_id
+    # Padding is on the right, where causal attention of real tokens does not look, so no mask is needed.
+    inputs = {"input_ids": torch.from_numpy(input_ids.reshape(len(chunk_ids), -1))}  # [B, T]
+    if neighbors is not None:
+        neighbor_input_ids, neighbor_mask = neighbors.take(chunk_ids)  # [B, L, k, r]
+        inputs["neighbor_input_ids"] = torch.from_numpy(neighbor_input_ids)
+        inputs["neighbor_attention_mask"] = torch.from_numpy(neighbor_mask)
+    inputs = {name: values.to(model.device) for name, values in inputs.items()}
+
+    nats = np.where(counted, math.log(model.config.vocab_size), 0.0)
+    has_context = counted.copy()
+    has_context[:, 0, 0] = False
+    rows, columns = torch.from_numpy(has_context.reshape(len(chunk_ids), -1)).to(model.device).nonzero(as_tuple=True)
+    nats[has_context] = token_nats(model, inputs, rows, columns, in_step=True).numpy()
     return nats, counted
 
 

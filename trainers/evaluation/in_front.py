@@ -15,10 +15,10 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
@@ -27,8 +27,9 @@ from transformers import PreTrainedModel
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.splits import DatastoreSplit
 
+from .predictions import token_nats
 
-@torch.inference_mode()
+
 def in_front_bits(
     model: PreTrainedModel,
     datastore: RetroDatastore,
@@ -42,7 +43,7 @@ def in_front_bits(
     Computes the bits that a model without retrieval needs for each chunk, when the neighbors of the chunk before it
     stand in front of its window (in-context retrieval, arXiv 2302.00083). The neighbors change with each chunk, so the
     model reads the window again for each. A chunk sees the same neighbors and the same context as in
-    [`~trainers.evaluation.evaluate.chunk_bits`], except that its last token does not see its own neighbors.
+    [`~trainers.evaluation.evaluate.token_bits`], except that its last token does not see its own neighbors.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -86,51 +87,70 @@ def in_front_bits(
     return bits, num_tokens
 
 
-def read_in_front(
-    model: PreTrainedModel,
+@dataclass
+class FrontRows:
+    """
+    Rows in which neighbors stand in front of windows, and the tokens that are predicted in them.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch_size, T)`):
+            Tokens of the rows, with padding behind them.
+        rows (`torch.LongTensor` of shape `(N,)`), columns (`torch.LongTensor` of shape `(N,)`):
+            Row and column of each predicted token: all tokens of the last chunk of a row, except a first token of a
+            row, which has no context.
+        places (`torch.LongTensor` of shape `(N,)`):
+            Place of each predicted token in its chunk.
+    """
+
+    input_ids: torch.LongTensor
+    rows: torch.LongTensor
+    columns: torch.LongTensor
+    places: torch.LongTensor
+
+
+def rows_in_front(
     datastore: RetroDatastore,
     split: DatastoreSplit,
     jobs: Sequence[tuple[int, int]],
     neighbor_ids: np.ndarray,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    device: torch.device,
+) -> FrontRows:
     """
-    Computes the model's predictions for some chunks, with the neighbors of the chunk before in front of the window of
-    each.
+    Puts the neighbors of the chunk before in front of the window of each of some chunks.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]), datastore ([`RetroDatastore`]), split ([`DatastoreSplit`]):
+        datastore ([`RetroDatastore`]), split ([`DatastoreSplit`]):
             See [`in_front_bits`].
         jobs (`Sequence[tuple[int, int]]`):
             Pairs of a chunk and the first chunk of its window. The first chunk of a window has no neighbors.
         neighbor_ids (`np.ndarray`):
             Global chunk ids of the neighbors of each chunk, int64 `[chunks, k]`, -1 for absent ones.
+        device (`torch.device`):
+            Where to put the tensors.
 
     Returns:
-        `list[tuple[torch.Tensor, torch.Tensor]]`: for each chunk the logits float32 `[n, V]` and the tokens int64
-        `[n]` that they predict. These are all real tokens of the chunk, except the first token of a window, which has
-        no context.
+        [`FrontRows`]
     """
-    rows, counts = [], []
+    rows, begins, ends = [], [], []
     for chunk, start in jobs:
         tokens, mask = split.chunks.take(np.arange(start, chunk + 1))
         row = tokens[mask]
-        counts.append(int(mask[-1].sum()))
         if chunk > start:
             neighbors, neighbor_mask = datastore.take_neighbors(neighbor_ids[chunk - 1])
             row = np.concatenate([neighbors[neighbor_mask], row])
         rows.append(torch.from_numpy(row))
-    batch = pad_sequence(rows, batch_first=True).to(model.device)
-    lengths = np.array([len(row) for row in rows])
-    kept = min(batch.shape[1], int((batch.shape[1] - lengths + counts).max()) + 1)
-    with model.retrieval(False):
-        logits = model(input_ids=batch, use_cache=False, logits_to_keep=kept).logits[:, :-1].float()
-    # Column 0 of the logits predicts this token.
-    first = batch.shape[1] - kept + 1
-    ends = [len(row) - first for row in rows]
-    return [
-        (logits[n, max(0, end - count) : end], batch[n, first:][max(0, end - count) : end])
-        for n, (end, count) in enumerate(zip(ends, counts, strict=True))
-    ]
+        begins.append(len(row) - int(mask[-1].sum()))
+        ends.append(len(row))
+    input_ids = pad_sequence(rows, batch_first=True)
+    begins, ends, columns = (
+        torch.tensor(begins)[:, None],
+        torch.tensor(ends)[:, None],
+        torch.arange(input_ids.shape[1]),
+    )
+    is_predicted = (columns >= begins.clamp(min=1)) & (columns < ends)
+    rows, columns = is_predicted.nonzero(as_tuple=True)
+    tensors = input_ids, rows, columns, columns - begins[rows, 0]
+    return FrontRows(*(tensor.to(device) for tensor in tensors))
 
 
 def _batch_bits(
@@ -141,14 +161,18 @@ def _batch_bits(
     neighbor_ids: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bits and numbers of counted tokens of some chunks. Each chunk is given with the first chunk of its window."""
-    found, counted = np.zeros(len(jobs)), np.zeros(len(jobs), dtype=np.int64)
-    predictions = read_in_front(model, datastore, split, jobs, neighbor_ids)
-    for n, ((chunk, start), (logits, tokens)) in enumerate(zip(jobs, predictions, strict=True)):
-        nats = F.cross_entropy(logits, tokens, reduction="none").double()
-        found[n], counted[n] = nats.sum().item() / math.log(2), len(tokens)
+    front = rows_in_front(datastore, split, jobs, neighbor_ids, model.device)
+    nats = token_nats(model, {"input_ids": front.input_ids}, front.rows, front.columns, in_step=True).numpy()
+    rows = front.rows.cpu().numpy()
+    found = np.bincount(rows, nats, minlength=len(jobs)) / math.log(2)
+    counted = np.bincount(rows, minlength=len(jobs))
+    for n, (chunk, start) in enumerate(jobs):
         # The first token of a window has no context, but a BOS token is known.
         first_token = split.chunks.take(np.array([start]))[0][0, 0]
         if chunk == start and first_token != datastore.tokenizer.bos_token_id:
             found[n] += math.log2(model.config.vocab_size)
             counted[n] += 1
     return found, counted
+
+
+__all__ = ["FrontRows", "in_front_bits", "rows_in_front"]

@@ -42,6 +42,7 @@ from modeling_retro.durable_files_retro import make_folder, whole, write_json
 from modeling_retro.encoder.chunk_encoder import tensors_fingerprint
 
 from .operations import read_clocks
+from .predictions import head_inputs
 from .windows import document_offsets, document_windows, summed_over_processes, window_batches
 
 
@@ -240,7 +241,6 @@ def _keys_and_values(
     return states[has_key].astype(np.float16), tokens[has_key].astype(np.int32)
 
 
-@torch.inference_mode()
 def context_states(
     model: PreTrainedModel, chunks: RetroDatastore | DatastoreSplit, chunk_ids: np.ndarray, first_counted: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -263,15 +263,8 @@ def context_states(
     """
     input_ids, mask = chunks.chunks.take(chunk_ids)  # [B, L, m]
     tokens = torch.from_numpy(input_ids.reshape(len(chunk_ids), -1)).to(model.device)
-    caught = []
-    body = getattr(model, "decoder", model).base_model
-    handle = body.register_forward_hook(lambda module, args, output: caught.append(output[0]))
-    try:
-        with _in_evaluation(model), model.retrieval(False):
-            model(input_ids=tokens, use_cache=False, logits_to_keep=1)
-    finally:
-        handle.remove()
-    states = caught[0].float().cpu().numpy()
+    with _in_evaluation(model):
+        states = head_inputs(model, input_ids=tokens).float().cpu().numpy()
     states = np.concatenate([np.zeros_like(states[:, :1]), states[:, :-1]], axis=1)
     has_key = mask & (chunk_ids >= first_counted)[..., None]
     has_key[:, 0, 0] = False

@@ -34,7 +34,8 @@ from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.manifest import TRAIN_SPLIT
 from modeling_retro.datastore.splits import DatastoreSplit
 from modeling_retro.durable_files_retro import write_json
-from trainers.evaluation.in_front import read_in_front
+from trainers.evaluation.in_front import rows_in_front
+from trainers.evaluation.predictions import predictions
 
 
 TEACHER_NAME = "teacher.json"
@@ -127,14 +128,14 @@ def teach(
             jobs.sort(key=lambda job: job[0] - job[1])
             for begin in range(0, len(jobs), batch_size):
                 batch = jobs[begin : begin + batch_size]
-                for (chunk, _), (logits, _) in zip(
-                    batch,
-                    read_in_front(model, opened, source, batch, source.neighbor_ids[:, :num_neighbors]),
-                    strict=True,
-                ):
+                neighbor_ids = source.neighbor_ids[:, :num_neighbors]
+                front = rows_in_front(opened, source, batch, neighbor_ids, model.device)
+                chunks = np.array([chunk - first for chunk, _ in batch])[front.rows.cpu().numpy()]
+                inputs = {"input_ids": front.input_ids}
+                for block, logits in predictions(model, inputs, front.rows, front.columns - 1):
                     top = F.log_softmax(logits, dim=-1).topk(top_tokens)
-                    token_ids[chunk - first, : len(logits)] = top.indices.cpu().numpy()
-                    log_probs[chunk - first, : len(logits)] = top.values.cpu().numpy()
+                    taught = chunks[block.cpu().numpy()], front.places[block].cpu().numpy()
+                    token_ids[taught], log_probs[taught] = top.indices.cpu().numpy(), top.values.cpu().numpy()
             columns = {"token_ids": token_ids, "log_probs": log_probs}
             save_shard(
                 temporary, {name: values.reshape(end - first, -1) for name, values in columns.items()}, features
