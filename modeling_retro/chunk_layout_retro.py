@@ -14,8 +14,41 @@
 """Computes the neighbors that each token sees, from its position and the padding of its row"""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+
+Index = TypeVar("Index", int, torch.LongTensor)
+
+
+def seen_chunk(index: Index, chunk_size: int) -> Index:
+    """
+    Finds the chunk of its document whose neighbors a token sees: the one that was completed last. The last token of a
+    chunk is therefore the first that sees the neighbors retrieved with it (section 2.4 of arXiv 2112.04426).
+
+    Args:
+        index (`int` or `torch.LongTensor`): Index i of the token in its document.
+        chunk_size (`int`): Number m of tokens in a chunk.
+
+    Returns:
+        `int` or `torch.LongTensor`: the number u = (i + 1) // m - 1 of the chunk, -1 if no chunk is complete.
+    """
+    return (index + 1) // chunk_size - 1
+
+
+def completed_between(before: int, after: int, chunk_size: int) -> range:
+    """
+    Finds the chunks that are completed while a document grows. Only whole chunks are looked up.
+
+    Args:
+        before (`int`), after (`int`): Number of tokens of the document before and after.
+        chunk_size (`int`): Number m of tokens in a chunk.
+
+    Returns:
+        `range`: the numbers u of the chunks, which hold the tokens u m … u m + m - 1.
+    """
+    return range(seen_chunk(before - 1, chunk_size) + 1, seen_chunk(after - 1, chunk_size) + 1)
 
 
 def default_position_ids(
@@ -129,7 +162,7 @@ def completed_chunks(
         `(n, chunk_size)` of the tokens of each chunk, counted from the first cached one. The tokens that a row lacks
         in its first chunk are in the columns in front of it, which are padding, or negative if there are not enough.
     """
-    slots = locations.document_slot + (locations.document_index + 1) // chunk_size - 1 - locations.first_slot
+    slots = locations.document_slot + seen_chunk(locations.document_index, chunk_size) - locations.first_slot
     closing = locations.is_token & ((locations.document_index + 1) % chunk_size == 0) & (slots >= 0)
     rows, closing_columns = closing.nonzero(as_tuple=True)
     back = torch.arange(chunk_size - 1, -1, -1, device=rows.device)
@@ -143,10 +176,8 @@ def find_seen_slots(
 ) -> tuple[torch.LongTensor, torch.BoolTensor, torch.LongTensor]:
     """
     Finds the slot that each token sees. Let i be the index of a token in its document, and t' its index in the row,
-    counted without padding. The token sees the neighbors of the last complete chunk of its document. This is chunk
-    u = (i + 1) // m - 1 of the document, and chunk (t' - i) / m + u of the row, where the quotient is rounded towards
-    0. The last token of a chunk is therefore the first that sees the neighbors retrieved with it (section 2.4 of arXiv
-    2112.04426).
+    counted without padding. The token sees the neighbors of chunk u of its document (see [`seen_chunk`]), which is
+    chunk (t' - i) / m + u of the row, where the quotient is rounded towards 0.
 
     The slots are the chunks that the call completes. If `has_previous_slot`, the last chunk that the row completed in
     earlier calls stands in front of them.
@@ -168,10 +199,10 @@ def find_seen_slots(
     """
     i = locations.document_index
     before = int(has_previous_slot)
-    slot = locations.document_slot + (i + 1) // chunk_size - 1 - locations.first_slot + before  # [B, T]
+    slot = locations.document_slot + seen_chunk(i, chunk_size) - locations.first_slot + before  # [B, T]
     sees = locations.is_token & (i + 1 >= chunk_size) & (slot >= 0) & (slot < num_slots)
     last = i.shape[1] - 1 - locations.is_token.flip(-1).int().argmax(-1, keepdim=True)  # [B, 1]
-    next_slot = locations.document_slot.gather(1, last) + (i.gather(1, last) + 1) // chunk_size - 1
+    next_slot = locations.document_slot.gather(1, last) + seen_chunk(i.gather(1, last), chunk_size)
     next_slot = next_slot - locations.first_slot + before
     next_slot = torch.where(locations.is_token.any(-1, keepdim=True), next_slot, before - 1)
     return slot, sees, next_slot[:, 0]

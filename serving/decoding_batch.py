@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from modeling_retro.chunk_layout_retro import completed_between
+
 
 @dataclass
 class RetrievedChunk:
@@ -141,12 +143,8 @@ class DecodingBatch:
         Returns:
             `torch.FloatTensor` of shape `(len(self.rows), vocab_size)`: logits of the next token of each row.
         """
-        size, device = self.model.config.chunk_size, self.model.device
-        chunks = [
-            (n, row.tokens[-size:])
-            for n, row in enumerate(self.rows)
-            if row.num_neighbors > 0 and len(row.tokens) % size == 0
-        ]
+        device = self.model.device
+        chunks = [chunk for n, row in enumerate(self.rows) for chunk in self._completed(n, row, len(row.tokens) - 1)]
         neighbors = {}
         if chunks:
             found_ids, found_mask = self._look_up(self.rows, chunks)
@@ -183,13 +181,8 @@ class DecodingBatch:
 
     def _prompt_inputs(self, rows: Sequence[Row]) -> list[dict[str, torch.Tensor]]:
         """Makes the inputs of a forward pass over each row alone. The chunks of all rows are looked up together."""
-        size, device = self.model.config.chunk_size, self.model.device
-        chunks = [
-            (n, row.tokens[start : start + size])
-            for n, row in enumerate(rows)
-            if row.num_neighbors > 0
-            for start in range(0, len(row.tokens) - size + 1, size)
-        ]
+        device = self.model.device
+        chunks = [chunk for n, row in enumerate(rows) for chunk in self._completed(n, row, 0)]
         found_ids, found_mask = self._look_up(rows, chunks)
         inputs = [{"input_ids": torch.tensor([row.tokens], device=device)} for row in rows]
         for n, row in enumerate(rows):
@@ -203,6 +196,12 @@ class DecodingBatch:
                 inputs[n]["neighbor_input_ids"] = found_ids[own][None, :, : row.num_neighbors]
                 inputs[n]["neighbor_attention_mask"] = found_mask[own][None, :, : row.num_neighbors]
         return inputs
+
+    def _completed(self, n: int, row: Row, before: int) -> list[tuple[int, list[int]]]:
+        """The chunks that row `n` completed since it had `before` tokens, which are looked up, with its number."""
+        size = self.model.config.chunk_size
+        numbers = completed_between(before, len(row.tokens), size) if row.num_neighbors > 0 else ()
+        return [(n, row.tokens[u * size : (u + 1) * size]) for u in numbers]
 
     def _look_up(
         self, rows: Sequence[Row], chunks: Sequence[tuple[int, list[int]]]

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
+from modeling_retro.chunk_layout_retro import seen_chunk
 from modeling_retro.retriever.retriever import RetroRetriever
 
 from .decoding_batch import DecodingBatch, RetrievedChunk, Row
@@ -119,11 +120,13 @@ class Reading:
         """Adds the neighbors that were found so far for the chunks of the text."""
         self._retrieved = list(retrieved)
         size = self.datastore.chunk_size
-        for number, stretch in enumerate(self.stretches[1:], start=1):
+        for number, stretch in enumerate(self.stretches):
+            # The last token of the chunk before predicts the first one of this chunk.
+            seen = seen_chunk(number * size - 1, size)
             is_open = number == len(self.stretches) - 1
-            if number - 1 < len(self._retrieved) and (is_open or not stretch.neighbors):
+            if 0 <= seen < len(self._retrieved) and (is_open or not stretch.neighbors):
                 reader = self._ids[number * size : (number + 1) * size]
-                stretch.neighbors = self._describe(self._retrieved[number - 1], reader)
+                stretch.neighbors = self._describe(self._retrieved[seen], reader)
 
     def bits_per_byte(self) -> tuple[float, float]:
         """Bits per byte with neighbors and without. The first token costs nothing."""

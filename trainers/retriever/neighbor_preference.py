@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedModel
 
@@ -32,6 +31,7 @@ from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.manifest import TRAIN_SPLIT
 from modeling_retro.durable_files_retro import whole, write_json
 from modeling_retro.encoder.chunk_encoder import decode_chunks
+from trainers.evaluation.predictions import token_nats
 
 
 MINED_NAME = "mined.json"
@@ -191,7 +191,6 @@ def chunks_with_a_successor(chunks: ChunkTable, min_tokens: int = 1) -> np.ndarr
     return np.flatnonzero((document_id[:-1] == document_id[1:]) & (length[1:] >= min_tokens))
 
 
-@torch.inference_mode()
 def neighbor_gains(
     model: PreTrainedModel,
     datastore: RetroDatastore,
@@ -222,7 +221,7 @@ def neighbor_gains(
     Returns:
         `np.ndarray`: float32 `[n, K]` in nats, NaN for absent neighbors.
     """
-    chunks, size = datastore.chunks, datastore.chunk_size
+    chunks = datastore.chunks
     document_start = np.searchsorted(chunks.document_id, chunks.document_id[chunk_ids])
     first = np.maximum(chunk_ids - context_chunks + 1, document_start)
     # Each chunk is read once without a neighbor (column 0) and once with each neighbor (columns 1 … K).
@@ -241,7 +240,7 @@ def neighbor_gains(
             slots = np.full((len(batch), length, 1), -1)
             slots[:, -1, 0] = candidates[row, column]
             neighbors, neighbor_mask = datastore.take_neighbors(slots)  # [B, L, 1, r]
-            log_probs[row, column] = _next_log_probs(model, tokens, mask[:, -1], neighbors, neighbor_mask, size)
+            log_probs[row, column] = _next_log_probs(model, tokens, mask[:, -1], neighbors, neighbor_mask)
     model.train(was_training)
     return (log_probs[:, 1:] - log_probs[:, :1]).astype(np.float32)
 
@@ -252,21 +251,19 @@ def _next_log_probs(
     counted: np.ndarray,
     neighbors: np.ndarray,
     neighbor_mask: np.ndarray,
-    size: int,
 ) -> np.ndarray:
     """Log-probability float64 `[B]` of the last chunk of rows `[B, L + 1, m]`, over the tokens that are `counted`."""
-    input_ids = torch.from_numpy(tokens.reshape(len(tokens), -1)).to(model.device)
-    with model.retrieval(False):
-        # Padding behind the last chunk is not seen by the tokens in front of it.
-        logits = model(
-            input_ids=input_ids,
-            neighbor_input_ids=torch.from_numpy(neighbors).to(model.device),
-            neighbor_attention_mask=torch.from_numpy(neighbor_mask).to(model.device),
-            use_cache=False,
-            logits_to_keep=size + 1,
-        ).logits[:, :-1]
-    nats = F.cross_entropy(logits.float().transpose(1, 2), input_ids[:, -size:], reduction="none")
-    return -(nats.double().cpu().numpy() * counted).sum(axis=1)
+    # Padding behind the last chunk is not seen by the tokens in front of it.
+    inputs = {
+        "input_ids": tokens.reshape(len(tokens), -1),
+        "neighbor_input_ids": neighbors,
+        "neighbor_attention_mask": neighbor_mask,
+    }
+    inputs = {name: torch.from_numpy(values).to(model.device) for name, values in inputs.items()}
+    rows, places = np.nonzero(counted)
+    columns = tokens[0, :-1].size + places
+    nats = token_nats(model, inputs, *(torch.from_numpy(index).to(model.device) for index in (rows, columns)))
+    return -np.bincount(rows, nats.numpy(), minlength=len(tokens))
 
 
 def choose_pairs(
