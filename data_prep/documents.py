@@ -16,8 +16,8 @@ Reads documents and handles bad records.
 
 Inputs are files, folders and globs. Files of the types `.jsonl`, `.json` (one object on each line) and `.parquet` hold
 records with a text column. Any other file is one document. Files that end in `.gz` or `.zst` are unpacked while they
-are read. Any `datasets` dataset is an input too. An input that can be read only once (standard input, a streamed
-dataset) is first copied to a file.
+are read. Capitals in these suffixes make no difference. Any `datasets` dataset is an input too. An input that can be
+read only once (standard input, a streamed dataset) is first copied to a file.
 
 A corpus is first *scanned* for the number and the sizes of its records, without parsing them. Then it is read in
 parts. Several processes share the files of the scan and the parts. The id of a document is the position of its record
@@ -25,7 +25,6 @@ in the inputs.
 """
 
 import glob
-import io
 import itertools
 import json
 import os
@@ -42,12 +41,11 @@ import pyarrow.parquet as pq
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 
+from data_prep.file_types import file_type, open_file
 from data_prep.stage_files import process_state
 from modeling_retro.durable_files_retro import whole
 
 
-_RECORD_SUFFIXES = (".jsonl", ".json", ".ndjson")
-_PACKED_SUFFIXES = (".gz", ".zst")
 # Prefix of the names of copied streams.
 SPOOL = ".stream-"
 _READ_SIZE = 1 << 16
@@ -92,7 +90,7 @@ class Source:
     @property
     def seekable(self) -> bool:
         """Whether reading can start at any record without reading those before it."""
-        return not (self.kind == "jsonl" and self.path.endswith(_PACKED_SUFFIXES))
+        return not (self.kind == "jsonl" and file_type(self.path)[1] is not None)
 
 
 @dataclass(frozen=True)
@@ -332,11 +330,9 @@ def _find_files(entry: str | Path) -> list[Source]:
         raise ValueError(f"input {entry}: {what}")
     sources, texts = [], []
     for file in sorted(files):
-        name = file.name.removesuffix(".gz").removesuffix(".zst")
-        if name.endswith(_RECORD_SUFFIXES):
-            sources.append(Source("jsonl", str(file), folder=folder))
-        elif name.endswith(".parquet"):
-            sources.append(Source("parquet", str(file), folder=folder))
+        kind = file_type(file)[0]
+        if kind in ("jsonl", "parquet"):
+            sources.append(Source(kind, str(file), folder=folder))
         else:
             texts.append(str(file))
     return [*sources, Source("text", str(entry), tuple(texts), folder=folder)] if texts else sources
@@ -572,19 +568,9 @@ def _parse(source: Source, number: int, item: Any, record_format: RecordFormat) 
     return _parse_line(line, source.path, number + 1) if line.strip() else None
 
 
-def _open(path: str, offset: int = 0) -> io.BufferedReader:
-    if path.endswith(_PACKED_SUFFIXES):
-        return io.BufferedReader(
-            pa.input_stream(path, compression="gzip" if path.endswith(".gz") else "zstd"), _READ_SIZE
-        )
-    file = open(path, "rb", buffering=_READ_SIZE)  # noqa: SIM115 -- closed by the caller
-    file.seek(offset)
-    return file
-
-
 def _read_lines(path: str, offset: int, limit: int) -> Iterator[tuple[int, bytes | None]]:
     """Yields the size and the text of each line. The text is None if the line is longer than `limit`."""
-    with _open(path, offset) as file:
+    with open_file(path, offset) as file:
         while line := file.readline(limit + 1):
             size = len(line)
             if size <= limit:
@@ -610,7 +596,7 @@ def _parse_line(line: bytes, path: str, number: int) -> dict[str, Any] | BadReco
 def _read_text(file: str, record_format: RecordFormat) -> dict[str, Any] | BadRecord:
     limit = record_format.max_document_bytes
     try:
-        with _open(file) as handle:
+        with open_file(file) as handle:
             content = handle.read(limit + 1)
         if len(content) > limit:
             return BadRecord(file, 1, f"a document over the limit of {limit} bytes (--max-document-bytes)")

@@ -42,10 +42,19 @@ class PairsArguments:
 
     output_dir: str = field(metadata={"help": "Folder to write; for `download`, the folder of the files."})
     sources: list[str] | None = field(
-        default=None, metadata={"help": "Files .jsonl or .jsonl.gz, a folder of `save_to_disk`, or a Hub dataset."}
+        default=None,
+        metadata={
+            "help": "Files .jsonl, .json, .csv or .tsv[.gz|.zst], a folder of `save_to_disk`, or a Hub dataset."
+        },
     )
     columns: list[str] | None = field(
         default=None, metadata={"help": "Columns of anchor, positive and hard negatives, if they have other names."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of the label, if it is not label, labels, is_duplicate or score."}
+    )
+    min_score: float | None = field(
+        default=None, metadata={"help": "Lowest label or score of two texts that belong together. By default 0 or 1."}
     )
     split: str = field(default="train", metadata={"help": "Split of the Hub dataset."})
     revision: str | None = field(default=None, metadata={"help": "Revision of the Hub dataset."})
@@ -53,7 +62,9 @@ class PairsArguments:
         default=None, metadata={"help": "Number of hard negatives. Defaults to that of the first record."}
     )
     skip_bad_lines: bool = field(default=False, metadata={"help": "Leave malformed lines out instead of stopping."})
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that read the files."})
+    num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that read the files, and share their lines."}
+    )
     download: list[str] | None = field(default=None, metadata={"help": "Names of sets in the recipe to download."})
     recipe: str | None = field(
         default=None, metadata={"help": "List of sets: name, pairs, weight, path. By default that of the package."}
@@ -103,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             num_negatives=arguments.num_negatives,
             skip_bad_lines=arguments.skip_bad_lines,
             num_proc=arguments.num_proc,
+            label_column=arguments.label_column,
+            min_score=arguments.min_score,
         )
     with whole(Path(arguments.output_dir)) as temporary:
         pairs.save_to_disk(temporary)

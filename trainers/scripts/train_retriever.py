@@ -27,7 +27,7 @@ checkpoint.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -52,7 +52,9 @@ class TrainRetrieverArguments:
     """
 
     pairs: list[str] = field(
-        metadata={"help": "Pair sets: files .jsonl or .jsonl.gz, folders of `retro pairs`, Hub datasets."}
+        metadata={
+            "help": "Pair sets: files .jsonl, .json, .csv or .tsv[.gz|.zst], folders of `retro pairs`, Hub datasets."
+        }
     )
     model_name_or_path: str | None = field(default=None, metadata={"help": "Encoder to start from."})
     model_config: str | None = field(
@@ -70,7 +72,13 @@ class TrainRetrieverArguments:
         metadata={"help": "List like recipes/sentence_pairs.tsv to take the weights from, by file name."},
     )
     columns: list[str] | None = field(
-        default=None, metadata={"help": "Columns of anchor, positive and hard negatives in Hub datasets."}
+        default=None, metadata={"help": "Columns of anchor, positive and hard negatives, if they have other names."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of the label, if it is not label, labels, is_duplicate or score."}
+    )
+    min_score: float | None = field(
+        default=None, metadata={"help": "Lowest label or score of two texts that belong together. By default 0 or 1."}
     )
     num_negatives: int | None = field(
         default=None, metadata={"help": "Number of hard negatives. Defaults to that of the first record."}
@@ -79,6 +87,7 @@ class TrainRetrieverArguments:
     streaming: bool = field(
         default=False, metadata={"help": "Do not read the (single) pair set into a table first. Needs --max_steps."}
     )
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that read the files."})
     eval_pairs: str | None = field(default=None, metadata={"help": "Held-out pair set."})
 
 
@@ -102,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("--model_config needs --tokenizer_name_or_path")
     eval_dataset = None
     if arguments.eval_pairs is not None:
-        eval_dataset = load_pairs(arguments.eval_pairs, columns=arguments.columns)
+        eval_dataset = load_pairs(arguments.eval_pairs, **_meaning(arguments))
     trainer = RetrieverTrainer(
         model=_load_encoder(arguments, training_arguments.seed),
         args=training_arguments,
@@ -122,6 +131,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer.push_to_hub()
     else:
         trainer.create_model_card()
+
+
+def _meaning(arguments: TrainRetrieverArguments) -> dict[str, Any]:
+    """The options of `load_pairs` that say what the records of the pair sets mean."""
+    return {name: getattr(arguments, name) for name in ("columns", "label_column", "min_score")}
 
 
 def _load_encoder(arguments: TrainRetrieverArguments, seed: int) -> "PreTrainedModel":
@@ -145,12 +159,13 @@ def _load_encoder(arguments: TrainRetrieverArguments, seed: int) -> "PreTrainedM
 def _load_training_pairs(
     arguments: TrainRetrieverArguments, training_arguments: "RetrieverTrainingArguments"
 ) -> "Dataset | IterableDataset | PairMixture":
+    from data_prep.file_types import bare_name
     from data_prep.pairs.collections import read_recipe
     from data_prep.pairs.pairs import PairMixture, load_pairs
 
     if arguments.streaming and len(arguments.pairs) > 1:
         raise ValueError("--streaming takes one pair set; a mixture needs to know the sizes of its sets")
-    names = [Path(source).name.removesuffix(".gz").removesuffix(".jsonl") for source in arguments.pairs]
+    names = [bare_name(source) for source in arguments.pairs]
     if len(set(names)) < len(names):
         raise ValueError(f"the pair sets {', '.join(arguments.pairs)} have names in common")
     weights = arguments.weights
@@ -168,7 +183,8 @@ def _load_training_pairs(
         sets = [
             load_pairs(
                 source,
-                columns=arguments.columns,
+                **_meaning(arguments),
+                num_proc=arguments.num_proc,
                 num_negatives=arguments.num_negatives,
                 skip_bad_lines=arguments.skip_bad_lines,
                 streaming=arguments.streaming,
