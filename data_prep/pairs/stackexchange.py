@@ -52,8 +52,9 @@ _READ_SIZE = 1 << 20
 _SCHEMA = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
-CREATE TABLE questions (id INTEGER PRIMARY KEY, title TEXT);
+CREATE TABLE questions (id INTEGER PRIMARY KEY, title TEXT, accepted INTEGER);
 CREATE TABLE answers (question INTEGER PRIMARY KEY, body TEXT, score INTEGER);
+CREATE TABLE low_answers (id INTEGER PRIMARY KEY, question INTEGER, body TEXT);
 CREATE TABLE duplicates (question INTEGER, original INTEGER, UNIQUE (question, original));
 """
 
@@ -62,7 +63,10 @@ INSERT INTO answers VALUES (?, ?, ?)
 ON CONFLICT (question) DO UPDATE SET body = excluded.body, score = excluded.score WHERE excluded.score > score
 """
 _ANSWERS = """
-SELECT title, body FROM questions JOIN answers ON answers.question = questions.id ORDER BY questions.id
+SELECT title, COALESCE(answers.body, low_answers.body) FROM questions
+LEFT JOIN answers ON answers.question = questions.id
+LEFT JOIN low_answers ON low_answers.id = accepted AND low_answers.question = questions.id
+WHERE COALESCE(answers.body, low_answers.body) IS NOT NULL ORDER BY questions.id
 """
 _DUPLICATES = """
 SELECT one.title, other.title FROM duplicates JOIN questions AS one ON one.id = question
@@ -212,10 +216,14 @@ class _Posts:
         score = int(row["Score"])
         if row["PostTypeId"] == _QUESTION and score >= self.min_question_score:
             title = " ".join(row["Title"].split())
-            self.connection.execute("INSERT OR REPLACE INTO questions VALUES (?, ?)", (int(row["Id"]), title))
+            values = (int(row["Id"]), title, int(row.get("AcceptedAnswerId", -1)))
+            self.connection.execute("INSERT OR REPLACE INTO questions VALUES (?, ?, ?)", values)
             self.files["title_body"].write(title, html_to_text(row["Body"]))
         elif row["PostTypeId"] == _ANSWER and score >= self.min_answer_score:
             self.connection.execute(_BETTER_ANSWER, (int(row["ParentId"]), row["Body"], score))
+        elif row["PostTypeId"] == _ANSWER:
+            values = (int(row["Id"]), int(row["ParentId"]), row["Body"])
+            self.connection.execute("INSERT OR REPLACE INTO low_answers VALUES (?, ?, ?)", values)
 
     def add_link(self, row: Mapping[str, str]) -> None:
         if row["LinkTypeId"] == _DUPLICATE:
@@ -245,6 +253,7 @@ def stackexchange_pairs(
             Questions with a lower score are left out.
         min_answer_score (`int`, *optional*, defaults to 1):
             Answers with a lower score are left out. Among the others the best is used, or the first of several best.
+            If there are none, the answer that the asker accepted is used, whatever its score.
 
     Returns:
         `dict[str, int]`: number of pairs in each file.

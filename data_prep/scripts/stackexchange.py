@@ -42,7 +42,12 @@ class StackExchangeArguments:
     inputs: list[str] = field(metadata={"help": "Archives .7z, or Posts.xml and PostLinks.xml, of one site."})
     output_dir: str = field(metadata={"help": "Folder for the files of pairs."})
     min_question_score: int = field(default=0, metadata={"help": "Questions with a lower score are left out."})
-    min_answer_score: int = field(default=1, metadata={"help": "Answers with a lower score are left out."})
+    min_answer_score: int = field(
+        default=1,
+        metadata={
+            "help": "Answers with a lower score are left out, unless the asker accepted them and none is better."
+        },
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -102,6 +102,21 @@ def test_globs_and_folders_are_sorted_and_mixed(tmp_path):
     assert [document.text for document in read_all(str(tmp_path / "**" / "*.md"))[0]] == ["sub/c.md"]
 
 
+@pytest.mark.parametrize("name", ["D.JSONL", "d.Json", "d.NDJSON", "d.JSONL.GZ", "d.json.Zst", "d.v1.Jsonl.gz"])
+def test_records_are_known_by_their_suffix_in_any_case(tmp_path, name):
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in ("one", "two", "three")).encode()
+    path = tmp_path / name
+    if path.suffix.lower() in (".gz", ".zst"):
+        with pa.output_stream(str(path), compression="gzip" if path.suffix.lower() == ".gz" else "zstd") as file:
+            file.write(lines)
+    else:
+        path.write_bytes(lines)
+    assert [document.text for document in read_all(path)[0]] == ["one", "two", "three"]
+    assert [document.text for document in read_all(path, part_bytes=20)[0]] == ["one", "two", "three"]
+    pq.write_table(pa.table({"text": ["four"]}), tmp_path / "D.PARQUET")
+    assert [document.text for document in read_all(tmp_path / "D.PARQUET")[0]] == ["four"]
+
+
 def test_missing_input_is_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere.jsonl: no such file, folder or glob"):
         find_sources(tmp_path / "nowhere.jsonl")

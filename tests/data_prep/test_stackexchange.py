@@ -116,6 +116,27 @@ def test_scores_below_the_thresholds_are_left_out(tmp_path):
     assert counts == {"title_body": 0, "title_answer": 0, "duplicates": 0}
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_accepted_answer_counts_whatever_its_score_if_no_other_reaches_the_threshold(tmp_path, order):
+    posts = [
+        question(1, "accepted only", AcceptedAnswerId=2),
+        answer(2, 1, "zero", 0),
+        answer(3, 1, "also zero", 0),
+        question(4, "accepted and better", AcceptedAnswerId=5),
+        answer(5, 4, "accepted", -1),
+        answer(6, 4, "better", 1),
+        question(7, "none accepted"),
+        answer(8, 7, "zero", 0),
+        question(9, "accepted elsewhere", AcceptedAnswerId=3),
+    ]
+    counts = stackexchange_pairs(write_dump(tmp_path, posts[::order], [])[:1], tmp_path / "pairs")
+    assert counts["title_answer"] == 2
+    assert pairs_of(tmp_path / "pairs", "title_answer") == [
+        ("accepted only", "zero"),
+        ("accepted and better", "better"),
+    ]
+
+
 BOMB = """<?xml version="1.0"?>
 <!DOCTYPE posts [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]>
 <posts><row Id="1" PostTypeId="1" Score="1" Title="&b;" Body="&b;" /></posts>"""
