@@ -63,9 +63,9 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 
 """
 
-WITH_DATASTORE = """`retriever="auto"` opens the datastore, which needs `datasets` and `faiss`. Without it, the model
-does not retrieve. `trust_remote_code=True` runs the code of this repository, so pin a `revision` that you have
-read."""
+WITH_DATASTORE = """`retriever="auto"` opens the datastore, which needs `pip install retro-transformers[cpu]`. Without
+it, the model needs no more than transformers, and does not retrieve. `trust_remote_code=True` runs the code of this
+repository, so pin a `revision` that you have read."""
 
 WITHOUT_DATASTORE = """To retrieve, pass `retriever=RetroRetriever.from_pretrained(...)` with a datastore of the same
 tokenizer. `trust_remote_code=True` runs the code of this repository, so pin a `revision` that you have read."""

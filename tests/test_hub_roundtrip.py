@@ -115,6 +115,19 @@ AutoModelForCausalLM.from_pretrained(
 print(json.dumps({"code": type(model).__module__, "datastore": str(model.retriever.datastore.path)}))
 """
 
+USE_CODE_ALONE = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+try:
+    exec(sys.argv[1])
+except ImportError as error:
+    print(error)
+model = AutoModelForCausalLM.from_pretrained("alice/model", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("alice/model", trust_remote_code=True)
+torch.save(model(**tokenizer(sys.argv[2], return_tensors="pt")).logits, "off.pt")
+"""
+
 USE_DATASTORE = """
 import json, sys
 from modeling_retro import RetroDatastore
@@ -273,11 +286,13 @@ def test_the_pushed_manifest_tells_nothing_of_the_machine(hub, pushed, tiny_data
     assert not any("embeddings" in name for name in files)
 
 
-def test_model_and_datastore_load_without_this_package(
+def test_a_shared_model_loads_without_this_package_and_retrieves_with_it(
     hub, pushed, model_dir, tiny_datastore_dir, tmp_path, tiny_tokenizer
 ):
     assert PROMPT in EXAMPLES[2]
-    printed = hub.run(WITHOUT_PACKAGE + USE_MODEL, EXAMPLES[2], home=tmp_path / "bob").stdout
+    refusal = hub.run(WITHOUT_PACKAGE + USE_CODE_ALONE, EXAMPLES[2], PROMPT, home=tmp_path / "carol").stdout
+    assert "retriever='auto' needs the package" in refusal and "pip install retro-transformers" in refusal
+    printed = hub.run(USE_MODEL, EXAMPLES[2], home=tmp_path / "bob").stdout
     assert PROMPT in printed
     report = json.loads(printed.splitlines()[-1])
     assert report["code"].startswith("transformers_modules.")
@@ -292,6 +307,7 @@ def test_model_and_datastore_load_without_this_package(
     torch.testing.assert_close(there["base"], model.model(**inputs).last_hidden_state)
     with model.retrieval(False):
         torch.testing.assert_close(there["off"], model(**inputs).logits)
+        torch.testing.assert_close(torch.load(tmp_path / "carol" / "off.pt"), model(**inputs).logits)
     assert not torch.allclose(there["on"], there["off"], atol=1e-3)
 
 

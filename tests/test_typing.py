@@ -23,10 +23,16 @@ import pytest
 
 SCRIPT = """
 from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroJointForCausalLM, RetroRetriever
-from trainers.evaluation.evaluate import evaluate_retro
-from trainers.generation import format_chunks, generate_with_neighbors
-from trainers.language_model.config import RetroTrainingArguments
-from trainers.language_model.trainer import ChunkRows, DataCollatorForRetro, RetroTrainer, config_for_datastore
+from trainers import (
+    ChunkRows,
+    DataCollatorForRetro,
+    RetroTrainer,
+    RetroTrainingArguments,
+    config_for_datastore,
+    evaluate_retro,
+    format_chunks,
+    generate_with_neighbors,
+)
 
 datastore = RetroDatastore.from_pretrained("datastore")
 retriever = RetroRetriever(datastore)

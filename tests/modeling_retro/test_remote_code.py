@@ -24,7 +24,7 @@ from test_modeling_retro import CHUNK, VOCAB, assert_close, make_model
 from tiny_joint import make_joint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from modeling_retro import RetroConfig, RetroForCausalLM, RetroModel
+from modeling_retro import RetrievedNeighbors, RetroConfig, RetroForCausalLM, RetroModel
 
 
 # Refuses to import the package and what only retrieval needs, as where they are not installed.
@@ -53,11 +53,73 @@ with torch.no_grad():
     logits, states = model(ids).logits, base(ids).last_hidden_state if has_base else model(ids).logits
 tokens = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
 model.save_pretrained(copy)
+
+# A retriever is any object with `retrieve`; the one over a datastore needs the package.
+class Neighbors:
+    def retrieve(self, chunks, k):
+        self.neighbor_input_ids = ids[:1, None, :4].expand(len(chunks), k, 4)
+        self.neighbor_attention_mask = torch.ones_like(self.neighbor_input_ids)
+        return self
+
+model.set_retriever(Neighbors())
+with_neighbors = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+model.config.datastore_name_or_path = "datastore"
+try:
+    model.open_retriever("auto")
+except ImportError as error:
+    refusal = str(error)
 classes = [type(thing).__name__ for thing in (config, base, model)]
 modules = [type(thing).__module__.split(".")[0] for thing in (config, base, model)]
 imported = sorted(HIDDEN & {name.split(".")[0] for name in sys.modules})
-print(json.dumps([classes, modules, logits.tolist(), states.tolist(), tokens.tolist(), imported]))
+numbers = [logits.tolist(), states.tolist(), tokens.tolist(), with_neighbors.tolist()]
+print(json.dumps([classes, modules, *numbers, imported, refusal]))
 """
+
+
+class SameNeighbors:
+    """Gives every chunk the same neighbors."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def retrieve(self, chunks, k):
+        neighbors = self.tokens.expand(len(chunks), k, -1)
+        return RetrievedNeighbors(neighbors, torch.ones_like(neighbors))
+
+
+# The files of code in a saved model. Whoever loads one with `trust_remote_code` reads these and no others.
+SHIPPED_BY_BOTH = {
+    "added_weights_retro.py",
+    "cache_retro.py",
+    "chunk_layout_retro.py",
+    "configuration_retro.py",
+    "configuration_retro_joint.py",
+    "durable_files_retro.py",
+    "generation_retro.py",
+    "lora_targets_retro.py",
+    "loss_retro.py",
+    "model_card_retro.py",
+    "model_hub_retro.py",
+}
+SHIPPED_BY_RETRO = SHIPPED_BY_BOTH | {"modeling_retro.py", "retrofit_retro.py"}
+SHIPPED_BY_JOINT = SHIPPED_BY_BOTH | {
+    "modeling_retro_joint.py",
+    "neighbor_memory_retro.py",
+    "reader_adapters_retro.py",
+    "readers_retro.py",
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "shipped", "most_lines"),
+    [(make_model, SHIPPED_BY_RETRO, 4000), (make_joint, SHIPPED_BY_JOINT, 4600)],
+    ids=["RetroForCausalLM", "RetroJointForCausalLM"],
+)
+def test_what_ships_with_a_saved_model(tmp_path, make, shipped, most_lines):
+    make().save_pretrained(tmp_path)
+    files = {file.name: len(file.read_text().splitlines()) for file in tmp_path.glob("*.py")}
+    assert files.keys() == shipped
+    assert sum(files.values()) <= most_lines, files
 
 
 def run_without_package(tmp_path, folder, copy, ids):
@@ -89,7 +151,7 @@ def test_loads_without_the_package_and_gives_the_same_logits_and_generation(tmp_
     model = make_model(cross_attention_gate=True, tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "saved")
     ids = torch.randint(1, VOCAB, (2, 2 * CHUNK + 1))
-    classes, modules, logits, states, tokens, imported = run_without_package(
+    classes, modules, logits, states, tokens, with_neighbors, imported, refusal = run_without_package(
         tmp_path, tmp_path / "saved", tmp_path / "copy", ids
     )
     assert classes == ["RetroConfig", "RetroModel", "RetroForCausalLM"]
@@ -99,6 +161,11 @@ def test_loads_without_the_package_and_gives_the_same_logits_and_generation(tmp_
         assert_close(torch.tensor(states, dtype=torch.float64), model.model(ids).last_hidden_state)
     expected = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert tokens == expected.tolist()
+    assert "pip install retro-transformers" in refusal
+    model.set_retriever(SameNeighbors(ids[0, :4]))
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert with_neighbors == expected.tolist() != tokens
+    model.set_retriever(None)
     # What was saved there is as complete as what was loaded.
     assert {path.name for path in (tmp_path / "copy").iterdir()} == {
         path.name for path in (tmp_path / "saved").iterdir()
@@ -112,7 +179,7 @@ def test_a_wrapped_decoder_loads_without_the_package(tmp_path):
     model = make_joint()
     model.save_pretrained(tmp_path / "saved")
     ids = torch.randint(1, VOCAB, (2, 2 * CHUNK + 1))
-    classes, modules, logits, _, tokens, imported = run_without_package(
+    classes, modules, logits, _, tokens, with_neighbors, imported, refusal = run_without_package(
         tmp_path, tmp_path / "saved", tmp_path / "copy", ids
     )
     assert classes == ["RetroJointConfig", "NoneType", "RetroJointForCausalLM"] and imported == []
@@ -121,6 +188,11 @@ def test_a_wrapped_decoder_loads_without_the_package(tmp_path):
         assert_close(torch.tensor(logits, dtype=torch.float64), model(ids).logits)
     expected = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert tokens == expected.tolist()
+    assert "pip install retro-transformers" in refusal
+    model.set_retriever(SameNeighbors(ids[0, :4]))
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert with_neighbors == expected.tolist() != tokens
+    model.set_retriever(None)
     assert {path.name for path in (tmp_path / "copy").iterdir()} == {
         path.name for path in (tmp_path / "saved").iterdir()
     }

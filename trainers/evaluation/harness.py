@@ -70,7 +70,7 @@ class RetroLM(HFLM):
 
     ```python
     >>> import lm_eval
-    >>> from trainers.evaluation.harness import RetroLM
+    >>> from trainers import RetroLM
 
     >>> model = RetroLM("path/to/model", "path/to/datastore", k=2, batch_size=8)
     >>> results = lm_eval.simple_evaluate(model, tasks=["lambada_openai"])

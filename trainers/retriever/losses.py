@@ -56,7 +56,7 @@ class MultipleNegativesRankingLoss(nn.Module):
 
     ```python
     >>> import torch
-    >>> from trainers.retriever.losses import MultipleNegativesRankingLoss
+    >>> from trainers import MultipleNegativesRankingLoss
 
     >>> embeddings = torch.eye(2).expand(2, 2, 2)  # two anchors, each equal to its positive, orthogonal to the other's
     >>> MultipleNegativesRankingLoss(scale=1.0)(embeddings)  # log(1 + exp(-1))

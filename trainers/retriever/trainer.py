@@ -77,7 +77,7 @@ class SiameseDataCollator(DataCollatorMixin):
 
     ```python
     >>> from transformers import AutoTokenizer
-    >>> from trainers.retriever.trainer import SiameseDataCollator
+    >>> from trainers import SiameseDataCollator
 
     >>> collator = SiameseDataCollator(AutoTokenizer.from_pretrained("google-bert/bert-base-uncased"))
     >>> rows = [
