@@ -26,7 +26,7 @@ import torch
 
 from data_prep.scripts import export as export_script
 from data_prep.upkeep.export import export_datastore
-from modeling_retro import RetroDatastore, RetroRetriever
+from modeling_retro import RetroDatastore, RetroRetriever, open_datastore
 from modeling_retro.encoder.chunk_encoder import ChunkEncoder
 from modeling_retro.engines.remote import RemoteDatastore, open_engine
 
@@ -67,7 +67,7 @@ def test_finds_what_faiss_finds(database: str, tiny_datastore_dir: Path, index: 
     url = at(database, collection=f"same_{index}")
     number = export_datastore(tiny_datastore_dir, url, index, batch_size=7)["chunks"]
     url = at(url, encoder=tiny_datastore_dir / "encoder")
-    local, remote = RetroDatastore.from_pretrained(tiny_datastore_dir), RetroDatastore.from_pretrained(url)
+    local, remote = RetroDatastore.from_pretrained(tiny_datastore_dir), open_datastore(url)
     assert number == len(local.chunks) == len(remote.chunks)
     chunks = torch.from_numpy(local.chunks.take(np.arange(12))[0])
     own = local.chunks.document_id[:12]
@@ -136,7 +136,7 @@ def test_an_interrupted_export_resumes(database: str, tiny_datastore_dir: Path, 
     with pytest.raises(KeyboardInterrupt):
         export_datastore(tiny_datastore_dir, url, batch_size=5)
     with pytest.raises(ValueError, match="has not finished; run `retro export` again"):
-        RetroDatastore.from_pretrained(url)
+        open_datastore(url)
     starts = []
 
     def note(self, first_chunk, columns):
@@ -145,7 +145,7 @@ def test_an_interrupted_export_resumes(database: str, tiny_datastore_dir: Path, 
 
     monkeypatch.setattr(type(open_engine(url)), "insert", note)
     export_datastore(tiny_datastore_dir, url, batch_size=5)
-    local, remote = RetroDatastore.from_pretrained(tiny_datastore_dir), RetroDatastore.from_pretrained(url)
+    local, remote = RetroDatastore.from_pretrained(tiny_datastore_dir), open_datastore(url)
     assert starts[0] == 10  # the last batch in doubt again, those before it not
     ids = np.arange(len(local.chunks))
     assert (remote.chunks.take(ids)[0] == local.chunks.take(ids)[0]).all()
@@ -160,16 +160,16 @@ def test_another_datastore_is_not_overwritten(database: str, tiny_datastore_dir:
     export_datastore(tiny_datastore_dir, url)
     with pytest.raises(ValueError, match="holds another datastore or another index"):
         export_datastore(tiny_datastore_dir, url, index="flat")
-    opened = RetroDatastore.from_pretrained(url)
+    opened = open_datastore(url)
     assert opened.is_current()
     export_datastore(tiny_datastore_dir, url, index="flat", force=True)
     assert not opened.is_current() and opened.reopen().is_current()
     # Another tenant of the same collection has a datastore of its own.
     export_datastore(tiny_datastore_dir, at(url, tenant="second"))
     RemoteDatastore(at(url, tenant="second")).engine.delete()
-    assert len(RetroDatastore.from_pretrained(url).chunks)
+    assert len(open_datastore(url).chunks)
     with pytest.raises(ValueError, match="there is no datastore at"):
-        RetroDatastore.from_pretrained(at(url, tenant="second"))
+        open_datastore(at(url, tenant="second"))
 
 
 def test_other_tokenizers_and_encoders_are_refused(
@@ -177,7 +177,7 @@ def test_other_tokenizers_and_encoders_are_refused(
 ):
     url = at(database, collection="guarded")
     export_datastore(tiny_datastore_dir, url)
-    remote = RetroDatastore.from_pretrained(url)
+    remote = open_datastore(url)
     encoder = ChunkEncoder.from_pretrained(str(tiny_encoder_dir))
     RetroRetriever(remote, encoder=encoder)
     with torch.no_grad():
@@ -188,14 +188,14 @@ def test_other_tokenizers_and_encoders_are_refused(
     with pytest.raises(ValueError, match="is not the encoder of"):
         RetroRetriever(remote, encoder=ChunkEncoder.from_pretrained(str(tmp_path)))
     with pytest.raises(ValueError, match="Add &encoder=FOLDER to the address"):
-        RetroRetriever(RetroDatastore.from_pretrained(at(url, encoder=tmp_path / "absent")))
+        RetroRetriever(open_datastore(at(url, encoder=tmp_path / "absent")))
     remote.header["tokenizer"]["tokenizer.json"] = json.dumps(
         json.loads(remote.header["tokenizer"]["tokenizer.json"]) | {"normalizer": {"type": "Lowercase"}}
     )
     with pytest.raises(ValueError, match="is not the tokenizer of"):
         _ = remote.tokenizer
     with pytest.raises(ValueError, match="no BM25 index"):
-        RetroRetriever(RetroDatastore.from_pretrained(url), retriever="bm25").search.open()
+        RetroRetriever(open_datastore(url), retriever="bm25").search.open()
     with pytest.raises(ValueError, match="no splits to read"):
         remote.split("train")
 
@@ -228,7 +228,7 @@ def test_a_collection_of_milvus_is_loaded_after_a_restart(milvus: str, tiny_data
     client = open_engine(url)._client
     for name in ("released", "released_header"):
         client.release_collection(name)  # the state after a restart
-    assert len(RetroDatastore.from_pretrained(url).chunks.take([0])) == 2
+    assert len(open_datastore(url).chunks.take([0])) == 2
 
 
 def test_command(milvus: str, tiny_datastore_dir: Path, capsys: pytest.CaptureFixture):
