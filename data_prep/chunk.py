@@ -36,19 +36,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from data_prep.documents import (
-    SPOOL,
     BadRecord,
     Document,
     Dropped,
     Part,
     RecordFormat,
     RecordReader,
-    Source,
-    find_sources,
     plan_parts,
     record_location,
-    spool_streams,
 )
+from data_prep.sources import SPOOL, Source, find_sources, spool_streams
 from data_prep.stage_files import (
     check_options,
     clear_records,

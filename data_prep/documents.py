@@ -24,73 +24,23 @@ parts. Several processes share the files of the scan and the parts. The id of a 
 in the inputs.
 """
 
-import glob
-import itertools
 import json
-import os
-import shutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate.utils import gather_object
-from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 
-from data_prep.file_types import file_type, open_file
+from data_prep.file_types import open_file
+from data_prep.sources import Source, lookup
 from data_prep.stage_files import process_state
-from modeling_retro.durable_files_retro import whole
 
 
-# Prefix of the names of copied streams.
-SPOOL = ".stream-"
 _READ_SIZE = 1 << 16
 _ROWS = 256
-
-
-@dataclass(frozen=True)
-class Source:
-    """
-    One file of records, or a list of text files that hold one document each.
-
-    Args:
-        kind (`str`): `"jsonl"`, `"parquet"`, `"text"` or `"dataset"`.
-        path (`str`): The file, or the name of a dataset in messages.
-        files (`tuple[str, ...]`, *optional*): The files of a `"text"` source.
-        dataset (`datasets.Dataset`, *optional*): The data of a `"dataset"` source.
-        filter ([`Filter`], *optional*): Condition of the records to keep.
-        folder (`str`, *optional*): Folder of this machine that paths in the manifest leave out.
-    """
-
-    kind: str
-    path: str
-    files: tuple[str, ...] = ()
-    dataset: Dataset | None = field(default=None, compare=False, repr=False)
-    filter: "Filter | None" = None
-    folder: str | None = field(default=None, compare=False)
-
-    def public(self, path: str) -> str:
-        """A path of this source, relative to the folder that is left out."""
-        return path if self.folder is None else os.path.relpath(path, self.folder)
-
-    def describe(self) -> dict[str, Any]:
-        """The record for the manifest, by which a later run recognizes the input."""
-        if self.kind == "dataset":
-            size = self.dataset.data.nbytes
-        else:
-            size = sum(Path(file).stat().st_size for file in self.files or (self.path,))
-        # A copied stream is in the datastore, whose path may change.
-        path = "-" if Path(self.path).name.startswith(SPOOL) else self.public(self.path)
-        return {"kind": self.kind, "path": path, "bytes": size, "filter": self.filter and str(self.filter)}
-
-    @property
-    def seekable(self) -> bool:
-        """Whether reading can start at any record without reading those before it."""
-        return not (self.kind == "jsonl" and file_type(self.path)[1] is not None)
 
 
 @dataclass(frozen=True)
@@ -130,51 +80,6 @@ class BadRecord:
 
 
 @dataclass(frozen=True)
-class Filter:
-    """
-    A condition on a key of a record.
-
-    Args:
-        expression (`str`): `KEY == JSON`, `KEY != JSON` or `KEY in JSON`, such as `meta.set == "Wikipedia (en)"`.
-    """
-
-    expression: str
-
-    def __post_init__(self) -> None:
-        self._parse()
-
-    def __str__(self) -> str:
-        return self.expression
-
-    @property
-    def key(self) -> str:
-        """The key that the condition tests."""
-        return self._parse()[0]
-
-    def keeps(self, record: dict[str, Any]) -> bool:
-        """Whether the condition holds for a record. A missing key counts as null."""
-        key, operator, value = self._parse()
-        found = _lookup(record, key)[1]
-        return found in value if operator == "in" else (found == value) == (operator == "==")
-
-    @cache
-    def _parse(self) -> tuple[str, str, Any]:
-        for operator in ("==", "!=", " in "):
-            key, separator, value = self.expression.partition(operator)
-            if separator:
-                try:
-                    parsed = json.loads(value)
-                except ValueError:
-                    break
-                if operator != " in " or isinstance(parsed, list):
-                    return key.strip(), operator.strip(), parsed
-        raise ValueError(
-            'filter must look like `meta.set == "Wikipedia (en)"` or `meta.set in ["a", "b"]` (values in JSON), '
-            f"got {self.expression!r}"
-        )
-
-
-@dataclass(frozen=True)
 class RecordFormat:
     """
     Describes how a record becomes a document.
@@ -197,7 +102,7 @@ class RecordFormat:
 
     def document(self, record: dict[str, Any], document_id: int) -> Document | str:
         """The document of a record, or the reason why the record is not a document."""
-        found, text = _lookup(record, self.text_column)
+        found, text = lookup(record, self.text_column)
         if not found:
             return f"no {self.text_column!r} in the record (it has {', '.join(map(repr, record)) or 'nothing'})"
         if not isinstance(text, str):
@@ -213,133 +118,8 @@ class RecordFormat:
             size = len(text)
         if size > self.max_document_bytes:
             return f"a document of {size} bytes is over the limit of {self.max_document_bytes} (--max-document-bytes)"
-        name = _lookup(record, self.id_column)[1] if self.id_column else None
+        name = lookup(record, self.id_column)[1] if self.id_column else None
         return Document(text, document_id, None if name is None else str(name))
-
-
-def _lookup(record: Any, key: str) -> tuple[bool, Any]:
-    if isinstance(record, dict) and key in record:
-        return True, record[key]
-    head, dot, rest = key.partition(".")
-    if dot and isinstance(record, dict) and head in record:
-        return _lookup(record[head], rest)
-    return False, None
-
-
-def find_sources(
-    inputs: str | Path | Dataset | Mapping[str, Any] | Sequence[str | Path | Dataset | Mapping[str, Any]],
-    filter: str | None = None,
-) -> list[Source]:
-    """
-    Finds the files of the inputs, in the order of the inputs. Within a folder or a glob they are sorted by path.
-
-    Args:
-        inputs (`str`, `Path`, `Dataset`, `Mapping` or a sequence of them):
-            The inputs that the user named. A mapping has `path`, or the keys that [`open_dataset`] takes, and may have
-            its own `filter`.
-        filter (`str`, *optional*): The [`Filter`] of inputs that have none of their own.
-
-    Raises:
-        ValueError: If an input does not exist or holds no files.
-    """
-    if isinstance(inputs, (str, Path, Dataset, Mapping)):
-        inputs = [inputs]
-    sources: list[Source] = []
-    for entry in inputs:
-        condition = filter
-        if isinstance(entry, Mapping):
-            condition = entry.get("filter", filter)
-            entry = entry["path"] if "path" in entry else open_dataset(entry)
-        condition = None if condition is None else Filter(condition)
-        if not isinstance(entry, Dataset) and (Path(entry) / "state.json").exists():
-            entry = load_from_disk(str(entry))
-        if isinstance(entry, Dataset):
-            sources.append(Source("dataset", f"dataset {entry._fingerprint}", dataset=entry, filter=condition))
-        else:
-            sources += [replace(source, filter=condition) for source in _find_files(entry)]
-    if not sources:
-        raise ValueError("no inputs given")
-    return sources
-
-
-def open_dataset(entry: Mapping[str, Any]) -> Dataset | IterableDataset:
-    """
-    Loads a dataset from the Hub or from a folder.
-
-    Args:
-        entry (`Mapping`): `dataset` (name or path), and optionally `config`, `split` (`"train"`) and `streaming`.
-    """
-    known = {"dataset", "config", "split", "streaming", "filter"}
-    if "dataset" not in entry or set(entry) - known:
-        raise ValueError(f"an input must have `path` or `dataset`, and {', '.join(sorted(known))}; got {dict(entry)}")
-    return load_dataset(
-        entry["dataset"],
-        entry.get("config"),
-        split=entry.get("split", "train"),
-        streaming=entry.get("streaming", False),
-    )
-
-
-def spool_streams(inputs: Any, folder: Path, name: str) -> Any:
-    """
-    Copies the inputs that can be read only once to files in `folder`, unless an interrupted run has already copied
-    them.
-
-    Args:
-        inputs (`Any`): The inputs, as [`find_sources`] takes them. `"-"` is standard input (jsonl).
-        folder (`Path`): The folder to copy to.
-        name (`str`): Part of the names of the files.
-
-    Returns:
-        The inputs with these files in place of the streams.
-    """
-    entries = [inputs] if isinstance(inputs, (str, Path, Dataset, IterableDataset, Mapping)) else list(inputs)
-    for number, entry in enumerate(entries):
-        spool = folder / f"{SPOOL}{name}-{number}.jsonl"
-        condition = entry.get("filter") if isinstance(entry, Mapping) else None
-        if isinstance(entry, Mapping) and entry.get("streaming"):
-            entry = open_dataset(entry)
-        if not (entry == "-" or isinstance(entry, IterableDataset)):
-            continue
-        state = process_state()
-        if state.is_main_process and not spool.exists():
-            with whole(spool) as temporary, temporary.open("wb") as file:
-                if entry == "-":
-                    shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
-                else:
-                    for record in entry:
-                        file.write(json.dumps(record, default=str).encode() + b"\n")
-        state.wait_for_everyone()
-        entries[number] = {"path": spool} if condition is None else {"path": spool, "filter": condition}
-    return entries
-
-
-def _find_files(entry: str | Path) -> list[Source]:
-    path = Path(entry)
-    # Paths in the manifest begin with the file or folder that was named, or with the first folder of a glob.
-    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-    folder = os.path.dirname(os.path.abspath(Path(*fixed)))
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path))]
-    else:
-        files = [Path(name) for name in glob.glob(str(entry), recursive=True) if Path(name).is_file()]
-    if not files:
-        what = "no files in it" if path.is_dir() else "no such file, folder or glob"
-        raise ValueError(f"input {entry}: {what}")
-    sources, texts = [], []
-    for file in sorted(files):
-        kind = file_type(file)[0]
-        if kind in ("jsonl", "parquet"):
-            sources.append(Source(kind, str(file), folder=folder))
-        else:
-            texts.append(str(file))
-    return [*sources, Source("text", str(entry), tuple(texts), folder=folder)] if texts else sources
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def scan_source(source: Source, max_document_bytes: int) -> Iterator[tuple[int, int] | BadRecord]:

@@ -44,10 +44,11 @@ from transformers import (
 from data_prep.chunk import chunk_documents
 from data_prep.deduplicate import deduplicate_documents
 from data_prep.docstrings import is_held_out, read_docstrings
-from data_prep.documents import Dropped, RecordFormat, RecordReader, find_sources, plan_parts
+from data_prep.documents import Dropped, RecordFormat, RecordReader, plan_parts
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
+from data_prep.sources import find_sources
 from data_prep.stage_files import checksum
 from modeling_retro import RetroConfig, RetroForCausalLM
 from modeling_retro.datastore.datastore import RetroDatastore

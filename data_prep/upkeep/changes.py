@@ -33,10 +33,11 @@ from transformers.utils import logging
 
 from data_prep.chunk import append_documents, chunk_features, set_shards
 from data_prep.deduplicate import deduplicate_documents
-from data_prep.documents import Document, find_sources
+from data_prep.documents import Document
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index, read_embeddings
 from data_prep.neighbors import find_neighbors, is_stale, neighbor_features
+from data_prep.sources import find_sources
 from data_prep.stage_files import (
     clear_records,
     directory_lock,

@@ -24,16 +24,8 @@ import pytest
 from conftest import make_texts
 from datasets import Dataset
 
-from data_prep.documents import (
-    Document,
-    Dropped,
-    Filter,
-    RecordFormat,
-    RecordReader,
-    find_sources,
-    plan_parts,
-    spool_streams,
-)
+from data_prep.documents import Document, Dropped, RecordFormat, RecordReader, plan_parts
+from data_prep.sources import Filter, find_sources, spool_streams
 
 
 def read_all(inputs, part_bytes=10**9, on_bad_record="error", **options):

@@ -22,10 +22,10 @@ from conftest import make_texts, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
 from data_prep.chunk import chunk_documents
-from data_prep.documents import find_sources
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
+from data_prep.sources import find_sources
 from modeling_retro import RetroDatastore
 
 
