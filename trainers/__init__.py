@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .language_model.trainer import RetroTrainer as RetroTrainer
     from .language_model.trainer import config_for_datastore as config_for_datastore
     from .load_model import load_retro_model as load_retro_model
+    from .retriever.collator import SiameseDataCollator as SiameseDataCollator
     from .retriever.config import RetrieverTrainingArguments as RetrieverTrainingArguments
     from .retriever.distillation import distill_encoder as distill_encoder
     from .retriever.hard_negatives import mine_negatives as mine_negatives
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from .retriever.neighbor_preference import mine_neighbors as mine_neighbors
     from .retriever.trainer import NoDuplicatesBatchSampler as NoDuplicatesBatchSampler
     from .retriever.trainer import RetrieverTrainer as RetrieverTrainer
-    from .retriever.trainer import SiameseDataCollator as SiameseDataCollator
     from .span_corruption import DataCollatorForSpanCorruption as DataCollatorForSpanCorruption
 
 
@@ -68,7 +68,7 @@ _MODULES = {
     "RetroStreamTrainer": "language_model.streaming",
     "RetroTrainer": "language_model.trainer",
     "RetroTrainingArguments": "language_model.config",
-    "SiameseDataCollator": "retriever.trainer",
+    "SiameseDataCollator": "retriever.collator",
     "bootstrap_interval": "evaluation.report",
     "build_knn_store": "evaluation.knn_lm",
     "config_for_datastore": "language_model.trainer",

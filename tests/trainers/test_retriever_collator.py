@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data_prep.pairs.pairs import PairMixture, hash_pairs
-from trainers.retriever.trainer import NoDuplicatesBatchSampler, SiameseDataCollator
+from trainers.retriever.collator import SiameseDataCollator, stack_columns
+from trainers.retriever.trainer import NoDuplicatesBatchSampler
 
 
 @pytest.fixture
@@ -57,6 +58,103 @@ def test_tokenized_columns_give_the_same_batch_as_texts(tokenizer):
         assert torch.equal(from_texts["input_ids"], from_tokens["input_ids"])
         assert torch.equal(from_texts["attention_mask"], from_tokens["attention_mask"])
     assert from_texts["input_ids"].shape == (4, 2)
+
+
+NOTEBOOK = [
+    {
+        "input_ids_q1": [2, 3],
+        "attention_mask_q1": [1, 1],
+        "input_ids_q2": [4, 5, 6],
+        "attention_mask_q2": [1, 1, 1],
+        "labels": 1,
+    },
+    {"input_ids_q1": [7], "attention_mask_q1": [1], "input_ids_q2": [8], "attention_mask_q2": [1], "labels": 0},
+]
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
+def test_features_of_a_notebook_come_back_as_separate_padded_tensors(tokenizer, kind):
+    rows = [{name: value if name == "labels" else kind(value) for name, value in row.items()} for row in NOTEBOOK]
+    batch = SiameseDataCollator(tokenizer, separate=True)(rows)
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids_q1": [[2, 3], [7, 0]],
+        "attention_mask_q1": [[1, 1], [1, 0]],
+        "input_ids_q2": [[4, 5, 6], [8, 0, 0]],
+        "attention_mask_q2": [[1, 1, 1], [1, 0, 0]],
+        "labels": [1, 0],
+    }
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_features_of_a_notebook_are_stacked_like_anchors_and_positives(tokenizer):
+    rows = [{**row, "labels": 1} for row in NOTEBOOK]
+    batch = SiameseDataCollator(tokenizer)(rows)
+    assert batch["input_ids"].tolist() == [[2, 3, 0], [7, 0, 0], [4, 5, 6], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 0]]
+    assert list(batch) == ["input_ids", "attention_mask", "text_ids"]
+    named = [
+        {f"{name}_input_ids": row[f"input_ids_{key}"] for name, key in (("anchor", "q1"), ("positive", "q2"))}
+        for row in rows
+    ]
+    for name, tensor in SiameseDataCollator(tokenizer)(named).items():
+        assert torch.equal(tensor, batch[name])
+    with pytest.raises(ValueError, match="labels of row 1 of the batch is 0: its texts do not .*; .*keep"):
+        SiameseDataCollator(tokenizer)(NOTEBOOK)
+
+
+def test_any_suffixes_without_masks_and_with_types_and_documents(tokenizer):
+    rows = [
+        {
+            "input_ids_query": [2],
+            "input_ids_right": [3, 4],
+            "input_ids_wrong": [5, 6, 7],
+            "document_id_right": 9,
+            "label": 0.5,
+        }
+    ]
+    separate = SiameseDataCollator(tokenizer, separate=True, max_length=2)(rows)
+    assert separate["input_ids_wrong"].tolist() == [[5, 6]]
+    assert separate["attention_mask_right"].tolist() == [[1, 1]]
+    assert separate["labels"].tolist() == [0.5]
+    del rows[0]["label"]
+    stacked = SiameseDataCollator(tokenizer)(rows)
+    assert stacked["input_ids"].tolist() == [[2, 0, 0], [3, 4, 0], [5, 6, 7]]
+    assert stacked["document_ids"].tolist() == [[-1], [9], [-1]]
+    typed = {f"{key}_{side}": [0, 1] for key in ("input_ids", "token_type_ids") for side in ("a", "b")}
+    assert SiameseDataCollator(tokenizer, separate=True)([typed])["token_type_ids_b"].tolist() == [[0, 1]]
+    with pytest.raises(ValueError, match="the columns are input_ids_a; expected"):
+        SiameseDataCollator(tokenizer)([{"input_ids_a": [2]}])
+
+
+def test_texts_as_separate_tensors_have_the_names_of_sentence_transformers(tokenizer):
+    batch = SiameseDataCollator(tokenizer, separate=True)(
+        [{"anchor": "w2", "positive": "w3 w4", "label": 1}, {"anchor": "w5 w6", "positive": "w7", "label": 0}]
+    )
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "anchor_input_ids": [[2, 0], [5, 6]],
+        "anchor_attention_mask": [[1, 0], [1, 1]],
+        "positive_input_ids": [[3, 4], [7, 0]],
+        "positive_attention_mask": [[1, 1], [1, 0]],
+        "labels": [1, 0],
+    }
+
+
+@pytest.mark.parametrize("rows", [[{**row, "labels": 1} for row in NOTEBOOK], [{"anchor": "w2", "positive": "w3 w4"}]])
+def test_separate_tensors_stack_to_the_batch_of_one_pass(tokenizer, rows):
+    stacked = stack_columns(SiameseDataCollator(tokenizer, separate=True)(rows))
+    expected = SiameseDataCollator(tokenizer)(rows)
+    assert torch.equal(stacked["input_ids"], expected["input_ids"])
+    assert torch.equal(stacked["attention_mask"], expected["attention_mask"])
+    assert stacked["text_ids"].shape == expected["text_ids"].shape
+
+
+def test_separate_tensors_that_are_no_pairs_are_refused(tokenizer):
+    batch = SiameseDataCollator(tokenizer, separate=True)(NOTEBOOK)
+    with pytest.raises(ValueError, match=r"the labels of a batch are \[1, 0\], expected 1"):
+        stack_columns(batch)
+    del batch["labels"], batch["attention_mask_q2"]
+    with pytest.raises(ValueError, match="input_ids_q2 has no mask attention_mask_q2"):
+        stack_columns(batch)
 
 
 def test_document_ids_go_along_and_missing_ones_are_unknown(tokenizer):

@@ -95,6 +95,47 @@ def test_accumulated_gradient_is_the_mean_of_the_batches(tmp_path, mini_batch_si
     assert trainer.state.log_history[0]["loss"] == pytest.approx(sum(losses).item() / 4, abs=1e-4)
 
 
+def notebook_rows(pairs):
+    """The features of a notebook, in which every third row is labelled as no pair."""
+    tokenizer = make_tokenizer()
+    rows = []
+    for number, pair in enumerate(pairs):
+        sides = {"q1": tokenizer(pair["anchor"]), "q2": tokenizer(pair["positive"])}
+        row = {
+            f"{key}_{side}": tokens[key] for side, tokens in sides.items() for key in ("input_ids", "attention_mask")
+        }
+        rows.append(row | {"labels": 1})
+        if number % 2:
+            rows.append(row | {"labels": 0})
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("mini_batch_size", [None, 5])
+def test_features_of_a_notebook_train_like_the_texts_of_their_pairs(tmp_path, separate, mini_batch_size):
+    pairs, options = make_pairs(48), {"mini_batch_size": mini_batch_size, "eval_strategy": "steps", "eval_steps": 4}
+    expected = make_trainer(tmp_path / "texts", pairs=pairs, eval_dataset=make_pairs(24, seed=1), **options)
+    rows, held_out = notebook_rows(pairs), notebook_rows(make_pairs(24, seed=1))
+    trainer = make_trainer(tmp_path / "notebook", pairs=rows, eval_dataset=held_out, **options)
+    trainer.data_collator.separate = separate
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (48, 24)
+    for each in (expected, trainer):
+        each.train()
+    torch.testing.assert_close(parameters_of(trainer), parameters_of(expected), rtol=0, atol=1e-6)
+    for name in ("eval_loss", "eval_recall@1", "eval_mrr@10"):
+        found = [log[name] for log in trainer.state.log_history if name in log]
+        assert found == pytest.approx([log[name] for log in expected.state.log_history if name in log], abs=1e-6)
+        assert len(found) == 1
+
+
+def test_labels_of_texts_are_not_trained_as_pairs(tmp_path):
+    pairs = make_pairs(32)
+    trainer = make_trainer(tmp_path, pairs=pairs.add_column("label", [int(row < 20) for row in range(32)]))
+    assert trainer.train_dataset["anchor"][:] == pairs["anchor"][:20]
+    with pytest.raises(ValueError, match="the dataset holds no pair: of its records, 32 labelled as no pair"):
+        make_trainer(tmp_path, pairs=pairs.add_column("label", [0] * 32))
+
+
 def test_texts_of_very_different_length_have_the_loss_of_one_pass(tmp_path):
     generator = np.random.default_rng(0)
     texts = [" ".join(f"w{word}" for word in generator.integers(60, size=size)) for size in [1, 2, 3, 31] * 64]

@@ -17,12 +17,12 @@ import functools
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -34,14 +34,14 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
-from transformers.data.data_collator import DataCollatorMixin
 from transformers.utils import logging
 
-from data_prep.pairs.pairs import PairMixture, hash_pairs, hash_texts, pair_columns
+from data_prep.pairs.pairs import PairMixture, hash_pairs, keep_positives
 from modeling_retro.durable_files_retro import sync
 from modeling_retro.encoder.chunk_encoder import longest_input, pool_hidden_states
 from trainers.durable_checkpoints import DurableCheckpointsMixin
 
+from .collator import SiameseDataCollator, stack_columns
 from .config import RetrieverTrainingArguments
 from .evaluation import retrieval_metrics
 from .export import model_card_text, save_sentence_transformers_files
@@ -49,111 +49,6 @@ from .losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRanking
 
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class SiameseDataCollator(DataCollatorMixin):
-    """
-    Stacks anchors, positives and hard negatives into one batch for one forward pass.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            Tokenizes columns of text and pads them.
-        max_length (`int`, *optional*):
-            Longer texts are cut to this number of tokens. Defaults to the tokenizer's `model_max_length`.
-        pad_to_multiple_of (`int`, *optional*):
-            The length of the batch is padded to a multiple of this number. Defaults to the length of the longest text.
-
-    The rows have the columns `anchor`, `positive`, `negative_1`, …, or if they are already tokenized,
-    `anchor_input_ids` and so on (`anchor_attention_mask` is optional). If the documents are known, they also have
-    `anchor_document_id` and so on.
-
-    Returns (with C columns, B rows, T the longest length):
-        `dict[str, torch.Tensor]`: `input_ids` and `attention_mask` `int64 [C * B, T]` with all anchors first,
-        `text_ids` `int64 [C, B]`, which are equal for equal texts, and `document_ids` `int64 [C, B]`, if the documents
-        are known.
-
-    Example:
-
-    ```python
-    >>> from transformers import AutoTokenizer
-    >>> from trainers import SiameseDataCollator
-
-    >>> collator = SiameseDataCollator(AutoTokenizer.from_pretrained("google-bert/bert-base-uncased"))
-    >>> rows = [
-    ...     {"anchor_input_ids": [101, 7, 102], "positive_input_ids": [101, 8, 9, 102]},
-    ...     {"anchor_input_ids": [101, 5, 102], "positive_input_ids": [101, 6, 102]},
-    ... ]
-    >>> collator(rows)["input_ids"]
-    tensor([[101,   7, 102,   0],
-            [101,   5, 102,   0],
-            [101,   8,   9, 102],
-            [101,   6, 102,   0]])
-    ```
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int | None = None
-    pad_to_multiple_of: int | None = None
-    return_tensors: str = "pt"
-
-    def __post_init__(self):
-        if self.tokenizer.pad_token_id is None:
-            raise ValueError(
-                f"{self.tokenizer.name_or_path or type(self.tokenizer).__name__} has no padding token; set "
-                "`tokenizer.pad_token`, to `tokenizer.eos_token` for instance"
-            )
-
-    def torch_call(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        columns = pair_columns(examples[0].keys())
-        for row, example in enumerate(examples):
-            for name in set(pair_columns(example.keys())) ^ set(columns):
-                raise ValueError(
-                    f"{name} is in some rows only: row 0 has {', '.join(columns)}, row {row} does not have the same; "
-                    "a batch has equally many hard negatives in all rows"
-                )
-        texts = [example[column] for column in columns for example in examples]
-        for position, text in enumerate(texts):
-            if text is None or len(text.strip() if isinstance(text, str) else text) == 0:
-                column, row = columns[position // len(examples)], position % len(examples)
-                raise ValueError(
-                    f"{column} of row {row} of the batch is {text!r}, expected a text or tokens; a hard negative "
-                    "is there in all rows or in none"
-                )
-        if columns[0] == "anchor":
-            batch = self.tokenizer(
-                texts,
-                truncation=True,
-                max_length=self.max_length,
-                padding=True,
-                pad_to_multiple_of=self.pad_to_multiple_of,
-                # Text that spells a special token is tokenized as text.
-                split_special_tokens=True,
-                return_token_type_ids=False,
-                return_attention_mask=True,
-                return_tensors="pt",
-            )
-        else:
-            batch = self._pad(examples, columns, texts)
-        shape = (len(columns), len(examples))
-        result = {
-            "input_ids": batch["input_ids"],
-            "attention_mask": batch["attention_mask"],
-            "text_ids": torch.from_numpy(hash_texts(texts).reshape(shape)),
-        }
-        document_columns = [column.removesuffix("_input_ids") + "_document_id" for column in columns]
-        if not examples[0].keys().isdisjoint(document_columns):
-            document_ids = [[example.get(column, -1) for example in examples] for column in document_columns]
-            result["document_ids"] = torch.tensor(document_ids, dtype=torch.int64)
-        return result
-
-    def _pad(self, examples, columns, texts):
-        mask_columns = [column.replace("_input_ids", "_attention_mask") for column in columns]
-        features = {"input_ids": [list(text)[: self.max_length] for text in texts]}
-        if mask_columns[0] in examples[0]:
-            masks = [example[column] for column in mask_columns for example in examples]
-            features["attention_mask"] = [list(mask)[: self.max_length] for mask in masks]
-        return self.tokenizer.pad(features, pad_to_multiple_of=self.pad_to_multiple_of, return_tensors="pt")
 
 
 class NoDuplicatesBatchSampler(BatchSampler):
@@ -295,7 +190,8 @@ class RetrieverTrainer(DurableCheckpointsMixin, Trainer):
         processing_class (`PreTrainedTokenizerBase`):
             The tokenizer.
         train_dataset (`datasets.Dataset`, `datasets.IterableDataset` or [`~data_prep.PairMixture`], *optional*):
-            Pairs as [`~data_prep.load_pairs`] returns them. Batches have no duplicates, except those of an
+            Pairs as [`~data_prep.load_pairs`] returns them, or with other columns that [`SiameseDataCollator`] takes.
+            Rows with a label of 0 are left out. Batches have no duplicates, except those of an
             iterable dataset.
         eval_dataset (`datasets.Dataset` or `dict[str, datasets.Dataset]`, *optional*):
             Held-out pairs. Each anchor is looked up among all texts of the other columns, which gives `eval_recall@1`,
@@ -330,8 +226,8 @@ class RetrieverTrainer(DurableCheckpointsMixin, Trainer):
             model=model,
             args=args,
             processing_class=processing_class,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=_positives(train_dataset),
+            eval_dataset=_positives(eval_dataset),
             **kwargs,
         )
         # The batches have other names than the arguments of the model, so the default guess fails.
@@ -386,6 +282,8 @@ class RetrieverTrainer(DurableCheckpointsMixin, Trainer):
 
     def _split_inputs(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
         """Splits the inputs into those of the encoder and those of the loss."""
+        if "input_ids" not in inputs:
+            inputs = stack_columns(inputs)
         encoder_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         return encoder_inputs, {name: inputs.get(name) for name in ("text_ids", "document_ids")}
 
@@ -451,6 +349,14 @@ class RetrieverTrainer(DurableCheckpointsMixin, Trainer):
         repository = self.hub_model_id or name
         content = model_card_text(name, repository, self.args, self.max_length, self.state.log_history)
         ModelCard(f"---\n{data.to_yaml()}\n---\n\n{content}").save(os.path.join(self.args.output_dir, "README.md"))
+
+
+def _positives(dataset: Any) -> Any:
+    """Leaves out the rows of pair sets that a label marks as no pairs."""
+    if isinstance(dataset, Mapping):
+        return {name: _positives(pairs) for name, pairs in dataset.items()}
+    has_columns = isinstance(dataset, (Dataset, IterableDataset)) and dataset.column_names is not None
+    return keep_positives(dataset) if has_columns else dataset
 
 
 def _cheapest_number_of_passes(attention_mask: Tensor) -> int:
