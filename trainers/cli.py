@@ -14,6 +14,7 @@
 """The command `retro`, which runs modules that `python -m` and `accelerate launch -m` can run as well"""
 
 import argparse
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -25,47 +26,72 @@ from modeling_retro import __version__
 
 ACCELERATE_CONFIGS = Path(__file__).parent / "accelerate_configs"
 
-COMMANDS = {
-    "quickstart": ("trainers.scripts.quickstart", "make a datastore and measure the gain from it, in minutes"),
-    "chunk": ("data_prep.scripts.chunk", "cut documents into chunks of tokens"),
-    "deduplicate": ("data_prep.scripts.deduplicate", "drop training documents that nearly equal held-out ones"),
-    "embed": ("data_prep.scripts.embed", "embed the chunks"),
-    "index": ("data_prep.scripts.index", "build the faiss index over the embeddings"),
-    "neighbors": ("data_prep.scripts.neighbors", "find the neighbors of every chunk"),
-    "prepare": ("data_prep.scripts.prepare", "run all stages of the datastore from one recipe"),
-    "add": ("data_prep.scripts.add", "add documents to a datastore while others read it"),
-    "update": ("data_prep.scripts.update", "add documents, and replace those with the same id"),
-    "remove": ("data_prep.scripts.remove", "remove documents, which are then no longer found"),
-    "compact": ("data_prep.scripts.compact", "remove the chunks of removed documents from the disk"),
-    "export": ("data_prep.scripts.export", "copy a datastore into Milvus or PostgreSQL"),
-    "verify": ("data_prep.scripts.verify", "find damage in a datastore or model, and repair it"),
-    "import": ("data_prep.scripts.convert", "import data of other RETRO implementations"),
-    "plan": ("data_prep.scripts.plan", "estimate time, memory and disk of a datastore"),
-    "pairs": ("data_prep.scripts.pairs", "write sentence pairs for the retriever"),
-    "stackexchange": ("data_prep.scripts.stackexchange", "turn a StackExchange dump into pairs"),
-    "wikitext": ("data_prep.scripts.wikitext", "turn WikiText files into documents"),
-    "train": ("trainers.scripts.train_retro", "train a RETRO language model"),
-    "teach": ("trainers.scripts.teach", "store the predictions of a model with the neighbor in front, as a teacher"),
-    "evaluate": ("trainers.scripts.evaluate_retro", "measure the gain from retrieval, in bits per byte"),
-    "lm-eval": ("trainers.scripts.lm_eval_retro", "evaluate with retrieval on tasks of the lm-evaluation-harness"),
-    "lm-eval-tasks": ("trainers.scripts.lm_eval_tasks", "make tasks of the harness from the texts of a datastore"),
-    "generate": ("trainers.scripts.generate", "continue a prompt and show the neighbors used"),
-    "serve": ("serving.scripts.serve", "answer requests with the API of OpenAI"),
-    "demo": ("serving.scripts.demo", "show what retrieval is worth, in a browser"),
-    "retrofit": ("trainers.scripts.retrofit", "give retrieval to a pretrained language model"),
-    "train-retriever": ("trainers.scripts.train_retriever", "train the encoder that finds neighbors"),
-    "evaluate-retriever": ("trainers.scripts.evaluate_retriever", "measure a retriever"),
-    "mine-negatives": ("trainers.scripts.mine_negatives", "find hard negatives for retriever training"),
-    "mine-neighbors": ("trainers.scripts.mine_neighbors", "find the neighbors that help a language model"),
-    "distill-encoder": ("trainers.scripts.distill_encoder", "make a static encoder, which is many times faster"),
-    "train-span-corruption": ("trainers.scripts.train_span_corruption", "train on corrupted spans"),
+# The groups of `retro --help` and of README.md: the module of each command and what it does.
+GROUPS = {
+    "begin": {
+        "quickstart": ("trainers.scripts.quickstart", "make a datastore and measure the gain from it, in minutes"),
+    },
+    "make a datastore": {
+        "plan": ("data_prep.scripts.plan", "estimate time, memory and disk of a datastore"),
+        "prepare": ("data_prep.scripts.prepare", "run all stages of the datastore from one recipe"),
+        "chunk": ("data_prep.scripts.chunk", "cut documents into chunks of tokens"),
+        "deduplicate": ("data_prep.scripts.deduplicate", "drop training documents that nearly equal held-out ones"),
+        "embed": ("data_prep.scripts.embed", "embed the chunks"),
+        "index": ("data_prep.scripts.index", "build the faiss index over the embeddings"),
+        "neighbors": ("data_prep.scripts.neighbors", "find the neighbors of every chunk"),
+        "import": ("data_prep.scripts.convert", "import data of other RETRO implementations"),
+    },
+    "keep a datastore": {
+        "add": ("data_prep.scripts.add", "add documents to a datastore while others read it"),
+        "update": ("data_prep.scripts.update", "add documents, and replace those with the same id"),
+        "remove": ("data_prep.scripts.remove", "remove documents, which are then no longer found"),
+        "compact": ("data_prep.scripts.compact", "remove the chunks of removed documents from the disk"),
+        "verify": ("data_prep.scripts.verify", "find damage in a datastore or model, and repair it"),
+        "export": ("data_prep.scripts.export", "copy a datastore into Milvus or PostgreSQL"),
+    },
+    "train and measure a language model": {
+        "retrofit": ("trainers.scripts.retrofit", "give retrieval to a pretrained language model"),
+        "train": ("trainers.scripts.train_retro", "train a RETRO language model"),
+        "teach": (
+            "trainers.scripts.teach",
+            "store the predictions of a model with the neighbor in front, as a teacher",
+        ),
+        "evaluate": ("trainers.scripts.evaluate_retro", "measure the gain from retrieval, in bits per byte"),
+        "lm-eval": (
+            "trainers.scripts.lm_eval_retro",
+            "evaluate with retrieval on tasks of the lm-evaluation-harness",
+        ),
+        "lm-eval-tasks": ("trainers.scripts.lm_eval_tasks", "make tasks of the harness from the texts of a datastore"),
+    },
+    "use it": {
+        "generate": ("trainers.scripts.generate", "continue a prompt and show the neighbors used"),
+        "serve": ("serving.scripts.serve", "answer requests with the API of OpenAI"),
+        "demo": ("serving.scripts.demo", "show what retrieval is worth, in a browser"),
+    },
+    "train and measure the retriever": {
+        "pairs": ("data_prep.scripts.pairs", "write sentence pairs for the retriever"),
+        "stackexchange": ("data_prep.scripts.stackexchange", "turn a StackExchange dump into pairs"),
+        "train-retriever": ("trainers.scripts.train_retriever", "train the encoder that finds neighbors"),
+        "evaluate-retriever": ("trainers.scripts.evaluate_retriever", "measure a retriever"),
+        "mine-negatives": ("trainers.scripts.mine_negatives", "find hard negatives for retriever training"),
+        "mine-neighbors": ("trainers.scripts.mine_neighbors", "find the neighbors that help a language model"),
+        "distill-encoder": ("trainers.scripts.distill_encoder", "make a static encoder, which is many times faster"),
+    },
+    "span corruption (T5)": {
+        "wikitext": ("data_prep.scripts.wikitext", "turn WikiText files into documents"),
+        "train-span-corruption": ("trainers.scripts.train_span_corruption", "train on corrupted spans"),
+    },
 }
+
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 
 def help_text() -> str:
     """The list of commands that `retro --help` prints."""
-    lines = ["usage: retro COMMAND [options]", "", "commands (each has its own --help):"]
-    lines += [f"  {name:<22} {summary}" for name, (_, summary) in COMMANDS.items()]
+    lines = ["usage: retro COMMAND [options]", "       retro COMMAND --help"]
+    for group, commands in GROUPS.items():
+        lines += ["", f"{group}:"]
+        lines += [f"  {name:<22} {summary}" for name, (_, summary) in commands.items()]
     lines += [
         "",
         "on several devices:",
@@ -134,7 +160,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     command, *options = argv
     if command not in COMMANDS:
-        print(f"error: unknown command {command!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
+        nearest = difflib.get_close_matches(command, COMMANDS, n=1)
+        guess = f"did you mean {nearest[0]!r}? Known" if nearest else "known"
+        print(f"error: unknown command {command!r}; {guess} are {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
 
     run_command(lambda: run_module(COMMANDS[command][0], options))

@@ -17,13 +17,16 @@ import importlib.util
 
 import pytest
 
-from trainers.cli import COMMANDS, accelerate_config_names, main
+from trainers.cli import COMMANDS, GROUPS, accelerate_config_names, main
 
 
-def test_help_lists_every_command(capsys):
+def test_help_lists_every_command_below_its_group(capsys):
     main(["--help"])
-    output = capsys.readouterr().out
-    assert all(f"  {command} " in output for command in COMMANDS)
+    paragraphs = capsys.readouterr().out.split("\n\n")
+    assert set(COMMANDS) == {command for group in GROUPS.values() for command in group}
+    for group, commands in GROUPS.items():
+        [lines] = [paragraph.splitlines()[1:] for paragraph in paragraphs if paragraph.startswith(f"{group}:")]
+        assert [line.split()[0] for line in lines] == list(commands)
 
 
 def test_no_command_shows_the_help(capsys):
@@ -38,6 +41,21 @@ def test_unknown_command_names_the_known_ones(capsys):
     error = capsys.readouterr().err
     assert "'chunks'" in error
     assert all(command in error for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "meant"), [("generat", "generate"), ("train_retriever", "train-retriever"), ("evalute", "evaluate")]
+)
+def test_unknown_command_guesses_the_nearest(mistake, meant, capsys):
+    with pytest.raises(SystemExit):
+        main([mistake])
+    assert f"did you mean {meant!r}?" in capsys.readouterr().err
+
+
+def test_a_word_that_is_near_no_command_is_not_guessed(capsys):
+    with pytest.raises(SystemExit):
+        main(["xyzzy"])
+    assert "did you mean" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
