@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.model, datastore, dtype=getattr(torch, arguments.dtype), reader=arguments.reader
     ).eval()
     windows = {"window_chunks": 8, "stride_chunks": 4, "batch_size": 4}
-    evaluation = evaluate_retro(model, datastore, split, ("off", "on"), k, **windows)
+    evaluation = evaluate_retro(model, datastore, split, modes=("off", "on"), num_neighbors=k, **windows)
     document = split.chunks.document_id
     read = 1 + np.flatnonzero(document[1:] == document[:-1])
     gain = (evaluation.chunk_bits["off"] - evaluation.chunk_bits["on"])[read]

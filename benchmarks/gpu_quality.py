@@ -150,8 +150,10 @@ def evaluate(arguments: Any, datastore: RetroDatastore) -> dict[str, RetroEvalua
     retro = RetroForCausalLM.from_pretrained(folder / "retro").to(device())
     decoder = RetroJointForCausalLM.from_pretrained(folder / "decoder").to(device())
     evaluation = evaluate_retro(retro, datastore, split, modes=MODES, measure_overlap=True, **options)
-    evaluation.chunk_bits["decoder"] = evaluate_retro(decoder, datastore, split, ["off"], **options).chunk_bits["off"]
+    without = evaluate_retro(decoder, datastore, split, modes=["off"], **options)
+    evaluation.chunk_bits["decoder"] = without.chunk_bits["off"]
+    reader_modes = ("off", "random", "on", "in_front")
     return {
         "evaluation": evaluation,
-        "reader_evaluation": evaluate_retro(reader, datastore, split, ("off", "random", "on", "in_front"), **options),
+        "reader_evaluation": evaluate_retro(reader, datastore, split, modes=reader_modes, **options),
     }

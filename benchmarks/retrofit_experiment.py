@@ -207,14 +207,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if evaluation is None:
             evaluation = replace(measured, chunk_bits={"off": measured.chunk_bits.pop("off")})
             costs = operations_per_token(base, number, training.eval_window_chunks)
-            costs = {"base": costs["off"], "joint": costs["on"], "prompt": costs["in_front"]}
+            costs = {"base": costs["off"], "joint": costs["on"], "in_front": costs["in_front"]}
             cross = operations_per_token(model, number, training.eval_window_chunks, modes=("on",))
             costs["retro"] = cross["on"]
         for mode, bits in measured.chunk_bits.items():
             evaluation.chunk_bits[f"{mode} {start}"] = bits
     with precision(training):
         measured = evaluate_retro(base, datastore, split, modes=["off", "random", "on", "in_front"], **options)
-    names = {"off": "base", "random": "joint random", "on": "joint", "in_front": "prompt"}
+    names = {"off": "base", "random": "joint random", "on": "joint", "in_front": "in_front"}
     evaluation.chunk_bits |= {names[mode]: bits for mode, bits in measured.chunk_bits.items()}
     report(output_dir, evaluation, costs, arguments.starts)
 
@@ -227,8 +227,8 @@ def report(output_dir: Path, evaluation: RetroEvaluation, costs: dict, starts: S
     print("| | GFLOPs per token predicted |\n|---|---|")
     for name, cost in costs.items():
         print(f"| {name} | {cost / 1e9:.2f} |")
-    pairs = [("off", "base"), ("joint", "base"), ("joint", "joint random"), ("joint", "prompt")]
-    pairs += [(f"on {start}", reference) for start in starts for reference in (f"random {start}", "prompt")]
+    pairs = [("off", "base"), ("joint", "base"), ("joint", "joint random"), ("joint", "in_front")]
+    pairs += [(f"on {start}", reference) for start in starts for reference in (f"random {start}", "in_front")]
     pairs += [("on warm", "on fresh")] if {"warm", "fresh"} <= set(starts) else []
     for name, reference in pairs:
         print(f"{name} less {reference}: {evaluation.difference(name, reference)} bits per byte")

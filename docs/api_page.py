@@ -89,6 +89,7 @@ SECTIONS = {
             "MuonWithAdamW",
             "teach",
             "load_retro_model",
+            "EvaluationOptions",
             "evaluate_retro",
             "in_front_bits",
             "evaluate_rivals",

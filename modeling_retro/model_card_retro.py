@@ -15,7 +15,9 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,50 @@ repository, so pin a `revision` that you have read."""
 
 WITHOUT_DATASTORE = """To retrieve, pass `retriever=RetroRetriever.from_pretrained(...)` with a datastore of the same
 tokenizer. `trust_remote_code=True` runs the code of this repository, so pin a `revision` that you have read."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """
+    A way to retrieve in an evaluation. In a report it has the name `str(way)`, such as `"on k=2 share=0.5"`.
+
+    Args:
+        mode (`str`):
+            `"off"`, `"random"`, `"on"` or another mode of `retro evaluate`, or another name.
+        num_neighbors (`int`, *optional*):
+            Number of neighbors of a chunk, if the report has several numbers.
+        share (`float`, *optional*):
+            Share of the datastore that is searched, if the report has shares.
+        has_reader (`bool`, *optional*, defaults to `False`):
+            Whether the model was trained to read neighbors, in a report that has both.
+        has_knn_lm (`bool`, *optional*, defaults to `False`):
+            Whether the predictions are mixed with those of a kNN-LM.
+    """
+
+    mode: str
+    num_neighbors: int | None = None
+    share: float | None = None
+    has_reader: bool = False
+    has_knn_lm: bool = False
+
+    def __str__(self) -> str:
+        number = "" if self.num_neighbors is None else f" k={self.num_neighbors}"
+        share = "" if self.share is None else f" share={self.share:g}"
+        return self.mode + number + share + " reader" * self.has_reader + " + knn_lm" * self.has_knn_lm
+
+    @classmethod
+    def parse(cls, name: str) -> "Way":
+        """The way that has this name in a report. A name of another form is that of a mode."""
+        pattern = r"(\S+?)(?: k=(\d+))?(?: share=([\d.e+-]+))?( reader)?( \+ knn_lm)?"
+        found = re.fullmatch(pattern, name)
+        if found is None:
+            return cls(name)
+        mode, number, share, reader, knn_lm = found.groups()
+        return cls(mode, number and int(number), share and float(share), bool(reader), bool(knn_lm))
+
+    def references(self) -> tuple["Way", "Way"]:
+        """What a report compares it with: no retrieval, and the same number of random neighbors."""
+        return Way("off"), replace(self, mode="random", share=None)
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:
@@ -276,10 +322,8 @@ def evaluation_tables(evaluation: Mapping[str, Any]) -> str:
 def _main_table(evaluation: Mapping[str, Any]) -> str:
     rows = []
     for name, bits_per_byte in evaluation["bits_per_byte"].items():
-        # "on k=2 share=0.5" is compared with "random k=2".
-        words = [word for word in name.split()[1:] if not word.startswith("share=")]
-        references = ("off", " ".join(["random", *words]))
-        differences = [_difference(evaluation["differences"], name, reference) for reference in references]
+        references = Way.parse(name).references()
+        differences = [_difference(evaluation["differences"], name, str(reference)) for reference in references]
         rows.append([name, _number(bits_per_byte), f"{evaluation['perplexity'][name]:.3f}", *differences])
     note = (
         f"{evaluation['num_documents']:,} held-out documents, {evaluation['num_bytes']:,} bytes, "
@@ -324,4 +368,4 @@ def _table(header: list[str], rows: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
-__all__ = ["create_model_card", "save_model_card"]
+__all__ = ["Way", "create_model_card", "save_model_card"]

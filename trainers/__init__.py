@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .evaluation.knn_lm import build_knn_store as build_knn_store
     from .evaluation.knn_lm import neighbor_distribution as neighbor_distribution
     from .evaluation.operations import operations_per_token as operations_per_token
+    from .evaluation.options import EvaluationOptions as EvaluationOptions
     from .evaluation.report import RetroEvaluation as RetroEvaluation
     from .evaluation.report import bootstrap_interval as bootstrap_interval
     from .evaluation.rivals import evaluate_rivals as evaluate_rivals
@@ -58,6 +59,7 @@ _MODULES = {
     "ChunkRows": "language_model.trainer",
     "DataCollatorForRetro": "language_model.trainer",
     "DataCollatorForSpanCorruption": "span_corruption",
+    "EvaluationOptions": "evaluation.options",
     "MultipleNegativesRankingLoss": "retriever.losses",
     "MuonWithAdamW": "language_model.muon",
     "NoDuplicatesBatchSampler": "retriever.trainer",

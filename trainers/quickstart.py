@@ -27,7 +27,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -53,9 +52,11 @@ from data_prep.stage_files import checksum
 from modeling_retro import RetroConfig, RetroForCausalLM
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.durable_files_retro import whole, write_text
+from modeling_retro.model_card_retro import Way
 from modeling_retro.retriever.retriever import RetroRetriever
 from trainers.evaluation.evaluate import evaluate_retro
 from trainers.evaluation.operations import operations_per_token
+from trainers.evaluation.options import EvaluationOptions
 from trainers.evaluation.report import RetroEvaluation
 from trainers.language_model.config import RetroTrainingArguments
 from trainers.language_model.trainer import RetroTrainer, config_for_datastore, last_complete_checkpoint
@@ -232,23 +233,18 @@ def evaluate_pretrained(model: PreTrainedModel, datastore: RetroDatastore) -> tu
     Measures a model that reads neighbors without training, and the same model with the neighbor in front of its
     window. Counts the operations of both for a token.
     """
-    split, options = datastore.split("validation"), {**PRETRAINED_WINDOWS, "batch_size": 4}
-    evaluation = evaluate_retro(model, datastore, split, ("off", "random", "on", "in_front"), 1, **options)
-    two = evaluate_retro(model, datastore, split, ("on",), 2, **options)
-    bits = {name if name == "off" else f"{name} k=1": bits for name, bits in evaluation.chunk_bits.items()}
-    bits["on k=2"] = two.chunk_bits["on"]
-    names = ("off", "random k=1", "in_front k=1", "on k=1", "on k=2")
-    evaluation = replace(evaluation, chunk_bits={name: bits[name] for name in names}, num_neighbors=[1, 2])
-    window = PRETRAINED_WINDOWS["window_chunks"]
-    operations = operations_per_token(model, 1, window)
-    operations = {
-        "off": operations["off"],
-        "random k=1": operations["on"],
-        "in_front k=1": operations["in_front"],
-        "on k=1": operations["on"],
-        "on k=2": operations_per_token(model, 2, window, modes=("on",))["on"],
-    }
-    return evaluation, operations
+    split, options = datastore.split("validation"), EvaluationOptions(**PRETRAINED_WINDOWS, batch_size=4)
+    modes = ("off", "random", "in_front", "on")
+    one = evaluate_retro(model, datastore, split, options, modes=modes, num_neighbors=1)
+    two = evaluate_retro(model, datastore, split, options, modes=("on",), num_neighbors=2)
+    window = options.window_chunks
+    counted = {1: operations_per_token(model, 1, window), 2: operations_per_token(model, 2, window, modes=("on",))}
+    bits, operations = {}, {}
+    for way in (Way("off"), Way("random", 1), Way("in_front", 1), Way("on", 1), Way("on", 2)):
+        measured = two if way.num_neighbors == 2 else one
+        bits[str(way)] = measured.chunk_bits[way.mode]
+        operations[str(way)] = counted[way.num_neighbors or 1]["on" if way.mode == "random" else way.mode]
+    return replace(one, chunk_bits=bits, num_neighbors=[1, 2]), operations
 
 
 def evaluate_reader(
@@ -258,14 +254,14 @@ def evaluate_reader(
     Adds the results of a model that was trained to read neighbors. Without retrieval it equals the model of the
     earlier evaluation.
     """
-    split, options = datastore.split("validation"), {**PRETRAINED_WINDOWS, "batch_size": 4}
+    split, options = datastore.split("validation"), EvaluationOptions(**PRETRAINED_WINDOWS, batch_size=4)
     bits, operations = dict(untrained.chunk_bits), dict(operations)
     for number, modes in {1: ("random", "on"), 2: ("on",)}.items():
-        evaluation = evaluate_retro(model, datastore, split, modes, number, **options)
+        evaluation = evaluate_retro(model, datastore, split, options, modes=modes, num_neighbors=number)
+        counted = operations_per_token(model, number, options.window_chunks, modes=("on",))["on"]
         for mode in modes:
-            bits[f"{mode} k={number} reader"] = evaluation.chunk_bits[mode]
-        counted = operations_per_token(model, number, PRETRAINED_WINDOWS["window_chunks"], modes=("on",))["on"]
-        operations |= {f"{mode} k={number} reader": counted for mode in modes}
+            way = str(Way(mode, number, has_reader=True))
+            bits[way], operations[way] = evaluation.chunk_bits[mode], counted
     return replace(untrained, chunk_bits=bits), operations
 
 
@@ -384,7 +380,7 @@ def make_datastore(
     output_dir: Path,
     tokenizer: PreTrainedTokenizerBase,
     config: RetroConfig,
-    max_chunks_of: Mapping[str, int] = MappingProxyType(MAX_CHUNKS),
+    max_chunks_of: Mapping[str, int],
 ) -> RetroDatastore:
     """Runs the stages of the datastore. Near duplicates of held-out documents are removed from the searched ones."""
     path = output_dir / "datastore"
@@ -403,10 +399,10 @@ def make_datastore(
         )
     removed = deduplicate_documents(path)
     print(f"{removed['documents']} near-duplicates of held-out documents ({removed['chunks']} chunks) removed")
-    for split in MAX_CHUNKS:
+    for split in max_chunks_of:
         embed_chunks(path, encoder, split=split, dtype="bfloat16" if _computes_in_bf16() else "float32")
     build_index(path)
-    for split in MAX_CHUNKS:
+    for split in max_chunks_of:
         find_neighbors(path, num_neighbors=max(4, config.num_neighbors), split=split)
     return RetroDatastore.from_pretrained(path)
 
@@ -472,7 +468,8 @@ def generate_example(output_dir: Path, model: PreTrainedModel, evaluation: Retro
     is_whole = held_out.length == datastore.chunk_size
     side_by_side = evaluation is not None
     if side_by_side:
-        on = "on k=1 reader" if "on k=1 reader" in evaluation.chunk_bits else "on k=1"
+        readers = str(Way("on", 1, has_reader=True)), str(Way("on", 1))
+        on = next(name for name in readers if name in evaluation.chunk_bits)
         gain = np.roll(evaluation.chunk_bits["off"] - evaluation.chunk_bits[on], -1)
         gain[evaluation.document_offsets[1:] - 1] = -np.inf  # the last chunk of a document has no successor
         is_whole = np.where(is_whole[: len(gain)], gain, -np.inf)
@@ -548,8 +545,9 @@ def verdict(evaluation: RetroEvaluation, model: str | None) -> str:
     """
     Sums up the intervals in a sentence. `model` is the name of the measured model, `None` if it was trained here.
     """
-    on = next(name for name in evaluation.chunk_bits if name.split()[0] == "on")
-    random = next(name for name in evaluation.chunk_bits if name.split()[0] == "random")
+    on, random = (
+        next(name for name in evaluation.chunk_bits if Way.parse(name).mode == mode) for mode in ("on", "random")
+    )
     if all(evaluation.difference(on, reference).high < 0 for reference in ("off", random)):
         return (
             "Retrieval helps beyond noise: both intervals of ON, less OFF and less random neighbors, are below zero."

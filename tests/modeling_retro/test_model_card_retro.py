@@ -20,7 +20,7 @@ import pytest
 from huggingface_hub import ModelCard
 from test_modeling_retro import make_model
 
-from modeling_retro.model_card_retro import create_model_card, evaluation_tables, save_model_card
+from modeling_retro.model_card_retro import Way, create_model_card, evaluation_tables, save_model_card
 from trainers.evaluation.report import RetroEvaluation
 
 
@@ -35,6 +35,26 @@ def random_evaluation(**kwargs):
         num_neighbors=[1, 2],
         **kwargs,
     )
+
+
+@pytest.mark.parametrize(
+    ("way", "name", "random"),
+    [
+        (Way("off"), "off", "random"),
+        (Way("on"), "on", "random"),
+        (Way("on", 2), "on k=2", "random k=2"),
+        (Way("shuffled", 10, 0.125), "shuffled k=10 share=0.125", "random k=10"),
+        (Way("on", share=1e-05), "on share=1e-05", "random"),
+        (Way("on", 1, has_reader=True), "on k=1 reader", "random k=1 reader"),
+        (Way("on", 1, has_knn_lm=True), "on k=1 + knn_lm", "random k=1 + knn_lm"),
+        (Way("on", has_knn_lm=True), "on + knn_lm", "random + knn_lm"),
+        (Way("another decoder"), "another decoder", "random"),
+    ],
+)
+def test_the_name_of_a_way_is_read_as_the_way(way, name, random):
+    assert str(way) == name
+    assert Way.parse(name) == way
+    assert [str(reference) for reference in way.references()] == ["off", random]
 
 
 def test_tables_compare_with_off_and_with_as_many_random_neighbors():

@@ -211,9 +211,9 @@ def test_a_prompt_is_padded_to_whole_chunks_before_it_is_continued(folders, data
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_in_context_is_the_base_with_the_neighbors_in_front_of_the_question(folders, datastore, k):
+def test_in_front_is_the_base_with_the_neighbors_in_front_of_the_question(folders, datastore, k):
     base = AutoModelForCausalLM.from_pretrained(folders / "decoder").eval()
-    model = RetroLM(str(folders / "joint"), datastore, k=k, in_context=True, batch_size=3)
+    model = RetroLM(str(folders / "joint"), datastore, k=k, in_front=True, batch_size=3)
     found = answers(model)
     retriever = RetroRetriever(datastore)
     for (likelihood, _), text, (question, answer) in zip(found["questions"], found["generated"], QUESTIONS[:4]):
@@ -232,10 +232,10 @@ def test_in_context_is_the_base_with_the_neighbors_in_front_of_the_question(fold
         assert text == written.split("\n")[0]
     stock = HFLM(base, tokenizer=copy.deepcopy(datastore.tokenizer))
     np.testing.assert_allclose(found["text"], answers(stock)["text"], rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match="in_context is true and retrieval false"):
-        RetroLM(str(folders / "joint"), datastore, in_context=True, retrieval=False)
+    with pytest.raises(ValueError, match="in_front is true and retrieval false"):
+        RetroLM(str(folders / "joint"), datastore, in_front=True, retrieval=False)
     with pytest.raises(ValueError, match="no token for the question"):
-        answers(RetroLM(str(folders / "joint"), datastore, in_context=True, max_length=11))
+        answers(RetroLM(str(folders / "joint"), datastore, in_front=True, max_length=11))
 
 
 def test_a_wrapped_model_takes_a_reader(folders, datastore, tmp_path):

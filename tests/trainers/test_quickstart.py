@@ -205,8 +205,8 @@ def test_smollm2_is_measured_untrained_and_with_the_reader_of_the_package(
         model,
         datastore,
         datastore.split("validation"),
-        ("on",),
-        1,
+        modes=("on",),
+        num_neighbors=1,
         **quickstart.PRETRAINED_WINDOWS,
         batch_size=4,  # as the command has it, because rounding in bfloat16 depends on the shapes
         show_progress=False,

@@ -18,6 +18,8 @@ ones and with the retrieved ones, and the share of the gain that comes from copy
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,17 +29,18 @@ from data_prep.index import read_embeddings
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.manifest import TRAIN_SPLIT
 from modeling_retro.datastore.splits import DatastoreSplit
+from modeling_retro.model_card_retro import Way
 from modeling_retro.retriever.ranking import longest_common_substring
 from modeling_retro.retriever.search import NeighborSearch, other_document_filter, removed_filter
 
 from .in_front import in_front_bits
 from .operations import read_clocks
+from .options import EvaluationOptions
 from .predictions import token_nats
 from .report import RetroEvaluation
 from .windows import document_offsets, document_windows, summed_over_processes, window_batches
 
 
-MODES = ("off", "random", "on", "neighbor", "continuation", "shuffled", "in_front")
 # The paper measures overlap with the ten nearest neighbors (arXiv:2112.04426, section 2.6).
 OVERLAP_NEIGHBORS = 10
 
@@ -46,19 +49,8 @@ def evaluate_retro(
     model: PreTrainedModel,
     datastore: RetroDatastore,
     split: DatastoreSplit,
-    modes: Sequence[str] = ("off", "random", "on"),
-    num_neighbors: int | Sequence[int] = 2,
-    datastore_shares: Sequence[float] = (1.0,),
-    window_chunks: int = 32,
-    stride_chunks: int = 16,
-    batch_size: int = 8,
-    max_documents: int | None = None,
-    measure_overlap: bool = False,
-    domains: Sequence[str] | None = None,
-    retriever: str | None = None,
-    seed: int = 0,
-    keep_token_bits: bool = False,
-    show_progress: bool = True,
+    options: EvaluationOptions | None = None,
+    **fields: Any,
 ) -> RetroEvaluation:
     """
     Measures a RETRO model on whole held-out documents, in sliding windows. Every token is counted once. This includes
@@ -73,104 +65,51 @@ def evaluate_retro(
             The datastore of the neighbors.
         split ([`DatastoreSplit`]):
             The held-out documents, with stored neighbors.
-        modes (`Sequence[str]`, *optional*, defaults to `("off", "random", "on")`):
-            `"off"` without neighbors, `"random"` with random chunks of the datastore, `"on"` with the neighbors,
-            `"neighbor"` with the neighbors but without their continuations, `"continuation"` with only the
-            continuations, `"shuffled"` with the tokens of each neighbor in random order, and `"in_front"` with the
-            neighbors in front of the window of the model without retrieval (see
-            [`~trainers.evaluation.in_front.in_front_bits`]).
-        num_neighbors (`int` or `Sequence[int]`, *optional*, defaults to 2):
-            Number k of neighbors of a chunk, or several numbers, of which each is measured.
-        datastore_shares (`Sequence[float]`, *optional*, defaults to `(1.0,)`):
-            Shares of the datastore's documents to retrieve from, which shows the effect of its size. For a share below
-            1, neighbors are searched again, which needs the embeddings of the split unless BM25 searches.
-        window_chunks (`int`, *optional*, defaults to 32):
-            Length of a window in chunks. A window starts at position 0 and sees only the neighbors of its own chunks.
-        stride_chunks (`int`, *optional*, defaults to 16):
-            Step between windows. It must be smaller than the window, so that every counted token has context.
-        batch_size (`int`, *optional*, defaults to 8):
-            Number of windows in a forward pass.
-        max_documents (`int`, *optional*):
-            Number of documents to evaluate on, from the beginning of the split. Defaults to all.
-        measure_overlap (`bool`, *optional*, defaults to `False`):
-            Whether to measure the overlap of each chunk with its ten nearest neighbors, or with fewer if fewer are
-            stored.
-        domains (`Sequence[str]`, *optional*):
-            Domain of each document. Each domain is reported by itself.
-        retriever (`str`, *optional*):
-            How neighbors are found: `"dense"`, `"bm25"`, `"hybrid"` or `"rerank"` (see
-            [`~modeling_retro.retriever.search.NeighborSearch`]). Defaults to the way in which the stored ones
-            were found. With another way, they are searched again.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the random neighbors, of the shuffling and of the bootstrap.
-        keep_token_bits (`bool`, *optional*, defaults to `False`):
-            Whether to keep the bits of each token, which all modes except `"in_front"` have.
-        show_progress (`bool`, *optional*, defaults to `True`):
-            Whether to show a progress bar.
+        options ([`~trainers.evaluation.options.EvaluationOptions`], *optional*):
+            What to measure.
+        fields:
+            Fields of the options, such as `modes`, which override those of `options`.
 
     Returns:
         [`RetroEvaluation`]
 
     Raises:
-        `ValueError`: if the model has another chunk size than the datastore, if a mode is unknown, if the stride is
-            not smaller than the window, if fewer neighbors are stored, or if the split has no documents.
+        `ValueError`: if an option is out of range, if the model has another chunk size than the datastore, if fewer
+            neighbors are stored, or if the split has no documents.
     """
+    options = replace(options or EvaluationOptions(), **fields)
     datastore.check_chunk_size(model.config.chunk_size)
-    unknown = sorted(set(modes) - set(MODES))
-    if unknown:
-        raise ValueError(f"unknown evaluation modes {', '.join(unknown)}; expected some of {', '.join(MODES)}")
-    if not 0 < stride_chunks < window_chunks:
-        raise ValueError(
-            f"stride_chunks is {stride_chunks}, expected at least 1 and less than window_chunks, {window_chunks}"
-        )
-    numbers = [num_neighbors] if isinstance(num_neighbors, int) else list(num_neighbors)
-    is_stored = retriever in (None, stored_retriever(split))
-    most = split.neighbor_ids.shape[1] if is_stored else len(datastore.chunks)
-    if not numbers or not 1 <= min(numbers) <= max(numbers) <= most:
-        remedy = "neighbors of a chunk that are stored; run `retro neighbors` for more" if is_stored else "chunks"
-        raise ValueError(f"num_neighbors is {num_neighbors}, expected numbers from 1 to the {most} {remedy}")
-    if not datastore_shares or not 0 < min(datastore_shares) <= max(datastore_shares) <= 1:
-        raise ValueError(f"datastore_shares is {list(datastore_shares)}, expected shares above 0 and up to 1")
-    offsets = document_offsets(split.chunks.document_id, max_documents)
+    offsets = document_offsets(split.chunks.document_id, options.max_documents)
     num_documents, num_chunks = len(offsets) - 1, int(offsets[-1])
     if num_documents == 0:
         raise ValueError("the split has no documents to evaluate on")
-    if domains is not None and len(domains) != num_documents:
-        raise ValueError(f"there are {len(domains)} domains for {num_documents} documents; expected one for each")
-
-    windows = document_windows(offsets, window_chunks, stride_chunks)
-    width = max(numbers)
-    if measure_overlap and not is_stored:
-        width = max(width, min(OVERLAP_NEIGHBORS, most))
-    retrieved = {
-        share: split.neighbor_ids[:num_chunks]
-        if share == 1 and is_stored
-        else neighbors_in_share(datastore, split, num_chunks, width, share, seed, retriever)
-        for share in datastore_shares
-    }
+    if options.domains is not None and len(options.domains) != num_documents:
+        raise ValueError(
+            f"there are {len(options.domains)} domains for {num_documents} documents; expected one for each"
+        )
+    retrieved = _retrieved(datastore, split, num_chunks, options)
     overlap = None
-    if measure_overlap:
-        overlap = neighbor_overlap(datastore, split, num_chunks, None if is_stored else retrieved[max(retrieved)])
-    drawn = np.random.default_rng(seed).integers(len(datastore.chunks), size=(num_chunks, max(numbers)))
-    if "removed" in datastore.manifest:
-        living = np.flatnonzero(~datastore.is_removed(np.arange(len(datastore.chunks))))
-        drawn = living[drawn % len(living)]
+    if options.measure_overlap:
+        found_anew = None if _reads_stored(split, options) else retrieved[max(retrieved)]
+        overlap = neighbor_overlap(datastore, split, num_chunks, found_anew)
+    drawn = _drawn(datastore, num_chunks, max(options.numbers), options.seed)
+
+    windows = document_windows(offsets, options.window_chunks, options.stride_chunks)
     bits, bits_of_tokens, seconds = {}, {}, {}
-    for name, mode, number, share in _settings(modes, numbers, datastore_shares):
-        neighbors = None
-        description = f"Evaluating ({name})" if show_progress else None
+    for way, number, share in _ways(options):
+        name, neighbors = str(way), None
+        run = options.batch_size, f"Evaluating ({name})" if options.show_progress else None
+        neighbor_ids = (drawn if way.mode == "random" else retrieved[share])[:, :number]
         clock = read_clocks()
-        if mode == "in_front":
-            neighbor_ids = retrieved[share][:, :number]
-            found = in_front_bits(model, datastore, split, windows, neighbor_ids, batch_size, description)
+        if way.mode == "in_front":
+            found = in_front_bits(model, datastore, split, windows, neighbor_ids, *run)
             bits[name], num_tokens = map(summed_over_processes, found)
         else:
-            if mode != "off":
-                neighbor_ids = (drawn if mode == "random" else retrieved[share])[:, :number]
-                neighbors = NeighborSource(datastore, neighbor_ids, mode, seed)
-            found, counted = token_bits(model, datastore, split, windows, neighbors, batch_size, description)
+            if way.mode != "off":
+                neighbors = NeighborSource(datastore, neighbor_ids, way.mode, options.seed)
+            found, counted = token_bits(model, datastore, split, windows, neighbors, *run)
             bits[name], num_tokens = found.sum(-1), counted.sum(-1)
-            if keep_token_bits:
+            if options.keep_token_bits:
                 bits_of_tokens[name] = found
         seconds[name] = read_clocks() - clock
     return RetroEvaluation(
@@ -178,29 +117,58 @@ def evaluate_retro(
         chunk_bytes=np.asarray(split.chunks.num_bytes[:num_chunks]),
         document_offsets=offsets,
         num_tokens=int(num_tokens.sum()),
-        num_neighbors=numbers,
+        num_neighbors=options.numbers,
         overlap=overlap,
-        domains=None if domains is None else list(domains),
-        seed=seed,
+        domains=None if options.domains is None else list(options.domains),
+        seed=options.seed,
         chunk_tokens=num_tokens,
         token_bits=bits_of_tokens,
         seconds=seconds,
     )
 
 
-def _settings(
-    modes: Sequence[str], numbers: Sequence[int], shares: Sequence[float]
-) -> Iterator[tuple[str, str, int, float]]:
-    """Name, mode, number of neighbors and share of the datastore of each measurement."""
-    for mode in modes:
+def _ways(options: EvaluationOptions) -> Iterator[tuple[Way, int, float]]:
+    """Each measurement, with its number of neighbors and its share of the datastore, which a name need not have."""
+    numbers, shares = options.numbers, options.datastore_shares
+    for mode in options.modes:
         for number in numbers[:1] if mode == "off" else numbers:
             for share in shares[:1] if mode in ("off", "random") else shares:
-                name = mode
-                if mode != "off" and len(numbers) > 1:
-                    name += f" k={number}"
-                if mode not in ("off", "random") and tuple(shares) != (1.0,):
-                    name += f" share={share:g}"
-                yield name, mode, number, share
+                has_number = mode != "off" and len(numbers) > 1
+                has_share = mode not in ("off", "random") and tuple(shares) != (1.0,)
+                yield Way(mode, number if has_number else None, share if has_share else None), number, share
+
+
+def _reads_stored(split: DatastoreSplit, options: EvaluationOptions) -> bool:
+    """Whether neighbors are found in the way in which the stored ones were found."""
+    return options.retriever in (None, stored_retriever(split))
+
+
+def _retrieved(
+    datastore: RetroDatastore, split: DatastoreSplit, num_chunks: int, options: EvaluationOptions
+) -> dict[float, np.ndarray]:
+    """Neighbors int64 `[chunks, K]` for each share of the datastore: those that are stored, or found anew."""
+    is_stored = _reads_stored(split, options)
+    width, most = max(options.numbers), split.neighbor_ids.shape[1] if is_stored else len(datastore.chunks)
+    if width > most:
+        remedy = "neighbors of a chunk that are stored; run `retro neighbors` for more" if is_stored else "chunks"
+        raise ValueError(f"num_neighbors is {options.num_neighbors}, expected numbers from 1 to the {most} {remedy}")
+    if options.measure_overlap and not is_stored:
+        width = max(width, min(OVERLAP_NEIGHBORS, most))
+    return {
+        share: split.neighbor_ids[:num_chunks]
+        if share == 1 and is_stored
+        else neighbors_in_share(datastore, split, num_chunks, width, share, options.seed, options.retriever)
+        for share in options.datastore_shares
+    }
+
+
+def _drawn(datastore: RetroDatastore, num_chunks: int, num_neighbors: int, seed: int) -> np.ndarray:
+    """Random chunks of the datastore in place of neighbors, int64 `[chunks, k]`."""
+    drawn = np.random.default_rng(seed).integers(len(datastore.chunks), size=(num_chunks, num_neighbors))
+    if "removed" in datastore.manifest:
+        living = np.flatnonzero(~datastore.is_removed(np.arange(len(datastore.chunks))))
+        drawn = living[drawn % len(living)]
+    return drawn
 
 
 def stored_retriever(split: DatastoreSplit) -> str:

@@ -51,7 +51,7 @@ class RetroLM(HFLM):
             Number of neighbors of a chunk.
         retrieval (`bool`, *optional*, defaults to `True`):
             Whether to look up neighbors.
-        in_context (`bool`, *optional*, defaults to `False`):
+        in_front (`bool`, *optional*, defaults to `False`):
             Whether the model runs without retrieval and has the neighbors of the end of a question in front of it, as
             one would do without RETRO. Texts whose likelihood is asked for as a whole have none.
         reader (`str`, *optional*):
@@ -64,7 +64,7 @@ class RetroLM(HFLM):
             Passed to `HFLM`: `batch_size`, `max_length`, `add_bos_token`, …
 
     Raises:
-        ValueError: If the model does not fit the datastore, if `k` is below 1, or if `in_context` has no retrieval.
+        ValueError: If the model does not fit the datastore, if `k` is below 1, or if `in_front` has no retrieval.
 
     Example:
 
@@ -82,7 +82,7 @@ class RetroLM(HFLM):
         datastore: str | RetroDatastore,
         k: int = 2,
         retrieval: bool = True,
-        in_context: bool = False,
+        in_front: bool = False,
         reader: str | None = None,
         dtype: str = "float32",
         device: str | None = None,
@@ -90,8 +90,8 @@ class RetroLM(HFLM):
     ):
         if k < 1:
             raise ValueError(f"k is {k}, expected at least 1; `retrieval=False` evaluates without neighbors")
-        if in_context and not retrieval:
-            raise ValueError("in_context is true and retrieval false; neighbors in front of a question are looked up")
+        if in_front and not retrieval:
+            raise ValueError("in_front is true and retrieval false; neighbors in front of a question are looked up")
         if isinstance(datastore, str):
             datastore = open_datastore(datastore)
         if isinstance(pretrained, str):
@@ -99,8 +99,8 @@ class RetroLM(HFLM):
         pretrained = pretrained.to(device or PartialState().device)
         pretrained.config.num_neighbors = k
         self.retriever = RetroRetriever(datastore) if retrieval else None
-        self.in_context = in_context
-        pretrained.set_retriever(None if in_context else self.retriever)
+        self.in_front = in_front
+        pretrained.set_retriever(None if in_front else self.retriever)
         # The harness sets a pad token, which the datastore's tokenizer must not have from then on.
         super().__init__(pretrained, tokenizer=copy.deepcopy(datastore.tokenizer), backend="causal", **kwargs)
 
@@ -129,7 +129,7 @@ class RetroLM(HFLM):
             return self.model(inps, attention_mask=mask, position_ids=position_ids).logits
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.retriever is not None and not self.in_context:
+        if self.retriever is not None and not self.in_front:
             mask = kwargs["attention_mask"]
             missing = -mask.sum(-1, keepdim=True) % self.retriever.datastore.chunk_size
             kwargs["position_ids"] = (mask.cumsum(-1) - 1 + missing) * mask
@@ -157,7 +157,7 @@ class RetroLM(HFLM):
     def _looked_up(self, tokens: list[int], max_tokens: int) -> list[int]:
         """A question as the model gets it: in whole chunks, with hidden tokens in front, or behind neighbors."""
         chunk_size = self.retriever.datastore.chunk_size
-        if not self.in_context:
+        if not self.in_front:
             if max_tokens < chunk_size:
                 raise ValueError(
                     f"max_length is {self.max_length}, which leaves no whole chunk of {chunk_size} tokens for the "

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from modeling_retro.durable_files_retro import write_text
-from modeling_retro.model_card_retro import evaluation_tables
+from modeling_retro.model_card_retro import Way, evaluation_tables
 
 
 OVERLAP_EDGES = np.arange(9) / 8
@@ -52,9 +52,10 @@ class Difference:
 @dataclass
 class RetroEvaluation:
     """
-    The results of [`~trainers.evaluate_retro`]. The name of a way to retrieve is its mode, such as `"on"`.
-    If several numbers of neighbors are measured, the number is added (`"on k=2"`), and if only a share of the
-    datastore is searched, the share is added (`"on k=2 share=0.5"`).
+    The results of [`~trainers.evaluate_retro`]. Each way to retrieve has the name of a
+    [`~modeling_retro.model_card_retro.Way`]: its mode, such as `"on"`. If several numbers of neighbors are measured,
+    the number is added (`"on k=2"`), and if only a share of the datastore is searched, the share is added (`"on k=2
+    share=0.5"`).
 
     Args:
         chunk_bits (`dict[str, np.ndarray]`):
@@ -139,8 +140,7 @@ class RetroEvaluation:
 
     def references(self, name: str) -> list[str]:
         """The ways that `name` is compared with: no retrieval, and the same number of random neighbors."""
-        words = [word for word in name.split()[1:] if not word.startswith("share=")]
-        candidates = ["off", " ".join(["random", *words])]
+        candidates = map(str, Way.parse(name).references())
         return [candidate for candidate in candidates if candidate in self.chunk_bits and candidate != name]
 
     def overlap_curve(self) -> list[dict]:

@@ -14,7 +14,7 @@
 """RETRO beside its rivals on the same tokens: in-context retrieval and kNN-LM, with what each way costs"""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,19 @@ from transformers import PreTrainedModel
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.manifest import TRAIN_SPLIT
 from modeling_retro.datastore.splits import DatastoreSplit
+from modeling_retro.model_card_retro import Way
 
 from .evaluate import evaluate_retro, stored_retriever
-from .knn_lm import build_knn_store, neighbor_distribution
+from .knn_lm import KnnStore, build_knn_store, neighbor_distribution
 from .operations import operations_per_token
+from .options import EvaluationOptions
 from .report import RetroEvaluation
 from .windows import document_offsets, document_windows
 
 
-BASELINES = ("in_context", "knn_lm")
+# The command line and reports know the neighbors in front by this name of their literature.
+IN_CONTEXT = "in_context"
+BASELINES = (IN_CONTEXT, "knn_lm")
 
 
 def evaluate_rivals(
@@ -43,17 +47,8 @@ def evaluate_rivals(
     knn_folder: str | Path | None = None,
     knn_factory: str = "auto",
     knn_neighbors: int = 1024,
-    modes: Sequence[str] = ("off", "random", "on"),
-    num_neighbors: int | Sequence[int] = 2,
-    datastore_shares: Sequence[float] = (1.0,),
-    window_chunks: int = 32,
-    stride_chunks: int = 16,
-    batch_size: int = 8,
-    max_documents: int | None = None,
-    retriever: str | None = None,
-    seed: int = 0,
-    show_progress: bool = True,
-    **kwargs: Any,
+    options: EvaluationOptions | None = None,
+    **fields: Any,
 ) -> RetroEvaluation:
     """
     Measures a RETRO model beside its rivals on the same tokens and windows: `in_context` is the mode `"in_front"` of
@@ -82,8 +77,10 @@ def evaluate_rivals(
             The faiss factory of its index.
         knn_neighbors (`int`, *optional*, defaults to 1024):
             Number of keys to find for each token.
-        kwargs:
-            All others are those of [`~trainers.evaluate_retro`].
+        options ([`~trainers.EvaluationOptions`], *optional*):
+            What to measure beside the rivals.
+        fields:
+            Fields of the options, which override those of `options`.
 
     Returns:
         [`RetroEvaluation`]
@@ -96,106 +93,131 @@ def evaluate_rivals(
     unknown = sorted(set(baselines) - set(BASELINES))
     if unknown:
         raise ValueError(f"unknown baselines {', '.join(unknown)}; expected some of {', '.join(BASELINES)}")
-    if tuple(datastore_shares) != (1.0,):
+    options = replace(options or EvaluationOptions(), **fields)
+    if tuple(options.datastore_shares) != (1.0,):
         raise ValueError(
-            f"datastore_shares is {list(datastore_shares)}, expected 1 with baselines; measure shares alone"
+            f"datastore_shares is {list(options.datastore_shares)}, expected 1 with baselines; measure shares alone"
         )
     has_knn = "knn_lm" in baselines
-    if has_knn and (knn_folder is None or "off" not in modes or knn_neighbors < 1):
+    if has_knn and (knn_folder is None or "off" not in options.modes or knn_neighbors < 1):
         raise ValueError(
-            f"the baseline knn_lm has knn_folder {knn_folder}, modes {', '.join(modes)} and knn_neighbors "
+            f"the baseline knn_lm has knn_folder {knn_folder}, modes {', '.join(options.modes)} and knn_neighbors "
             f"{knn_neighbors}, expected a folder, off among the modes and at least 1"
         )
     if has_knn:
-        num_documents = len(document_offsets(split.chunks.document_id, max_documents)) - 1
-        if num_documents < 2:
+        if len(document_offsets(split.chunks.document_id, options.max_documents)) < 3:
             raise ValueError("the kNN-LM is tuned on some documents and measured on others; there is only one")
         store = build_knn_store(
-            model, datastore, knn_folder, knn_factory, window_chunks, batch_size, seed, show_progress
+            model,
+            datastore,
+            knn_folder,
+            knn_factory,
+            options.window_chunks,
+            options.batch_size,
+            options.seed,
+            options.show_progress,
         )
-    modes = list(dict.fromkeys([*modes, *(["in_front"] if "in_context" in baselines else [])]))
-    evaluation = evaluate_retro(
-        model,
-        datastore,
-        split,
-        modes,
-        num_neighbors,
-        window_chunks=window_chunks,
-        stride_chunks=stride_chunks,
-        batch_size=batch_size,
-        max_documents=max_documents,
-        retriever=retriever,
-        seed=seed,
-        keep_token_bits=has_knn,
-        show_progress=show_progress,
-        **kwargs,
-    )
+    modes = list(dict.fromkeys([*options.modes, *(["in_front"] if IN_CONTEXT in baselines else [])]))
+    options = replace(options, modes=modes, keep_token_bits=has_knn)
+    evaluation = evaluate_retro(model, datastore, split, options)
     num_tokens = evaluation.num_tokens
-    storage = datastore_bytes(datastore, retriever or stored_retriever(split))
-    ways: dict[str, tuple[float, np.ndarray, float]] = {}  # operations, seconds, stored bytes
-    operations = _operations(model, evaluation, modes, window_chunks)
-    for name, seconds in evaluation.seconds.items():
-        ways[name] = operations[name], seconds, 0 if name == "off" else storage
+    storage = datastore_bytes(datastore, options.retriever or stored_retriever(split))
+    operations = _operations(model, evaluation, options)
+    costs = {
+        name: Cost(operations[name], seconds, 0 if name == "off" else storage)
+        for name, seconds in evaluation.seconds.items()
+    }
     if has_knn:
-        windows = document_windows(evaluation.document_offsets, window_chunks, stride_chunks)
-        description = "Evaluating (knn_lm)" if show_progress else None
-        found = neighbor_distribution(model, split, windows, store, batch_size, knn_neighbors, description)
-        is_tuning = np.zeros(num_documents, dtype=bool)
-        is_tuning[np.random.default_rng(seed).permutation(num_documents)[: max(1, num_documents // 10)]] = True
-        tuning_chunks = np.repeat(is_tuning, np.diff(evaluation.document_offsets))
-        settings = {}
-        for name in [name for name in evaluation.token_bits if name.split()[0] in ("off", "on")]:
-            bits = evaluation.token_bits[name]
-            weight, temperature = found.tune(bits, tuning_chunks)
-            mixed = "knn_lm" if name == "off" else f"{name} + knn_lm"
-            evaluation.chunk_bits[mixed] = found.mixed_bits(bits, weight, temperature).sum(-1)
-            settings[mixed] = {"weight": weight, "temperature": found.temperatures[temperature]}
-            count, seconds, stored = ways[name]
-            count += store.operations_per_search
-            seconds = seconds + found.search_seconds
-            if name != "off":  # The keys are found by the states of the base, which retrieval changes.
-                count, seconds = count + operations["off"], seconds + found.state_seconds
-            ways[mixed] = count, seconds, stored + store.num_bytes
-        evaluation.knn_lm = {
-            **store.record,
-            "neighbors": knn_neighbors,
-            "tuning_documents": int(is_tuning.sum()),
-            "mixtures": settings,
-        }
-        evaluation = evaluation.only(~is_tuning)
+        evaluation = _mix_with_knn_lm(model, split, evaluation, costs, store, knn_neighbors, options)
     evaluation.rivals = {
-        _public(name): {
-            "operations_per_token": float(count),
-            "milliseconds_per_token": float(seconds[0] * 1000 / num_tokens),
-            "processor_milliseconds_per_token": float(seconds[1] * 1000 / num_tokens),
-            "storage_bytes": int(stored),
+        _in_report(name): {
+            "operations_per_token": float(cost.operations),
+            "milliseconds_per_token": float(cost.seconds[0] * 1000 / num_tokens),
+            "processor_milliseconds_per_token": float(cost.seconds[1] * 1000 / num_tokens),
+            "storage_bytes": int(cost.storage),
         }
-        for name, (count, seconds, stored) in ways.items()
+        for name, cost in costs.items()
     }
     return replace(
         evaluation,
-        chunk_bits={_public(name): bits for name, bits in evaluation.chunk_bits.items()},
-        seconds={_public(name): seconds for name, seconds in evaluation.seconds.items()},
+        chunk_bits={_in_report(name): bits for name, bits in evaluation.chunk_bits.items()},
+        seconds={_in_report(name): seconds for name, seconds in evaluation.seconds.items()},
     )
 
 
-def _public(name: str) -> str:
-    return name.replace("in_front", "in_context")
+@dataclass
+class Cost:
+    """
+    What a way to retrieve costs.
+
+    Args:
+        operations (`float`): Operations for a token.
+        seconds (`np.ndarray`): Wall-clock time and processor time of the measurement, float64 `[2]`.
+        storage (`int`): Stored bytes.
+    """
+
+    operations: float
+    seconds: np.ndarray
+    storage: int
 
 
-def _operations(
-    model: PreTrainedModel, evaluation: RetroEvaluation, modes: Sequence[str], window_chunks: int
-) -> dict[str, float]:
-    counted = {}
-    for number in evaluation.num_neighbors:
-        wanted = ("off", "on", "in_front") if "in_front" in modes else ("off", "on")
-        found = operations_per_token(model, number, window_chunks, wanted)
-        words = f" k={number}" if len(evaluation.num_neighbors) > 1 else ""
-        counted["off"] = found["off"]
-        for mode in modes:
-            if mode != "off":
-                counted[mode + words] = found["in_front" if mode == "in_front" else "on"]
-    return counted
+def _in_report(name: str) -> str:
+    """The name of a way in the report of rivals, where the mode `in_front` has the name of its baseline."""
+    way = Way.parse(name)
+    return str(replace(way, mode=IN_CONTEXT)) if way.mode == "in_front" else name
+
+
+def _mix_with_knn_lm(
+    model: PreTrainedModel,
+    split: DatastoreSplit,
+    evaluation: RetroEvaluation,
+    costs: dict[str, Cost],
+    store: KnnStore,
+    num_neighbors: int,
+    options: EvaluationOptions,
+) -> RetroEvaluation:
+    """Adds the mixtures and their costs, and leaves out the documents on which the mixtures were tuned."""
+    windows = document_windows(evaluation.document_offsets, options.window_chunks, options.stride_chunks)
+    description = "Evaluating (knn_lm)" if options.show_progress else None
+    found = neighbor_distribution(model, split, windows, store, options.batch_size, num_neighbors, description)
+    num_documents = len(evaluation.document_offsets) - 1
+    is_tuning = np.zeros(num_documents, dtype=bool)
+    is_tuning[np.random.default_rng(options.seed).permutation(num_documents)[: max(1, num_documents // 10)]] = True
+    tuning_chunks = np.repeat(is_tuning, np.diff(evaluation.document_offsets))
+    mixtures = {}
+    for name, bits in evaluation.token_bits.items():
+        way = Way.parse(name)
+        if way.mode not in ("off", "on"):
+            continue
+        weight, temperature = found.tune(bits, tuning_chunks)
+        mixed = str(Way("knn_lm") if way.mode == "off" else replace(way, has_knn_lm=True))
+        evaluation.chunk_bits[mixed] = found.mixed_bits(bits, weight, temperature).sum(-1)
+        mixtures[mixed] = {"weight": weight, "temperature": found.temperatures[temperature]}
+        cost = costs[name]
+        count, seconds = cost.operations + store.operations_per_search, cost.seconds + found.search_seconds
+        if way.mode != "off":  # The keys are found by the states of the base, which retrieval changes.
+            count, seconds = count + costs["off"].operations, seconds + found.state_seconds
+        costs[mixed] = Cost(count, seconds, cost.storage + store.num_bytes)
+    evaluation.knn_lm = {
+        **store.record,
+        "neighbors": num_neighbors,
+        "tuning_documents": int(is_tuning.sum()),
+        "mixtures": mixtures,
+    }
+    return evaluation.only(~is_tuning)
+
+
+def _operations(model: PreTrainedModel, evaluation: RetroEvaluation, options: EvaluationOptions) -> dict[str, float]:
+    """Operations for a token, for each way that was measured."""
+    wanted = tuple(mode for mode in ("off", "on", "in_front") if mode != "in_front" or mode in options.modes)
+    window = options.window_chunks
+    counted = {number: operations_per_token(model, number, window, wanted) for number in options.numbers}
+    found = {}
+    for name in evaluation.chunk_bits:
+        way = Way.parse(name)
+        number = options.numbers[0] if way.num_neighbors is None else way.num_neighbors
+        found[name] = counted[number][way.mode if way.mode in ("off", "in_front") else "on"]
+    return found
 
 
 def datastore_bytes(datastore: RetroDatastore, retriever: str) -> int:

@@ -118,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from modeling_retro.datastore.manifest import describe_datastore
     from modeling_retro.model_card_retro import save_model_card
     from trainers.evaluation.evaluate import evaluate_retro, stored_retriever
+    from trainers.evaluation.options import EvaluationOptions
     from trainers.evaluation.rivals import evaluate_rivals
 
     from ..load_model import load_retro_model
@@ -132,42 +133,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     datastore = RetroDatastore.from_pretrained(arguments.datastore)
     split = datastore.split(arguments.split)
     dtype = getattr(torch, arguments.dtype)
-    options = {
-        "window_chunks": arguments.window_chunks,
-        "stride_chunks": arguments.stride_chunks,
-        "batch_size": arguments.batch_size,
-        "max_documents": arguments.max_documents,
-        "seed": arguments.seed,
-    }
     domains = None
     if arguments.domains is not None:
         domains = Path(arguments.domains).read_text(encoding="utf-8").splitlines()
+    options = EvaluationOptions(
+        modes=arguments.modes,
+        num_neighbors=arguments.num_neighbors,
+        datastore_shares=arguments.datastore_share,
+        window_chunks=arguments.window_chunks,
+        stride_chunks=arguments.stride_chunks,
+        batch_size=arguments.batch_size,
+        max_documents=arguments.max_documents,
+        measure_overlap=arguments.overlap,
+        domains=domains,
+        retriever=arguments.retriever,
+        seed=arguments.seed,
+    )
     model = load_retro_model(arguments.model, datastore, dtype=dtype, reader=arguments.reader).to(state.device)
-    ways = {
-        "modes": arguments.modes,
-        "num_neighbors": arguments.num_neighbors,
-        "datastore_shares": arguments.datastore_share,
-        "measure_overlap": arguments.overlap,
-        "domains": domains,
-        "retriever": arguments.retriever,
-        **options,
-    }
     if arguments.baselines:
         evaluation = evaluate_rivals(
             model,
             datastore,
             split,
             arguments.baselines,
-            knn_folder=arguments.knn_folder or Path(arguments.output_dir) / "knn_lm",
-            knn_factory=arguments.knn_factory,
-            knn_neighbors=arguments.knn_neighbors,
-            **ways,
+            arguments.knn_folder or Path(arguments.output_dir) / "knn_lm",
+            arguments.knn_factory,
+            arguments.knn_neighbors,
+            options,
         )
     else:
-        evaluation = evaluate_retro(model, datastore, split, **ways)
+        evaluation = evaluate_retro(model, datastore, split, options)
     if arguments.baseline is not None:
         baseline = load_retro_model(arguments.baseline, datastore, dtype=dtype).to(state.device)
-        measured = evaluate_retro(baseline, datastore, split, modes=["off"], **options)
+        without = {"modes": ["off"], "datastore_shares": (1.0,), "measure_overlap": False, "domains": None}
+        measured = evaluate_retro(baseline, datastore, split, options, **without)
         evaluation.chunk_bits["baseline"] = measured.chunk_bits["off"]
     if state.is_main_process:
         facts = {

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.datastore,
         k=arguments.num_neighbors,
         retrieval=arguments.retrieval,
-        in_context=arguments.in_context,
+        in_front=arguments.in_context,
         reader=arguments.reader,
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
