@@ -18,14 +18,16 @@ again.
 ```bash
 retro import --format norlund --source index.spec.json --output-dir datastore --tokenizer google-t5/t5-base \
     --encoder sentence-transformers/all-MiniLM-L6-v2
+retro import --format norlund --source val.data.spec.json --output-dir datastore --tokenizer google-t5/t5-base \
+    --split validation
 retro import --format retro_pytorch --source train.chunks.dat --output-dir datastore \
     --tokenizer google-bert/bert-base-cased
 ```
 
 The format `norlund` takes an `index.spec.json`, or a `data.spec.json` that also has neighbors. The format
-`retro_pytorch` takes the memory map of the chunks. The files `*.doc_ids.dat`, `*.chunks.knn.dat` and `*.stats.json`,
-which holds the sizes, are found beside it unless they are given. If embeddings, index or neighbors are missing, the
-other stages make them as usual.
+`retro_pytorch` takes the memory map of the chunks. The files `*.doc_ids.dat`, `*.chunks.knn.dat` and
+`processed-stats.json`, which holds the sizes, are found beside it unless they are given. If embeddings, index or
+neighbors are missing, the other stages make them as usual.
 """
 
 from collections.abc import Sequence

@@ -16,9 +16,9 @@ Imports data sets of other RETRO implementations into a datastore, so that they 
 again.
 
 The format `norlund` takes an `index.spec.json`, or a `data.spec.json` that also has neighbors. The format
-`retro_pytorch` takes the memory map of the chunks. The files `*.doc_ids.dat`, `*.chunks.knn.dat` and `*.stats.json`,
-which holds the sizes, are found beside it unless they are given. If embeddings, index or neighbors are missing, the
-other stages make them as usual.
+`retro_pytorch` takes the memory map of the chunks. The files `*.doc_ids.dat`, `*.chunks.knn.dat` and
+`processed-stats.json`, which holds the sizes, are found beside it unless they are given. If embeddings, index or
+neighbors are missing, the other stages make them as usual.
 """
 
 import json
@@ -72,6 +72,8 @@ class ForeignShard:
     document_id: np.ndarray
     embeddings: np.ndarray | None = None
     neighbors: np.ndarray | None = None
+    # Number of chunks among which the neighbors were searched, if the files say so
+    searched: int | None = None
 
 
 def import_datastore(
@@ -113,7 +115,7 @@ def import_datastore(
             names it.
     """
     if format == "norlund":
-        shards = read_norlund(Path(source))
+        shards = read_norlund(Path(source), is_searched=split == TRAIN_SPLIT)
     elif format == "retro_pytorch":
         shards = read_retro_pytorch(Path(source), doc_ids, knn, stats, chunk_size)
     else:
@@ -147,29 +149,49 @@ def _load(path: Path, dimensions: int, rows: int | None = None) -> np.ndarray:
     return array
 
 
-def read_norlund(spec: Path) -> list[ForeignShard]:
+def _read_spec(spec: Path) -> tuple[list[dict[str, Path]], Path | None]:
+    """The files of each shard of a spec file, and the spec file of the chunks that neighbors are, if it names one."""
+    try:
+        content = json.loads(spec.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {spec}: {error}") from error
+    entries = content["shards"] if isinstance(content, dict) and "shards" in content else content
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "chunks" in entry for entry in entries):
+        raise ValueError(f"{spec} is neither a list of shards nor a mapping with `shards`; each shard has `chunks`")
+    shards = [{key: spec.parent / value for key, value in entry.items()} for entry in entries]
+    index_spec = content.get("neighbours", {}).get("index_spec") if isinstance(content, dict) else None
+    return shards, None if index_spec is None else spec.parent / index_spec
+
+
+def read_norlund(spec: Path, is_searched: bool = True) -> list[ForeignShard]:
     """
-    Reads `index.spec.json` (a list of shards) or `data.spec.json` (`shards` with neighbors).
+    Reads `index.spec.json` (a list of shards with embeddings) or `data.spec.json` (`shards` with neighbors). The
+    latter names the former: if both list the same shards, the embeddings are taken from there.
 
     Args:
         spec (`Path`): The file. Paths in it are relative to its folder.
+        is_searched (`bool`, *optional*, defaults to `True`): Whether the neighbors are to be found among these chunks.
 
     Raises:
         ValueError: If a file is missing or two files disagree.
     """
-    try:
-        content = json.loads(spec.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{spec} is not valid JSON: {error}") from error
-    entries = content["shards"] if isinstance(content, dict) and "shards" in content else content
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "chunks" in entry for entry in entries):
-        raise ValueError(f"{spec} is neither a list of shards nor a mapping with `shards`; each shard has `chunks`")
+    entries, index_spec = _read_spec(spec)
+    searched = None
+    if index_spec is not None:
+        indexed, _ = _read_spec(index_spec)
+        if [files["chunks"].resolve() for files in entries] == [files["chunks"].resolve() for files in indexed]:
+            entries = [found | files for found, files in zip(indexed, entries, strict=True)]
+        elif is_searched:
+            raise ValueError(
+                f"the neighbors of {spec} are chunks of {index_spec}, which lists other shards or another order; "
+                f"import {index_spec.name} first, and {spec.name} into another split of the same datastore (--split)"
+            )
+        searched = sum(len(_load(files["chunks"], 2)) for files in indexed)
     shards, first_document = [], 0
-    for entry in entries:
-        files = {key: spec.parent / value for key, value in entry.items()}
+    for files in entries:
         for key in ("seq2chunk", "chunk2seq"):
             if key not in files:
-                raise ValueError(f"{spec}: the shard {entry['chunks']} has no {key}")
+                raise ValueError(f"{spec}: the shard {files['chunks']} has no {key}")
         chunks = _load(files["chunks"], 2)
         document_id = np.asarray(_load(files["chunk2seq"], 1, len(chunks)), dtype=np.int64)
         starts = np.flatnonzero(np.diff(document_id, prepend=-1))
@@ -182,6 +204,7 @@ def read_norlund(spec: Path) -> list[ForeignShard]:
                 document_id=document_id + first_document,
                 embeddings=_load(files["embeddings"], 2, len(chunks)) if "embeddings" in files else None,
                 neighbors=_load(files["neighbours"], 2, len(chunks)) if "neighbours" in files else None,
+                searched=searched,
             )
         )
         first_document += len(starts)
@@ -203,7 +226,7 @@ def read_retro_pytorch(
         chunks (`Path`): The file of the chunks, such as `train.chunks.dat`.
         doc_ids (`str` or `Path`, *optional*): Defaults to `train.doc_ids.dat`.
         knn (`str` or `Path`, *optional*): Defaults to `train.chunks.knn.dat`, if there is one.
-        stats (`str` or `Path`, *optional*): Defaults to `train.stats.json`.
+        stats (`str` or `Path`, *optional*): Defaults to `processed-stats.json`, or else `train.stats.json`.
         chunk_size (`int`, *optional*, defaults to 64): Number m of tokens in a chunk.
 
     Raises:
@@ -211,18 +234,26 @@ def read_retro_pytorch(
     """
     stem = chunks.name.removesuffix(".dat").removesuffix(".chunks")
     doc_ids = Path(doc_ids or chunks.with_name(f"{stem}.doc_ids.dat"))
-    stats = Path(stats or chunks.with_name(f"{stem}.stats.json"))
+    if stats is None:
+        names = ("processed-stats.json", f"{stem}.stats.json")
+        stats = next(
+            (file for name in names if (file := chunks.with_name(name)).is_file()), chunks.with_name(names[0])
+        )
+    stats = Path(stats)
     default_knn = chunks.with_name(f"{stem}.chunks.knn.dat")
     knn = Path(knn) if knn is not None else default_knn if default_knn.exists() else None
     for file in (chunks, doc_ids, stats, knn):
         if file is not None and not file.is_file():
             raise ValueError(f"{file} is missing")
-    number = json.loads(stats.read_text(encoding="utf-8"))["chunks"]
+    try:
+        number = int(json.loads(stats.read_text(encoding="utf-8"))["chunks"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{stats}: expected {{"chunks": …, "docs": …, "seqs": …}}: {error}') from error
 
     def memory_map(file: Path, width: int | None) -> np.ndarray:
         # The maps are allocated for the largest possible number of chunks, and the rest is empty.
         values = np.memmap(file, dtype=np.int32, mode="r")
-        width = width or len(values) // max(1, number)
+        width = width or _width_of_rows(values, number)
         if width == 0 or len(values) < number * width:
             raise ValueError(f"{file} holds {len(values)} numbers, fewer than {number} chunks of {width} ({stats})")
         return values[: number * width].reshape(number, width)
@@ -235,6 +266,15 @@ def read_retro_pytorch(
             neighbors=None if knn is None else memory_map(knn, None),
         )
     ]
+
+
+def _width_of_rows(values: np.ndarray, number: int) -> int:
+    """
+    The length k of each of `number` rows of distinct ids. Reading them for training appends rows of zeros to the file,
+    so its size alone does not say it: it is the smallest k after whose last row there are only zeros.
+    """
+    used = len(values) if not values.any() else int(np.flatnonzero(values)[-1]) + 1
+    return -(-used // max(1, number))
 
 
 def _check_shards(shards: Sequence[ForeignShard], vocab_size: int) -> None:
@@ -388,6 +428,11 @@ def _write_neighbors(path: Path, manifest: dict[str, Any], split: str, shards: S
     total = manifest["splits"].get(TRAIN_SPLIT, {}).get("chunks", {}).get("num_chunks", 0)
     k = shards[0].neighbors.shape[1]
     for shard in shards:
+        if shard.searched not in (None, total):
+            raise ValueError(
+                f"the neighbors of {shard.name} were searched among {shard.searched} chunks, and the split "
+                f"{TRAIN_SPLIT!r} has {total}; import the index.spec.json that they belong to first"
+            )
         low, high = int(shard.neighbors.min()), int(shard.neighbors.max())
         if shard.neighbors.shape[1] != k or low < -1 or high >= total:
             raise ValueError(
