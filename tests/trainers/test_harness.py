@@ -43,6 +43,7 @@ from trainers.evaluation.harness_tasks import (  # noqa: E402
     score_definition,
     score_line,
 )
+from trainers.evaluation.questions import hidden_questions  # noqa: E402
 
 
 QUESTIONS = [
@@ -336,8 +337,13 @@ def test_tasks_made_of_a_datastore_are_run(folders, tiny_tokenizer, tiny_encoder
     build_index(tmp_path / "datastore", factory="Flat")
     main(
         ["lm-eval-tasks", "--datastore", str(tmp_path / "datastore"), "--output_dir", str(tmp_path / "tasks")]
-        + ["--num_questions", "10"]
+        + ["--num_questions", "10", "--num_passages", "2"]
     )
+    # No fact fits in a neighbor of 16 tokens.
+    assert sorted(path.stem for path in (tmp_path / "tasks").glob("*.yaml")) == [
+        "retro_definitions",
+        "retro_next_line",
+    ]
     questions = {
         name: [json.loads(line) for line in (tmp_path / "tasks" / f"retro_{name}.jsonl").read_text().splitlines()]
         for name in ("next_line", "definitions")
@@ -355,3 +361,20 @@ def test_tasks_made_of_a_datastore_are_run(folders, tiny_tokenizer, tiny_encoder
     for name in ("retro_next_line", "retro_definitions"):
         assert results[name]["exact_match,none"] == 0
         assert 0 <= results[name]["edit_similarity,none"] < 1
+
+
+def test_questions_are_written_with_their_passages(tiny_tokenizer, tmp_path):
+    lines = ["looks things up in a retro datastore: " + " ".join(["things"] * n) + "." for n in range(9)]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": " ".join(lines)}) + "\n")
+        chunk_documents(
+            tmp_path / f"{split}.jsonl", tmp_path / "datastore", tiny_tokenizer, split=split, chunk_size=64
+        )
+    options = ["--num_questions", "5", "--num_passages", "1", "3", "--output_dir", str(tmp_path / "tasks")]
+    main(["lm-eval-tasks", "--datastore", str(tmp_path / "datastore"), *options])
+    tasks = tmp_path / "tasks"
+    assert {"retro_one_key_1.yaml", "retro_one_key_3.yaml"} <= {path.name for path in tasks.iterdir()}
+    asked = [json.loads(line) for line in (tasks / "retro_one_key_3.jsonl").read_text().splitlines()]
+    texts = [" ".join(lines)]
+    assert asked == hidden_questions("one_key", texts, tiny_tokenizer, 3, num_questions=5, max_tokens=128)
+    assert all(len(tiny_tokenizer(text)["input_ids"]) <= 128 for each in asked for text in each["passages"])

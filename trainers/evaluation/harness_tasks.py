@@ -12,24 +12,31 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Two tasks for the [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness), made from the texts of
-a datastore: the next line of held-out documents, and the definitions of terms in the documents that are searched.
+Tasks for the [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness), made from the texts of a
+datastore: the next line of held-out documents, the definitions of terms in the documents that are searched, and
+questions about facts that are hidden in given passages of these documents.
 """
 
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from transformers.utils import logging
 
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.splits import DatastoreSplit
 from modeling_retro.durable_files_retro import write_text
 
+from .questions import KINDS, MAX_ANSWER_TOKENS, hidden_questions
+
+
+logger = logging.get_logger(__name__)
 
 # A term at the start of a line, and what it is said to be. Pronouns are no terms, because nobody knows what they mean.
 DEFINITION = re.compile(
@@ -38,7 +45,11 @@ DEFINITION = re.compile(
     re.MULTILINE,
 )
 DEFINITION_WORDS = 5
-SCORING = "from trainers.evaluation.harness_tasks import score_definition, score_line\n"
+SCORING = """\
+from trainers.evaluation.harness_tasks import score_definition, score_line
+from trainers.evaluation.questions import score_no_answer, score_question
+"""
+NUM_TEXTS = 500  # from which passages are drawn
 
 
 def next_line_questions(text: str, generator: np.random.Generator, max_lines: int = 40) -> list[dict[str, str]]:
@@ -113,10 +124,12 @@ def write_tasks(
     split: str = "validation",
     num_questions: int = 200,
     seed: int = 0,
+    num_passages: Sequence[int] = (1, 2, 4, 10),
 ) -> dict[str, int]:
     """
-    Writes the tasks `retro_next_line`, from the held-out documents, and `retro_definitions`, from the documents that
-    are searched. A task for which the texts hold no questions is left out.
+    Writes the tasks `retro_next_line`, from the held-out documents, and `retro_definitions` and questions with
+    passages such as `retro_one_key_4` (see [`~trainers.evaluation.questions.hidden_questions`]), from the documents
+    that are searched. A task for which the texts hold no questions is left out.
 
     Args:
         datastore ([`RetroDatastore`]): The datastore.
@@ -124,49 +137,82 @@ def write_tasks(
         split (`str`, *optional*, defaults to `"validation"`): The held-out documents.
         num_questions (`int`, *optional*, defaults to 200): Largest number of questions of a task, one a document.
         seed (`int`, *optional*, defaults to 0): Seed of the documents and of the places in them.
+        num_passages (`Sequence[int]`, *optional*, defaults to `(1, 2, 4, 10)`):
+            Numbers of passages of the questions that have passages. Each is a task.
 
     Returns:
         `dict[str, int]`: the number of questions of each task.
 
     Raises:
-        ValueError: If neither task has a question.
+        ValueError: If no task has a question.
     """
     output_dir = Path(output_dir).resolve()
     written = {}
     for name, source in (("retro_next_line", datastore.split(split)), ("retro_definitions", datastore)):
         make, score, generation = TASKS[name]
         generator = np.random.default_rng(seed)
-        questions: list[dict[str, str]] = []
+        questions: list[dict[str, Any]] = []
         for text in _texts(source, datastore.tokenizer, generator):
             questions += make(text, generator)
             if len(questions) == num_questions:
                 break
         if not questions:
             continue
-        data = output_dir / f"{name}.jsonl"
-        write_text(data, "".join(json.dumps(question, ensure_ascii=False) + "\n" for question in questions))
         task = {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(data)}},
-            "test_split": "test",
-            "output_type": "generate_until",
             "doc_to_text": "question",
             "doc_to_target": "answer",
-            "generation_kwargs": {**generation, "do_sample": False},
-            "metric_list": [
-                {"metric": metric, "aggregation": "mean", "higher_is_better": True}
-                for metric in ("exact_match", "edit_similarity")
-            ],
+            "generation_kwargs": generation,
+            "metric_list": ["exact_match", "edit_similarity"],
         }
-        # The harness's own tag, which no YAML library writes.
-        text = yaml.safe_dump(task, sort_keys=False) + f"process_results: !function retro_scoring.{score}\n"
-        write_text(output_dir / f"{name}.yaml", text)
+        _write_task(output_dir, name, questions, score, task)
+        written[name] = len(questions)
+    texts = list(islice(_texts(datastore, datastore.tokenizer, np.random.default_rng(seed)), NUM_TEXTS))
+    for kind, number in product(KINDS, num_passages):
+        try:
+            questions = hidden_questions(
+                kind, texts, datastore.tokenizer, number, num_questions, seed, datastore.neighbor_length
+            )
+        except ValueError as error:
+            logger.warning(f"No questions of the kind {kind} with {number} passages are written: {error}.")
+            continue
+        score = "score_no_answer" if kind == "no_answer" else "score_question"
+        task = {
+            "doc_to_text": "Question: {{question}}\nAnswer:",
+            "doc_to_target": "{{answers[0] | join(' ')}}",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": MAX_ANSWER_TOKENS},
+            "metric_list": ["invented"] if kind == "no_answer" else ["exact_match", "f1"],
+        }
+        name = f"retro_{kind}_{number}"
+        _write_task(output_dir, name, questions, score, task)
         written[name] = len(questions)
     if not written:
-        raise ValueError("the documents have neither lines to continue nor definitions to ask for")
+        raise ValueError("the documents have neither lines to continue nor definitions to ask for nor room for facts")
     write_text(output_dir / "retro_scoring.py", SCORING)
     return written
+
+
+def _write_task(
+    output_dir: Path, name: str, questions: Sequence[dict[str, Any]], score: str, task: dict[str, Any]
+) -> None:
+    """Writes the questions and the YAML file of a task."""
+    data = output_dir / f"{name}.jsonl"
+    write_text(data, "".join(json.dumps(question, ensure_ascii=False) + "\n" for question in questions))
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        **task,
+        "generation_kwargs": {**task["generation_kwargs"], "do_sample": False},
+        "metric_list": [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": metric != "invented"}
+            for metric in task["metric_list"]
+        ],
+    }
+    # The harness's own tag, which no YAML library writes.
+    text = yaml.safe_dump(task, sort_keys=False) + f"process_results: !function retro_scoring.{score}\n"
+    write_text(output_dir / f"{name}.yaml", text)
 
 
 def _texts(source: RetroDatastore | DatastoreSplit, tokenizer: Any, generator: np.random.Generator) -> Iterator[str]:

@@ -19,6 +19,10 @@ Makes tasks of the lm-evaluation-harness from the texts of a datastore.
 
 `retro_next_line` asks for the next line of held-out documents, and `retro_definitions` for what a term is said to be
 in a document of the datastore. Both report exact match and edit similarity.
+
+The other tasks ask for invented facts that are hidden in passages of the datastore's documents. Each question comes
+with its passages: `retro_one_key_4` asks for one fact in one of four passages. These tasks report exact match and F1,
+or how often an answer is invented where the passages hold none.
 """
 
 from collections.abc import Sequence
@@ -37,6 +41,10 @@ class LMEvalTasksArguments:
     output_dir: str = field(metadata={"help": "Folder for the tasks and their questions."})
     split: str = field(default="validation", metadata={"help": "Split with the held-out documents."})
     num_questions: int = field(default=200, metadata={"help": "Largest number of questions of a task."})
+    num_passages: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 10],
+        metadata={"help": "Numbers of passages of the questions that have passages."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the documents and of the places in them."})
 
 
@@ -46,7 +54,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from trainers.evaluation.harness_tasks import write_tasks
 
     datastore = RetroDatastore.from_pretrained(arguments.datastore)
-    written = write_tasks(datastore, arguments.output_dir, arguments.split, arguments.num_questions, arguments.seed)
+    written = write_tasks(
+        datastore,
+        arguments.output_dir,
+        arguments.split,
+        arguments.num_questions,
+        arguments.seed,
+        arguments.num_passages,
+    )
     for name, number in written.items():
         print(f"{arguments.output_dir}/{name}.yaml: {number} questions")
 
