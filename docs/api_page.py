@@ -101,6 +101,7 @@ SECTIONS = {
             "generate_with_neighbors",
             "RetroLM",
             "write_tasks",
+            "hidden_questions",
         ],
     },
     "Training and measuring the retriever": {

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .evaluation.knn_lm import neighbor_distribution as neighbor_distribution
     from .evaluation.operations import operations_per_token as operations_per_token
     from .evaluation.options import EvaluationOptions as EvaluationOptions
+    from .evaluation.questions import hidden_questions as hidden_questions
     from .evaluation.report import RetroEvaluation as RetroEvaluation
     from .evaluation.report import bootstrap_interval as bootstrap_interval
     from .evaluation.rivals import evaluate_rivals as evaluate_rivals
@@ -79,6 +80,7 @@ _MODULES = {
     "evaluate_rivals": "evaluation.rivals",
     "format_chunks": "generation",
     "generate_with_neighbors": "generation",
+    "hidden_questions": "evaluation.questions",
     "in_front_bits": "evaluation.in_front",
     "load_document_stream": "language_model.streaming",
     "load_retro_model": "load_model",

@@ -127,9 +127,9 @@ def write_tasks(
     num_passages: Sequence[int] = (1, 2, 4, 10),
 ) -> dict[str, int]:
     """
-    Writes the tasks `retro_next_line`, from the held-out documents, and `retro_definitions` and questions with
-    passages such as `retro_one_key_4` (see [`~trainers.evaluation.questions.hidden_questions`]), from the documents
-    that are searched. A task for which the texts hold no questions is left out.
+    Writes tasks of the harness. `retro_next_line` is made from the held-out documents, and `retro_definitions` and
+    questions with passages such as `retro_one_key_4` (see [`~trainers.evaluation.questions.hidden_questions`]) from
+    the documents that are searched. A task for which the texts hold no questions is left out.
 
     Args:
         datastore ([`RetroDatastore`]): The datastore.
