@@ -35,7 +35,7 @@ import torch
 
 from ..configuration_retro import RetroConfig
 from ..datastore.datastore import RetroDatastore  # if faiss is missing, this import names the extras
-from ..encoder.chunk_encoder import ChunkEncoder
+from ..encoder.chunk_encoder import ChunkEncoder, decode_chunks
 from .search import NeighborSearch, other_document_filter, removed_filter
 
 
@@ -146,10 +146,14 @@ class RetroRetriever:
         self.datastore.check_model(config)
 
     def retrieve(
-        self, chunk_input_ids: torch.Tensor, k: int, exclude_document_ids: Any | None = None
+        self,
+        chunk_input_ids: torch.Tensor,
+        k: int,
+        exclude_document_ids: Any | None = None,
+        attention_mask: torch.Tensor | None = None,
     ) -> RetrievedNeighbors:
         """
-        Looks up whole chunks.
+        Looks up whole chunks, or questions of any length.
 
         Args:
             chunk_input_ids (`torch.LongTensor`):
@@ -157,16 +161,23 @@ class RetroRetriever:
             k (`int`): Number of neighbors of a chunk.
             exclude_document_ids (`torch.LongTensor` or `np.ndarray`, *optional*):
                 [n] a document that must not be returned for each chunk, -1 for none.
+            attention_mask (`torch.Tensor`, *optional*):
+                [n, m], 0 or False at padding. With it the rows are questions and need not have the length of a chunk.
 
         Returns:
             [`RetrievedNeighbors`]: on the device of `chunk_input_ids`.
+
+        Raises:
+            ValueError: If chunks have another length than those of the datastore, or if a question holds no text or no
+                word that the datastore can look up.
         """
-        if chunk_input_ids.ndim != 2 or chunk_input_ids.shape[1] != self.datastore.chunk_size:
+        is_question = attention_mask is not None
+        if chunk_input_ids.ndim != 2 or (not is_question and chunk_input_ids.shape[1] != self.datastore.chunk_size):
             raise ValueError(
                 f"chunk_input_ids must have shape [n, {self.datastore.chunk_size}], got {list(chunk_input_ids.shape)}"
             )
         input_ids = chunk_input_ids.cpu().numpy()
-        mask = np.ones_like(input_ids, dtype=bool)
+        mask = np.ones_like(input_ids, dtype=bool) if not is_question else attention_mask.cpu().numpy().astype(bool)
         embeddings = None
         if self.encoder is not None:
             embeddings = self.encoder.encode_chunks(input_ids, mask, self.datastore.tokenizer)
@@ -176,11 +187,29 @@ class RetroRetriever:
         if exclude_document_ids is not None:
             excluded = np.asarray(exclude_document_ids)
             unwanted["own_document"] = other_document_filter(datastore.chunks, excluded)
+        if is_question:
+            self._check_questions(input_ids, mask, embeddings)
         ids, scores, _ = search(input_ids, mask, embeddings, k, unwanted)
         neighbors, neighbor_mask = datastore.take_neighbors(ids)
         documents = np.where(ids >= 0, datastore.chunks.gather("document_id", ids), -1)
         arrays = (neighbors, neighbor_mask, scores, ids, documents)
         return RetrievedNeighbors(*(torch.from_numpy(array).to(chunk_input_ids.device) for array in arrays))
+
+    def _check_questions(self, input_ids: np.ndarray, mask: np.ndarray, embeddings: np.ndarray | None) -> None:
+        """Raises a `ValueError` for a question [n, m] that nothing can be found with, and names it."""
+        datastore = self.search.datastore
+        if embeddings is not None:
+            is_known = embeddings.any(axis=1)  # a text without known tokens has zeros
+        else:
+            is_known = (datastore.bm25.queries(input_ids, mask, datastore.tokenizer) >= 0).any(axis=1)
+        for row, text in enumerate(decode_chunks(input_ids, mask, datastore.tokenizer)):
+            if not text.strip():
+                raise ValueError(f"question {row} is empty, expected some text to look up")
+            if not is_known[row]:
+                raise ValueError(
+                    f"question {row}, {text[:80]!r}, has no word that the datastore knows; ask in other words, or "
+                    "answer without retrieval"
+                )
 
     def pad_to_chunks(self, prompt_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """

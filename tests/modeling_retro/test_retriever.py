@@ -21,12 +21,14 @@ import pytest
 import torch
 from conftest import TINY_CHUNK_SIZE, make_texts, write_jsonl
 
+from data_prep.bm25_index import build_bm25_index
 from data_prep.chunk import chunk_documents
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.encoder.chunk_encoder import decode_chunks
+from modeling_retro.retriever.retriever import RetroRetriever
 from modeling_retro.retriever.search import other_document_filter, search
 
 
@@ -118,6 +120,45 @@ def test_closed_chunks_end_with_their_prompts_and_hide_their_padding(retriever):
 def test_retrieve_refuses_other_shapes(retriever):
     with pytest.raises(ValueError, match=rf"\[n, {TINY_CHUNK_SIZE}\], got \[2, 3\]"):
         retriever.retrieve(torch.zeros(2, 3, dtype=torch.long), 1)
+
+
+def test_questions_of_any_length_are_looked_up_by_their_text(datastore, retriever):
+    tokenizer = datastore.tokenizer
+    texts = ["retro in", "looks things up in a datastore, looks things up naïve", "日本語"]
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    length = max(map(len, rows))
+    assert min(map(len, rows)) < TINY_CHUNK_SIZE < length
+    input_ids = torch.tensor([[1] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    found = retriever.retrieve(input_ids, 3, attention_mask=mask)
+    queries, keys = retriever.encoder.encode(texts), embeddings_of(datastore.path)
+    expected = -np.sort(-queries @ keys.T)[:, :3]
+    np.testing.assert_allclose(found.scores.numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(np.einsum("nd,nkd->nk", queries, keys[found.chunk_ids.numpy()]), expected, atol=1e-5)
+    assert found.neighbor_input_ids.shape == (3, 3, datastore.neighbor_length)
+    # What is padded does not matter.
+    other = retriever.retrieve(torch.where(mask == 1, input_ids, 7), 3, attention_mask=mask.bool())
+    assert torch.equal(other.chunk_ids, found.chunk_ids)
+
+
+def test_questions_that_nothing_can_be_found_with_are_named(tmp_path, tiny_tokenizer):
+    write_jsonl(tmp_path / "documents.jsonl", ["The cat sat on the mat. " * 8, "A dog ran. " * 8])
+    chunk_documents(tmp_path / "documents.jsonl", tmp_path / "datastore", tiny_tokenizer, chunk_size=TINY_CHUNK_SIZE)
+    build_bm25_index(tmp_path / "datastore", "words")
+    retriever = RetroRetriever.from_pretrained(tmp_path / "datastore", retriever="bm25")
+
+    def ask(text):
+        input_ids = torch.tensor([tiny_tokenizer(text)["input_ids"]])
+        return retriever.retrieve(input_ids, 1, attention_mask=torch.ones_like(input_ids))
+
+    assert "dog" in tiny_tokenizer.decode(ask("Which dog?").neighbor_input_ids[0, 0])
+    with pytest.raises(ValueError, match="question 0, 'Whose zebra', has no word that the datastore knows"):
+        ask("Whose zebra")
+    with pytest.raises(ValueError, match="question 0 is empty, expected some text"):
+        ask(" \n")
+    input_ids = torch.tensor([tiny_tokenizer("dog")["input_ids"]])
+    with pytest.raises(ValueError, match="question 0 is empty"):
+        retriever.retrieve(input_ids, 1, attention_mask=torch.zeros_like(input_ids))
 
 
 def test_a_retriever_is_shared_not_copied(retriever):

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Questions have their answers in the gold passages and nowhere else, and answers are scored as SQuAD does."""
 
+import copy
 import re
 
 import pytest
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from trainers.evaluation.questions import (
     KINDS,
     REFUSALS,
+    encode_passages,
     exact_match,
     f1,
     hidden_questions,
@@ -125,6 +127,20 @@ def test_questions_that_cannot_be_made_are_refused(tokenizer):
         hidden_questions("one_key", TEXTS, tokenizer, 1, max_tokens=9)
     with pytest.raises(ValueError, match="no passage of 32 to 64 tokens was found in 1 texts"):
         hidden_questions("one_key", ["Too short."], tokenizer, 1, max_tokens=64)
+
+
+def test_passages_are_encoded_in_their_ranks(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([f"w{n}" for n in range(5)])
+    input_ids, mask = encode_passages(tokenizer, [["w0 w1 w2", "w3"], ["w4 w4"]], 3)
+    ids = tokenizer.convert_tokens_to_ids([f"w{n}" for n in range(5)])
+    assert input_ids.shape == mask.shape == (2, 2, 3)
+    rows = [[input_ids[b, rank][mask[b, rank]].tolist() for rank in range(2)] for b in range(2)]
+    assert rows == [[ids[:3], ids[3:4]], [[ids[4], ids[4]], []]]
+    with pytest.raises(ValueError, match="passage 1 of question 0 has 4 tokens, but a neighbor has 3 at most.*'w3 w3"):
+        encode_passages(tokenizer, [["w0", "w3 w3 w3 w3"]], 3)
+    with pytest.raises(ValueError, match="there are no passages"):
+        encode_passages(tokenizer, [[], []], 3)
 
 
 def test_answers_are_normalised_as_squad_does():

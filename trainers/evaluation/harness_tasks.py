@@ -177,7 +177,7 @@ def write_tasks(
             continue
         score = "score_no_answer" if kind == "no_answer" else "score_question"
         task = {
-            "doc_to_text": "Question: {{question}}\nAnswer:",
+            "doc_to_text": "Question: {{question}}\nAnswer: {{prefix}}",
             "doc_to_target": "{{answers[0] | join(' ')}}",
             "generation_kwargs": {"until": ["\n"], "max_gen_toks": MAX_ANSWER_TOKENS},
             "metric_list": ["invented"] if kind == "no_answer" else ["exact_match", "f1"],

@@ -20,10 +20,11 @@ import re
 import string
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 
@@ -47,12 +48,14 @@ class Facts:
 
     Args:
         question (`str`): The question.
+        prefix (`str`): How the answer begins, as in RULER, so that models that follow no instructions answer too.
         answers (`list[list[str]]`): Right answers. Each lists the parts that must all be named.
         sentences (`list[list[str]]`): The sentences that each passage hides, the gold passages first.
         num_gold (`int`): Number of gold passages.
     """
 
     question: str
+    prefix: str
     answers: list[list[str]]
     sentences: list[list[str]]
     num_gold: int = 1
@@ -61,7 +64,7 @@ class Facts:
 def one_key(generator: np.random.Generator, num_passages: int) -> Facts:
     """One fact in one passage; the others hide none."""
     (key,), (code,) = _keys(generator, 1), _codes(generator, 1)
-    return Facts(_ask(key), [[code]], [[_tell(key, code)]] + [[]] * (num_passages - 1))
+    return Facts(_ask(key), _begin(key), [[code]], [[_tell(key, code)]] + [[]] * (num_passages - 1))
 
 
 def several_keys(generator: np.random.Generator, num_passages: int) -> Facts:
@@ -71,7 +74,7 @@ def several_keys(generator: np.random.Generator, num_passages: int) -> Facts:
     sentences = [told[2 * n + 1 : 2 * n + 3] for n in range(num_passages)]
     place = int(generator.integers(3))
     sentences[0] = [*sentences[0][:place], told[0], *sentences[0][place:]]
-    return Facts(_ask(keys[0]), [[codes[0]]], sentences)
+    return Facts(_ask(keys[0]), _begin(keys[0]), [[codes[0]]], sentences)
 
 
 def several_values(generator: np.random.Generator, num_passages: int) -> Facts:
@@ -80,8 +83,8 @@ def several_values(generator: np.random.Generator, num_passages: int) -> Facts:
     told = [_tell(key, code) for code in codes]
     num_gold = min(2, num_passages)
     gold = [told] if num_gold == 1 else [told[:1], told[1:]]
-    question = f"What are the two secret codes of the {key}?"
-    return Facts(question, [codes], gold + [[]] * (num_passages - num_gold), num_gold)
+    question, prefix = f"What are the two secret codes of the {key}?", f"The two secret codes of the {key} are"
+    return Facts(question, prefix, [codes], gold + [[]] * (num_passages - num_gold), num_gold)
 
 
 def bridge(generator: np.random.Generator, num_passages: int) -> Facts:
@@ -92,10 +95,11 @@ def bridge(generator: np.random.Generator, num_passages: int) -> Facts:
     works = [f"{person} works for the firm {firm}." for person, firm in zip(people, firms, strict=True)]
     lies = [f"The firm {firm} lies in the town {town}." for firm, town in zip(firms, towns, strict=True)]
     question = f"In which town lies the firm that {people[0]} works for?"
+    prefix = f"The firm that {people[0]} works for lies in the town"
     if num_passages == 1:
-        return Facts(question, [[towns[0]]], [[works[0], lies[1], lies[0]]])
+        return Facts(question, prefix, [[towns[0]]], [[works[0], lies[1], lies[0]]])
     others = [[works[n] if n % 2 else lies[n]] for n in range(1, num_passages - 1)]
-    return Facts(question, [[towns[0]]], [[works[0]], [lies[0]], *others], num_gold=2)
+    return Facts(question, prefix, [[towns[0]]], [[works[0]], [lies[0]], *others], num_gold=2)
 
 
 def comparison(generator: np.random.Generator, num_passages: int) -> Facts:
@@ -104,10 +108,10 @@ def comparison(generator: np.random.Generator, num_passages: int) -> Facts:
     years = generator.choice(np.arange(1700, 2000), len(people), replace=False).tolist()
     born = [f"{person} was born in the year {year}." for person, year in zip(people, years, strict=True)]
     question = f"In which year was the older one of {people[0]} and {people[1]} born?"
-    answers = [[str(min(years[:2]))]]
+    prefix, answers = "The older one was born in the year", [[str(min(years[:2]))]]
     if num_passages == 1:
-        return Facts(question, answers, [born])
-    return Facts(question, answers, [[sentence] for sentence in born], num_gold=2)
+        return Facts(question, prefix, answers, [born])
+    return Facts(question, prefix, answers, [[sentence] for sentence in born], num_gold=2)
 
 
 def no_answer(generator: np.random.Generator, num_passages: int) -> Facts:
@@ -116,7 +120,7 @@ def no_answer(generator: np.random.Generator, num_passages: int) -> Facts:
     told = [_tell(key, code) for key, code in zip(keys[1:], codes, strict=True)]
     sentences = [told[3 * n : 3 * n + 3] for n in range(num_passages)]
     question = f"{_ask(keys[0])} If the text does not say it, answer: unknown."
-    return Facts(question, [[refusal] for refusal in REFUSALS], sentences, num_gold=0)
+    return Facts(question, _begin(keys[0]), [[refusal] for refusal in REFUSALS], sentences, num_gold=0)
 
 
 KINDS: dict[str, Callable[[np.random.Generator, int], Facts]] = {
@@ -154,8 +158,8 @@ def hidden_questions(
             Largest number of tokens of a passage: the length of a neighbor.
 
     Returns:
-        `list[dict]`: questions with `question`, `answers` (see [`Facts`]), `passages` (texts that end with a line
-        break) and `gold` (the ranks of the passages that hold the answer, or the facts that lead to it).
+        `list[dict]`: questions with `question`, `prefix`, `answers` (see [`Facts`]), `passages` (texts that end with a
+        line break) and `gold` (the ranks of the passages that hold the answer, or the facts that lead to it).
 
     Raises:
         ValueError: If the kind is unknown, if a number is below 1, or if no text has room for a passage.
@@ -180,12 +184,52 @@ def hidden_questions(
         questions.append(
             {
                 "question": facts.question,
+                "prefix": facts.prefix,
                 "answers": facts.answers,
                 "passages": [passages[n] for n in ranks],
                 "gold": gold,
             }
         )
     return questions
+
+
+def encode_passages(
+    tokenizer: PreTrainedTokenizerBase, passages: Sequence[Sequence[str]], length: int
+) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    """
+    Tokens of the passages of a batch of questions, as `generate()` of [`RetroJointForCausalLM`] takes them.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer of the model. Text that spells a special token does not become one.
+        passages (`Sequence[Sequence[str]]`):
+            Texts of the passages of each question.
+        length (`int`):
+            Number of tokens of a neighbor, r.
+
+    Returns:
+        `tuple[torch.LongTensor, torch.BoolTensor]`: tokens and mask, both `[B, k, r]`. A question with fewer passages
+        than another has empty ones.
+
+    Raises:
+        ValueError: If there are no passages, or if one is longer than a neighbor.
+    """
+    number = max(map(len, passages), default=0)
+    if number == 0:
+        raise ValueError("there are no passages to read; a question without passages needs none of this")
+    input_ids = torch.full((len(passages), number, length), tokenizer.pad_token_id or 0)
+    mask = torch.zeros(input_ids.shape, dtype=torch.bool)
+    for row, texts in enumerate(passages):
+        for rank, text in enumerate(texts):
+            tokens = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            if len(tokens) > length:
+                raise ValueError(
+                    f"passage {rank} of question {row} has {len(tokens)} tokens, but a neighbor has {length} at most; "
+                    f"give it in parts. It begins with {text[:60]!r}"
+                )
+            input_ids[row, rank, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+            mask[row, rank, : len(tokens)] = True
+    return input_ids, mask
 
 
 def normalize_answer(text: str) -> str:
@@ -229,8 +273,12 @@ def _ask(key: str) -> str:
     return f"What is the secret code of the {key}?"
 
 
+def _begin(key: str) -> str:
+    return f"The secret code of the {key} is"
+
+
 def _tell(key: str, code: str) -> str:
-    return f"The secret code of the {key} is {code}."
+    return f"{_begin(key)} {code}."
 
 
 def _keys(generator: np.random.Generator, number: int) -> list[str]:
@@ -290,6 +338,7 @@ __all__ = [
     "KINDS",
     "MAX_ANSWER_TOKENS",
     "Facts",
+    "encode_passages",
     "exact_match",
     "f1",
     "hidden_questions",
