@@ -41,6 +41,7 @@ SECTIONS = {
     "Retrieval": {
         "modeling_retro": [
             "RetroRetriever",
+            "FoundText",
             "RetrievedNeighbors",
             "RetroDatastore",
             "open_datastore",

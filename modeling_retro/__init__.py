@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .modeling_retro import RetroPreTrainedModel as RetroPreTrainedModel
     from .modeling_retro_joint import RetroJointForCausalLM as RetroJointForCausalLM
     from .neighbor_memory_retro import NeighborMemory as NeighborMemory
+    from .retriever.retriever import FoundText as FoundText
     from .retriever.retriever import RetrievedNeighbors as RetrievedNeighbors
     from .retriever.retriever import RetroRetriever as RetroRetriever
     from .retriever.retriever import open_datastore as open_datastore
@@ -76,6 +77,7 @@ _MODULES = {
     "ChunkEncoder": "encoder.chunk_encoder",
     "ChunkTable": "datastore.chunks",
     "DatastoreSplit": "datastore.splits",
+    "FoundText": "retriever.retriever",
     "NeighborMemory": "neighbor_memory_retro",
     "NeighborSearch": "retriever.search",
     "RetrievedNeighbors": "retriever.retriever",

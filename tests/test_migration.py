@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Each call of another package on the page of migration has a counterpart that exists, with its options and arguments."""
+"""Each call of another package on the page of migration has a counterpart whose options and arguments exist."""
 
 import ast
 import dataclasses

@@ -22,6 +22,7 @@ retriever = RetroRetriever(datastore)
 chunks = torch.from_numpy(datastore.chunks.take([0, 1])[0])  # int64 [2, 64]
 neighbors = retriever.retrieve(chunks, k=2, exclude_document_ids=datastore.chunks.document_id[:2])
 neighbors.neighbor_input_ids.shape  # [2, 2, 128]
+retriever.search("how are rows counted?", k=3)[0].text  # the passage that answers best
 ```
 """
 
@@ -68,6 +69,24 @@ def open_datastore(name_or_path: str | Path, revision: str | None = None) -> Ret
     return RemoteDatastore(str(name_or_path))
 
 
+@dataclass(frozen=True)
+class FoundText:
+    """
+    A passage that [`RetroRetriever.search`] found.
+
+    Args:
+        text (`str`): The text of the chunk.
+        score (`float`): Its score, higher is better; see [`NeighborSearch`].
+        chunk_id (`int`): Its number in the datastore.
+        document_id (`int`): The number of its document.
+    """
+
+    text: str
+    score: float
+    chunk_id: int
+    document_id: int
+
+
 class RetroRetriever:
     """
     Looks up chunks in a datastore, for data preparation, evaluation and generation.
@@ -91,8 +110,8 @@ class RetroRetriever:
         dtype: str | torch.dtype | None = None,
         retriever: str | None = None,
     ):
-        self.search = NeighborSearch(datastore, retriever)
-        if not self.search.needs_embeddings:
+        self.neighbor_search = NeighborSearch(datastore, retriever)
+        if not self.neighbor_search.needs_embeddings:
             encoder = None
         else:
             if encoder is None:
@@ -136,9 +155,9 @@ class RetroRetriever:
             datastore.check_encoder(self.encoder)
         datastore.check_tokenizer(self.datastore.tokenizer)
         datastore.check_chunk_size(self.datastore.chunk_size)
-        search = NeighborSearch(datastore, self.search.retriever)
+        search = NeighborSearch(datastore, self.neighbor_search.retriever)
         search.open()
-        self.datastore, self.search = datastore, search
+        self.datastore, self.neighbor_search = datastore, search
         return True
 
     def check_model(self, config: RetroConfig) -> None:
@@ -181,7 +200,7 @@ class RetroRetriever:
         embeddings = None
         if self.encoder is not None:
             embeddings = self.encoder.encode_chunks(input_ids, mask, self.datastore.tokenizer)
-        search = self.search  # `refresh` may replace it meanwhile
+        search = self.neighbor_search  # `refresh` may replace it meanwhile
         datastore = search.datastore
         unwanted = removed_filter(datastore)
         if exclude_document_ids is not None:
@@ -197,7 +216,7 @@ class RetroRetriever:
 
     def _check_questions(self, input_ids: np.ndarray, mask: np.ndarray, embeddings: np.ndarray | None) -> None:
         """Raises a `ValueError` for a question [n, m] that nothing can be found with, and names it."""
-        datastore = self.search.datastore
+        datastore = self.neighbor_search.datastore
         if embeddings is not None:
             is_known = embeddings.any(axis=1)  # a text without known tokens has zeros
         else:
@@ -210,6 +229,71 @@ class RetroRetriever:
                     f"question {row}, {text[:80]!r}, has no word that the datastore knows; ask in other words, or "
                     "answer without retrieval"
                 )
+
+    def search(self, texts: str | Sequence[str], k: int = 4) -> list[FoundText] | list[list[FoundText]]:
+        """
+        Looks up questions or other texts of any length. Passages of the same text count once.
+
+        Args:
+            texts (`str` or `Sequence[str]`): One text or several.
+            k (`int`, *optional*, defaults to 4): Number of passages for each text.
+
+        Returns:
+            `list[FoundText]`: at most k passages, best first; for several texts a list of these.
+
+        Raises:
+            ValueError: If a text is empty.
+        """
+        queries = [texts] if isinstance(texts, str) else list(texts)
+        total, width = len(self.datastore.chunks), 2 * k
+        while True:
+            width = min(width, total)
+            ids, scores = self.find(queries, width)
+            found = [self._distinct(*row, k) for row in zip(ids, scores, strict=True)]
+            # A list ends where nothing more is found.
+            if width == total or all(len(part) == k or row[-1] < 0 for part, row in zip(found, ids, strict=True)):
+                return found[0] if isinstance(texts, str) else found
+            width *= 4
+
+    def _distinct(self, ids: np.ndarray, scores: np.ndarray, k: int) -> list[FoundText]:
+        """The first k passages of a list that differ in their text."""
+        ids, scores = ids[ids >= 0], scores[ids >= 0]
+        texts = decode_chunks(*self.datastore.chunks.take(ids), self.datastore.tokenizer)
+        documents = self.datastore.chunks.gather("document_id", ids)
+        found = {}
+        for text, *rest in zip(texts, scores.tolist(), ids.tolist(), documents.tolist(), strict=True):
+            found.setdefault(text.strip(), FoundText(text, *rest))
+        return list(found.values())[:k]
+
+    def find(self, texts: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Finds the chunks that answer questions or other texts of any length.
+
+        Args:
+            texts (`Sequence[str]`): n texts.
+            k (`int`): Number of chunks for each.
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray]`: ids int64 and scores float32, both [n, k], as [`NeighborSearch`] returns
+            them.
+
+        Raises:
+            ValueError: If a text is empty.
+        """
+        for number, text in enumerate(texts):
+            if not text.strip():
+                raise ValueError(f"text {number} is empty, expected a question or another text to look up")
+        search = self.neighbor_search
+        # Text that spells a special token is looked up as text.
+        options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+        rows = search.datastore.tokenizer(list(texts), **options)["input_ids"]
+        lengths = np.array([len(row) for row in rows])
+        mask = np.arange(max(lengths.max(initial=0), 1)) < lengths[:, None]  # [n, longest]
+        input_ids = np.zeros(mask.shape, dtype=np.int64)
+        input_ids[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+        embeddings = None if self.encoder is None else self.encoder.encode(list(texts))
+        ids, scores, _ = search(input_ids, mask, embeddings, k, removed_filter(search.datastore))
+        return ids, scores
 
     def pad_to_chunks(self, prompt_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """

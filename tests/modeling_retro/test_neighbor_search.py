@@ -26,6 +26,8 @@ from conftest import TINY_CHUNK_SIZE, write_jsonl
 
 from data_prep.bm25_index import build_bm25_index
 from data_prep.chunk import chunk_documents
+from data_prep.embed import embed_chunks
+from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.retriever.ranking import fuse, longest_common_substring, rerank
@@ -196,7 +198,7 @@ def test_stored_neighbors_are_those_that_the_retriever_finds(copy, retriever):
     datastore = RetroDatastore.from_pretrained(copy)
     assert datastore.retriever == retriever
     opened = RetroRetriever(datastore, device="cpu")
-    assert opened.search.retriever == retriever and (opened.encoder is None) == (retriever == "bm25")
+    assert opened.neighbor_search.retriever == retriever and (opened.encoder is None) == (retriever == "bm25")
     rows = np.flatnonzero(datastore.chunks.length == TINY_CHUNK_SIZE)[::9]
     documents = datastore.chunks.document_id[rows]
     found = opened.retrieve(torch.from_numpy(datastore.chunks.take(rows)[0]), 4, documents)
@@ -219,7 +221,7 @@ def test_what_has_no_known_term_has_no_neighbor(tmp_path, tiny_tokenizer):
     chunk_documents(held_out, path, tiny_tokenizer, split="validation", **options)
     build_bm25_index(path)
     retriever = RetroRetriever.from_pretrained(path)
-    assert retriever.search.retriever == "bm25" and retriever.encoder is None
+    assert retriever.neighbor_search.retriever == "bm25" and retriever.encoder is None
     datastore = retriever.datastore
     pads = torch.full((1, 8), tiny_tokenizer.pad_token_id)
     found = retriever.retrieve(pads, 2)
@@ -259,3 +261,57 @@ def test_an_index_that_is_missing_or_does_not_fit_is_named(copy, tiny_datastore_
     (copy / "bm25" / "params.index.json").unlink()
     with pytest.raises(ValueError, match="cannot read .*bm25.*--kind bm25 --force"):
         _ = RetroDatastore.from_pretrained(copy).bm25
+
+
+QUESTIONS = [
+    "retro looks up",
+    "what is a datastore of chunks and where do the neighbors of its documents come from?",
+    "a",
+]
+
+
+@pytest.mark.parametrize("retriever", ["dense", "bm25", "hybrid", "rerank"])
+def test_question_of_any_length_finds_what_its_tokens_and_its_embedding_find(datastore, retriever):
+    """A question alone, from the definitions of the ways: no padding, no special tokens."""
+    opened = RetroRetriever(datastore, device="cpu", retriever=retriever)
+    ids, scores = opened.find(QUESTIONS, 5)
+    stored = np.concatenate([np.load(file) for file in sorted((datastore.path / "embeddings").glob("*.npy"))])
+    for row, question in enumerate(QUESTIONS):
+        tokens = np.array([datastore.tokenizer(question, add_special_tokens=False)["input_ids"]])
+        dense = bm25 = None
+        if retriever != "bm25":
+            similarity = stored.astype(np.float32) @ opened.encoder.encode([question])[0]
+            dense = np.argsort(-similarity, kind="stable")[None, :DEPTH]
+        if retriever in ("bm25", "hybrid"):
+            bm25 = datastore.bm25.search(tokens, DEPTH)[1]
+        expected = {
+            "dense": lambda: dense[0, :5],
+            "bm25": lambda: bm25[0, :5],
+            "hybrid": lambda: fuse(dense, bm25, 5)[0][0],
+            "rerank": lambda: rerank(datastore.chunks, tokens, tokens >= 0, dense, 5)[0][0],
+        }[retriever]()
+        assert ids[row].tolist() == expected.tolist()
+    found = opened.search(QUESTIONS[0], k=3)
+    chunk_ids = [passage.chunk_id for passage in found]
+    assert chunk_ids == ids[0, :3].tolist()
+    assert [passage.document_id for passage in found] == datastore.chunks.document_id[chunk_ids].tolist()
+    assert [passage.score for passage in found] == pytest.approx(scores[0, :3].tolist(), rel=1e-5)
+    for passage in found:
+        tokens, mask = datastore.chunks.take([passage.chunk_id])
+        assert passage.text == datastore.tokenizer.decode(tokens[0][mask[0]], skip_special_tokens=True)
+    assert [passage.text for passage in opened.search(QUESTIONS, k=3)[0]] == [passage.text for passage in found]
+    with pytest.raises(ValueError, match="text 1 is empty"):
+        opened.search(["a", "  "])
+
+
+def test_passages_of_the_same_text_count_once(tmp_path, tiny_tokenizer, tiny_encoder_dir):
+    texts = ["retro looks up chunks"] * 30 + ["retro", "neighbors of a chunk"]
+    path = tmp_path / "datastore"
+    chunk_documents(write_jsonl(tmp_path / "a.jsonl", texts), path, tiny_tokenizer, chunk_size=32)
+    embed_chunks(path, tiny_encoder_dir)
+    build_index(path)
+    retriever = RetroRetriever.from_pretrained(path, device="cpu")
+    found = retriever.search("retro looks up chunks", k=3)
+    assert sorted(passage.text for passage in found) == sorted(set(texts))
+    assert found[0].text == texts[0] and found[0].document_id == 0
+    assert len(retriever.search("retro", k=9)) == 3
