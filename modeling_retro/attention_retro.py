@@ -20,7 +20,7 @@ output and the merged logsumexp, the backward kernel of each part computes its s
 attention, https://huggingface.co/papers/2310.01889).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -97,13 +97,13 @@ def attend(
 
 
 def attend_backward(
-    grad: torch.Tensor,
     query: torch.Tensor,
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
     is_causal: bool,
     scale: float,
     state: tuple,
@@ -214,7 +214,7 @@ class AttentionPart:
         queries ([`Blocks`], *optional*):
             The queries in M blocks. By default every column is a query, in one block.
         keys ([`Blocks`], *optional*):
-            Which columns of the row are keys: M blocks, or one for all blocks of queries. By default all columns.
+            Which columns of the row are keys, in as many blocks. By default all columns.
         neighbors (`torch.LongTensor` of shape `(batch_size, M, k)`, *optional*):
             The numbers of the neighbors whose tokens are the keys of each block, instead of columns of the row.
         source (`int`, *optional*, defaults to 0):
@@ -223,6 +223,10 @@ class AttentionPart:
             True for the keys that a query sees, broadcastable to `(batch_size * M, 1, G, K)`.
         is_causal (`bool`, *optional*, defaults to `False`):
             Whether the query in place n of a block sees the keys of this block up to place n.
+        slices (`list[tuple[int, int]]`, *optional*):
+            Where the keys that a block sees begin and end, if all blocks see parts of one block of keys.
+        slice_masks (`list`, *optional*):
+            For each of these the mask `(batch_size, 1, G, length)`, or `None`.
     """
 
     queries: Blocks | None = None
@@ -231,24 +235,31 @@ class AttentionPart:
     source: int = 0
     mask: torch.BoolTensor | None = None
     is_causal: bool = False
-    _bias: torch.Tensor | None = field(default=None, repr=False)
+    slices: list[tuple[int, int]] | None = None
+    slice_masks: list[torch.BoolTensor | None] | None = None
+    _biases: dict = field(default_factory=dict, repr=False)
 
     def to(self, device: torch.device) -> "AttentionPart":
         """Moves the tensors."""
-        moved = {
-            name: value if value is None else value.to(device)
-            for name, value in vars(self).items()
-            if name in ("queries", "keys", "neighbors", "mask")
-        }
-        return AttentionPart(**moved, source=self.source, is_causal=self.is_causal)
+        masks = self.slice_masks
+        return AttentionPart(
+            *(None if value is None else value.to(device) for value in (self.queries, self.keys, self.neighbors)),
+            source=self.source,
+            mask=None if self.mask is None else self.mask.to(device),
+            is_causal=self.is_causal,
+            slices=self.slices,
+            slice_masks=masks and [None if mask is None else mask.to(device) for mask in masks],
+        )
 
-    def _make_bias(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """The mask as numbers that are added to scores; it is the same in every layer."""
-        if self.mask is None:
+    def _bias(self, dtype: torch.dtype, number: int | None, repeats: int) -> torch.Tensor | None:
+        """A mask as numbers that are added to scores. It is the same in every layer, so it is made once."""
+        mask = self.mask if number is None else self.slice_masks[number]
+        if mask is None:
             return None
-        if self._bias is None or self._bias.dtype != dtype:
-            self._bias = torch.zeros_like(self.mask, dtype=dtype).masked_fill(~self.mask, -torch.inf)
-        return self._bias
+        if (number, dtype) not in self._biases:
+            bias = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+            self._biases[number, dtype] = bias if bias.shape[2] == 1 else bias.repeat(1, 1, repeats, 1)
+        return self._biases[number, dtype]
 
     def take_queries(self, states: torch.Tensor) -> torch.Tensor:
         """Queries, or what belongs to them, `(B, W, H, ...)` in blocks `(B M, H, G, ...)`."""
@@ -276,37 +287,45 @@ class AttentionPart:
         blocks = blocks.transpose(1, 2)
         return blocks if self.keys is None else self.keys.put(blocks)
 
-    def _fold(self, query: torch.Tensor, num_groups: int) -> torch.Tensor:
-        """Queries `(N, H, G, ...)` of the heads that share keys, one behind the other: `(N, Hkv, groups G, ...)`."""
-        return query.unflatten(1, (-1, num_groups)).flatten(2, 3)
+    def _calls(self, *blocks: torch.Tensor) -> Iterator[tuple[int | None, slice, list[torch.Tensor]]]:
+        """The calls of a kernel: the number of a slice of keys, the slice, and what belongs to its queries."""
+        if self.slices is None:
+            yield None, slice(None), list(blocks)
+            return
+        apart = [states.unflatten(0, (-1, len(self.slices))) for states in blocks]
+        for number, (start, end) in enumerate(self.slices):
+            yield number, slice(start, end), [states[:, number] for states in apart]
 
-    def _prepare(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple:
+    def _folds(self, num_groups: int) -> bool:
         """
-        Fits the heads of queries and keys. Without a mask over queries, those of heads that share keys become more
-        queries of one head. Otherwise the keys are repeated.
+        Whether the queries of heads that share keys become more queries of one head. Otherwise keys are repeated, so
+        that a mask of many queries is not.
         """
-        num_groups = query.shape[1] // key.shape[1]
-        bias = self._make_bias(query.dtype)
-        folds = num_groups > 1 and not self.is_causal and (bias is None or bias.shape[2] == 1)
-        if num_groups > 1 and not folds:
-            key, value = repeat_kv(key, num_groups), repeat_kv(value, num_groups)
-        return key, value, bias, num_groups, folds
+        is_small = self.mask is None or self.mask.shape[2] == 1
+        return num_groups > 1 and not self.is_causal and is_small
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple]:
+    ) -> tuple[torch.Tensor, torch.Tensor, list]:
         """
-        Output `(B, W, H, D)` and logsumexp `(B, W, H)` of this part, which is -inf for columns without a query. `query`
-        is `(B, W, H, D)`; keys and values are as for [`AttentionPart.take_keys`].
+        Output `(B, W, H, D)` and logsumexp `(B, W, H)` of this part, which is -inf for columns without a query.
+        `query` is `(B, W, H, D)`; keys and values are as for [`AttentionPart.take_keys`].
         """
-        blocks = self.take_queries(query)
-        key, value, bias, num_groups, folds = self._prepare(blocks, self.take_keys(key), self.take_keys(value))
-        num_heads, length = blocks.shape[1:3]
-        blocks = self._fold(blocks, num_groups) if folds else blocks
-        out, lse, state = attend(blocks, key, value, bias, self.is_causal, scale)
+        query, key, value = self.take_queries(query), self.take_keys(key), self.take_keys(value)
+        groups, length = query.shape[1] // key.shape[1], query.shape[2]
+        folds = self._folds(groups)
         if folds:
-            out, lse = (x.unflatten(2, (num_groups, length)).flatten(1, 2) for x in (out, lse))
-        return self.put_queries(out), self.put_queries(lse, -torch.inf), state
+            query = query.unflatten(1, (-1, groups)).flatten(2, 3)  # [N, Hkv, groups G, D]
+        else:
+            key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        found = []
+        for number, keys, (one,) in self._calls(query):
+            bias = self._bias(query.dtype, number, groups if folds else 1)
+            found.append(attend(one, key[:, :, keys], value[:, :, keys], bias, self.is_causal, scale))
+        out, lse = (torch.stack([call[i] for call in found], dim=1).flatten(0, 1) for i in (0, 1))
+        if folds:
+            out, lse = (x.unflatten(2, (groups, length)).flatten(1, 2) for x in (out, lse))
+        return self.put_queries(out), self.put_queries(lse, -torch.inf), [call[2] for call in found]
 
     def attend_backward(
         self,
@@ -317,28 +336,33 @@ class AttentionPart:
         out: torch.Tensor,
         lse: torch.Tensor,
         scale: float,
-        state: tuple,
+        states: list,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The share of this part in the gradients, given the output and the logsumexp of all parts together."""
-        num_sources, num_key_heads = key.shape[0], key.shape[-3 if self.neighbors is not None else -2]
-        blocks, grad, out, lse = (self.take_queries(x) for x in (query, grad, out, lse))
-        key, value, bias, num_groups, folds = self._prepare(blocks, self.take_keys(key), self.take_keys(value))
-        length = blocks.shape[2]
+        num_neighbors = len(key)
+        key, value = self.take_keys(key), self.take_keys(value)
+        query, grad, out, lse = (self.take_queries(x) for x in (query, grad, out, lse))
+        groups, length = query.shape[1] // key.shape[1], query.shape[2]
+        folds = self._folds(groups)
         if self.queries is not None:
             lse = lse.masked_fill(self.queries.is_empty()[:, None], torch.inf)
         if folds:
-            blocks, grad, out, lse = (self._fold(x, num_groups) for x in (blocks, grad, out, lse))
-        grads = attend_backward(grad, blocks, key, value, bias, out, lse, self.is_causal, scale, state)
-        grad_query, grad_key, grad_value = grads
+            query, grad, out, lse = (x.unflatten(1, (-1, groups)).flatten(2, 3) for x in (query, grad, out, lse))
+        else:
+            key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        grad_query, grad_key, grad_value = [], torch.zeros_like(key), torch.zeros_like(value)
+        for (number, keys, blocks), state in zip(self._calls(query, grad, out, lse), states):
+            bias = self._bias(query.dtype, number, groups if folds else 1)
+            one = attend_backward(*blocks, key[:, :, keys], value[:, :, keys], bias, self.is_causal, scale, state)
+            grad_query.append(one[0])
+            grad_key[:, :, keys] += one[1]
+            grad_value[:, :, keys] += one[2]
+        grad_query = torch.stack(grad_query, dim=1).flatten(0, 1)
         if folds:
-            grad_query = grad_query.unflatten(2, (num_groups, length)).flatten(1, 2)
-        elif num_groups > 1:
-            grad_key, grad_value = (x.unflatten(1, (num_key_heads, -1)).sum(2) for x in (grad_key, grad_value))
-        return (
-            self.put_queries(grad_query),
-            self.put_keys(grad_key, num_sources),
-            self.put_keys(grad_value, num_sources),
-        )
+            grad_query = grad_query.unflatten(2, (groups, length)).flatten(1, 2)
+        else:
+            grad_key, grad_value = (x.unflatten(1, (-1, groups)).sum(2) for x in (grad_key, grad_value))
+        return self.put_queries(grad_query), *(self.put_keys(x, num_neighbors) for x in (grad_key, grad_value))
 
 
 class MergedAttention(torch.autograd.Function):

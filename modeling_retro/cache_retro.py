@@ -16,17 +16,12 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
-
-def pad_to_shape(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Pads a tensor with zeros at the end of every dimension that is smaller than in `shape`."""
-    missing = [max(0, wanted - size) for size, wanted in zip(tensor.shape, shape)]
-    if not any(missing):
-        return tensor
-    return nn.functional.pad(tensor, [n for size in reversed(missing) for n in (0, size)])
+from .attention_retro import Blocks
+from .neighbor_memory_retro import compress
+from .neighbors_retro import Neighbors, pad_to_shape
 
 
 def prepend_slot(first: torch.Tensor, others: torch.Tensor | None, dim: tuple[int, ...]) -> torch.Tensor:
@@ -107,21 +102,13 @@ class RetrievalCache(DynamicCache):
         self.input_ids = input_ids if self.input_ids is None else torch.cat([self.input_ids, input_ids], dim=1)
         return self.input_ids
 
-    def update_neighbors(
-        self,
-        neighbor_input_ids: torch.LongTensor | None,
-        neighbor_attention_mask: torch.BoolTensor | None,
-        first_slot: torch.LongTensor,
-        max_slots: int,
-    ) -> None:
+    def update_neighbors(self, neighbors: Neighbors | None, first_slot: torch.LongTensor, max_slots: int) -> None:
         """
         Records the neighbors of the chunks that a call completes.
 
         Args:
-            neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_slots, k, neighbor_length)`, *optional*):
+            neighbors ([`Neighbors`], *optional*):
                 Neighbors of the completed chunks, `None` if the call has none.
-            neighbor_attention_mask (`torch.BoolTensor` of the same shape, *optional*):
-                True for real tokens.
             first_slot (`torch.LongTensor` of shape `(batch_size,)`):
                 The slot of the first chunk that this call completes, for each row.
             max_slots (`int`):
@@ -131,15 +118,15 @@ class RetrievalCache(DynamicCache):
             # A crop does not remove neighbors, so those of the new chunks may be outdated.
             slots = torch.arange(self.neighbor_attention_mask.shape[1], device=first_slot.device)
             self.neighbor_attention_mask &= (slots < first_slot[:, None])[:, :, None, None]
-        if neighbor_input_ids is None:
+        if neighbors is None:
             return
-        batch_size, num_slots, k, neighbor_length = neighbor_input_ids.shape
+        batch_size, num_slots, k, neighbor_length = neighbors.input_ids.shape
         if self.neighbor_input_ids is not None:
             k = max(k, self.neighbor_input_ids.shape[2])
             neighbor_length = max(neighbor_length, self.neighbor_input_ids.shape[3])
         else:
-            self.neighbor_input_ids = neighbor_input_ids.new_zeros(batch_size, 0, k, neighbor_length)
-            self.neighbor_attention_mask = neighbor_attention_mask.new_zeros(batch_size, 0, k, neighbor_length)
+            self.neighbor_input_ids = neighbors.input_ids.new_zeros(batch_size, 0, k, neighbor_length)
+            self.neighbor_attention_mask = neighbors.attention_mask.new_zeros(batch_size, 0, k, neighbor_length)
         # If a row completes fewer chunks than others, its masked slots may lie beyond its last possible chunk.
         shape = (batch_size, max_slots + num_slots, k, neighbor_length)
         rows = torch.arange(batch_size, device=first_slot.device)[:, None]
@@ -147,18 +134,15 @@ class RetrievalCache(DynamicCache):
         self.neighbor_input_ids = pad_to_shape(self.neighbor_input_ids, shape)
         self.neighbor_attention_mask = pad_to_shape(self.neighbor_attention_mask, shape)
         shape = (batch_size, num_slots, k, neighbor_length)
-        self.neighbor_input_ids[rows, slots] = pad_to_shape(neighbor_input_ids, shape)
-        self.neighbor_attention_mask[rows, slots] = pad_to_shape(neighbor_attention_mask, shape)
+        self.neighbor_input_ids[rows, slots] = pad_to_shape(neighbors.input_ids, shape)
+        self.neighbor_attention_mask[rows, slots] = pad_to_shape(neighbors.attention_mask, shape)
 
-    def get_neighbors(self, slots: torch.LongTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:
-        """
-        Ids and mask `(batch_size, k, neighbor_length)` of one slot for each row `(batch_size,)`; none if negative.
-        """
-        rows = torch.arange(slots.shape[0], device=slots.device)
-        known = (slots >= 0) & (slots < self.neighbor_input_ids.shape[1])
-        slots = torch.where(known, slots, 0)
-        mask = self.neighbor_attention_mask[rows, slots] & known[:, None, None]
-        return self.neighbor_input_ids[rows, slots], mask
+    @property
+    def neighbors(self) -> Neighbors | None:
+        """[`Neighbors`] or `None`: the neighbors of all chunks of the rows."""
+        if self.neighbor_input_ids is None:
+            return None
+        return Neighbors(self.neighbor_input_ids, self.neighbor_attention_mask)
 
     def _map_retrieval(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for name in self._row_tensors:
@@ -347,6 +331,8 @@ class RetroJointCache(RetrievalCache):
             call then puts the neighbors of the last complete chunk in front again.
         is_packed (`bool`):
             Whether some row holds several documents.
+        uncropped_length (`int`):
+            Number of tokens before those crops that no call has followed.
     """
 
     _row_tensors = (*RetrievalCache._row_tensors, "front_mask")
@@ -355,6 +341,7 @@ class RetroJointCache(RetrievalCache):
         super()._reset_retrieval()
         self.front_mask: torch.BoolTensor | None = None
         self.is_packed = False
+        self.uncropped_length = 0
 
     @property
     def front_length(self) -> int:
@@ -398,22 +385,58 @@ class RetroJointCache(RetrievalCache):
             layer.values = torch.cat([values.to(layer.values.device), layer.values], dim=-2)
         self.front_mask = front_mask
 
-    def get_front(
-        self, key_values: list[tuple[torch.Tensor, torch.Tensor] | None]
-    ) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
-        """
-        The keys and values in front, followed by those in `key_values`, as [`RetroJointCache.set_front`] takes them.
-        """
+    def add_front(
+        self, key_values: list[tuple[torch.Tensor, torch.Tensor] | None], front_mask: torch.BoolTensor
+    ) -> None:
+        """Puts more keys and values in front of the row. Those in front that no row sees any longer are dropped."""
         length = self.front_length
-        return [
+        joined = [
             None
             if states is None
-            else (
-                torch.cat([layer.keys[..., :length, :].to(states[0].device), states[0]], dim=-2),
-                torch.cat([layer.values[..., :length, :].to(states[1].device), states[1]], dim=-2),
+            else tuple(
+                torch.cat([old[..., :length, :].to(new.device), new], dim=-2)
+                for old, new in zip((layer.keys, layer.values), states)
             )
             for layer, states in zip(self.layers, key_values)
         ]
+        self.set_front(*compress(joined, torch.cat([self.front_mask, front_mask], dim=1)))
+
+    def keep_states(self, final: Blocks) -> None:
+        """Keeps some of the cached states, which are then those of the row in its order."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys = final.take(layer.keys.transpose(1, 2)).transpose(1, 2)
+                layer.values = final.take(layer.values.transpose(1, 2)).transpose(1, 2)
+
+    def replace_columns(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layer_idx: int,
+        rows: torch.LongTensor,
+        columns: torch.LongTensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Replaces the keys and values of some tokens of some rows.
+
+        Args:
+            keys, values (`torch.Tensor` of shape `(n, num_key_value_heads, b, head_dim)`):
+                The new ones.
+            layer_idx (`int`):
+                The layer.
+            rows (`torch.LongTensor` of shape `(n,)`), columns (`torch.LongTensor` of shape `(n, b)`):
+                The rows, and the columns of the tokens in them. The same column may come twice, with equal states.
+
+        Returns:
+            `tuple`: all keys and values of these rows with what stands in front of them.
+        """
+        layer = self.layers[layer_idx]
+        rows, columns = rows.to(keys.device), columns.to(keys.device) + self.front_length
+        for name, new in (("keys", keys), ("values", values)):
+            states = getattr(layer, name).transpose(1, 2)  # [B, F + N, Hkv, D]
+            states = states.index_put((rows[:, None], columns), new.transpose(1, 2).to(states.dtype))
+            setattr(layer, name, states.transpose(1, 2))
+        return layer.keys[rows], layer.values[rows]
 
     def _add_retrieval(self, others: "Sequence[RetroJointCache]", length: int) -> None:
         super()._add_retrieval(others, length)
@@ -422,6 +445,7 @@ class RetroJointCache(RetrievalCache):
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens (a negative number), across ends of chunks too."""
         if tokens_to_remove != 0:
+            self.uncropped_length = max(self.uncropped_length, self.get_seq_length())
             self.set_front([], None)
         super().crop(tokens_to_remove)
 

@@ -106,6 +106,7 @@ class TokenLocations:
     row_index: torch.LongTensor  # [B, T] t': index of the token in its row, counted without padding
     document_slot: torch.LongTensor  # [B, T] (t' - i) / m: number of chunks of the row before the token's document
     is_token: torch.BoolTensor  # [B, T] False for padding
+    mask: torch.BoolTensor  # [B, N] the same for cached tokens and those of the call
     column_of: torch.LongTensor  # [B, N + 1] column of the token with each row index
     first_document_index: torch.LongTensor  # [B, 1] i of the first token of the call
     first_row_index: torch.LongTensor  # [B, 1] t' of the first token of the call
@@ -144,11 +145,33 @@ def locate_tokens(position_ids: torch.LongTensor, attention_mask: torch.BoolTens
         row_index=row_index,
         document_slot=document_slot,
         is_token=is_token,
+        mask=attention_mask,
         column_of=column_of,
         first_document_index=first_document_index,
         first_row_index=row_index.gather(1, first),
         first_slot=first_slot,
     )
+
+
+def locate_call(
+    inputs: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.LongTensor | None,
+    past_length: int,
+    chunk_size: int,
+) -> TokenLocations:
+    """
+    Finds the places of the tokens of a forward pass, whose arguments these are (see [`locate_tokens`]).
+
+    Raises:
+        ValueError: If a 4-D mask comes with positions that do not count on.
+    """
+    if position_ids is None:
+        position_ids = default_position_ids(inputs, attention_mask, past_length)
+    position_ids = position_ids.expand(inputs.shape[0], -1)
+    if attention_mask is not None and attention_mask.ndim == 4:
+        check_position_ids(position_ids)
+    return locate_tokens(position_ids, token_mask(attention_mask, position_ids, past_length), chunk_size)
 
 
 def completed_chunks(

@@ -42,6 +42,9 @@ class RetroJointConfig(PreTrainedConfig):
         Number of tokens at the beginning of each neighbor that a row does not see. The first token of a sequence draws
         attention whatever it says (it is an [attention sink](https://huggingface.co/papers/2309.17453)), and a row has
         a first token of its own.
+    reread_tokens (`int`, *optional*, defaults to 0):
+        Number of tokens at the end of each complete chunk that are read again with the neighbors of the chunk in
+        sight, before the text goes on. 0 reads every token once.
     neighbor_bias (`bool`, *optional*, defaults to `False`):
         Whether a learned scalar is added to the attention scores of all neighbor tokens.
     neighbor_adapter (`dict`, *optional*):
@@ -85,6 +88,7 @@ class RetroJointConfig(PreTrainedConfig):
     num_neighbors: int = interval(min=0)(default=2)
     continuation_chunks: int = interval(min=0)(default=1)
     hidden_neighbor_tokens: int = interval(min=0)(default=1)
+    reread_tokens: int = interval(min=0)(default=0)
     neighbor_bias: bool = False
     neighbor_adapter: dict | None = None
     row_adapter: dict | None = None

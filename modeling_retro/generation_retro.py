@@ -22,8 +22,9 @@ from typing import Any, Self
 import torch
 from transformers.cache_utils import Cache
 
-from .cache_retro import RetrievalCache, RetroCache, pad_to_shape
-from .chunk_layout_retro import completed_chunks, default_position_ids, locate_tokens, token_mask
+from .cache_retro import RetrievalCache, RetroCache
+from .chunk_layout_retro import completed_chunks, default_position_ids, locate_call, locate_tokens
+from .neighbors_retro import Neighbors, pad_to_shape
 
 
 @dataclass
@@ -82,7 +83,7 @@ def check_neighbors(
     past_key_values: Cache | None,
     chunk_size: int,
     cache_class: type[RetrievalCache],
-) -> tuple[torch.LongTensor | None, torch.BoolTensor | None]:
+) -> Neighbors | None:
     """
     Checks the shapes of the neighbors of a forward pass. No slots, no neighbors and `None` mean the same.
 
@@ -103,14 +104,14 @@ def check_neighbors(
             Class of the caches that can hold the state of retrieval.
 
     Returns:
-        `tuple`: the neighbors and their mask, or twice `None`.
+        [`Neighbors`] or `None`: the neighbors.
 
     Raises:
         ValueError: For other shapes, for more slots than chunks that the call can complete, and for caches of another
             class.
     """
     if neighbor_input_ids is None:
-        return None, None
+        return None
     batch_size, seq_len = inputs.shape[:2]
     if neighbor_input_ids.ndim != 4 or neighbor_input_ids.shape[0] != batch_size:
         raise ValueError(
@@ -134,9 +135,9 @@ def check_neighbors(
             f"chunks of {chunk_size}."
         )
     if neighbor_input_ids.numel() == 0:
-        return None, None
+        return None
     check_cache(past_key_values, cache_class)
-    return neighbor_input_ids, neighbor_attention_mask.bool()
+    return Neighbors(neighbor_input_ids, neighbor_attention_mask.bool())
 
 
 class RetroGenerationMixin:
@@ -239,7 +240,7 @@ class RetroGenerationMixin:
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         first_column: int = 0,
-    ) -> tuple[torch.LongTensor | None, torch.BoolTensor | None]:
+    ) -> Neighbors | None:
         """
         Looks up the neighbors of the chunks that these tokens complete, with at most one call of the retriever.
 
@@ -256,29 +257,24 @@ class RetroGenerationMixin:
                 Chunks that end before this column, counted from the first cached one, get no neighbors.
 
         Returns:
-            `tuple`: `neighbor_input_ids` and `neighbor_attention_mask` for `forward`, or twice `None`.
+            [`Neighbors`] or `None`: the neighbors for `forward`.
         """
         if input_ids is None:
-            return None, None
+            return None
         check_cache(past_key_values, self.cache_class)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         memory = _active_memory.get()
         if memory is not None and memory.completes_no_chunk(past_length, input_ids.shape[1], self.config.chunk_size):
-            return None, None
-        if position_ids is None:
-            position_ids = default_position_ids(input_ids, attention_mask, past_length)
-        position_ids = position_ids.expand(input_ids.shape[0], -1)
-        mask = token_mask(attention_mask, position_ids, past_length)
-        rows, slots, columns = completed_chunks(
-            locate_tokens(position_ids, mask, self.config.chunk_size), self.config.chunk_size
-        )
+            return None
+        locations = locate_call(input_ids, attention_mask, position_ids, past_length, self.config.chunk_size)
+        rows, slots, columns = completed_chunks(locations, self.config.chunk_size)
         if past_length > 0:
             input_ids = torch.cat([past_key_values.input_ids, input_ids], dim=1)
         chunks = input_ids[rows[:, None], columns.clamp(min=0)]  # [n, m]
         wanted = ((chunks >= 0) & (columns >= 0)).all(-1) & (columns[:, -1] >= first_column)
         rows, slots, chunks = rows[wanted], slots[wanted], chunks[wanted]
         if rows.shape[0] == 0:
-            return None, None
+            return None
 
         found = self._look_up(chunks.cpu())
         neighbor_input_ids = torch.stack([chunk["neighbor_input_ids"] for chunk in found])  # [n, k, r]
@@ -288,7 +284,7 @@ class RetroGenerationMixin:
         all_masks = torch.zeros(shape, dtype=torch.bool, device=input_ids.device)
         all_ids[rows, slots] = neighbor_input_ids.to(all_ids)
         all_masks[rows, slots] = neighbor_attention_mask.to(all_masks)
-        return all_ids, all_masks
+        return Neighbors(all_ids, all_masks)
 
     def _look_up(self, chunks: torch.LongTensor) -> list[dict[str, torch.Tensor]]:
         """The neighbors of each of `chunks` `(n, m)`. Chunks that the memory knows are not retrieved again."""
@@ -399,49 +395,43 @@ class RetroGenerationMixin:
 
         if neighbor_attention_mask is None:
             neighbor_attention_mask = torch.ones_like(neighbor_input_ids)
+        neighbors = Neighbors(neighbor_input_ids, neighbor_attention_mask.bool())
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
-            neighbor_input_ids, neighbor_attention_mask = self._skip_cached_chunks(
-                neighbor_input_ids, neighbor_attention_mask, model_inputs
-            )
+            neighbors = self._skip_cached_chunks(neighbors, model_inputs)
         if self.is_retrieving:
             # The call may also hold later chunks: those of candidates, or all of them if there is no cache.
-            later_ids, later_mask = self.retrieve_neighbors(
+            later = self.retrieve_neighbors(
                 model_inputs["input_ids"],
                 attention_mask,
                 model_inputs.get("position_ids"),
                 past_key_values,
                 first_column=memory.prompt_length if memory is not None else input_ids.shape[1],
             )
-            if later_ids is not None:
-                shape = [max(sizes) for sizes in zip(later_ids.shape, neighbor_input_ids.shape)]
-                later_ids, later_mask = pad_to_shape(later_ids, shape), pad_to_shape(later_mask, shape)
+            if later is not None:
+                shape = [max(sizes) for sizes in zip(later.input_ids.shape, neighbors.input_ids.shape)]
+                (ids, mask), (later_ids, later_mask) = (
+                    (pad_to_shape(value.input_ids, shape), pad_to_shape(value.attention_mask, shape))
+                    for value in (neighbors, later)
+                )
                 is_later = later_mask.any(-1, keepdim=True).any(-2, keepdim=True)
-                neighbor_input_ids = torch.where(is_later, later_ids, pad_to_shape(neighbor_input_ids, shape))
-                given_mask = pad_to_shape(neighbor_attention_mask, shape).bool()
-                neighbor_attention_mask = torch.where(is_later, later_mask, given_mask)
-        model_inputs["neighbor_input_ids"] = neighbor_input_ids
-        model_inputs["neighbor_attention_mask"] = neighbor_attention_mask
+                neighbors = Neighbors(torch.where(is_later, later_ids, ids), torch.where(is_later, later_mask, mask))
+        model_inputs["neighbor_input_ids"] = neighbors.input_ids
+        model_inputs["neighbor_attention_mask"] = neighbors.attention_mask
         return model_inputs
 
-    def _skip_cached_chunks(
-        self, neighbor_input_ids: torch.LongTensor, neighbor_attention_mask: torch.Tensor, model_inputs: dict[str, Any]
-    ) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    def _skip_cached_chunks(self, neighbors: Neighbors, model_inputs: dict[str, Any]) -> Neighbors:
         """Drops the neighbors of chunks that the cache already holds, if a prompt continues a cache."""
         tokens = model_inputs.get("input_ids")
         tokens = model_inputs["inputs_embeds"] if tokens is None else tokens
-        past_length = model_inputs["past_key_values"].get_seq_length()
-        position_ids = model_inputs.get("position_ids")
-        if position_ids is None:
-            position_ids = default_position_ids(tokens, model_inputs.get("attention_mask"), past_length)
-        position_ids = position_ids.expand(tokens.shape[0], -1)
-        mask = token_mask(model_inputs.get("attention_mask"), position_ids, past_length)
-        chunk_size = self.config.chunk_size
-        first_slot = locate_tokens(position_ids, mask, chunk_size).first_slot  # [B, 1]
-        slots = first_slot + torch.arange(-(-tokens.shape[1] // chunk_size), device=tokens.device)  # [B, L]
-        is_given = slots < neighbor_input_ids.shape[1]
-        rows, slots = torch.arange(tokens.shape[0], device=tokens.device)[:, None], torch.where(is_given, slots, 0)
-        mask = neighbor_attention_mask[rows, slots].bool() & is_given[:, :, None, None]
-        return neighbor_input_ids[rows, slots], mask
+        past_length, chunk_size = model_inputs["past_key_values"].get_seq_length(), self.config.chunk_size
+        locations = locate_call(
+            tokens, model_inputs.get("attention_mask"), model_inputs.get("position_ids"), past_length, chunk_size
+        )
+        slots = range(-(-tokens.shape[1] // chunk_size))
+        kept = [neighbors.take(locations.first_slot[:, 0] + slot) for slot in slots]
+        return Neighbors(
+            torch.cat([one.input_ids for one in kept], dim=1), torch.cat([one.attention_mask for one in kept], dim=1)
+        )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         is_given = model_kwargs.get("past_key_values") is not None

@@ -35,13 +35,13 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_retro import RetroCache, prepend_slot
+from .cache_retro import RetroCache
 from .chunk_layout_retro import (
     ChunkLayout,
-    check_position_ids,
+    TokenLocations,
     compute_chunk_layout,
     default_position_ids,
-    locate_tokens,
+    locate_call,
     take_columns,
     token_mask,
 )
@@ -49,6 +49,7 @@ from .configuration_retro import RetroConfig
 from .generation_retro import RetroGenerationMixin, check_neighbors
 from .loss_retro import causal_lm_loss
 from .model_hub_retro import RetroSharingMixin
+from .neighbors_retro import Neighbors
 from .retrofit_retro import RetroRetrofitMixin
 
 
@@ -728,7 +729,7 @@ class RetroModel(RetroPreTrainedModel):
             past_key_values = RetroCache(config=self.config)
         cache = past_key_values if isinstance(past_key_values, RetroCache) else None
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        neighbor_input_ids, neighbor_attention_mask = check_neighbors(
+        neighbors = check_neighbors(
             inputs_embeds,
             neighbor_input_ids,
             neighbor_attention_mask,
@@ -752,9 +753,9 @@ class RetroModel(RetroPreTrainedModel):
             row_positions = position_ids.expand(inputs_embeds.shape[0], -1)
             mask = token_mask(attention_mask, row_positions, past_length)
             causal_mask, kwargs = None, flash_sequence_lengths(row_positions, mask) | kwargs
-        neighbors = self._prepare_neighbors(
-            inputs_embeds, attention_mask, position_ids, neighbor_input_ids, neighbor_attention_mask, cache
-        )
+        if neighbors is not None or (cache is not None and cache.neighbors is not None):
+            locations = locate_call(inputs_embeds, attention_mask, position_ids, past_length, self.config.chunk_size)
+            neighbors = self._prepare_neighbors(inputs_embeds, locations, neighbors, cache)
         if cache is not None:
             unknown = position_ids.new_full(inputs_embeds.shape[:2], -1)
             cache.update_input_ids(unknown if input_ids is None else input_ids)
@@ -831,38 +832,24 @@ class RetroModel(RetroPreTrainedModel):
     def _prepare_neighbors(
         self,
         inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor,
-        neighbor_input_ids: torch.LongTensor | None,
-        neighbor_attention_mask: torch.BoolTensor | None,
+        locations: TokenLocations,
+        neighbors: Neighbors | None,
         cache: RetroCache | None,
-    ) -> NeighborInputs | None:
-        """
-        Determines the neighbors that each token sees and records them in the cache. `None` if no token can see any.
-        """
-        has_previous_slot = cache is not None and cache.neighbor_input_ids is not None
-        if neighbor_input_ids is None and not has_previous_slot:
-            return None
-
+    ) -> NeighborInputs:
+        """Determines the neighbors that each token sees and records them in the cache."""
         chunk_size = self.config.chunk_size
-        position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
-        if attention_mask is not None and attention_mask.ndim == 4:
-            check_position_ids(position_ids)
-        mask = token_mask(attention_mask, position_ids, cache.get_seq_length() if cache is not None else 0)
-        num_slots = neighbor_input_ids.shape[1] if neighbor_input_ids is not None else 0
-        locations = locate_tokens(position_ids, mask, chunk_size)
+        has_previous_slot = cache is not None and cache.neighbors is not None
+        num_slots = neighbors.num_slots if neighbors is not None else 0
         layout = compute_chunk_layout(locations, chunk_size, num_slots, has_previous_slot)
         if cache is not None:
-            max_slots = mask.shape[1] // chunk_size
-            cache.update_neighbors(neighbor_input_ids, neighbor_attention_mask, layout.first_slot, max_slots)
+            cache.update_neighbors(neighbors, layout.first_slot, locations.mask.shape[1] // chunk_size)
         if has_previous_slot and not cache.current_key_values:
             # After a crop, the neighbors of the last complete chunk are encoded again.
-            ids, present = cache.get_neighbors(layout.first_slot - 1)  # [B, k, r]
-            neighbor_input_ids = prepend_slot(ids, neighbor_input_ids, dim=(2, 3))  # [B, 1 + L, k, r]
-            neighbor_attention_mask = prepend_slot(present, neighbor_attention_mask, dim=(2, 3))
-        num_slots, length = (0, 0) if neighbor_input_ids is None else (neighbor_input_ids.shape[i] for i in (1, 3))
+            previous = cache.neighbors.take(layout.first_slot - 1)
+            neighbors = previous if neighbors is None else neighbors.behind(previous)  # [B, 1 + L, k, r]
+        num_slots, length = (0, 0) if neighbors is None else (neighbors.input_ids.shape[i] for i in (1, 3))
 
-        slot_mask = neighbor_attention_mask.flatten(2) if neighbor_attention_mask is not None else None  # [B, L, k r]
+        slot_mask = neighbors.attention_mask.flatten(2) if neighbors is not None else None  # [B, L, k r]
         if cache is not None:
             slot_mask = cache.update_current_mask(slot_mask, layout.next_slot)  # [B, S, k r]
         group_size = layout.query_columns.shape[1] // slot_mask.shape[1]
@@ -871,8 +858,8 @@ class RetroModel(RetroPreTrainedModel):
         positions = torch.arange(max(length, chunk_size), device=inputs_embeds.device)
         return NeighborInputs(
             layout=layout,
-            input_ids=neighbor_input_ids,
-            attention_mask=neighbor_attention_mask,
+            input_ids=neighbors.input_ids if neighbors is not None else None,
+            attention_mask=neighbors.attention_mask if neighbors is not None else None,
             chunk_columns=layout.chunk_columns[:, layout.chunk_columns.shape[1] - num_slots :],
             positions=self.neighbor_rotary_emb(inputs_embeds, positions),
             query_positions=self.neighbor_rotary_emb(inputs_embeds, layout.query_positions),
@@ -939,9 +926,9 @@ class RetroForCausalLM(
         >>> print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
         ```"""
         if neighbor_input_ids is None and self.is_retrieving:
-            neighbor_input_ids, neighbor_attention_mask = self.retrieve_neighbors(
-                input_ids, attention_mask, position_ids, past_key_values
-            )
+            neighbors = self.retrieve_neighbors(input_ids, attention_mask, position_ids, past_key_values)
+            if neighbors is not None:
+                neighbor_input_ids, neighbor_attention_mask = neighbors.input_ids, neighbors.attention_mask
         outputs: BaseModelOutputWithPastAndCrossAttentions = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

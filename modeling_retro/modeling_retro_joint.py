@@ -33,20 +33,16 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, is_peft_available
 
 from .added_weights_retro import HUB_ARGUMENTS, RetroBaseModelMixin, checkpoint_sha256
-from .cache_retro import RetroJointCache, prepend_slot
-from .chunk_layout_retro import (
-    TokenLocations,
-    check_position_ids,
-    default_position_ids,
-    find_seen_slots,
-    locate_tokens,
-    token_mask,
-)
+from .attention_retro import PREFIX, AttentionLayout, has_kernels, register_attention
+from .cache_retro import RetroJointCache
+from .chunk_layout_retro import TokenLocations, locate_call, take_columns, token_mask
 from .configuration_retro_joint import RetroJointConfig
 from .generation_retro import RetroGenerationMixin, check_neighbors
+from .joint_layout_retro import RowStates, make_parts, make_row_mask, mask_of_states, plan_states
 from .loss_retro import causal_lm_loss
 from .model_hub_retro import RetroSharingMixin
-from .neighbor_memory_retro import LayerStates, NeighborMemory
+from .neighbor_memory_retro import LayerStates, NeighborMemory, NeighborStates
+from .neighbors_retro import Neighbors
 from .reader_adapters_retro import NEIGHBOR_ADAPTER, ROW_ADAPTER, ReaderAdapters, is_adapter_weight
 from .readers_retro import Reader
 
@@ -57,18 +53,22 @@ MEMORY_BYTES = 1 << 30
 
 
 class NeighborPrefix(Cache):
-    """Stands in for the cache in a call without one: puts keys and values of neighbors in front, and keeps nothing."""
+    """
+    Stands in for an empty cache: puts keys and values of neighbors in front of those of the row, and keeps only the
+    latter, in the cache that it stands for.
+    """
 
-    def __init__(self, key_values: LayerStates):
+    def __init__(self, key_values: LayerStates, cache: Cache | None):
         super().__init__(layers=[])
-        self.key_values = key_values
+        self.key_values, self.cache = key_values, cache
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the row `(B, Hkv, T, D)`, with those of the neighbors in front."""
-        keys, values = self.key_values[layer_idx]
-        keys, values = keys.to(key_states.dtype), values.to(value_states.dtype)
+        if self.cache is not None:
+            key_states, value_states = self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
+        keys, values = (x.to(key_states.device, key_states.dtype) for x in self.key_values[layer_idx])
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -80,41 +80,111 @@ class NeighborPrefix(Cache):
         return query_length, 0
 
 
+class RereadTokens(Cache):
+    """
+    Stands in for a filled cache while some tokens of some rows are read again: their keys and values replace those
+    that the cache has.
+    """
+
+    def __init__(self, cache: RetroJointCache, rows: torch.LongTensor, columns: torch.LongTensor):
+        super().__init__(layers=[])
+        self.cache, self.rows, self.columns = cache, rows, columns
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of neighbors and row `(n, Hkv, F + N, D)` for the n rows that are read again."""
+        return self.cache.replace_columns(key_states, value_states, layer_idx, self.rows, self.columns)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of cached tokens."""
+        return self.cache.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the mask, which covers only the row."""
+        return self.cache.get_seq_length(layer_idx), 0
+
+
+class _Gradients(torch.autograd.Function):
+    """Passes the embeddings of the row on; the gradients that the states of neighbors have gathered go back."""
+
+    @staticmethod
+    def forward(ctx, leaves: list[torch.Tensor], embeds: torch.Tensor, *states: torch.Tensor) -> torch.Tensor:
+        ctx.leaves = leaves
+        return embeds.clone()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return None, grad, *(leaf.grad for leaf in ctx.leaves)
+
+
 @dataclass
-class NeighborFront:
-    """
-    The neighbors in front of the rows of a call. They have F keys, which are ordered by slot.
+class JointCall:
+    """The arguments of a forward pass."""
 
-    Args:
-        key_values (`list`, *optional*):
-            Keys and values `(B, Hkv, F, D)` for each layer. `None` if the cache already has them in front.
-        mask (`torch.BoolTensor` of shape `(batch_size, F)`):
-            True for the keys of real tokens.
-        slots (`torch.LongTensor` of shape `(F,)`):
-            The slot of each key.
-    """
+    input_ids: torch.LongTensor | None  # [B, T]
+    inputs_embeds: torch.Tensor | None  # [B, T, d]
+    attention_mask: torch.Tensor | None  # [B, N] or [B, 1, T, N]
+    position_ids: torch.LongTensor | None  # [B, T]
+    past_key_values: Cache | None
+    labels: torch.LongTensor | None  # [B, T]
+    logits_to_keep: int | torch.Tensor
+    options: dict[str, Any]
 
-    key_values: LayerStates | None
-    mask: torch.BoolTensor
-    slots: torch.LongTensor
+    @property
+    def inputs(self) -> torch.Tensor:
+        """`torch.Tensor`: the tokens, or their embeddings if only these are known."""
+        return self.input_ids if self.input_ids is not None else self.inputs_embeds
 
-    def select(self, slot: torch.LongTensor) -> tuple[LayerStates, torch.BoolTensor]:
-        """
-        Keys and values of one slot for each row `(batch_size,)`, and their mask. A row without the slot gets none.
-        Keys that no token may see are left out.
-        """
-        is_chosen = self.mask & (self.slots == slot[:, None])  # [B, F]
-        width = int(is_chosen.sum(1).max())
-        # Moves the chosen columns to the front and keeps their order.
-        columns = is_chosen.int().argsort(dim=1, descending=True, stable=True)[:, :width]  # [B, W]
-        mask = is_chosen.gather(1, columns)
+    @property
+    def cache(self) -> RetroJointCache | None:
+        """[`RetroJointCache`] or `None`: the cache, if it can hold the state of retrieval."""
+        return self.past_key_values if isinstance(self.past_key_values, RetroJointCache) else None
 
-        def gather(states: torch.Tensor) -> torch.Tensor:
-            index = columns.to(states.device)[:, None, :, None]
-            return states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))
+    @property
+    def past_length(self) -> int:
+        """`int`: Number of cached tokens."""
+        return self.past_key_values.get_seq_length() if self.past_key_values is not None else 0
 
-        key_values = [None if pair is None else (gather(pair[0]), gather(pair[1])) for pair in self.key_values]
-        return key_values, mask
+    @property
+    def given_mask(self) -> torch.Tensor | None:
+        """`torch.Tensor` or `None`: a mask over queries and keys `(B, 1, T, N)` that the caller made."""
+        return self.attention_mask if self.attention_mask is not None and self.attention_mask.ndim == 4 else None
+
+    @property
+    def is_prompt(self) -> bool:
+        """`bool`: Whether nothing is predicted but the next token."""
+        return self.labels is None and isinstance(self.logits_to_keep, int) and self.logits_to_keep == 1
+
+    def locate(self, chunk_size: int) -> TokenLocations:
+        """Finds the places of the tokens in their documents and rows."""
+        return locate_call(self.inputs, self.attention_mask, self.position_ids, self.past_length, chunk_size)
+
+    def record_tokens(self) -> None:
+        """Appends the tokens to the cache."""
+        if self.cache is not None:
+            unknown = self.inputs.new_full(self.inputs.shape[:2], -1, dtype=torch.long)
+            self.cache.update_input_ids(unknown if self.input_ids is None else self.input_ids)
+
+    def cut(self, start: int, end: int) -> "JointCall":
+        """The call for the tokens from `start` to `end`, if those before it are cached. It has no labels."""
+        length = self.inputs.shape[1]
+        mask, kept = self.attention_mask, 0
+        if mask is not None:
+            mask = mask[..., : mask.shape[-1] - length + end]
+            mask = mask[:, :, start:end] if mask.ndim == 4 else mask
+        if isinstance(self.logits_to_keep, int) and self.logits_to_keep > 0 and self.labels is None:
+            kept = max(1, end - max(start, length - self.logits_to_keep))
+        return JointCall(
+            input_ids=None if self.input_ids is None else self.input_ids[:, start:end],
+            inputs_embeds=None if self.inputs_embeds is None else self.inputs_embeds[:, start:end],
+            attention_mask=mask,
+            position_ids=None if self.position_ids is None else self.position_ids[:, start:end],
+            past_key_values=self.past_key_values,
+            labels=None,
+            logits_to_keep=kept,
+            options=self.options,
+        )
 
 
 @auto_docstring
@@ -124,6 +194,7 @@ class RetroJointPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
 
@@ -159,6 +230,7 @@ class RetroJointForCausalLM(
         self.neighbor_memory = NeighborMemory(MEMORY_BYTES)
         self.set_retriever(None)
         self.adapters = ReaderAdapters()
+        self._parts_work: bool | None = None  # not known before the decoder was tried
 
         # Initialize weights and apply final processing
         self.post_init()
@@ -325,84 +397,328 @@ class RetroJointForCausalLM(
         ```"""
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if use_cache is None:
+            use_cache = getattr(self.config.text_config.get_text_config(), "use_cache", True) and not self.training
+        call = JointCall(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=RetroJointCache() if use_cache and past_key_values is None else past_key_values,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            options={"use_cache": use_cache, **kwargs},
+        )
+        neighbors = self._find_neighbors(call, neighbor_input_ids, neighbor_attention_mask)
+        if call.past_length > 0 and (neighbors is not None or (call.cache is not None and call.cache.neighbors)):
+            outputs = self._continue(call, neighbors)
+        elif neighbors is not None:
+            outputs = self._begin(call, neighbors)
+        else:
+            outputs = self._read_alone(call)
+        others = {name: value for name, value in outputs.items() if name != "past_key_values"}
+        return type(outputs)(past_key_values=call.past_key_values, **others)
+
+    def _find_neighbors(
+        self,
+        call: JointCall,
+        neighbor_input_ids: torch.LongTensor | None,
+        neighbor_attention_mask: torch.Tensor | None,
+    ) -> Neighbors | None:
+        """The neighbors of a forward pass: those that are given, or else those that the model looks up."""
         if neighbor_input_ids is None and self.is_retrieving:
-            neighbor_input_ids, neighbor_attention_mask = self.retrieve_neighbors(
-                input_ids, attention_mask, position_ids, past_key_values
+            found = self.retrieve_neighbors(
+                call.input_ids, call.attention_mask, call.position_ids, call.past_key_values
             )
-        inputs = input_ids if input_ids is not None else inputs_embeds
-        neighbor_input_ids, neighbor_attention_mask = check_neighbors(
-            inputs,
+            if found is not None:
+                neighbor_input_ids, neighbor_attention_mask = found.input_ids, found.attention_mask
+        neighbors = check_neighbors(
+            call.inputs,
             neighbor_input_ids,
             neighbor_attention_mask,
-            position_ids,
-            past_key_values,
+            call.position_ids,
+            call.past_key_values,
             chunk_size=self.config.chunk_size,
             cache_class=RetroJointCache,
         )
         # In training every weight stays in the graph, because training on several processes needs that.
-        if neighbor_input_ids is not None and not self.training and not neighbor_attention_mask.any():
-            neighbor_input_ids, neighbor_attention_mask = None, None
-        if use_cache is None:
-            use_cache = getattr(self.config.text_config.get_text_config(), "use_cache", True) and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = RetroJointCache()
+        if neighbors is not None and not self.training and not neighbors.attention_mask.any():
+            return None
+        return neighbors
 
-        cache = past_key_values if isinstance(past_key_values, RetroJointCache) else None
-        decoder_inputs = {
-            "input_ids": input_ids,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-        }
-        front, next_slot = None, None
-        has_previous_slot = cache is not None and cache.neighbor_input_ids is not None
-        if (
-            neighbor_input_ids is not None
-            or has_previous_slot
-            or self._is_packed(inputs, attention_mask, position_ids, past_key_values)
-        ):
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            has_4d_mask = attention_mask is not None and attention_mask.ndim == 4
-            if position_ids is None:
-                position_ids = default_position_ids(inputs, attention_mask, past_length)
-            position_ids = position_ids.expand(inputs.shape[0], -1)
-            if has_4d_mask:
-                check_position_ids(position_ids)
-            mask = token_mask(attention_mask, position_ids, past_length)
-            locations = locate_tokens(position_ids, mask, self.config.chunk_size)
-            front = self._make_front(locations, neighbor_input_ids, neighbor_attention_mask, mask, cache)
-            num_slots = int(has_previous_slot) + (neighbor_input_ids.shape[1] if neighbor_input_ids is not None else 0)
-            slot, sees, next_slot = find_seen_slots(locations, self.config.chunk_size, num_slots, has_previous_slot)
-            sees_front = sees[..., None] & (slot[..., None] == front.slots) & front.mask[:, None]  # [B, T, F]
-            row_mask = attention_mask if has_4d_mask else None
-            decoder_inputs["attention_mask"] = self._make_masks(sees_front, mask, position_ids, row_mask)
-            decoder_inputs["position_ids"] = position_ids
-            if cache is None and front.key_values:
-                decoder_inputs["past_key_values"] = NeighborPrefix(front.key_values)
-            elif cache is not None and front.key_values:
-                cache.set_front(front.key_values, front.mask)
+    def _read_alone(self, call: JointCall) -> CausalLMOutputWithPast:
+        """A call without neighbors, which is that of the decoder."""
+        attention_mask, position_ids = call.attention_mask, call.position_ids
+        if self._is_packed(call.inputs, attention_mask, position_ids, call.past_key_values):
+            locations = call.locate(self.config.chunk_size)
+            attention_mask, position_ids = self._make_masks(locations, call.given_mask), locations.document_index
+        call.record_tokens()
+        return self._decode(
+            input_ids=call.input_ids,
+            inputs_embeds=call.inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=call.past_key_values,
+            labels=call.labels,
+            logits_to_keep=call.logits_to_keep,
+            **call.options,
+        )
+
+    def _begin(self, call: JointCall, neighbors: Neighbors) -> CausalLMOutputWithPast:
+        """A call with neighbors and without cached tokens."""
+        locations, cache = call.locate(self.config.chunk_size), call.cache
+        seen = neighbors.seen(self.config.hidden_neighbor_tokens)  # [B, S, k, r]
+        states = plan_states(
+            locations,
+            seen.flatten(2).any(-1),
+            self.config.chunk_size,
+            self.config.reread_tokens,
+            call.is_prompt,
+        )
+        read = self.read_neighbors(neighbors)
+        tokens = {"input_ids": call.input_ids, "inputs_embeds": call.inputs_embeds}
+        if self._checkpoints_layers() and any(pair[0].requires_grad for pair in read.key_values if pair is not None):
+            embeds = call.inputs_embeds if call.input_ids is None else self.get_input_embeddings()(call.input_ids)
+            read, embeds = _gather_gradients(read, embeds)
+            tokens = {"input_ids": None, "inputs_embeds": embeds}
+        keep = call.logits_to_keep
+        if states.num_again > 0:
+            tokens = {name: None if x is None else take_columns(x, states.columns) for name, x in tokens.items()}
+            # The states of tokens that are read again stand in front and predict nothing.
+            keep = keep + states.num_again if isinstance(keep, torch.Tensor) else keep or call.inputs.shape[1]
+        call.record_tokens()
+        outputs = self._decode(
+            **tokens,
+            **self._attention_inputs(call, locations, states, read, seen),
+            position_ids=locations.document_index.gather(1, states.columns),
+            labels=call.labels,
+            logits_to_keep=keep,
+            gate=states.slot < neighbors.num_slots,
+            **call.options,
+        )
         if cache is not None:
-            unknown = inputs.new_full(inputs.shape[:2], -1, dtype=torch.long)
-            cache.update_input_ids(unknown if input_ids is None else input_ids)
-
-        reads = front is not None and front.mask.shape[1] > 0
-        with (
-            self._reading_cache(decoder_inputs["past_key_values"]),
-            self.adapters.active(
-                ROW_ADAPTER if reads else None, sees_front.any(-1) if reads else None, keep=self.training
-            ),
-        ):
-            outputs = self.decoder(
-                **decoder_inputs, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs
+            if states.num_again > 0:
+                cache.keep_states(states.final)
+            cache.update_neighbors(
+                neighbors, locations.first_slot[:, 0], locations.mask.shape[1] // self.config.chunk_size
             )
-        if cache is not None and reads:
-            if front.key_values:
-                cache.set_front(*front.select(next_slot))
-            else:
-                cache.front_mask = cache.front_mask & (next_slot == 0)[:, None]
-        others = {name: value for name, value in outputs.items() if name != "past_key_values"}
-        return type(outputs)(past_key_values=past_key_values, **others)
+            cache.set_front(*read.take(states.next_slot, seen))
+        if states.num_again > 0 and outputs.hidden_states is not None:
+            outputs.hidden_states = tuple(x[:, states.num_again :] for x in outputs.hidden_states)
+        return outputs
+
+    def _attention_inputs(
+        self,
+        call: JointCall,
+        locations: TokenLocations,
+        states: RowStates,
+        read: NeighborStates,
+        seen: torch.BoolTensor,
+    ) -> dict[str, Any]:
+        """What the attention of the decoder needs in a call without cached tokens: in parts, or one mask."""
+        if not self._attends_in_parts():
+            slots = torch.arange(seen.shape[1], device=seen.device).repeat_interleave(seen[0, 0].numel())
+            sees_front = (states.slot[..., None] == slots) & seen.flatten(1)[:, None]  # [B, W, F]
+            masks = self._make_masks(locations, call.given_mask, sees_front, states)
+            return {"attention_mask": masks, "past_key_values": NeighborPrefix(read.gather(), call.past_key_values)}
+        config = self.config.text_config
+        is_plain = call.given_mask is None and (call.attention_mask is None or bool(call.attention_mask.all()))
+        if call.position_ids is not None:
+            is_plain = is_plain and not bool((locations.row_index > locations.document_index).any())
+        parts, seq_len = {}, locations.document_index.shape[1]
+        for window in set(layer_windows(config).values()):
+            row_mask = None
+            if not is_plain or (window is not None and window < seq_len):
+                row_mask = self._row_mask(locations, window, call.given_mask)
+            parts[window] = make_parts(states, row_mask, read.index, seen, self.config.chunk_size)
+        layout = AttentionLayout(parts, windows_of_layers(config), [read.key_values], self.neighbor_bias)
+        # The mask is not used. One that is prepared keeps the decoder from making its own.
+        prepared = seen.new_ones(1, 1, 1, 1)
+        return {"attention_mask": prepared, "past_key_values": call.past_key_values, "retro_attention": layout}
+
+    def _continue(self, call: JointCall, neighbors: Neighbors | None) -> CausalLMOutputWithPast:
+        """
+        A call with cached tokens, of which some have seen neighbors or will. It is cut where the neighbors in sight
+        change.
+        """
+        length, size = call.inputs.shape[1], self.config.chunk_size
+        if length == 1:
+            return self._step(call, neighbors)
+        locations = call.locate(size)
+        index = locations.document_index
+        completes = locations.is_token & ((index + 1) % size == 0)  # [B, T]
+        cuts = (completes | (locations.is_token & (index == 0))).any(0)
+        if self.config.reread_tokens > 1:
+            cuts[1:] |= completes.any(0)[:-1]
+        starts = sorted({0, *cuts.nonzero()[:, 0].tolist()})
+        slots = locations.document_slot + (index + 1) // size - 1 - locations.first_slot  # [B, T]
+        pieces = []
+        for start, end in zip(starts, [*starts[1:], length]):
+            own = None
+            if neighbors is not None:
+                own = neighbors.take(torch.where(completes[:, start], slots[:, start], -1))
+                own = own if self.training or bool(own.attention_mask.any()) else None
+            pieces.append(self._step(call.cut(start, end), own))
+        logits = torch.cat([piece.logits for piece in pieces], dim=1)
+        kept = call.logits_to_keep
+        if call.labels is None and (isinstance(kept, torch.Tensor) or kept > 0):
+            logits = logits[:, kept if isinstance(kept, torch.Tensor) else slice(-kept, None)]
+        loss = None
+        if call.labels is not None:
+            vocab_size = self.config.vocab_size
+            loss = self.decoder.loss_function(logits=logits, labels=call.labels, vocab_size=vocab_size, **call.options)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    def _step(self, call: JointCall, neighbors: Neighbors | None) -> CausalLMOutputWithPast:
+        """
+        A call with cached tokens in which the neighbors in sight change at most at the first token. `neighbors` are
+        those of the chunks that this token completes, with one slot.
+        """
+        locations, cache, size = call.locate(self.config.chunk_size), call.cache, self.config.chunk_size
+        index, is_token = locations.document_index[:, 0], locations.is_token[:, 0]
+        completes = is_token & ((index + 1) % size == 0)  # [B]
+        if cache.front_mask is None:
+            self._restore_front(call, locations)
+        cache.update_neighbors(neighbors, locations.first_slot[:, 0], locations.mask.shape[1] // size)
+        cache.front_mask = cache.front_mask & ~(completes | (is_token & (index == 0)))[:, None]
+        if neighbors is not None:
+            seen = neighbors.seen(self.config.hidden_neighbor_tokens) & completes[:, None, None, None]
+            read = self.read_neighbors(
+                Neighbors(neighbors.input_ids, neighbors.attention_mask & seen.any(-1)[..., None])
+            )
+            cache.add_front(*read.take(torch.zeros_like(index), seen))
+        call.record_tokens()
+        front = cache.front_mask[:, None] & locations.is_token[..., None]  # [B, T, F]
+        outputs = self._decode(
+            input_ids=call.input_ids,
+            inputs_embeds=call.inputs_embeds,
+            attention_mask=self._make_masks(locations, call.given_mask, front),
+            position_ids=locations.document_index,
+            past_key_values=cache,
+            labels=call.labels,
+            logits_to_keep=call.logits_to_keep,
+            gate=front.any(-1) if front.shape[2] > 0 else None,
+            **call.options,
+        )
+        if neighbors is not None and self.config.reread_tokens > 1:
+            self._complete_chunks(call, locations, seen.flatten(1).any(-1), outputs)
+        return outputs
+
+    def _complete_chunks(
+        self,
+        call: JointCall,
+        locations: TokenLocations,
+        completes: torch.BoolTensor,
+        outputs: CausalLMOutputWithPast,
+    ) -> None:
+        """
+        Reads the last tokens of chunks again, in the rows `(B,)` that have just completed one. What follows is
+        predicted from the state that the last of them has then, so it replaces that in `outputs`.
+        """
+        rows = completes.nonzero()[:, 0]
+        if len(rows) == 0:
+            return
+        back = torch.arange(self.config.reread_tokens - 1, -1, -1, device=rows.device)
+        again = self._read_again(call, locations, rows, locations.row_index[rows, :1] - back)
+        logits = outputs.logits.clone()
+        logits[rows, -1] = again.logits[:, -1].to(logits)
+        outputs.logits = logits
+
+    def _read_again(
+        self, call: JointCall, locations: TokenLocations, rows: torch.LongTensor, row_index: torch.LongTensor
+    ) -> CausalLMOutputWithPast:
+        """
+        Reads tokens of some rows again, with the neighbors that the cache has in front, and replaces their states.
+
+        Args:
+            call ([`JointCall`]), locations ([`TokenLocations`]):
+                The call and its places.
+            rows (`torch.LongTensor` of shape `(n,)`):
+                The rows.
+            row_index (`torch.LongTensor` of shape `(n, b)`):
+                Index of each token in its row, counted without padding. Those before the second token of the document
+                become the second.
+        """
+        cache = call.cache
+        if call.given_mask is not None:
+            raise ValueError(
+                "a 4-D mask says nothing of cached tokens, which are read again: set `reread_tokens` to 0"
+            )
+        index, first = locations.document_index[rows, :1], locations.row_index[rows, :1]
+        start = torch.maximum(first - index, torch.zeros_like(first))  # where the document begins in the row
+        row_index = torch.maximum(row_index, torch.minimum(start + 1, first))
+        columns = locations.column_of[rows].gather(1, row_index)  # [n, b]
+        tokens = cache.input_ids[rows[:, None], columns]
+        if (tokens < 0).any():
+            raise ValueError(
+                "tokens of a chunk that are known only as embeddings cannot be read again: give `input_ids`, or set "
+                "`reread_tokens` to 0"
+            )
+        positions = index + row_index - first
+        mask = locations.mask[rows, : cache.get_seq_length()]
+        masks = {
+            layer_type: self._convert_mask(
+                torch.cat(
+                    [
+                        cache.front_mask[rows, None].expand(-1, columns.shape[1], -1),
+                        make_row_mask(mask, positions, columns, window),
+                    ],
+                    dim=-1,
+                )[:, None],
+                cache.front_length,
+            )
+            for layer_type, window in layer_windows(self.config.text_config).items()
+        }
+        return self._decode(
+            input_ids=tokens,
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+            position_ids=positions,
+            past_key_values=RereadTokens(cache, rows, columns),
+            use_cache=True,
+            logits_to_keep=1,
+            gate=torch.ones_like(columns, dtype=torch.bool),
+        )
+
+    def _restore_front(self, call: JointCall, locations: TokenLocations) -> None:
+        """
+        After a crop: puts the neighbors of the last complete chunk in front again. If tokens of the incomplete one had
+        been read again, they go back to the state in which they were written.
+        """
+        cache, size = call.cache, self.config.chunk_size
+        if cache.neighbors is None:
+            cache.set_front([], locations.mask[:, :0])
+            return
+        index = locations.first_document_index[:, 0]
+        neighbors = cache.neighbors.take(torch.where(index >= size, locations.first_slot[:, 0] - 1, -1))
+        seen = neighbors.seen(self.config.hidden_neighbor_tokens)
+        cache.set_front(*self.read_neighbors(neighbors).take(torch.zeros_like(index), seen))
+        written, missing = index % size, size - index % size
+        removed = cache.uncropped_length - cache.get_seq_length()
+        cache.uncropped_length = 0
+        rows = ((written > 0) & (missing <= removed)).nonzero()[:, 0]
+        if self.config.reread_tokens <= 1 or len(rows) == 0:
+            return
+        first = locations.first_row_index[rows]  # [n, 1]
+        count = int(written[rows].max())
+        back = torch.minimum(torch.arange(count, 0, -1, device=rows.device), written[rows, None])
+        self._read_again(call, locations, rows, first - back)
+
+    def _decode(self, gate: torch.BoolTensor | None = None, **inputs) -> CausalLMOutputWithPast:
+        """
+        Runs the decoder.
+
+        Args:
+            gate (`torch.BoolTensor` of shape `(batch_size, W)`, *optional*):
+                Which tokens see neighbors. `None` if none does.
+            inputs:
+                The arguments of the decoder.
+        """
+        with (
+            self._switched_attention(inputs),
+            self._reading_cache(inputs["past_key_values"]),
+            self.adapters.active(ROW_ADAPTER if gate is not None else None, gate, keep=self.training),
+        ):
+            return self.decoder(**inputs)
 
     def _is_packed(
         self,
@@ -428,76 +744,28 @@ class RetroJointForCausalLM(
             cache.is_packed = is_packed
         return is_packed
 
-    def _make_front(
-        self,
-        locations: TokenLocations,
-        neighbor_input_ids: torch.LongTensor | None,
-        neighbor_attention_mask: torch.BoolTensor | None,
-        mask: torch.BoolTensor,
-        cache: RetroJointCache | None,
-    ) -> NeighborFront:
-        """Reads the neighbors of a call and puts them behind those that the cache already has in front."""
-        first_slot = locations.first_slot[:, 0]
-        num_previous = 0
-        if cache is not None:
-            has_previous_slot = cache.neighbor_input_ids is not None
-            cache.update_neighbors(
-                neighbor_input_ids, neighbor_attention_mask, first_slot, mask.shape[1] // self.config.chunk_size
-            )
-            if has_previous_slot and cache.front_mask is None:
-                # After a crop, the neighbors of the last complete chunk are put in front again.
-                ids, present = cache.get_neighbors(first_slot - 1)  # [B, k, r]
-                neighbor_input_ids = prepend_slot(ids, neighbor_input_ids, dim=(2, 3))  # [B, 1 + L, k, r]
-                neighbor_attention_mask = prepend_slot(present, neighbor_attention_mask, dim=(2, 3))
-            num_previous = cache.front_length
-        device = mask.device
-        slots = torch.zeros(num_previous, dtype=torch.long, device=device)
-        front_mask = cache.front_mask if num_previous > 0 else mask.new_zeros(mask.shape[0], 0)
-        if neighbor_input_ids is None:
-            return NeighborFront(None, front_mask, slots)
-        key_values = self.read_neighbors(neighbor_input_ids, neighbor_attention_mask)
-        # The row does not see the first real tokens of a neighbor, though the rest of the neighbor does.
-        place = neighbor_attention_mask.cumsum(-1)  # [B, L, k, r], from 1
-        is_seen = neighbor_attention_mask & (place > self.config.hidden_neighbor_tokens)
-        if num_previous > 0:
-            key_values = cache.get_front(key_values)
-        num_slots, width = neighbor_input_ids.shape[1], neighbor_input_ids[0, 0].numel()
-        new_slots = torch.arange(num_slots, device=device).repeat_interleave(width) + int(num_previous > 0)
-        return NeighborFront(
-            key_values,
-            torch.cat([front_mask, is_seen.flatten(1)], dim=1),
-            torch.cat([slots, new_slots]),
-        )
-
-    def read_neighbors(
-        self, neighbor_input_ids: torch.LongTensor, neighbor_attention_mask: torch.BoolTensor
-    ) -> LayerStates:
+    def read_neighbors(self, neighbors: Neighbors) -> NeighborStates:
         """
         Computes the keys and values of neighbors in each layer of the decoder. The decoder reads each neighbor by
         itself, at the positions -r to -1 in front of a document. A neighbor that was read before is taken from
         `neighbor_memory`, unless gradients are needed.
 
         Args:
-            neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_slots, k, neighbor_length)`):
-                Tokens of the neighbors.
-            neighbor_attention_mask (`torch.BoolTensor` of the same shape):
-                True for real tokens.
+            neighbors ([`Neighbors`]): The neighbors, `(batch_size, num_slots, k, neighbor_length)`.
 
         Returns:
-            `list`: for each layer keys and values of shape `(batch_size, num_key_value_heads, num_slots * k *
-            neighbor_length, head_dim)`, or `None` for a layer without keys and values of its own.
+            [`NeighborStates`]: the keys and values of the different ones among them.
         """
         needs_gradient = torch.is_grad_enabled() and any(
             parameter.requires_grad for parameter in self._neighbor_parameters()
         )
         with torch.set_grad_enabled(needs_gradient):
-            states = self.neighbor_memory.read(
-                neighbor_input_ids,
-                neighbor_attention_mask,
+            return self.neighbor_memory.read(
+                neighbors.input_ids,
+                neighbors.attention_mask,
                 self._encode_neighbors,
                 version=None if needs_gradient else self._weights_version(),
             )
-            return states.gather()
 
     def _neighbor_parameters(self) -> list[nn.Parameter]:
         """The weights that the states of neighbors depend on."""
@@ -546,36 +814,37 @@ class RetroJointForCausalLM(
             for layer in zip(*parts)
         ]
 
+    def _row_mask(self, locations: TokenLocations, window: int | None, given: torch.Tensor | None) -> torch.BoolTensor:
+        """Which tokens of the row those of a call see, `(B, T, N)`."""
+        batch_size, seq_len = locations.document_index.shape
+        total_length = locations.mask.shape[1]
+        columns = torch.arange(total_length - seq_len, total_length, device=locations.mask.device)
+        columns = columns.expand(batch_size, -1)
+        return make_row_mask(locations.mask, locations.document_index, columns, window, given)
+
     def _make_masks(
         self,
-        sees_front: torch.BoolTensor,
-        mask: torch.BoolTensor,
-        position_ids: torch.LongTensor,
-        row_mask: torch.Tensor | None,
+        locations: TokenLocations,
+        given: torch.Tensor | None,
+        sees_front: torch.BoolTensor | None = None,
+        states: RowStates | None = None,
     ) -> torch.Tensor | BlockMask | dict[str, torch.Tensor | BlockMask] | None:
         """
         Makes the masks over the neighbors in front and the row, in the form that the attention of the decoder takes.
         If the decoder has several types of layers, there is a mask for each. A sliding window counts only the tokens
-        of the row.
+        of the row. `sees_front` is `(B, W, F)`.
         """
-        seq_len, total_length = position_ids.shape[1], mask.shape[1]
-        columns = torch.arange(total_length, device=mask.device)
-        distance = columns[-seq_len:, None] - columns  # [T, N]
-        if row_mask is None:
-            row_index = mask.cumsum(-1) - 1  # [B, N]
-            document_start = row_index[:, -seq_len:] - position_ids  # [B, T]
-            row_mask = mask[:, None] & (distance >= 0) & (row_index[:, None] >= document_start[..., None])
-            # A softmax needs at least one key, so padding sees itself.
-            row_mask = row_mask | (distance == 0)  # [B, T, N]
-        else:
-            row_mask = row_mask[:, 0] if row_mask.dtype == torch.bool else row_mask[:, 0] >= 0
         masks = {}
         for layer_type, window in layer_windows(self.config.text_config).items():
-            seen = row_mask if window is None else row_mask & (distance < window)
-            seen = torch.cat([sees_front, seen], dim=-1)[:, None]  # [B, 1, T, F + N]
+            seen = self._row_mask(locations, window, given)
+            if states is not None:
+                seen = mask_of_states(states, seen)
+            if sees_front is not None:
+                seen = torch.cat([sees_front, seen], dim=-1)  # [B, W, F + N]
+            seen = seen[:, None]
             if window is None and self._needs_no_mask(seen):
                 return None
-            masks[layer_type] = self._convert_mask(seen, num_neighbor_tokens=sees_front.shape[-1])
+            masks[layer_type] = self._convert_mask(seen, 0 if sees_front is None else sees_front.shape[-1])
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _needs_no_mask(self, seen: torch.BoolTensor) -> bool:
@@ -583,13 +852,12 @@ class RetroJointForCausalLM(
         Whether the token of a decoding step sees every key. Without a mask SDPA need not repeat the keys for the heads
         of a group. On a GPU this is not looked up, because the CPU would have to wait for the answer.
         """
-        implementation = self.decoder.config._attn_implementation
         return (
             seen.shape[2] == 1
             and seen.device.type == "cpu"
             and len(layer_windows(self.config.text_config)) == 1
             and self.neighbor_bias is None
-            and implementation == "sdpa"
+            and self.base_attention == "sdpa"
             # Some other decoders make a mask of their own if they are given none.
             and self.decoder._supports_attention_backend
             and self.decoder._can_compile_fullgraph
@@ -598,10 +866,8 @@ class RetroJointForCausalLM(
         )
 
     def _convert_mask(self, mask: torch.BoolTensor, num_neighbor_tokens: int = 0) -> torch.Tensor | BlockMask:
-        implementation = self.decoder.config._attn_implementation
+        implementation = self.base_attention
         has_bias = self.neighbor_bias is not None and num_neighbor_tokens > 0
-        if implementation == "sdpa" and not has_bias:
-            return mask
         if implementation == "flex_attention" and not has_bias:
             batch_size, _, query_length, key_length = mask.shape
 
@@ -609,17 +875,82 @@ class RetroJointForCausalLM(
                 return mask[batch_idx, 0, q_idx, kv_idx]
 
             return create_block_mask(sees, batch_size, None, query_length, key_length, device=mask.device)
-        if implementation not in ("sdpa", "eager", "flex_attention"):
-            raise ValueError(
-                f"the decoder's attention is {implementation!r}, which takes no mask over neighbors and row; load it "
-                "with `attn_implementation` 'sdpa', 'flex_attention' or 'eager'"
-            )
+        if implementation not in ("eager", "flex_attention") and not has_bias:
+            return mask
         dtype = self.decoder.dtype
         scores = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
         if has_bias:
             is_neighbor = torch.arange(mask.shape[-1], device=mask.device) < num_neighbor_tokens
             scores = torch.where(is_neighbor, self.neighbor_bias.to(scores), scores)
         return scores.masked_fill(~mask, torch.finfo(dtype).min)
+
+    @property
+    def base_attention(self) -> str:
+        """`str`: Name of the decoder's own attention."""
+        return self.decoder.config._attn_implementation.removeprefix(PREFIX)
+
+    def _attends_in_parts(self) -> bool:
+        """Whether the attention of the decoder can be put together from parts. The decoder is tried once."""
+        if self.base_attention in ("eager", "flex_attention"):
+            return False
+        if self.training and getattr(self.config.text_config.get_text_config(), "attention_dropout", 0.0) > 0:
+            return False
+        if self._parts_work is None and not torch.compiler.is_compiling():
+            self._parts_work = has_kernels(self.get_input_embeddings().weight) and self._try_parts()
+        return bool(self._parts_work)
+
+    @torch.no_grad()
+    def _try_parts(self) -> bool:
+        """
+        Compares the logits of a short row in both ways. They differ for decoders whose layers change scores by
+        themselves or do not pass on what their attention needs.
+        """
+        length, size = 4, self.config.chunk_size
+        device = self.get_input_embeddings().weight.device
+        tokens = torch.randint(
+            0, self.config.vocab_size, (1, length + 2 * size), generator=torch.Generator().manual_seed(0)
+        )
+        tokens = tokens.to(device)
+        logits = []
+        for self._parts_work in (False, True):
+            try:
+                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                    torch.manual_seed(0)  # the same units drop out
+                    neighbor = tokens[:, None, None, :length]
+                    outputs = self(input_ids=tokens[:, length:], neighbor_input_ids=neighbor, use_cache=False)
+            except (IndexError, RuntimeError, TypeError, KeyError, ValueError, AttributeError):
+                if self._parts_work:
+                    return False
+                raise
+            logits.append(outputs.logits.double())
+        return bool((logits[0] - logits[1]).norm() < tolerance(self.decoder.dtype) * logits[0].norm())
+
+    @contextmanager
+    def _switched_attention(self, inputs: dict[str, Any]):
+        """
+        Lets the decoder attend in parts if the call has any. Other kernels than SDPA's take no mask over neighbors and
+        row, so such a mask goes to SDPA. In training nothing is switched back, because checkpointed layers run again
+        in the backward pass; without parts the registered attention is the decoder's own.
+        """
+        config, base = self.decoder.config, self.base_attention
+        mask = inputs["attention_mask"]
+        has_mask = isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.ndim == 4)
+        is_other = base not in ("eager", "sdpa", "flex_attention")
+        switches = "retro_attention" in inputs or (is_other and has_mask)
+        if switches:
+            config._attn_implementation = register_attention(base)
+        try:
+            yield
+        finally:
+            if switches and not self.training:
+                config._attn_implementation = base
+
+    def _checkpoints_layers(self) -> bool:
+        return self.training and any(
+            layer.gradient_checkpointing
+            for layer in self.decoder.modules()
+            if isinstance(layer, GradientCheckpointingLayer)
+        )
 
     @contextmanager
     def _without_checkpointing(self):
@@ -693,17 +1024,28 @@ class RetroJointForCausalLM(
                 f"a {self.config.text_config.model_type!r} model cannot read neighbors with its own attention: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        tolerance = 1e-3 if self.decoder.dtype in (torch.float32, torch.float64) else 0.1
         for name, left, right in (
             ("its positions are absolute, so that keys in front of a row cannot be read", shifted, plain),
             ("its layers keep more of a sequence than keys and values", found, expected),
         ):
             difference = (left - right).double().norm() / right.double().norm()
-            if not difference < tolerance:
+            if not difference < tolerance(self.decoder.dtype):
                 raise ValueError(
                     f"a {self.config.text_config.model_type!r} model cannot read neighbors with its own attention: "
                     f"{name} (relative difference of logits {float(difference):.2g})"
                 )
+
+
+def _gather_gradients(read: NeighborStates, embeds: torch.Tensor) -> tuple[NeighborStates, torch.Tensor]:
+    """
+    Cuts the states of neighbors from their graph, so that checkpointed layers do not walk through it again in the
+    backward pass of each. The gradients that all layers leave there go back at once, with those of the embeddings.
+    """
+    states = [x for pair in read.key_values if pair is not None for x in pair]
+    leaves = [x.detach().requires_grad_() for x in states]
+    pairs = iter(zip(leaves[::2], leaves[1::2]))
+    key_values = [None if pair is None else next(pairs) for pair in read.key_values]
+    return NeighborStates(key_values, read.index), _Gradients.apply(leaves, embeds, *states)
 
 
 def make_contiguous(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -724,6 +1066,19 @@ def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
     return {
         layer_type: window if layer_type == "sliding_attention" else None for layer_type in sorted(set(layer_types))
     }
+
+
+def windows_of_layers(config: PreTrainedConfig) -> list[int | None]:
+    """The length of the sliding window of each layer of a decoder, `None` for full attention."""
+    config = config.get_text_config()
+    windows = layer_windows(config)
+    layer_types = getattr(config, "layer_types", None) or list(windows) * config.num_hidden_layers
+    return [windows[layer_type] for layer_type in layer_types]
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The relative difference of logits below which two computations count as equal."""
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
 
 
 def check_decoder(decoder: PreTrainedModel, config: RetroJointConfig) -> None:

@@ -24,6 +24,22 @@ import torch
 LayerStates = list[tuple[torch.Tensor, torch.Tensor] | None]
 
 
+def compress(key_values: LayerStates, mask: torch.BoolTensor) -> tuple[LayerStates, torch.BoolTensor]:
+    """
+    Leaves out the keys and values `(B, Hkv, F, D)` that no row needs: moves those where the mask `(B, F)` is True to
+    the front, in their order.
+    """
+    width = int(mask.sum(1).max())
+    columns = mask.int().argsort(dim=1, descending=True, stable=True)[:, :width]  # [B, F']
+
+    def gather(states: torch.Tensor) -> torch.Tensor:
+        index = columns.to(states.device)[:, None, :, None]
+        return states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))
+
+    key_values = [None if pair is None else (gather(pair[0]), gather(pair[1])) for pair in key_values]
+    return key_values, mask.gather(1, columns)
+
+
 @dataclass
 class NeighborStates:
     """
@@ -49,6 +65,26 @@ class NeighborStates:
             return rows.unflatten(0, (batch_size, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, S k r, D]
 
         return [None if pair is None else (gather_rows(pair[0]), gather_rows(pair[1])) for pair in self.key_values]
+
+    def take(self, slots: torch.LongTensor, seen: torch.BoolTensor) -> tuple[LayerStates, torch.BoolTensor]:
+        """
+        Keys and values of one slot for each row.
+
+        Args:
+            slots (`torch.LongTensor` of shape `(batch_size,)`):
+                The slots. A row gets nothing for one that does not exist.
+            seen (`torch.BoolTensor` of shape `(batch_size, num_slots, k, neighbor_length)`):
+                True for the tokens that a row may see. Others are left out.
+
+        Returns:
+            `tuple`: for each layer keys and values `(batch_size, num_key_value_heads, F, head_dim)`, and the mask
+            `(batch_size, F)` of those that a row has.
+        """
+        known = (slots >= 0) & (slots < seen.shape[1])
+        rows, slots = torch.arange(len(slots), device=slots.device), torch.where(known, slots, 0)
+        mask = seen[rows, slots].flatten(1) & known[:, None]  # [B, k r]
+        one = NeighborStates(self.key_values, self.index[rows, slots][:, None])
+        return compress(one.gather(), mask)
 
 
 class NeighborMemory:
@@ -147,4 +183,4 @@ def _num_bytes(states: LayerStates) -> int:
     return sum(tensor.nbytes for pair in states if pair is not None for tensor in pair)
 
 
-__all__ = ["NeighborMemory", "NeighborStates"]
+__all__ = ["NeighborMemory", "NeighborStates", "compress"]
