@@ -25,7 +25,6 @@ from .auto_classes import register_auto_classes
 
 if TYPE_CHECKING:
     from .cache_retro import RetroCache as RetroCache
-    from .cache_retro import RetroJointCache as RetroJointCache
     from .configuration_retro import RetroConfig as RetroConfig
     from .configuration_retro_joint import RetroJointConfig as RetroJointConfig
     from .datastore.bm25 import Bm25Index as Bm25Index
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from .datastore.hub import push_datastore as push_datastore
     from .datastore.splits import DatastoreSplit as DatastoreSplit
     from .encoder.chunk_encoder import ChunkEncoder as ChunkEncoder
+    from .joint_cache_retro import RetroJointCache as RetroJointCache
     from .model_card_retro import create_model_card as create_model_card
     from .model_card_retro import save_model_card as save_model_card
     from .modeling_retro import RetroForCausalLM as RetroForCausalLM
@@ -85,7 +85,7 @@ _MODULES = {
     "RetroConfig": "configuration_retro",
     "RetroDatastore": "datastore.datastore",
     "RetroForCausalLM": "modeling_retro",
-    "RetroJointCache": "cache_retro",
+    "RetroJointCache": "joint_cache_retro",
     "RetroJointConfig": "configuration_retro_joint",
     "RetroJointForCausalLM": "modeling_retro_joint",
     "RetroModel": "modeling_retro",

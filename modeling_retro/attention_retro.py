@@ -38,6 +38,8 @@ from .chunk_layout_retro import take_columns
 aten = torch.ops.aten
 # What stands in front of the name of the base's attention while a decoder attends in parts.
 PREFIX = "retro_"
+# Arguments with which a layer asks its attention to change scores.
+CHANGES_OF_SCORES = ("softcap", "s_aux", "position_bias")
 
 
 def has_kernels(states: torch.Tensor) -> bool:
@@ -482,9 +484,15 @@ def _attention(
     retro_attention: AttentionLayout | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    has_4d_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
+    changes = [name for name in CHANGES_OF_SCORES if kwargs.get(name) is not None]
+    if changes and (retro_attention is not None or (has_4d_mask and base != "sdpa")):
+        raise ValueError(
+            f"the decoder changes the scores of its attention ({', '.join(changes)}), which {base!r} does by itself: "
+            "load it with attn_implementation='eager' to read neighbors"
+        )
     if retro_attention is None:
         # A kernel that takes no mask of this kind leaves the call to SDPA.
-        has_4d_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
         attention = ALL_ATTENTION_FUNCTIONS["sdpa" if has_4d_mask else base]
         return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -34,10 +34,10 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 
 from .added_weights_retro import HUB_ARGUMENTS, RetroBaseModelMixin, checkpoint_sha256
 from .attention_retro import PREFIX, AttentionLayout, has_kernels, register_attention
-from .cache_retro import RetroJointCache
 from .chunk_layout_retro import TokenLocations, locate_call, take_columns, token_mask
 from .configuration_retro_joint import RetroJointConfig
 from .generation_retro import RetroGenerationMixin, check_neighbors
+from .joint_cache_retro import RetroJointCache
 from .joint_layout_retro import RowStates, make_parts, make_row_mask, mask_of_states, plan_states
 from .loss_retro import causal_lm_loss
 from .model_hub_retro import RetroSharingMixin
@@ -548,6 +548,7 @@ class RetroJointForCausalLM(
         index = locations.document_index
         completes = locations.is_token & ((index + 1) % size == 0)  # [B, T]
         cuts = (completes | (locations.is_token & (index == 0))).any(0)
+        # CODEPATH: models that read chunks again do so as soon as a chunk is complete.
         if self.config.reread_tokens > 1:
             cuts[1:] |= completes.any(0)[:-1]
         starts = sorted({0, *cuts.nonzero()[:, 0].tolist()})
@@ -600,6 +601,7 @@ class RetroJointForCausalLM(
             gate=front.any(-1) if front.shape[2] > 0 else None,
             **call.options,
         )
+        # CODEPATH: as above.
         if neighbors is not None and self.config.reread_tokens > 1:
             self._complete_chunks(call, locations, seen.flatten(1).any(-1), outputs)
         return outputs
@@ -696,6 +698,7 @@ class RetroJointForCausalLM(
         removed = cache.uncropped_length - cache.get_seq_length()
         cache.uncropped_length = 0
         rows = ((written > 0) & (missing <= removed)).nonzero()[:, 0]
+        # CODEPATH: as above.
         if self.config.reread_tokens <= 1 or len(rows) == 0:
             return
         first = locations.first_row_index[rows]  # [n, 1]
@@ -893,6 +896,7 @@ class RetroJointForCausalLM(
         """Whether the attention of the decoder can be put together from parts. The decoder is tried once."""
         if self.base_attention in ("eager", "flex_attention"):
             return False
+        # CODEPATH: decoders with dropout in their attention, whose kernels know it, are trained through a mask.
         if self.training and getattr(self.config.text_config.get_text_config(), "attention_dropout", 0.0) > 0:
             return False
         if self._parts_work is None and not torch.compiler.is_compiling():
@@ -902,28 +906,30 @@ class RetroJointForCausalLM(
     @torch.no_grad()
     def _try_parts(self) -> bool:
         """
-        Compares the logits of a short row in both ways. They differ for decoders whose layers change scores by
-        themselves or do not pass on what their attention needs.
+        Compares the logits of a short row in both ways, and those of its first tokens, which see no neighbor, with
+        those of the decoder. They differ if layers change scores or do not pass on what their attention needs.
         """
         length, size = 4, self.config.chunk_size
         device = self.get_input_embeddings().weight.device
-        tokens = torch.randint(
-            0, self.config.vocab_size, (1, length + 2 * size), generator=torch.Generator().manual_seed(0)
-        )
-        tokens = tokens.to(device)
-        logits = []
-        for self._parts_work in (False, True):
-            try:
-                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                    torch.manual_seed(0)  # the same units drop out
-                    neighbor = tokens[:, None, None, :length]
-                    outputs = self(input_ids=tokens[:, length:], neighbor_input_ids=neighbor, use_cache=False)
-            except (IndexError, RuntimeError, TypeError, KeyError, ValueError, AttributeError):
-                if self._parts_work:
-                    return False
-                raise
-            logits.append(outputs.logits.double())
-        return bool((logits[0] - logits[1]).norm() < tolerance(self.decoder.dtype) * logits[0].norm())
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, self.config.vocab_size, (1, length + 2 * size), generator=generator).to(device)
+        row, neighbor = tokens[:, length:], tokens[:, None, None, :length]
+
+        def read(**inputs: torch.Tensor) -> torch.Tensor:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), self.retrieval(False):
+                torch.manual_seed(0)  # the same units drop out
+                return self(input_ids=row, use_cache=False, **inputs).logits.double()
+
+        self._parts_work = False
+        masked, plain = read(neighbor_input_ids=neighbor), read()
+        self._parts_work = True
+        try:
+            found = read(neighbor_input_ids=neighbor)
+        except (IndexError, RuntimeError, TypeError, KeyError, ValueError, AttributeError):
+            return False
+        pairs = [(found, masked), (found[:, : size - 1], plain[:, : size - 1])]
+        largest = tolerance(self.decoder.dtype)
+        return all(bool((one - other).norm() <= largest * other.norm()) for one, other in pairs)
 
     @contextmanager
     def _switched_attention(self, inputs: dict[str, Any]):
@@ -997,6 +1003,7 @@ class RetroJointForCausalLM(
         is_seen = torch.arange(length, device=tokens.device) >= self.config.hidden_neighbor_tokens
         sees_front = (positions >= self.config.chunk_size - 1)[..., None] & is_seen  # [1, T, length]
         whole = torch.ones(length + row_length, length + row_length, dtype=torch.bool, device=tokens.device).tril()
+        reread_tokens, self.config.reread_tokens = self.config.reread_tokens, 0
         try:
             # The last token is a decoding step, for which decoders prepare their attention in a way of its own.
             cache, first = RetroJointCache(), max(1, row_length - 1)
@@ -1024,6 +1031,8 @@ class RetroJointForCausalLM(
                 f"a {self.config.text_config.model_type!r} model cannot read neighbors with its own attention: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        finally:
+            self.config.reread_tokens = reread_tokens
         for name, left, right in (
             ("its positions are absolute, so that keys in front of a row cannot be read", shifted, plain),
             ("its layers keep more of a sequence than keys and values", found, expected),

@@ -1,0 +1,155 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The cache of joint attention, in which the keys and values of neighbors stand in front of those of the row"""
+
+from collections.abc import Sequence
+
+import torch
+
+from .attention_retro import Blocks
+from .cache_retro import RetrievalCache
+from .neighbor_memory_retro import compress
+
+
+class RetroJointCache(RetrievalCache):
+    """
+    The cache of [`RetroJointForCausalLM`]. In every layer the keys and values of neighbors stand in front of those of
+    the row, so that the decoder's own attention reads both.
+
+    Attributes:
+        front_mask (`torch.BoolTensor` of shape `(batch_size, front_length)`, *optional*):
+            True for the keys of real neighbor tokens. `None` if there are no keys in front, as after a crop. The next
+            call then puts the neighbors of the last complete chunk in front again.
+        is_packed (`bool`):
+            Whether some row holds several documents.
+        uncropped_length (`int`):
+            Number of tokens before those crops that no call has followed.
+    """
+
+    _row_tensors = (*RetrievalCache._row_tensors, "front_mask")
+
+    def _reset_retrieval(self) -> None:
+        super()._reset_retrieval()
+        self.front_mask: torch.BoolTensor | None = None
+        self.is_packed = False
+        self.uncropped_length = 0
+
+    @property
+    def front_length(self) -> int:
+        """`int`: Number of keys of neighbors in front of the row."""
+        return 0 if self.front_mask is None else self.front_mask.shape[1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of cached tokens of the row."""
+        return max(0, super().get_seq_length(layer_idx) - self.front_length)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the mask, which covers only the row."""
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+    def set_front(
+        self, key_values: list[tuple[torch.Tensor, torch.Tensor] | None], front_mask: torch.BoolTensor | None
+    ) -> None:
+        """
+        Replaces the keys and values in front of the row.
+
+        Args:
+            key_values (`list`):
+                Keys and values `(batch_size, num_key_value_heads, front_length, head_dim)` for each layer, or `None`
+                for a layer without keys and values of its own. With an empty list, nothing stands in front.
+            front_mask (`torch.BoolTensor` of shape `(batch_size, front_length)`, *optional*):
+                True for the keys of real neighbor tokens.
+        """
+        for layer in self.layers:
+            if layer.is_initialized and self.front_length > 0:
+                layer.keys = layer.keys[..., self.front_length :, :]
+                layer.values = layer.values[..., self.front_length :, :]
+        while len(self.layers) < len(key_values):
+            self.layers.append(self.layer_class_to_replicate())
+        for layer, states in zip(self.layers, key_values):
+            if states is None:
+                continue
+            keys, values = states
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys, values)
+            layer.keys = torch.cat([keys.to(layer.keys.device), layer.keys], dim=-2)
+            layer.values = torch.cat([values.to(layer.values.device), layer.values], dim=-2)
+        self.front_mask = front_mask
+
+    def add_front(
+        self, key_values: list[tuple[torch.Tensor, torch.Tensor] | None], front_mask: torch.BoolTensor
+    ) -> None:
+        """Puts more keys and values in front of the row. Those in front that no row sees any longer are dropped."""
+        length = self.front_length
+        joined = [
+            None
+            if states is None
+            else tuple(
+                torch.cat([old[..., :length, :].to(new.device), new], dim=-2)
+                for old, new in zip((layer.keys, layer.values), states)
+            )
+            for layer, states in zip(self.layers, key_values)
+        ]
+        self.set_front(*compress(joined, torch.cat([self.front_mask, front_mask], dim=1)))
+
+    def keep_states(self, final: Blocks) -> None:
+        """Keeps some of the cached states, which are then those of the row in its order."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys = final.take(layer.keys.transpose(1, 2)).transpose(1, 2)
+                layer.values = final.take(layer.values.transpose(1, 2)).transpose(1, 2)
+
+    def replace_columns(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layer_idx: int,
+        rows: torch.LongTensor,
+        columns: torch.LongTensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Replaces the keys and values of some tokens of some rows.
+
+        Args:
+            keys, values (`torch.Tensor` of shape `(n, num_key_value_heads, b, head_dim)`):
+                The new ones.
+            layer_idx (`int`):
+                The layer.
+            rows (`torch.LongTensor` of shape `(n,)`), columns (`torch.LongTensor` of shape `(n, b)`):
+                The rows, and the columns of the tokens in them. The same column may come twice, with equal states.
+
+        Returns:
+            `tuple`: all keys and values of these rows with what stands in front of them.
+        """
+        layer = self.layers[layer_idx]
+        rows, columns = rows.to(keys.device), columns.to(keys.device) + self.front_length
+        for name, new in (("keys", keys), ("values", values)):
+            states = getattr(layer, name).transpose(1, 2)  # [B, F + N, Hkv, D]
+            states = states.index_put((rows[:, None], columns), new.transpose(1, 2).to(states.dtype))
+            setattr(layer, name, states.transpose(1, 2))
+        return layer.keys[rows], layer.values[rows]
+
+    def _add_retrieval(self, others: "Sequence[RetroJointCache]", length: int) -> None:
+        super()._add_retrieval(others, length)
+        self.is_packed = any(cache.is_packed for cache in (self, *others))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens (a negative number), across ends of chunks too."""
+        if tokens_to_remove != 0:
+            self.uncropped_length = max(self.uncropped_length, self.get_seq_length())
+            self.set_front([], None)
+        super().crop(tokens_to_remove)
+
+
+__all__ = ["RetroJointCache"]
