@@ -16,7 +16,9 @@
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 
 # Before torch, faiss and tokenizers start their threads: the tests are small, threads only wait for one another.
@@ -197,6 +199,25 @@ class DiskLog:
         assert not self.problems, "\n".join(self.problems)
         assert not self.waiting, f"{self.waiting[0]} was not flushed after the last rename"
         return self.renames
+
+
+@pytest.fixture
+def dies_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, ModuleType, str], list[tuple]]:
+    """Makes a function of a module end the run at its call of this number. Returns the arguments of its calls."""
+
+    def replace(number: int, module: ModuleType, name: str) -> list[tuple]:
+        calls, function = [], getattr(module, name)
+
+        def dies(*arguments):
+            calls.append(arguments)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return function(*arguments)
+
+        monkeypatch.setattr(module, name, dies)
+        return calls
+
+    return replace
 
 
 @pytest.fixture

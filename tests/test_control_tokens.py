@@ -23,8 +23,9 @@ import pytest
 import torch
 from conftest import make_texts, write_jsonl
 from datasets import Dataset
+from tiny_models import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import trainers as trainers_package
 from data_prep.chunk import DocumentChunker, chunk_documents
@@ -155,18 +156,7 @@ class SpyingRetriever(RetroRetriever):
 def test_a_poisoned_page_speaks_as_the_system_only_where_control_tokens_are_allowed(
     poisoned, tokenizer, allowed, tmp_path
 ):
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            eos_token_id=None,
-            pad_token_id=2,
-        )
-    )
+    base = tiny_llama(len(tokenizer), eos_token_id=None, pad_token_id=2)
     retriever = SpyingRetriever(poisoned[allowed])
     messages = [{"role": "user", "content": "retro looks things up in a datastore"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)

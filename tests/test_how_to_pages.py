@@ -24,10 +24,9 @@ import random
 import shlex
 
 import pytest
-import torch
 from conftest import make_texts, write_jsonl
 from test_documentation import ROOT, all_commands, commands_of, fenced_blocks
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_llama
 
 from trainers.cli import main as retro
 
@@ -82,17 +81,8 @@ def workplace(tmp_path_factory, tiny_tokenizer, tiny_encoder_dir):
     folder = tmp_path_factory.mktemp("workplace")
     (folder / "sentence-transformers").mkdir()
     (folder / "sentence-transformers" / "all-MiniLM-L6-v2").symlink_to(tiny_encoder_dir)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-    )
-    for target in (LlamaForCausalLM(config), tiny_tokenizer):
+    special = {"eos_token_id": tiny_tokenizer.eos_token_id, "pad_token_id": tiny_tokenizer.pad_token_id}
+    for target in (tiny_llama(len(tiny_tokenizer), hidden_size=32, **special), tiny_tokenizer):
         target.save_pretrained(folder / "HuggingFaceTB" / "SmolLM2-135M")
     write_jsonl(folder / "documents.jsonl", make_texts(16, seed=2))
     write_jsonl(folder / "held_out.jsonl", make_texts(3, seed=3))

@@ -18,9 +18,8 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from loopback_hub import loopback_hub
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_llama
 
 from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
 
@@ -48,16 +47,7 @@ def home(tmp_path_factory, tiny_datastore_dir, tiny_tokenizer):
     """Folder of the one who pushes: a datastore and models that were made from a base beside them."""
     home = tmp_path_factory.mktemp("jane")
     (home / "datastore").symlink_to(tiny_datastore_dir)
-    torch.manual_seed(0)
-    base = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(base).save_pretrained(home / "bases" / "base")
+    tiny_llama(len(tiny_tokenizer), eos_token_id=None).save_pretrained(home / "bases" / "base")
     fields = {"chunk_size": 8, "datastore_name_or_path": str(tiny_datastore_dir)}
     cross = RetroForCausalLM.from_decoder_pretrained(
         str(home / "bases" / "base"), cross_attention_layers=[1], **fields

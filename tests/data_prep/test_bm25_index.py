@@ -42,18 +42,10 @@ def files_of(path):
 
 
 @pytest.mark.parametrize("terms", ["tokens", "words"])
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(copy, tmp_path, monkeypatch, terms):
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(copy, tmp_path, dies_at, terms):
     whole = shutil.copytree(copy, tmp_path / "whole")
     record = build_bm25_index(whole, terms)
-    counted, count_terms = [], bm25_index.count_terms
-
-    def dies_at_the_third(*arguments):
-        counted.append(arguments)
-        if len(counted) == 3:
-            raise KeyboardInterrupt
-        return count_terms(*arguments)
-
-    monkeypatch.setattr(bm25_index, "count_terms", dies_at_the_third)
+    counted = dies_at(3, bm25_index, "count_terms")
     with pytest.raises(KeyboardInterrupt):
         build_bm25_index(copy, terms)
     assert "bm25" not in read_manifest(copy) and record["shards"] > 3

@@ -24,7 +24,7 @@ import pytest
 import torch
 from conftest import TINY_CHUNK_SIZE, make_texts, write_jsonl
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import SIZES, tiny_llama
 
 from data_prep.chunk import chunk_documents, chunk_features
 from data_prep.deduplicate import deduplicate_documents
@@ -341,11 +341,9 @@ def test_the_command_says_what_is_wrong_and_ends_with_1(datastore, tiny_datastor
 def models(tmp_path_factory, tiny_tokenizer):
     """Folders of a model of each kind, whole and without its base."""
     folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=300, tie_word_embeddings=True, **sizes)).save_pretrained(folder / "base")
+    tiny_llama(300, tie_word_embeddings=True).save_pretrained(folder / "base")
     base, fields = str(folder / "base"), {"chunk_size": 8}
-    RetroForCausalLM(RetroConfig(vocab_size=300, cross_attention_layers=[1], **fields, **sizes)).save_pretrained(
+    RetroForCausalLM(RetroConfig(vocab_size=300, cross_attention_layers=[1], **fields, **SIZES)).save_pretrained(
         folder / "scratch", max_shard_size="20KB"
     )
     cross = RetroForCausalLM.from_decoder_pretrained(base, cross_attention_layers=[1], **fields)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import torch
 import uvicorn
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_llama
 
 from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
 from modeling_retro.datastore.datastore import RetroDatastore
@@ -45,8 +45,8 @@ def save_model(kind, datastore_dir, folder):
     if kind == "cross":
         model = RetroForCausalLM(config_for_datastore(datastore, **SIZES))
     else:
-        config = LlamaConfig(vocab_size=len(datastore.tokenizer), eos_token_id=0, pad_token_id=1, **SIZES)
-        model = RetroJointForCausalLM.from_decoder(LlamaForCausalLM(config).eval(), chunk_size=datastore.chunk_size)
+        decoder = tiny_llama(len(datastore.tokenizer), eos_token_id=0, pad_token_id=1, **SIZES)
+        model = RetroJointForCausalLM.from_decoder(decoder, chunk_size=datastore.chunk_size)
     model.save_pretrained(folder)
     datastore.tokenizer.save_pretrained(folder)
     return folder

@@ -289,6 +289,16 @@ def test_bootstrap_interval_is_that_of_the_normal_distribution_for_many_document
     assert math.isclose(high, numerator.mean() + error, abs_tol=0.1 * error)
 
 
+def test_bootstrap_interval_is_that_of_ratios_of_drawn_documents():
+    generator = np.random.default_rng(3)
+    numerator, denominator = generator.normal(size=7), generator.uniform(1, 5, size=7)
+    drawn = np.random.default_rng(0).integers(7, size=(2000, 7))
+    ratios = [numerator[rows].sum() / denominator[rows].sum() for rows in drawn]
+    expected = np.quantile(ratios, [0.025, 0.975])
+    np.testing.assert_allclose(bootstrap_interval(numerator, denominator), expected, rtol=1e-9)
+    assert bootstrap_interval(numerator[:1], denominator[:1]) == (numerator[0] / denominator[0],) * 2
+
+
 def test_saved_files_hold_the_table(model, datastore, held_out, tmp_path):
     evaluation = evaluate(model, datastore, held_out, measure_overlap=True, domains=["all"] * 9)
     evaluation.save(tmp_path / "report")

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 import torch
 from array_datastore import ArraySource
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_llama
+from transformers import AutoModelForCausalLM
 
 from data_prep.chunk import chunk_documents
 from data_prep.embed import embed_chunks
@@ -67,19 +68,8 @@ def datastore(tiny_datastore_dir):
 def folders(tmp_path_factory, tiny_tokenizer):
     """Folders of a decoder, of a retrofit of it whose gates are open, and of it wrapped."""
     path = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.2,
-        max_position_embeddings=256,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(path / "decoder")
+    fields = {"initializer_range": 0.2, "max_position_embeddings": 256, "eos_token_id": 0, "pad_token_id": 1}
+    tiny_llama(len(tiny_tokenizer), **fields).save_pretrained(path / "decoder")
     tiny_tokenizer.save_pretrained(path / "decoder")
     retrofit = RetroForCausalLM.from_decoder_pretrained(path / "decoder", chunk_size=8, cross_attention_layers=[1])
     with torch.no_grad():

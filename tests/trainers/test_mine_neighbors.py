@@ -20,7 +20,7 @@ import pytest
 import torch
 from array_datastore import random_datastore
 from datasets import load_from_disk
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import SIZES, tiny_llama
 
 from data_prep.pairs.pairs import load_pairs
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointForCausalLM
@@ -38,16 +38,15 @@ from trainers.scripts.mine_neighbors import main
 
 
 VOCAB, CHUNK = 50, 6
-DECODER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def make_model(kind, vocab_size=VOCAB, chunk_size=CHUNK):
     torch.manual_seed(0)
     if kind == "cross":
         fields = {"cross_attention_layers": [1], "neighbor_encoder_num_hidden_layers": 1, "chunk_size": chunk_size}
-        config = RetroConfig(vocab_size=vocab_size, initializer_range=0.4, **DECODER, **fields)
+        config = RetroConfig(vocab_size=vocab_size, initializer_range=0.4, **SIZES, **fields)
         return RetroForCausalLM(config).eval()
-    decoder = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, initializer_range=0.4, **DECODER)).eval()
+    decoder = tiny_llama(vocab_size, initializer_range=0.4)
     return RetroJointForCausalLM.from_decoder(decoder, chunk_size=chunk_size)
 
 
@@ -124,28 +123,18 @@ def test_the_best_neighbor_is_the_positive_and_the_worst_the_negative(tiny_datas
 @pytest.fixture(scope="module")
 def base_dir(tmp_path_factory, tiny_tokenizer):
     folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tiny_tokenizer), initializer_range=0.4, **DECODER)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_llama(len(tiny_tokenizer), initializer_range=0.4).save_pretrained(folder)
     return folder
 
 
 def test_a_killed_run_goes_on_and_its_pairs_are_what_the_trainer_takes(
-    base_dir, tiny_datastore_dir, tiny_encoder_dir, tmp_path, monkeypatch, capsys
+    base_dir, tiny_datastore_dir, tiny_encoder_dir, tmp_path, monkeypatch, dies_at, capsys
 ):
     monkeypatch.setattr(neighbor_preference, "CHUNKS_PER_SHARD", 16)
     words = ["--datastore", str(tiny_datastore_dir), "--model", str(base_dir), "--num_candidates", "4"]
     words += ["--max_chunks", "60", "--min_tokens", "4"]
     main([*words, "--output_dir", str(tmp_path / "whole")])
-    scored, gains = [], neighbor_preference.neighbor_gains
-
-    def dies_at_the_third(*arguments):
-        scored.append(arguments)
-        if len(scored) == 3:
-            raise KeyboardInterrupt
-        return gains(*arguments)
-
-    monkeypatch.setattr(neighbor_preference, "neighbor_gains", dies_at_the_third)
+    scored = dies_at(3, neighbor_preference, "neighbor_gains")
     with pytest.raises(KeyboardInterrupt):
         main([*words, "--output_dir", str(tmp_path / "killed")])
     assert not (tmp_path / "killed" / "pairs").exists()

@@ -18,7 +18,8 @@ import json
 import pytest
 import torch
 from conftest import make_texts, write_jsonl
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_llama
+from transformers import AutoTokenizer
 
 from data_prep.chunk import DocumentChunker
 from data_prep.docstrings import is_held_out
@@ -147,9 +148,7 @@ def test_measuring_again_embeds_and_chunks_nothing(measured, documents, retro_ti
 @pytest.fixture(scope="module")
 def decoder_dir(tiny_tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("decoder")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny_tokenizer), **sizes)).save_pretrained(folder)
+    tiny_llama(len(tiny_tokenizer)).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
 

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 from array_datastore import ArrayDatastore, random_datastore
+from tiny_models import tiny_llama
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointForCausalLM
 from trainers.language_model.config import RetroTrainingArguments
@@ -307,9 +308,7 @@ def test_a_plain_trainer_follows_the_collator(kind, has_lora, tmp_path):
             RetroConfig(**config, num_attention_heads=2, chunk_size=4, cross_attention_layers=[1])
         )
     else:
-        model = RetroJointForCausalLM.from_decoder(
-            LlamaForCausalLM(LlamaConfig(**config, num_attention_heads=2)), chunk_size=4
-        )
+        model = RetroJointForCausalLM.from_decoder(tiny_llama(config["vocab_size"]), chunk_size=4)
     if has_lora:
         peft = pytest.importorskip("peft")
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))

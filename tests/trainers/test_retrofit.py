@@ -13,7 +13,8 @@
 # limitations under the License.
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_llama
+from transformers import LlamaForCausalLM
 
 from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
 from trainers.scripts.retrofit import main
@@ -22,16 +23,8 @@ from trainers.scripts.retrofit import main
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, tiny_tokenizer):
     path = tmp_path_factory.mktemp("base")
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
+    fields = {"num_hidden_layers": 3, "num_key_value_heads": 1, "eos_token_id": tiny_tokenizer.eos_token_id}
+    tiny_llama(len(tiny_tokenizer), **fields).save_pretrained(path)
     tiny_tokenizer.save_pretrained(path)
     return path
 

@@ -20,7 +20,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import SIZES, tiny_llama
+from transformers import LlamaForCausalLM
 
 from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroJointForCausalLM
 from modeling_retro.model_card_retro import evaluation_tables
@@ -44,22 +45,17 @@ OPTIONS = {"window_chunks": 4, "stride_chunks": 2, "batch_size": 3, "show_progre
 @pytest.fixture(scope="module")
 def models(datastore):
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": len(datastore.tokenizer),
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "initializer_range": 0.5,
-    }
+    vocab_size = len(datastore.tokenizer)
     retro = RetroConfig(
-        **sizes,
+        vocab_size=vocab_size,
+        initializer_range=0.5,
+        **SIZES,
         chunk_size=datastore.chunk_size,
         cross_attention_layers=[1],
         neighbor_encoder_num_hidden_layers=1,
     )
     joint = RetroJointForCausalLM.from_decoder(
-        LlamaForCausalLM(LlamaConfig(**sizes)),
+        tiny_llama(vocab_size, initializer_range=0.5),
         chunk_size=datastore.chunk_size,
         continuation_chunks=datastore.continuation_chunks,
     )
@@ -153,25 +149,16 @@ def test_tuning_finds_the_best_of_the_grid_on_the_chunks_given():
     assert min(sums, key=sums.get) == (weight, temperature)
 
 
-def test_an_interrupted_run_goes_on_and_has_the_same_keys(models, datastore, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_and_has_the_same_keys(models, datastore, tmp_path, monkeypatch, dies_at):
     model = models["joint"]
     monkeypatch.setattr(knn_lm, "_BLOCK_CHUNKS", 20)
     options = {"factory": "IVF4,SQfp16", "window_chunks": 4, "show_progress": False}
     whole = build_knn_store(model, datastore, tmp_path / "whole", **options)
-    compute, calls = knn_lm._keys_and_values, []
-
-    def fails_later(*arguments):
-        calls.append(arguments)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return compute(*arguments)
-
-    monkeypatch.setattr(knn_lm, "_keys_and_values", fails_later)
+    dies_at(4, knn_lm, "_keys_and_values")
     with pytest.raises(KeyboardInterrupt):
         build_knn_store(model, datastore, tmp_path / "resumed", **options)
     done = sorted(path.name for path in (tmp_path / "resumed" / "keys").iterdir())
     assert 0 < len(done) < len(list((tmp_path / "whole" / "keys").iterdir()))
-    calls[:] = [None] * 4
     resumed = build_knn_store(model, datastore, tmp_path / "resumed", **options)
     assert resumed.record == whole.record
     for kind in ("keys", "values"):

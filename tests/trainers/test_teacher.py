@@ -21,7 +21,8 @@ import pytest
 import torch
 from array_datastore import random_datastore
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerState
+from tiny_models import tiny_llama
+from transformers import LlamaForCausalLM, TrainerState
 
 from modeling_retro import RetroJointForCausalLM
 from modeling_retro.datastore.datastore import RetroDatastore
@@ -37,16 +38,7 @@ ROW_CHUNKS, TOP = 3, 5
 @pytest.fixture(scope="module")
 def base_dir(tmp_path_factory, tiny_tokenizer):
     folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.4,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_llama(len(tiny_tokenizer), initializer_range=0.4).save_pretrained(folder)
     return folder
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_train_retro import train_options
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_llama
 
 from modeling_retro import RetroDatastore, RetroForCausalLM, RetroJointForCausalLM, RetroRetriever
 from trainers.load_model import load_retro_model
@@ -33,11 +33,7 @@ peft = pytest.importorskip("peft")
 def bases(tmp_path_factory, tiny_tokenizer):
     """Folders of a decoder, of a retrofit of it, and of both kinds of model that name it as their base."""
     path = tmp_path_factory.mktemp("bases")
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny_tokenizer), **shape, eos_token_id=0)).save_pretrained(
-        path / "llama"
-    )
+    tiny_llama(len(tiny_tokenizer), eos_token_id=0).save_pretrained(path / "llama")
     retrofit = RetroForCausalLM.from_decoder_pretrained(path / "llama", chunk_size=8, cross_attention_layers=[1])
     with torch.no_grad():
         retrofit.model.layers[1].cross_attn.gate.fill_(0.5)

@@ -23,7 +23,7 @@ import time
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_llama
 
 from modeling_retro import RetroForCausalLM
 from trainers.cli import ACCELERATE_CONFIGS
@@ -153,16 +153,7 @@ def test_killed_run_started_again_ends_with_the_weights_of_a_whole_one(
 
 
 def test_frozen_decoder_stays_and_only_what_retro_adds_is_saved(tiny_datastore_dir, tiny_tokenizer, tmp_path):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    tiny_llama(len(tiny_tokenizer), eos_token_id=0).save_pretrained(tmp_path / "base")
     model = RetroForCausalLM.from_decoder_pretrained(tmp_path / "base", chunk_size=8, cross_attention_layers=[1])
     model.save_pretrained(tmp_path / "start")
     words = train_options(tiny_datastore_dir, None, tmp_path / "out", model=tmp_path / "start", max_steps=3)

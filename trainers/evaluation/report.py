@@ -339,10 +339,18 @@ def bootstrap_interval(
     Returns:
         `tuple[float, float]`: lower and upper end.
     """
-    generator = np.random.default_rng(seed)
-    ratios = np.empty(num_samples)
-    for i in range(num_samples):
-        drawn = generator.integers(len(numerator), size=len(numerator))
-        ratios[i] = numerator[drawn].sum() / denominator[drawn].sum()
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    from scipy.stats import bootstrap
+
+    if len(numerator) == 1:  # There is nothing else to draw.
+        return (float(numerator[0] / denominator[0]),) * 2
+    found = bootstrap(
+        (numerator, denominator),
+        lambda over, under, axis: over.sum(axis) / under.sum(axis),
+        n_resamples=num_samples,
+        confidence_level=level,
+        method="percentile",
+        paired=True,
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)

@@ -314,7 +314,11 @@ def _all_gather(tensor: Tensor) -> Tensor:
 
 
 class _AllGather(torch.autograd.Function):
-    """`_all_gather` with gradients: each process gets the sum of the gradients of all processes for its part."""
+    """
+    `_all_gather` with gradients: each process gets the sum of the gradients of all processes for its part. PyTorch's
+    own `torch.distributed.nn.functional.all_gather` is deprecated, and what it names instead is in a private module
+    whose names changed between the versions that this package supports.
+    """
 
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
