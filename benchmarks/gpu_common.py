@@ -24,7 +24,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointForCausalLM
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.durable_files_retro import whole
-from trainers.language_model.trainer import DataCollatorForRetro, config_for_datastore
+from trainers.language_model.collator import DataCollatorForRetro
+from trainers.language_model.trainer import config_for_datastore
 from trainers.quickstart import MAX_CHUNKS, make_datastore, split_documents, train_tokenizer
 from trainers.smollm2 import find_smollm2
 

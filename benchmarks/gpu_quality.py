@@ -31,15 +31,12 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
 from modeling_retro.datastore.datastore import RetroDatastore
+from trainers.durable_checkpoints import last_complete_checkpoint
 from trainers.evaluation.evaluate import MODES, evaluate_retro
 from trainers.evaluation.report import RetroEvaluation
+from trainers.language_model.collator import DataCollatorForRetro, collator_options
 from trainers.language_model.config import RetroTrainingArguments
-from trainers.language_model.trainer import (
-    DataCollatorForRetro,
-    RetroTrainer,
-    collator_options,
-    last_complete_checkpoint,
-)
+from trainers.language_model.trainer import RetroTrainer
 from trainers.load_model import load_retro_model
 
 

@@ -39,8 +39,9 @@ from transformers import PreTrainedModel
 
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.encoder.chunk_encoder import ChunkEncoder, decode_chunks
+from trainers.language_model.collator import ChunkRows, DataCollatorForRetro, collator_options
 from trainers.language_model.config import RetroTrainingArguments
-from trainers.language_model.trainer import ChunkRows, DataCollatorForRetro, RetroTrainer, collator_options
+from trainers.language_model.trainer import RetroTrainer
 
 
 MODELS = {"joint attention": joint_model, "cross attention": retro_model}

@@ -43,11 +43,12 @@ from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
 from modeling_retro import RetroDatastore, RetroForCausalLM, RetroJointForCausalLM
+from trainers.durable_checkpoints import last_complete_checkpoint
 from trainers.evaluation.evaluate import evaluate_retro
 from trainers.evaluation.operations import operations_per_token
 from trainers.evaluation.report import RetroEvaluation
 from trainers.language_model.config import RetroTrainingArguments
-from trainers.language_model.trainer import RetroTrainer, last_complete_checkpoint
+from trainers.language_model.trainer import RetroTrainer
 from trainers.quickstart import find_encoder
 from trainers.smollm2 import find_smollm2
 

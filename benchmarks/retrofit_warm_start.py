@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from data_prep.memory import keep_freed_memory
 from modeling_retro import RetroDatastore, RetroForCausalLM
 from trainers.evaluation.evaluate import evaluate_retro
-from trainers.language_model.trainer import ChunkRows, DataCollatorForRetro, EpochRowSampler
+from trainers.language_model.collator import ChunkRows, DataCollatorForRetro, EpochRowSampler
 
 
 def train(model: RetroForCausalLM, batches: list[dict[str, torch.Tensor]], learning_rate: float) -> list[float]:

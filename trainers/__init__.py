@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from .evaluation.rivals import evaluate_rivals as evaluate_rivals
     from .generation import format_chunks as format_chunks
     from .generation import generate_with_neighbors as generate_with_neighbors
+    from .language_model.collator import ChunkRows as ChunkRows
+    from .language_model.collator import DataCollatorForRetro as DataCollatorForRetro
     from .language_model.config import RetroTrainingArguments as RetroTrainingArguments
     from .language_model.muon import MuonWithAdamW as MuonWithAdamW
     from .language_model.streaming import RetroStreamTrainer as RetroStreamTrainer
     from .language_model.streaming import load_document_stream as load_document_stream
     from .language_model.teacher import teach as teach
-    from .language_model.trainer import ChunkRows as ChunkRows
-    from .language_model.trainer import DataCollatorForRetro as DataCollatorForRetro
     from .language_model.trainer import RetroTrainer as RetroTrainer
     from .language_model.trainer import config_for_datastore as config_for_datastore
     from .load_model import load_retro_model as load_retro_model
@@ -57,8 +57,8 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "CachedMultipleNegativesRankingLoss": "retriever.losses",
-    "ChunkRows": "language_model.trainer",
-    "DataCollatorForRetro": "language_model.trainer",
+    "ChunkRows": "language_model.collator",
+    "DataCollatorForRetro": "language_model.collator",
     "DataCollatorForSpanCorruption": "span_corruption",
     "EvaluationOptions": "evaluation.options",
     "MultipleNegativesRankingLoss": "retriever.losses",

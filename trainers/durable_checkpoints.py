@@ -13,12 +13,36 @@
 # limitations under the License.
 """Checkpoints that survive a power cut"""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_retro.durable_files_retro import sync, whole
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """
+    Finds the newest complete checkpoint. A killed run may leave an incomplete one, which lacks the state of the
+    training, because the trainer writes it last.
+
+    Args:
+        output_dir (`str`):
+            Folder that contains the folders `checkpoint-{step}`.
+
+    Returns:
+        `str`, *optional*: the path of the checkpoint, or None if there is none.
+    """
+    checkpoints = {}
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            step = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        except (OSError, ValueError):
+            continue
+        checkpoints[step] = str(path)
+    return checkpoints[max(checkpoints)] if checkpoints else None
 
 
 class DurableCheckpointsMixin:

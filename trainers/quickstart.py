@@ -54,12 +54,13 @@ from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.durable_files_retro import whole, write_text
 from modeling_retro.model_card_retro import Way
 from modeling_retro.retriever.retriever import RetroRetriever
+from trainers.durable_checkpoints import last_complete_checkpoint
 from trainers.evaluation.evaluate import evaluate_retro
 from trainers.evaluation.operations import operations_per_token
 from trainers.evaluation.options import EvaluationOptions
 from trainers.evaluation.report import RetroEvaluation
 from trainers.language_model.config import RetroTrainingArguments
-from trainers.language_model.trainer import RetroTrainer, config_for_datastore, last_complete_checkpoint
+from trainers.language_model.trainer import RetroTrainer, config_for_datastore
 
 from .generation import format_chunks, generate_with_neighbors
 from .load_model import load_retro_model

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from transformers import TrainerState
 
-from trainers.durable_checkpoints import DurableCheckpointsMixin
-from trainers.language_model.trainer import RetroTrainer, last_complete_checkpoint
+from trainers.durable_checkpoints import DurableCheckpointsMixin, last_complete_checkpoint
+from trainers.language_model.trainer import RetroTrainer
 from trainers.retriever.trainer import RetrieverTrainer
 
 

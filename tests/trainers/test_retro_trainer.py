@@ -24,14 +24,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointForCausalLM
+from trainers.durable_checkpoints import last_complete_checkpoint
+from trainers.language_model.collator import ChunkRows, DataCollatorForRetro, EpochRowSampler
 from trainers.language_model.config import RetroTrainingArguments
-from trainers.language_model.trainer import (
-    ChunkRows,
-    DataCollatorForRetro,
-    EpochRowSampler,
-    RetroTrainer,
-    last_complete_checkpoint,
-)
+from trainers.language_model.trainer import RetroTrainer
 
 
 # Chunks of two tokens: chunks 0 and 1 are the first document (three tokens), 2 the second (one), 3 and 4 the third.

@@ -23,9 +23,9 @@ from conftest import make_texts, write_jsonl
 
 from data_prep.chunk import DocumentChunker
 from modeling_retro.retriever.retriever import RetroRetriever
+from trainers.language_model.collator import ChunkRows, DataCollatorForRetro
 from trainers.language_model.config import RetroTrainingArguments
 from trainers.language_model.streaming import RetroStreamTrainer, StreamCollator, StreamedRows, load_document_stream
-from trainers.language_model.trainer import ChunkRows, DataCollatorForRetro
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,8 @@ from transformers import LlamaForCausalLM, TrainerState
 
 from modeling_retro import RetroJointForCausalLM
 from modeling_retro.datastore.datastore import RetroDatastore
+from trainers.language_model.collator import ChunkRows, DataCollatorForRetro
 from trainers.language_model.teacher import TeacherPredictions, teach, teacher_loss
-from trainers.language_model.trainer import ChunkRows, DataCollatorForRetro
 from trainers.scripts import teach as teach_script
 from trainers.scripts import train_retro
 

@@ -27,7 +27,7 @@ from tiny_models import tiny_llama
 
 from modeling_retro import RetroForCausalLM
 from trainers.cli import ACCELERATE_CONFIGS
-from trainers.language_model.trainer import last_complete_checkpoint
+from trainers.durable_checkpoints import last_complete_checkpoint
 from trainers.scripts import evaluate_retro, generate, train_retro
 
 

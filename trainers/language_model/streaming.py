@@ -36,8 +36,9 @@ from modeling_retro.datastore.manifest import allows_control_tokens
 from modeling_retro.datastore.splits import DatastoreSplit
 from modeling_retro.retriever.retriever import RetroRetriever
 
+from .collator import DataCollatorForRetro, collator_options
 from .config import RetroTrainingArguments
-from .trainer import DataCollatorForRetro, RetroTrainer, collator_options
+from .trainer import RetroTrainer
 
 
 POSITION_FILE = "stream_position.json"

@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from transformers import AutoTokenizer
 
     from data_prep.pairs.pairs import load_pairs
-    from trainers.language_model.trainer import last_complete_checkpoint
+    from trainers.durable_checkpoints import last_complete_checkpoint
     from trainers.retriever.trainer import RetrieverTrainer
 
     keep_freed_memory()

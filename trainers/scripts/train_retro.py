@@ -129,15 +129,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         training_arguments="trainers.language_model.config:RetroTrainingArguments",
     )
     from modeling_retro import RetroDatastore, RetroRetriever
+    from trainers.durable_checkpoints import last_complete_checkpoint
+    from trainers.language_model.collator import ChunkRows, DataCollatorForRetro, collator_options
     from trainers.language_model.streaming import RetroStreamTrainer, load_document_stream
     from trainers.language_model.teacher import TeacherPredictions
-    from trainers.language_model.trainer import (
-        ChunkRows,
-        DataCollatorForRetro,
-        RetroTrainer,
-        collator_options,
-        last_complete_checkpoint,
-    )
+    from trainers.language_model.trainer import RetroTrainer
 
     keep_freed_memory()
     datastore = RetroDatastore.from_pretrained(arguments.datastore)
