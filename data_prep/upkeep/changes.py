@@ -167,7 +167,7 @@ def update_documents(datastore: str | Path, inputs: Inputs, refresh_neighbors: b
                 "`retro remove` and `retro add`"
             )
         opened = RetroDatastore(path, before)
-        known = _living_documents(opened)
+        known = living_documents(opened)
         starts, stops = (np.searchsorted(opened.chunks.document_id, list(known.values()), side) for side in _SIDES)
         rows = dict(zip(known, zip(starts.tolist(), stops.tolist(), strict=True), strict=True))
 
@@ -358,7 +358,7 @@ def _own_ids(
     return ids, [number for table in tables for number in table["document_id"].to_pylist()]
 
 
-def _living_documents(opened: RetroDatastore) -> dict[str, int]:
+def living_documents(opened: RetroDatastore) -> dict[str, int]:
     """The number of each document that has its own id and was not removed."""
     ids, numbers = _own_ids(opened.path, opened.manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"])
     is_living = np.isin(numbers, opened.chunks.document_id) & ~np.isin(numbers, opened.removed_documents)

@@ -11,162 +11,148 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Questions have their answers in the gold passages and nowhere else, and answers are scored as SQuAD does."""
+"""Questions to a datastore: documents by their best chunk, metrics by their definitions, paired differences."""
 
-import copy
-import re
+import json
+import math
 
+import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from conftest import make_texts
 
-from trainers.evaluation.questions import (
-    KINDS,
-    REFUSALS,
-    encode_passages,
-    exact_match,
-    f1,
-    hidden_questions,
-    normalize_answer,
-    score_no_answer,
-    score_question,
-)
-
-
-TEXTS = [
-    " ".join(f"Sentence {n} of text {m} tells that the port {1000 + 7 * n} is open." for n in range(60))
-    for m in range(3)
-]
+from data_prep.bm25_index import build_bm25_index
+from data_prep.chunk import chunk_documents
+from data_prep.embed import embed_chunks
+from data_prep.index import build_index
+from modeling_retro import RetroDatastore, RetroRetriever
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder
+from trainers.retriever.evaluation import RetrievalSet
+from trainers.retriever.questions import WHOLE, evaluate_questions, rank_documents
+from trainers.scripts.evaluate_retriever import main
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    """A tokenizer that takes words, signs and line breaks for tokens, so that tokens can be counted by hand."""
-    words = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+def folder(tmp_path_factory, tiny_tokenizer, tiny_encoder_dir):
+    """A set of 30 documents, of which the datastore has 29 and 5 others; the last query has the id of a document."""
+    folder = tmp_path_factory.mktemp("questions")
+    (folder / "qrels").mkdir()
+    texts = make_texts(35, seed=5)
+    generator = np.random.default_rng(0)
+    corpus = [{"_id": f"d{number}", "text": text} for number, text in enumerate(texts)]
+    words = [text.split() for text in texts]
+    queries = [{"_id": f"q{i}", "text": " ".join(words[i][: 1 + i % 9])} for i in range(20)]
+    queries.append({"_id": "d3", "text": texts[3][:40]})
+    judgements = [(query["_id"], f"d{i % 30}", 2) for i, query in enumerate(queries)]
+    judgements += [(f"q{i}", f"d{generator.integers(20, 30)}", 1) for i in range(0, 20, 3)]
+    judgements.append(("d3", "d3", 1))
+    for name, records in (("corpus", corpus[:30]), ("queries", queries), ("chunked", corpus[1:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = "".join(f"{query}\t{document}\t{gain}\n" for query, document, gain in judgements)
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
+    chunk_documents(folder / "chunked.jsonl", folder / "datastore", tiny_tokenizer, chunk_size=8, id_column="_id")
+    embed_chunks(folder / "datastore", tiny_encoder_dir)
+    build_index(folder / "datastore")
+    build_bm25_index(folder / "datastore")
+    return folder
 
 
-def count_words(text):
-    return len(re.findall(r"\w+|[^\w\s]+", text))
+def slow_metrics(ranked, relevant, ks):
+    """Metrics of one question from the definitions; `relevant` maps names to gains."""
+    metrics = {f"recall@{k}": len(set(ranked[:k]) & set(relevant)) / len(relevant) for k in ks}
+    ranks = [rank for rank, name in enumerate(ranked[:10], start=1) if name in relevant]
+    metrics["mrr@10"] = 1 / ranks[0] if ranks else 0.0
+    dcg = sum(relevant.get(name, 0) / math.log2(1 + rank) for rank, name in enumerate(ranked[:10], start=1))
+    best = sorted(relevant.values(), reverse=True)[:10]
+    metrics["ndcg@10"] = dcg / sum(gain / math.log2(1 + rank) for rank, gain in enumerate(best, start=1))
+    return metrics
 
 
-@pytest.mark.parametrize("num_passages", [1, 2, 5])
-@pytest.mark.parametrize("kind", KINDS)
-def test_gold_passages_and_no_others_hold_the_answer(tokenizer, kind, num_passages):
-    questions = hidden_questions(kind, TEXTS, tokenizer, num_passages, num_questions=30, max_tokens=64)
-    assert len(questions) == 30
-    for asked in questions:
-        passages = asked["passages"]
-        assert len(passages) == num_passages and all(32 <= count_words(passage) <= 64 for passage in passages)
-        assert all(passage.endswith("\n") and passage.count("\n") == 1 for passage in passages)
-        assert all(re.search(r"Sentence \d+ of text \d", passage) for passage in passages)
-        holds = [[part in passage for passage in passages] for parts in asked["answers"] for part in parts]
-        if kind == "no_answer":
-            assert asked["gold"] == [] and not any(map(any, holds))
-            continue
-        # Every part of the answer stands in one passage, and a passage with a part is gold.
-        assert all(sum(row) == 1 for row in holds)
-        assert {rank for row in holds for rank in range(num_passages) if row[rank]} <= set(asked["gold"])
-        assert len(asked["gold"]) == (1 if kind in ("one_key", "several_keys") else min(2, num_passages))
-    ranks = {rank for asked in questions for rank in asked["gold"]}
-    assert ranks == (set() if kind == "no_answer" else set(range(num_passages)))
+def slow_evaluation(folder, retriever, exclude_same_id):
+    """One question at a time: the first 64 chunks, each document at the place of its first."""
+    opened = RetroRetriever.from_pretrained(folder / "datastore", device="cpu", retriever=retriever)
+    lines = (folder / "chunked.jsonl").read_text().splitlines()
+    names = [json.loads(line)["_id"] for line in lines]
+    relevant = {}
+    for row in (folder / "qrels" / "test.tsv").read_text().splitlines()[1:]:
+        query, document, gain = row.split("\t")
+        relevant.setdefault(query, {})[document] = int(gain)
+    results = []
+    for line in (folder / "queries.jsonl").read_text().splitlines():
+        query = json.loads(line)
+        ranked = []
+        for chunk_id in opened.find([query["text"]], 64)[0][0]:
+            name = names[opened.datastore.chunks.document_id[chunk_id]] if chunk_id >= 0 else None
+            if name and name not in ranked and not (exclude_same_id and name == query["_id"]):
+                ranked.append(name)
+        results.append(slow_metrics(ranked, relevant[query["_id"]], (1, 5)))
+    return {name: [result[name] for result in results] for name in results[0]}
 
 
-def test_facts_lead_to_the_answers(tokenizer):
-    def ask(kind, num_passages=3):
-        return hidden_questions(kind, TEXTS, tokenizer, num_passages, num_questions=10, max_tokens=64)
-
-    told = re.compile(r"The secret code of the (\w+ \w+) is (\d{4})\.")
-    for kind, facts_in_a_passage in (("one_key", None), ("several_keys", 2), ("several_values", None)):
-        for asked in ask(kind):
-            codes = [told.findall(passage) for passage in asked["passages"]]
-            key = re.search(r"of the (\w+ \w+)\?", asked["question"])[1]
-            found = [code for row in codes for name, code in row if name == key]
-            assert sorted(found) == sorted(asked["answers"][0])
-            for rank, row in enumerate(codes):
-                expected = facts_in_a_passage or 0
-                assert len(row) == expected + (rank in asked["gold"])
-    for asked in ask("bridge"):
-        text = " ".join(asked["passages"])
-        person = re.search(r"that (\w+) works for", asked["question"])[1]
-        firm = re.search(rf"{person} works for the firm (\w+)\.", text)[1]
-        assert re.search(rf"The firm {firm} lies in the town (\w+)\.", text)[1] == asked["answers"][0][0]
-    for asked in ask("comparison"):
-        text = " ".join(asked["passages"])
-        people = re.search(r"of (\w+) and (\w+) born", asked["question"]).groups()
-        years = [int(re.search(rf"{person} was born in the year (\d+)\.", text)[1]) for person in people]
-        assert asked["answers"] == [[str(min(years))]]
-        assert text.count("was born in the year") == 3
-    for asked in ask("no_answer"):
-        key = re.search(r"of the (\w+ \w+)\?", asked["question"])[1]
-        told_of = [told.findall(passage) for passage in asked["passages"]]
-        assert [len(row) for row in told_of] == [3, 3, 3]
-        assert key not in [name for row in told_of for name, _ in row]
+@pytest.mark.parametrize("exclude_same_id", [True, False])
+def test_metrics_of_each_way_are_those_of_the_definitions(folder, exclude_same_id):
+    questions = RetrievalSet.from_beir(folder, exclude_same_id=exclude_same_id)
+    datastore = RetroDatastore.from_pretrained(folder / "datastore")
+    evaluation = evaluate_questions(datastore, questions, recall_at=(1, 5))
+    assert evaluation.missing == 1
+    assert list(evaluation.metrics) == ["dense", "bm25", "hybrid", "rerank"]
+    for retriever, metrics in evaluation.metrics.items():
+        expected = slow_evaluation(folder, retriever, exclude_same_id)
+        assert metrics.keys() == expected.keys()
+        for name, values in expected.items():
+            np.testing.assert_allclose(metrics[name], values, atol=1e-12)
+    assert questions.excluded[-1] == (3 if exclude_same_id else -1)
 
 
-def test_questions_follow_from_the_seed(tokenizer):
-    first = hidden_questions("several_keys", TEXTS, tokenizer, 2, num_questions=4, max_tokens=64)
-    assert hidden_questions("several_keys", TEXTS, tokenizer, 2, num_questions=4, max_tokens=64) == first
-    assert hidden_questions("several_keys", TEXTS, tokenizer, 2, num_questions=2, max_tokens=64) == first[:2]
-    other = hidden_questions("several_keys", TEXTS, tokenizer, 2, num_questions=4, seed=1, max_tokens=64)
-    assert not any(asked in first for asked in other)
-    # The first question with the default seed stays the same from version to version.
-    assert first[0]["question"] == "What is the secret code of the lilac gecko?"
-    assert (first[0]["answers"], first[0]["gold"]) == ([["6151"]], [0])
+def test_whole_documents_are_searched_beside_the_chunks(folder, tiny_encoder_dir):
+    questions = RetrievalSet.from_beir(folder)
+    datastore = RetroDatastore.from_pretrained(folder / "datastore")
+    encoder = ChunkEncoder.from_pretrained(tiny_encoder_dir, device="cpu")
+    evaluation = evaluate_questions(datastore, questions, ["bm25"], whole=encoder, recall_at=(5,))
+    assert list(evaluation.metrics) == ["bm25", WHOLE]
+    similarity = encoder.encode(questions.queries) @ encoder.encode(questions.documents).T
+    for row, own in enumerate(questions.excluded):
+        ranked = [number for number in np.argsort(-similarity[row], kind="stable").tolist() if number != own]
+        relevant = {document: gain for query, document, gain in questions.relevance.tolist() if query == row}
+        expected = slow_metrics(ranked, relevant, (5,))
+        assert {name: values[row] for name, values in evaluation.metrics[WHOLE].items()} == pytest.approx(expected)
 
 
-def test_questions_that_cannot_be_made_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="'two_keys', expected one of one_key, "):
-        hidden_questions("two_keys", TEXTS, tokenizer, 1)
-    with pytest.raises(ValueError, match="200 questions with 0 passages"):
-        hidden_questions("one_key", TEXTS, tokenizer, 0)
-    with pytest.raises(ValueError, match="no texts"):
-        hidden_questions("one_key", [], tokenizer, 1)
-    with pytest.raises(ValueError, match="take 10 tokens, but a passage has 9 at most"):
-        hidden_questions("one_key", TEXTS, tokenizer, 1, max_tokens=9)
-    with pytest.raises(ValueError, match="no passage of 32 to 64 tokens was found in 1 texts"):
-        hidden_questions("one_key", ["Too short."], tokenizer, 1, max_tokens=64)
+def test_a_document_has_the_place_of_its_best_chunk():
+    documents = np.array([[7, 7, 5, 9, 5, -1], [9, 5, 7, 7, 7, 7]])
+    ranked = rank_documents(documents, {5: 0, 7: 1}, 2, np.array([-1, 0]))
+    assert ranked.tolist() == [[1, 0, 2 + 9, -1, -1, -1], [2 + 9, 1, -1, -1, -1, -1]]
 
 
-def test_passages_are_encoded_in_their_ranks(tokenizer):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_tokens([f"w{n}" for n in range(5)])
-    input_ids, mask = encode_passages(tokenizer, [["w0 w1 w2", "w3"], ["w4 w4"]], 3)
-    ids = tokenizer.convert_tokens_to_ids([f"w{n}" for n in range(5)])
-    assert input_ids.shape == mask.shape == (2, 2, 3)
-    rows = [[input_ids[b, rank][mask[b, rank]].tolist() for rank in range(2)] for b in range(2)]
-    assert rows == [[ids[:3], ids[3:4]], [[ids[4], ids[4]], []]]
-    with pytest.raises(ValueError, match="passage 1 of question 0 has 4 tokens, but a neighbor has 3 at most.*'w3 w3"):
-        encode_passages(tokenizer, [["w0", "w3 w3 w3 w3"]], 3)
-    with pytest.raises(ValueError, match="there are no passages"):
-        encode_passages(tokenizer, [[], []], 3)
+def test_table_has_intervals_and_paired_differences(folder, capsys):
+    output = folder / "results.json"
+    main(
+        ["--datastore", str(folder / "datastore"), "--beir", str(folder), "--retrievers", "bm25", "dense"]
+        + ["--output_file", str(output)]
+    )
+    printed = capsys.readouterr().out
+    assert printed.startswith("1 documents of the set are not in the datastore\n| retriever | recall@1 | recall@10 |")
+    results = json.loads(output.read_text())["datastore"]
+    expected = {name: np.array(slow_evaluation(folder, name, True)["ndcg@10"]) for name in ("bm25", "dense")}
+    for name, values in expected.items():
+        found = results[name]["ndcg@10"]
+        assert found["mean"] == pytest.approx(values.mean())
+        assert found["low"] <= found["mean"] <= found["high"]
+        assert "{mean:.3f} ({low:.3f} to {high:.3f})".format(**found) in printed
+    difference = expected["dense"] - expected["bm25"]
+    found = results["dense"]["less bm25"]["ndcg@10"]
+    assert found["mean"] == pytest.approx(difference.mean())
+    draws = np.random.default_rng(1).integers(len(difference), size=(20_000, len(difference)))
+    low, high = np.quantile(difference[draws].mean(axis=1), [0.025, 0.975])
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.02)
+    assert "less bm25" not in results["bm25"]
 
 
-def test_answers_are_normalised_as_squad_does():
-    assert normalize_answer("  The Cat,\n sat on AN anthem -- a mat.") == "cat sat on anthem mat"
-    assert exact_match("It is the 4,711.", [["4711"]]) == 1
-    assert exact_match("It is 4712.", [["4711"], ["4713"]]) == 0
-    assert exact_match("It is 4713.", [["4711"], ["4713"]]) == 1
-    # Of an answer with two parts, both must be named.
-    assert exact_match("12 and 34", [["34", "12"]]) == 1
-    assert exact_match("12 and 35", [["34", "12"]]) == 0
-
-
-def test_f1_counts_shared_words():
-    assert f1("the red cat", [["red cat"]]) == 1
-    # Two of three words are in the answer of four words: precision 2/3, recall 1/2.
-    assert f1("red cat runs", [["a cat that is red"]]) == pytest.approx(2 * (2 / 3) * (1 / 2) / (2 / 3 + 1 / 2))
-    assert f1("cat cat", [["cat"]]) == pytest.approx(2 / 3)
-    assert f1("dog", [["cat"], ["dog dog dog"]]) == pytest.approx(0.5)
-    assert f1("34 12", [["12", "34"]]) == 1
-    assert f1("dog", [["cat"]]) == 0 and f1("the", [["cat"]]) == 0
-
-
-def test_the_first_line_of_an_answer_is_scored():
-    doc = {"answers": [["4711"]]}
-    assert score_question(doc, ["\n 4711\n4712"]) == {"exact_match": 1.0, "f1": 1.0}
-    assert score_question(doc, ["4712\n4711"]) == {"exact_match": 0.0, "f1": 0.0}
-    refusals = {"answers": [[refusal] for refusal in REFUSALS]}
-    assert score_no_answer(refusals, [" It is Unknown."]) == {"invented": 0.0}
-    assert score_no_answer(refusals, [" 4711"]) == {"invented": 1.0}
+def test_what_cannot_be_measured_is_named(folder, tmp_path, tiny_tokenizer):
+    with pytest.raises(ValueError, match="--datastore needs --beir"):
+        main(["--datastore", str(folder / "datastore")])
+    questions = RetrievalSet.from_beir(folder)
+    with pytest.raises(ValueError, match="recall at 100 needs more than the 64 chunks"):
+        evaluate_questions(RetroDatastore.from_pretrained(folder / "datastore"), questions, recall_at=(100,))
+    chunk_documents(folder / "chunked.jsonl", tmp_path / "datastore", tiny_tokenizer, chunk_size=8)
+    with pytest.raises(ValueError, match="holds no document of the set; make it of the corpus: retro chunk .*_id"):
+        evaluate_questions(RetroDatastore.from_pretrained(tmp_path / "datastore"), questions)

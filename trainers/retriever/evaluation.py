@@ -58,7 +58,6 @@ def retrieval_metrics(
     """
     if len(relevance) == 0:
         raise ValueError("no query has a relevant document")
-    gains = relevance[:, 2] if relevance.shape[1] > 2 else np.ones(len(relevance))
     depth = min(max(*ks, 10), len(documents))
     index = faiss.IndexFlatIP(documents.shape[1])
     index.add(np.ascontiguousarray(documents, dtype=np.float32))
@@ -70,32 +69,53 @@ def retrieval_metrics(
         order = np.argsort(ranked == excluded[:, None], axis=1, kind="stable")
         ranked = np.take_along_axis(np.where(ranked == excluded[:, None], -1, ranked), order, axis=1)[:, :depth]
 
+    metrics = ranking_metrics(ranked, relevance, ks)
+    return {name: float(values.mean()) for name, values in metrics.items()}
+
+
+def ranking_metrics(ranked: np.ndarray, relevance: np.ndarray, ks: Sequence[int]) -> dict[str, np.ndarray]:
+    """
+    Computes the metrics of [`retrieval_metrics`] for each query, from documents that are ranked already.
+
+    Args:
+        ranked (`np.ndarray`):
+            int64 `[Q, depth]`, the documents found for each query, best first, -1 for none. No document comes twice.
+        relevance (`np.ndarray`):
+            int64 `[R, 2]` or `[R, 3]`, as for [`retrieval_metrics`].
+        ks (`Sequence[int]`):
+            Numbers of documents for recall.
+
+    Returns:
+        `dict[str, np.ndarray]`: float64 `[J]` for the J queries that have a relevant document, in their order.
+    """
+    num_queries = len(ranked)
+    gains = relevance[:, 2] if relevance.shape[1] > 2 else np.ones(len(relevance))
     # The gain of each document found, [Q, depth], by binary search among the pairs (query, document)
-    keys = relevance[:, 0].astype(np.int64) * len(documents) + relevance[:, 1].astype(np.int64)
+    width = max(ranked.max(initial=-1), relevance[:, 1].max()) + 1
+    keys = relevance[:, 0].astype(np.int64) * width + relevance[:, 1].astype(np.int64)
     order = np.argsort(keys)
     keys, gains, owners = keys[order], gains[order].astype(np.float64), relevance[order, 0].astype(np.int64)
-    found_keys = np.arange(len(queries))[:, None] * len(documents) + ranked
+    found_keys = np.arange(num_queries)[:, None] * width + ranked
     places = np.searchsorted(keys, found_keys).clip(max=len(keys) - 1)
     found = np.where((keys[places] == found_keys) & (ranked >= 0), gains[places], 0.0)
 
-    number_relevant = np.bincount(owners, minlength=len(queries))
+    number_relevant = np.bincount(owners, minlength=num_queries)
     judged = number_relevant > 0
     metrics = {}
     for k in ks:
-        metrics[f"recall@{k}"] = ((found[:, :k] > 0).sum(axis=1) / number_relevant.clip(min=1))[judged].mean()
+        metrics[f"recall@{k}"] = ((found[:, :k] > 0).sum(axis=1) / number_relevant.clip(min=1))[judged]
     hits = found[:, :10] > 0
-    metrics["mrr@10"] = (hits.any(axis=1) / (hits.argmax(axis=1) + 1))[judged].mean()
+    metrics["mrr@10"] = (hits.any(axis=1) / (hits.argmax(axis=1) + 1))[judged]
 
     discounts = 1 / np.log2(np.arange(2, 12))
     by_gain = np.lexsort((-gains, owners))
-    rank = np.arange(len(owners)) - np.searchsorted(
-        owners, owners
-    )  # place of each judgement in the best order for its query
+    # The place of each judgement in the best order for its query
+    rank = np.arange(len(owners)) - np.searchsorted(owners, owners)
     best = np.where(rank < 10, gains[by_gain] * discounts[rank.clip(max=9)], 0.0)
-    ideal = np.bincount(owners, weights=best, minlength=len(queries))
+    ideal = np.bincount(owners, weights=best, minlength=num_queries)
     dcg = found[:, :10] @ discounts[: found[:, :10].shape[1]]
-    metrics["ndcg@10"] = (dcg[judged] / ideal[judged]).mean()
-    return {name: float(value) for name, value in metrics.items()}
+    metrics["ndcg@10"] = dcg[judged] / ideal[judged]
+    return metrics
 
 
 def spearman(first: np.ndarray, second: np.ndarray, scores: Sequence[float]) -> float:
@@ -126,13 +146,16 @@ class RetrievalSet:
         relevance (`np.ndarray`):
             int64 `[R, 3]`, rows (query, document, gain).
         excluded (`np.ndarray`):
-            int64 `[Q]`, the document that equals the query if there is one, else -1.
+            int64 `[Q]`, the document that has the id of the query and is left out of its results, -1 for none.
+        document_names (`list[str]`, *optional*):
+            Ids of the documents in the files.
     """
 
     queries: list[str]
     documents: list[str]
     relevance: np.ndarray
     excluded: np.ndarray
+    document_names: list[str] | None = None
 
     @classmethod
     def from_pairs(cls, anchors: Sequence[str], positives: Sequence[str]) -> "RetrievalSet":
@@ -148,9 +171,16 @@ class RetrievalSet:
         )
 
     @classmethod
-    def from_beir(cls, folder: str | Path, split: str = "test") -> "RetrievalSet":
+    def from_beir(cls, folder: str | Path, split: str = "test", exclude_same_id: bool = True) -> "RetrievalSet":
         """
         Reads `corpus.jsonl`, `queries.jsonl` and `qrels/{split}.tsv`. Queries without a judgement are left out.
+
+        Args:
+            folder (`str`): The folder.
+            split (`str`, *optional*, defaults to `"test"`): Name of the judgements.
+            exclude_same_id (`bool`, *optional*, defaults to `True`):
+                Whether a document with the id of a query is left out of its results, as BEIR does: in sets whose
+                queries are documents, each would find itself.
 
         Raises:
             `ValueError`: if a line cannot be read. The message names the file and the line.
@@ -167,7 +197,8 @@ class RetrievalSet:
             [queries[name] for name in names],
             list(documents.values()),
             np.array(relevance, dtype=np.int64).reshape(-1, 3),
-            np.array([document_numbers.get(name, -1) for name in names]),
+            np.array([document_numbers.get(name, -1) if exclude_same_id else -1 for name in names]),
+            list(documents),
         )
 
     def save_beir(self, folder: str | Path, split: str = "test") -> None:
