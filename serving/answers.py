@@ -13,6 +13,7 @@
 # limitations under the License.
 """The answers of the server: the JSON of the API of OpenAI, with the neighbors of each chunk"""
 
+import math
 import time
 import uuid
 from collections.abc import Sequence
@@ -113,11 +114,13 @@ class Answer:
         return choice
 
     def _neighbors(self, chunk: RetrievedChunk) -> dict[str, Any]:
-        texts = self.tokenizer.batch_decode(
-            chunk.input_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        texts = [
+            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for ids in chunk.input_ids
+        ]
+        scores = [score if math.isfinite(score) else None for score in chunk.scores]
         names = ("text", "document_id", "chunk_id", "score")
-        values = zip(texts, chunk.document_ids, chunk.chunk_ids, chunk.scores, strict=True)
+        values = zip(texts, chunk.document_ids, chunk.chunk_ids, scores, strict=True)
         return {"chunk": chunk.index, "neighbors": [dict(zip(names, value)) for value in values]}
 
     def _logprobs(self, tokens: Sequence[TextToken]) -> dict[str, Any]:

@@ -16,138 +16,28 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-
-from modeling_retro.retriever.retriever import RetroRetriever
+from starlette.middleware.cors import CORSMiddleware
 
 from .answers import Answer, error_body
-from .decoding_batch import Row
-from .engine import Completion, CompletionEvent, Engine, QueueFullError
+from .engine import Completion, CompletionError, CompletionEvent, QueueFullError, log_failure
 from .metrics import Metrics
 from .middleware import Guard
-from .prompts import PromptEncoder
+from .openapi import HEALTH, MODEL, MODELS, declare, declare_requests
 from .schema import ChatRequest, CompletionRequest
+from .served_model import PreparedRequest, RequestError, ServedModel
 
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 COUNTED_PATHS = frozenset([COMPLETIONS, CHAT, "/v1/models", "/health", "/metrics"])
-
-
-class RequestError(Exception):
-    """A request that cannot be answered, with the error for the client."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
-        super().__init__(message)
-        self.status = status
-        self.body = error_body(message, "invalid_request_error", param, code)
-
-
-class CompletionError(Exception):
-    """A completion that failed inside the server."""
-
-
-@dataclass
-class ServedModel:
-    """
-    The model that a server answers with.
-
-    Args:
-        name (`str`): Name of the model in requests.
-        engine ([`Engine`]): Runs the model.
-        prompts ([`PromptEncoder`]): Makes the prompts of the model.
-        retriever ([`RetroRetriever`]): Looks up the chunks.
-        num_neighbors (`int`): Number of neighbors of a chunk, unless a request names another.
-        vocab_size (`int`): Size of the vocabulary.
-        max_prompt_tokens (`int`): Largest number of tokens in a prompt.
-        max_tokens (`int`): Largest number of tokens in a completion.
-        context_length (`int`): Largest number of tokens in a prompt and its completion together.
-    """
-
-    name: str
-    engine: Engine
-    prompts: PromptEncoder
-    retriever: RetroRetriever
-    num_neighbors: int
-    vocab_size: int
-    max_prompt_tokens: int
-    max_tokens: int
-    context_length: int
-
-    def encode(self, request: CompletionRequest | ChatRequest) -> list[list[int]]:
-        """
-        Tokenizes the prompts of a request.
-
-        Raises:
-            RequestError: If the request names another model, or if a prompt is empty, too long or has unknown tokens.
-        """
-        if request.model != self.name:
-            message = f"the model {request.model!r} does not exist here; this server has {self.name!r}"
-            raise RequestError(404, message, "model", "model_not_found")
-        unknown = [token for token in request.logit_bias if not 0 <= token < self.vocab_size]
-        if unknown:
-            raise RequestError(
-                400, f"token {unknown[0]} is not of the vocabulary, 0 to {self.vocab_size - 1}", "logit_bias"
-            )
-        param = "messages" if isinstance(request, ChatRequest) else "prompt"
-        try:
-            if isinstance(request, ChatRequest):
-                messages = [{"role": message.role, "content": message.text} for message in request.messages]
-                prompts = [self.prompts.encode_chat(messages)]
-            else:
-                prompts = [self._completion_prompt(prompt) for prompt in request.prompts]
-            if not prompts:
-                raise ValueError("there is no prompt; give at least one")
-        except ValueError as error:
-            raise RequestError(400, str(error), param) from error
-        longest = max(len(self.make_row(request, prompt).tokens) for prompt in prompts)
-        room = min(self.max_prompt_tokens, self.context_length - 1)
-        if longest > room:
-            message = f"a prompt has {longest} tokens, more than the {room} that this server takes"
-            raise RequestError(400, message, param, "context_length_exceeded")
-        return prompts
-
-    def _completion_prompt(self, prompt: str | list[int]) -> list[int]:
-        if isinstance(prompt, str):
-            return self.prompts.encode_text(prompt)
-        if not prompt:
-            raise ValueError("the prompt is empty; give some tokens to continue")
-        unknown = [token for token in prompt if not 0 <= token < self.vocab_size]
-        if unknown:
-            raise ValueError(f"token {unknown[0]} of the prompt is not of the vocabulary, 0 to {self.vocab_size - 1}")
-        return prompt
-
-    def make_row(self, request: CompletionRequest | ChatRequest, prompt: list[int]) -> Row:
-        """The row of a prompt, with its neighbors looked up as the request wants it."""
-        num_neighbors = self.num_neighbors if request.num_neighbors is None else request.num_neighbors
-        row = Row(list(prompt), num_neighbors if request.retrieval else 0)
-        if request.pad_to_chunks:
-            row.tokens = self.retriever.close_chunks([prompt])["input_ids"][0].tolist()
-            row.num_hidden = len(row.tokens) - len(prompt)
-        return row
-
-    def max_new_tokens(self, request: CompletionRequest | ChatRequest, prompt_length: int) -> int:
-        """
-        Returns the largest number of tokens that may follow a prompt.
-
-        Raises:
-            RequestError: If the request asks for more.
-        """
-        room = min(self.max_tokens, self.context_length - prompt_length)
-        if request.max_tokens is None or "max_tokens" not in request.model_fields_set:
-            return min(request.max_tokens or room, room)
-        if request.max_tokens > room:
-            message = f"max_tokens is {request.max_tokens}, more than the {room} that this server gives such a prompt"
-            raise RequestError(400, message, "max_tokens", "context_length_exceeded")
-        return request.max_tokens
 
 
 class Run:
@@ -157,27 +47,27 @@ class Run:
     Args:
         served ([`ServedModel`]): The model.
         metrics ([`Metrics`]): Counts the completions.
-        request ([`CompletionRequest`] or [`ChatRequest`]): The request.
-        prompts (`list[list[int]]`): Tokens of the prompts of the request.
+        prepared ([`PreparedRequest`]): The request.
     """
 
-    def __init__(
-        self, served: ServedModel, metrics: Metrics, request: CompletionRequest | ChatRequest, prompts: list[list[int]]
-    ):
+    def __init__(self, served: ServedModel, metrics: Metrics, prepared: PreparedRequest):
         self.metrics = metrics
-        self.answer = Answer(request, served.prompts.tokenizer, [len(prompt) for prompt in prompts])
+        request = prepared.request
+        lengths = [len(row.tokens) - row.num_hidden for row in prepared.rows]
+        self.answer = Answer(request, served.prompts.tokenizer, lengths)
         self._events: asyncio.Queue[tuple[int, CompletionEvent]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._start_time = time.perf_counter()
         self.completions = []
-        for index, prompt in enumerate(prompts):
+        for row, max_tokens in zip(prepared.rows, prepared.max_tokens, strict=True):
             for number in range(request.n):
-                row = served.make_row(request, prompt)
-                max_tokens = served.max_new_tokens(request, len(row.tokens))
-                emit = self._emitter(index * request.n + number)
-                self.completions.append(Completion(row, max_tokens, request.sampling(number), request.stop, emit))
+                own = replace(row, tokens=list(row.tokens), retrieved=[], scored=[])
+                emit = self._emitter(len(self.completions))
+                self.completions.append(
+                    Completion(own, max_tokens, request.sampling(number), request.stop, emit, request.echoes)
+                )
         served.engine.submit(self.completions)
-        metrics.prompt_tokens.inc(sum(map(len, prompts)))
+        metrics.prompt_tokens.inc(sum(lengths))
 
     def _emitter(self, index: int):
         def emit(event: CompletionEvent) -> None:
@@ -195,7 +85,7 @@ class Run:
                     self.metrics.first_token.observe(time.perf_counter() - self._start_time)
                     is_first = False
                 if event.error is not None:
-                    raise CompletionError(f"{type(event.error).__name__}: {event.error}") from event.error
+                    raise CompletionError(str(event.error), event.error.status)
                 self.metrics.retrieved_chunks.inc(len(event.retrieved))
                 left -= event.finish_reason is not None
                 self.answer.add(index, event)
@@ -208,20 +98,29 @@ class Run:
             self.metrics.generated_tokens.inc(sum(completion.num_tokens for completion in self.completions))
             self.metrics.duration.observe(time.perf_counter() - self._start_time)
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> Response:
         """The whole answer, when all completions have ended."""
         async for _ in self.events():
             pass
-        return self.answer.whole()
+        # Many neighbors take long to decode.
+        return await run_in_threadpool(lambda: JSONResponse(self.answer.whole()))
 
     async def stream(self) -> AsyncIterator[str]:
         """The answer piece by piece, as server-sent events."""
         try:
             async for index, event in self.events():
-                if (piece := self.answer.piece(index, event)) is not None:
+                decodes_neighbors = event.retrieved and self.answer.request.include_neighbors
+                piece = (
+                    await run_in_threadpool(self.answer.piece, index, event)
+                    if decodes_neighbors
+                    else self.answer.piece(index, event)
+                )
+                if piece is not None:
                     yield _server_sent(piece)
-        except CompletionError as error:  # the status was already sent
-            yield _server_sent(error_body(str(error), "server_error"))
+        except Exception as error:  # the status was already sent
+            is_told = isinstance(error, CompletionError)
+            message = str(error) if is_told else log_failure("the server failed while it answered")
+            yield _server_sent(error_body(message, "server_error"))
             return
         if (piece := self.answer.last_piece()) is not None:
             yield _server_sent(piece)
@@ -229,7 +128,7 @@ class Run:
 
 
 def _server_sent(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"
 
 
 async def _until_disconnected(request: Request) -> None:
@@ -237,7 +136,12 @@ async def _until_disconnected(request: Request) -> None:
         pass
 
 
-def create_app(served: ServedModel, api_key: str | None = None) -> FastAPI:
+def create_app(
+    served: ServedModel,
+    api_key: str | None = None,
+    allowed_hosts: Sequence[str] = (),
+    allow_origins: Sequence[str] = (),
+) -> FastAPI:
     """
     Makes the server as an ASGI application.
 
@@ -246,6 +150,10 @@ def create_app(served: ServedModel, api_key: str | None = None) -> FastAPI:
             The model that answers.
         api_key (`str`, *optional*):
             The key that requests under `/v1` must carry. Without it, no key is needed.
+        allowed_hosts (`Sequence[str]`, *optional*):
+            Names of this server. Requests to other names are refused, except to `localhost` and to addresses.
+        allow_origins (`Sequence[str]`, *optional*):
+            Origins whose pages may use this server in a browser, such as `"https://example.org"`; `"*"` for all.
 
     Returns:
         `FastAPI`
@@ -256,17 +164,37 @@ def create_app(served: ServedModel, api_key: str | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await run_in_threadpool(served.engine.close)
+        served.prompts.template.close()
 
     app = FastAPI(title="retro serve", docs_url=None, redoc_url=None, lifespan=lifespan)
     # A token in JSON is rarely longer than 32 bytes.
     max_body_bytes = 65536 + 32 * served.max_prompt_tokens
-    app.add_middleware(Guard, metrics=metrics, api_key=api_key, max_body_bytes=max_body_bytes, paths=COUNTED_PATHS)
+    app.add_middleware(
+        Guard,
+        metrics=metrics,
+        api_key=api_key,
+        allowed_hosts=allowed_hosts,
+        max_body_bytes=max_body_bytes,
+        paths=COUNTED_PATHS,
+    )
+    if allow_origins:
+        methods = ["GET", "POST"]
+        app.add_middleware(CORSMiddleware, allow_origins=allow_origins, allow_methods=methods, allow_headers=["*"])
     _add_error_handlers(app)
+    _add_generation(app, served, metrics)
+    _add_state(app, served, metrics)
+    declare_requests(app)
+    return app
 
-    async def answer(body: CompletionRequest | ChatRequest, request: Request) -> Response:
-        prompts = await run_in_threadpool(served.encode, body)
-        run = Run(served, metrics, body, prompts)
-        if body.stream:
+
+def _add_generation(app: FastAPI, served: ServedModel, metrics: Metrics) -> None:
+    async def answer(kind: type[CompletionRequest] | type[ChatRequest], request: Request) -> Response:
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json":  # a page of any origin may send other types without being asked
+            raise RequestError(415, "send the request as JSON, with `Content-Type: application/json`")
+        body = await request.body()
+        run = Run(served, metrics, await run_in_threadpool(served.prepare, kind, body))
+        if run.answer.request.stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             return StreamingResponse(run.stream(), media_type="text/event-stream", headers=headers)
         whole = asyncio.ensure_future(run.whole())
@@ -278,40 +206,41 @@ def create_app(served: ServedModel, api_key: str | None = None) -> FastAPI:
             with suppress(asyncio.CancelledError):
                 await whole
             return Response(status_code=499)  # the client has left
-        return JSONResponse(whole.result())
+        return whole.result()
 
-    @app.post(COMPLETIONS)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await answer(body, request)
+    @app.post(COMPLETIONS, **declare(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        return await answer(CompletionRequest, request)
 
-    @app.post(CHAT)
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        return await answer(body, request)
+    @app.post(CHAT, **declare(ChatRequest))
+    async def chat(request: Request) -> Response:
+        return await answer(ChatRequest, request)
 
+
+def _add_state(app: FastAPI, served: ServedModel, metrics: Metrics) -> None:
     card = {"id": served.name, "object": "model", "created": int(time.time()), "owned_by": "retro"}
     card["max_model_len"] = served.context_length
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+    @app.get("/v1/models", **MODELS)
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [card]})
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    @app.get("/v1/models/{name:path}", **MODEL)
+    async def model(name: str) -> Response:
         if name != served.name:
             message = f"the model {name!r} does not exist here; this server has {served.name!r}"
             raise RequestError(404, message, "model", "model_not_found")
-        return card
+        return JSONResponse(card)
 
-    @app.get("/health")
+    @app.get("/health", **HEALTH)
     async def health() -> Response:
         is_well = served.engine.is_alive
-        return JSONResponse({"status": "ok" if is_well else "stopped"}, 200 if is_well else 503)
+        state = {"status": "ok" if is_well else "stopped", "engine_restarts": served.engine.num_restarts}
+        return JSONResponse(state, 200 if is_well else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics_text() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    return app
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -325,22 +254,15 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def full(request: Request, error: QueueFullError) -> Response:
         return JSONResponse(error_body(str(error), "rate_limit_error", code="queue_full"), 429, {"Retry-After": "1"})
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        # A prompt may have several forms, and the errors for each form are listed. The first one is enough.
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part != "body"]
-        is_json = first["type"] != "json_invalid"
-        message = f"{'.'.join(place)}: {first['msg']}" if is_json and place else f"invalid request: {first['msg']}"
-        param = place[0] if is_json and place else None
-        return JSONResponse(error_body(message, "invalid_request_error", param), 400)
-
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         message = f"{error.detail}: {request.method} {request.url.path}"
         return JSONResponse(error_body(message, "invalid_request_error"), error.status_code, error.headers)
 
     @app.exception_handler(CompletionError)
+    async def failed(request: Request, error: CompletionError) -> Response:
+        return JSONResponse(error_body(str(error), "server_error"), error.status)
+
     @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Response:
-        return JSONResponse(error_body(str(error), "server_error"), 500)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return JSONResponse(error_body(log_failure("the server failed while it answered"), "server_error"), 500)

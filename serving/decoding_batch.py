@@ -24,6 +24,8 @@ from transformers import PreTrainedModel
 
 from modeling_retro.chunk_layout_retro import completed_between
 
+from .sampling import ChosenToken, score_tokens
+
 
 @dataclass
 class RetrievedChunk:
@@ -63,14 +65,21 @@ class Row:
         num_hidden (`int`, *optional*, defaults to 0):
             Number of tokens at the start of the prompt that are padding, fewer than those of a chunk. The model does
             not see them, but chunks and positions count them (see [`RetroRetriever.close_chunks`]).
+        num_scored (`int`, *optional*):
+            Number of most probable tokens that are reported with each token of the prompt. By default, the tokens of
+            the prompt are not scored.
         retrieved (`list[RetrievedChunk]`):
             The neighbors of each whole chunk.
+        scored (`list[ChosenToken]`):
+            The tokens of the prompt that are not hidden, with their probabilities.
     """
 
     tokens: list[int]
     num_neighbors: int
     num_hidden: int = 0
+    num_scored: int | None = None
     retrieved: list[RetrievedChunk] = field(default_factory=list)
+    scored: list[ChosenToken] = field(default_factory=list)
 
 
 class DecodingBatch:
@@ -104,14 +113,22 @@ class DecodingBatch:
             `torch.FloatTensor` of shape `(len(rows), vocab_size)`: logits of the next token of each row.
         """
         caches, logits = [], []
-        for inputs in self._prompt_inputs(rows):
+        for row, inputs in zip(rows, self._prompt_inputs(rows), strict=True):
             caches.append(self.model.cache_class(config=self.model.config))
+            kept = 1 if row.num_scored is None else 0  # 0 keeps all
             with self.model.retrieval(False):
-                outputs = self.model(**inputs, past_key_values=caches[-1], use_cache=True, logits_to_keep=1)
-            logits.append(outputs.logits[:, -1])
+                outputs = self.model(**inputs, past_key_values=caches[-1], use_cache=True, logits_to_keep=kept)
+            logits.append(outputs.logits[:, -1].clone())
+            if row.num_scored is not None:
+                seen = inputs["input_ids"][0, row.num_hidden :]
+                row.scored = score_tokens(outputs.logits[0, row.num_hidden : -1], seen, row.num_scored)
         if self._cache is not None:
             caches.insert(0, self._cache)
-        caches[0].add_rows(caches[1:])
+        try:
+            caches[0].add_rows(caches[1:])
+        except Exception:
+            self.clear()  # a part of the layers may have the new rows already
+            raise
         self._cache = caches[0]
         self.rows += rows
         self._cached += [len(row.tokens) for row in rows]
@@ -174,10 +191,14 @@ class DecodingBatch:
         self.rows = [self.rows[n] for n in indices]
         self._cached = [self._cached[n] for n in indices]
         if not self.rows:
-            self._cache = None
+            self.clear()
             return
         self._cache.batch_select_indices(torch.tensor(indices, device=self.model.device))
         self._cache.drop_columns(longest - max(self._cached))
+
+    def clear(self) -> None:
+        """Removes all rows, whatever state an error has left them in."""
+        self.rows, self._cached, self._cache = [], [], None
 
     def _prompt_inputs(self, rows: Sequence[Row]) -> list[dict[str, torch.Tensor]]:
         """Makes the inputs of a forward pass over each row alone. The chunks of all rows are looked up together."""

@@ -15,6 +15,7 @@
 
 import logging
 import threading
+import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .decoding_batch import DecodingBatch, RetrievedChunk, Row
-from .sampling import Sampler, SamplingParameters
+from .sampling import ChosenToken, Sampler, SamplingParameters
 from .text_stream import TextStream, TextToken
 
 
@@ -32,6 +33,30 @@ logger = logging.getLogger(__name__)
 
 class QueueFullError(Exception):
     """Too many completions are waiting."""
+
+
+class CompletionError(Exception):
+    """
+    What a client may know of a completion that failed.
+
+    Args:
+        message (`str`): The message for the client.
+        status (`int`, *optional*, defaults to 500): The status of HTTP.
+    """
+
+    def __init__(self, message: str, status: int = 500):
+        super().__init__(message)
+        self.status = status
+
+
+def log_failure(what: str) -> str:
+    """
+    Logs the exception that is being handled under a new id. Returns a message with this id for the client, without the
+    text of the exception, which may name folders of the machine.
+    """
+    failure = uuid.uuid4().hex[:12]
+    logger.exception("%s (failure %s)", what, failure)
+    return f"{what}; the log of the server says more under {failure}"
 
 
 @dataclass
@@ -45,7 +70,7 @@ class CompletionEvent:
         retrieved (`list[RetrievedChunk]`): Chunks that were looked up after the previous piece.
         num_tokens (`int`): Number of tokens that were generated so far, including a token that ends the text.
         finish_reason (`str`, *optional*): `"stop"` or `"length"` in the last piece.
-        error (`Exception`, *optional*): The error that ended the completion.
+        error ([`CompletionError`], *optional*): The error that ended the completion.
     """
 
     text: str = ""
@@ -53,7 +78,7 @@ class CompletionEvent:
     retrieved: list[RetrievedChunk] = field(default_factory=list)
     num_tokens: int = 0
     finish_reason: str | None = None
-    error: Exception | None = None
+    error: CompletionError | None = None
 
 
 class Completion:
@@ -62,10 +87,11 @@ class Completion:
 
     Args:
         row ([`Row`]): The prompt and the number of neighbors to look up.
-        max_tokens (`int`): Largest number of tokens to generate.
+        max_tokens (`int`): Largest number of tokens to generate. With 0, the prompt is only read.
         parameters ([`SamplingParameters`]): How the tokens are chosen.
         stop (`Sequence[str]`): Sequences that end the text.
         emit (`Callable[[CompletionEvent], None]`): Called with each piece, in the thread of the engine.
+        echo (`bool`, *optional*, defaults to `False`): Whether the text begins with that of the prompt.
     """
 
     def __init__(
@@ -75,48 +101,77 @@ class Completion:
         parameters: SamplingParameters,
         stop: Sequence[str],
         emit: Callable[[CompletionEvent], None],
+        echo: bool = False,
     ):
         self.row = row
         self.max_tokens = max_tokens
         self.parameters = parameters
         self.stop = stop
         self.emit = emit
+        self.echo = echo
         self.is_cancelled = False
         self.is_finished = False
         self.num_tokens = 0
         self._sampler = Sampler(parameters)
         self._num_retrieved = 0
+        self._text: TextStream | None = None
 
     def cancel(self) -> None:
         """Frees the row as soon as the running forward pass has ended."""
         self.is_cancelled = True
 
-    def start(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Prepares the completion when its row joins the batch."""
-        self._text = TextStream(tokenizer, self.stop)
-
-    def advance(self, logits: torch.Tensor, logprobs: torch.Tensor, end_tokens: Collection[int]) -> None:
+    def advance(
+        self,
+        logits: torch.Tensor,
+        logprobs: torch.Tensor,
+        end_tokens: Collection[int],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
         """Chooses the next token from logits `(vocab_size,)` and sends the text that is certain."""
-        chosen = self._sampler.choose(logits, logprobs)
-        self.num_tokens += 1
-        event = CompletionEvent(num_tokens=self.num_tokens)
+        event = CompletionEvent()
+        if self._text is None:
+            event.text, event.tokens = self._echoed(tokenizer) if self.echo else ("", [])
+            self._text = TextStream(tokenizer, self.stop, offset=len(event.text))
         event.retrieved = self.row.retrieved[self._num_retrieved :]
         self._num_retrieved = len(self.row.retrieved)
+        if self.max_tokens > 0:
+            self._choose(event, logits, logprobs, end_tokens)
+        else:
+            event.finish_reason = "length"
+        self.send(event)
+
+    def _choose(
+        self, event: CompletionEvent, logits: torch.Tensor, logprobs: torch.Tensor, end_tokens: Collection[int]
+    ) -> None:
+        chosen = self._sampler.choose(logits, logprobs)
+        self.num_tokens += 1
+        event.num_tokens = self.num_tokens
         if chosen.id in end_tokens:
             event.finish_reason = "stop"
         else:
             self.row.tokens.append(chosen.id)
-            event.text, event.tokens = self._text.push(chosen)
+            self._add(event, self._text.push(chosen))
             if self._text.is_stopped:
                 event.finish_reason = "stop"
             elif self.num_tokens == self.max_tokens:
                 event.finish_reason = "length"
         if event.finish_reason is not None:
-            text, tokens = self._text.finish()
-            event.text, event.tokens = event.text + text, event.tokens + tokens
+            self._add(event, self._text.finish())
             if self._text.is_stopped:
                 event.finish_reason = "stop"
-        self.send(event)
+
+    @staticmethod
+    def _add(event: CompletionEvent, piece: tuple[str, list[TextToken]]) -> None:
+        event.text, event.tokens = event.text + piece[0], event.tokens + piece[1]
+
+    def _echoed(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[TextToken]]:
+        """The text and the tokens of the prompt."""
+        text, tokens = TextStream(tokenizer), CompletionEvent()
+        seen = self.row.tokens[self.row.num_hidden :]
+        for token in self.row.scored or [ChosenToken(id, None, []) for id in seen]:
+            self._add(tokens, text.push(token))
+        self._add(tokens, text.finish())
+        return tokens.text, tokens.tokens
 
     def send(self, event: CompletionEvent) -> None:
         """Passes a piece on. If that fails, the client has left."""
@@ -126,11 +181,18 @@ class Completion:
         except Exception:
             self.cancel()
 
+    def fail(self, error: CompletionError) -> None:
+        """Ends the completion with an error, unless it has ended."""
+        if not self.is_finished:
+            self.send(CompletionEvent(num_tokens=self.num_tokens, error=error))
+
 
 class Engine:
     """
     Runs completions on a model in its own thread. After each token, waiting completions join the running ones. The
-    result of a completion does not depend on the others.
+    result of a completion does not depend on the others, and an error in the computation of one row ends only this
+    one. After any other error the engine starts again without rows. If the device of the model is lost, the engine
+    stops.
 
     Args:
         batch ([`DecodingBatch`]):
@@ -145,6 +207,9 @@ class Engine:
             Largest number of completions that wait. Further ones are refused.
         refresh (`Callable`, *optional*):
             Called before each step, to switch to a new version of the datastore, such as [`RetroRetriever.refresh`].
+
+    Attributes:
+        num_restarts (`int`): How often an error ended all running completions.
     """
 
     def __init__(
@@ -161,11 +226,13 @@ class Engine:
         self.end_tokens = frozenset(end_tokens)
         self.max_batch_size = max_batch_size
         self.max_waiting = max_waiting
+        self.num_restarts = 0
         self._batch = batch
         self._running: list[Completion] = []
+        self._joining: list[Completion] = []
         self._waiting: deque[Completion] = deque()
         self._changed = threading.Condition()
-        self._is_closed = False
+        self._stopped: CompletionError | None = None
         self._refused: str | None = None
         self._thread = threading.Thread(target=self._run, name="retro-engine", daemon=True)
         self._thread.start()
@@ -173,7 +240,7 @@ class Engine:
     @property
     def is_alive(self) -> bool:
         """`bool`: Whether the engine accepts completions."""
-        return self._thread.is_alive() and not self._is_closed
+        return self._thread.is_alive() and self._stopped is None
 
     @property
     def num_running(self) -> int:
@@ -185,45 +252,80 @@ class Engine:
         """`int`: Number of waiting completions."""
         return len(self._waiting)
 
+    @property
+    def capacity(self) -> int:
+        """`int`: Largest number of completions that can run and wait."""
+        return self.max_batch_size + self.max_waiting
+
     def submit(self, completions: Sequence[Completion]) -> None:
         """
         Accepts all of the completions, or none.
 
         Raises:
             QueueFullError: If too many completions are waiting.
+            CompletionError: If the engine has stopped.
         """
         with self._changed:
-            if self._is_closed:
-                raise QueueFullError("the server is shutting down")
+            if self._stopped is not None:
+                raise CompletionError(str(self._stopped), self._stopped.status)
             self._waiting = deque(one for one in self._waiting if not one.is_cancelled)
-            free = self.max_batch_size - len(self._running) + self.max_waiting - len(self._waiting)
+            free = self.capacity - len(self._running) - len(self._waiting)
             if len(completions) > free:
-                raise QueueFullError(f"{len(self._waiting)} completions wait already; try again later")
+                raise QueueFullError(
+                    f"{len(self._running)} completions run and {len(self._waiting)} wait already; try again later"
+                )
             self._waiting.extend(completions)
             self._changed.notify()
 
-    def close(self) -> None:
-        """Ends the thread. Running and waiting completions end with an error."""
+    def stop(self, error: CompletionError | None = None) -> None:
+        """Ends running and waiting completions with an error at once, and the thread after its forward pass."""
         with self._changed:
-            self._is_closed = True
+            self._stopped = self._stopped or error or CompletionError("the server is shutting down", 503)
             self._changed.notify()
+            unfinished = (*self._running, *self._joining, *self._waiting)
+        for completion in unfinished:
+            completion.fail(self._stopped)
+
+    def close(self) -> None:
+        """Stops the engine and waits for its thread."""
+        self.stop()
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._waiting or self._running or self._is_closed):
-                    self._changed.wait()
-                if self._is_closed:
-                    break
-                joining = self._take_waiting()
-            self._refresh()
-            self._try(joining, self._join)
+        error = None
+        try:
+            while True:
+                with self._changed:
+                    while not (self._waiting or self._running or self._stopped):
+                        self._changed.wait()
+                    if self._stopped is not None:
+                        break
+                    self._joining = self._take_waiting()
+                self._advance_all()
+        except BaseException:
+            error = CompletionError(log_failure("the engine of the server has stopped"), 503)
+        finally:
+            self.stop(error)
+
+    def _advance_all(self) -> None:
+        self._refresh()
+        try:
+            if self._joining:
+                self._join(self._joining)
             self._let_go()
-            self._try(self._running, self._step)
+            if self._running:
+                self._advance(self._running, self._batch.step())
             self._let_go()
-        for completion in (*self._running, *self._waiting):
-            completion.send(CompletionEvent(error=RuntimeError("the server is shutting down")))
+        except torch.AcceleratorError:  # nothing can be computed on this device any more
+            raise
+        except Exception:
+            error = CompletionError(log_failure("the server failed while it computed completions"))
+            for completion in (*self._running, *self._joining):
+                completion.fail(error)
+            self._batch.clear()
+            self._running = []
+            self.num_restarts += 1
+        self._joining = []
 
     def _refresh(self) -> None:
         """Switches to a new version of the datastore, unless that is broken or half copied."""
@@ -245,33 +347,35 @@ class Engine:
                 joining.append(completion)
         return joining
 
-    def _try(self, completions: list[Completion], function: Callable[[list[Completion]], None]) -> None:
-        """Runs a function on completions. An error ends only these, and the others continue."""
-        try:
-            if completions:
-                function(completions)
-        except Exception as error:
-            logger.exception("completions failed")
-            for completion in completions:
-                if not completion.is_finished:
-                    completion.send(CompletionEvent(num_tokens=completion.num_tokens, error=error))
-
     def _join(self, joining: list[Completion]) -> None:
-        for completion in joining:
-            completion.start(self.tokenizer)
-        logits = self._batch.add([completion.row for completion in joining])
+        """Adds completions to the batch. If that fails, each of them is tried alone, so that others are spared."""
+        try:
+            logits = self._batch.add([completion.row for completion in joining])
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            if len(self._batch.rows) < len(self._running):
+                raise  # the rows that run are lost too
+            if len(joining) == 1:
+                joining[0].fail(CompletionError(log_failure("the server failed while it read a prompt")))
+                return
+            for completion in joining:
+                completion.row.retrieved.clear()
+                self._join([completion])
+            return
         self._running += joining
         self._advance(joining, logits)
-
-    def _step(self, running: list[Completion]) -> None:
-        self._advance(running, self._batch.step())
 
     def _advance(self, completions: Sequence[Completion], logits: torch.Tensor) -> None:
         logits = logits.cpu()
         logprobs = logits.log_softmax(-1)
         for completion, row_logits, row_logprobs in zip(completions, logits, logprobs, strict=True):
-            if not completion.is_cancelled:
-                completion.advance(row_logits, row_logprobs, self.end_tokens)
+            if completion.is_cancelled:
+                continue
+            try:
+                completion.advance(row_logits, row_logprobs, self.end_tokens, self.tokenizer)
+            except Exception:
+                completion.fail(CompletionError(log_failure("the server failed while it chose a token")))
 
     def _let_go(self) -> None:
         kept = [

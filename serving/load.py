@@ -31,7 +31,7 @@ from .prompts import PromptEncoder
 
 
 if TYPE_CHECKING:
-    from .app import ServedModel
+    from .served_model import ServedModel
 
 
 @dataclass
@@ -117,7 +117,7 @@ def load_served_model(
     Raises:
         ValueError: If the model does not fit the datastore, or a limit is below 1.
     """
-    from .app import ServedModel  # needs libraries that the page can do without
+    from .served_model import ServedModel  # needs libraries that the page can do without
 
     limits = {"max_batch_size": max_batch_size, "max_prompt_tokens": max_prompt_tokens, "max_tokens": max_tokens}
     for name, limit in limits.items():

@@ -17,10 +17,11 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.chunk import DocumentChunker
+
+from .chat_template import ChatTemplate
 
 
 class PromptEncoder:
@@ -35,6 +36,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer)
         self._plain = DocumentChunker(tokenizer, chunk_size=1)
         control = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._control_ids = set(control)
@@ -71,10 +73,8 @@ class PromptEncoder:
             `list[int]`: the ids.
 
         Raises:
-            ValueError: If the tokenizer has no chat template, or the template refuses the messages.
+            ValueError: If the tokenizer has no chat template, or the template refuses the messages or does not end.
         """
-        if self.tokenizer.chat_template is None:
-            raise ValueError("the model's tokenizer has no chat template; use /v1/completions")
         # Text that spells a control token is replaced by a random word while the template is applied.
         word, spelled = secrets.token_hex(16), []
 
@@ -83,10 +83,7 @@ class PromptEncoder:
             return f"{word}{len(spelled) - 1}."
 
         hidden = [{**message, "content": self._control.sub(hide, message["content"])} for message in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(hidden, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise ValueError(f"the chat template of the model refuses the messages: {error}") from error
+        text = self.template.render(hidden)
         ids = []
         for number, piece in enumerate(re.split(rf"{word}(\d+)\.", text)):
             if number % 2:

@@ -21,6 +21,12 @@ from types import MappingProxyType
 import torch
 
 
+# The logarithm of the probability 0, which is no number of JSON.
+LOWEST_LOGPROB = -9999.0
+# Number of tokens of a prompt whose probabilities are computed at once.
+_TOKENS_AT_ONCE = 256
+
+
 @dataclass(frozen=True)
 class SamplingParameters:
     """
@@ -60,14 +66,14 @@ class ChosenToken:
     Args:
         id (`int`):
             The token.
-        logprob (`float`):
-            The natural logarithm of its probability.
+        logprob (`float`, *optional*):
+            The natural logarithm of its probability, at least -9999; `None` for a token that was not predicted.
         top (`list[tuple[int, float]]`):
             The most probable tokens with the logarithms of their probabilities, best first.
     """
 
     id: int
-    logprob: float
+    logprob: float | None
     top: list[tuple[int, float]]
 
 
@@ -95,7 +101,12 @@ class Sampler:
         Args:
             logits (`torch.FloatTensor` of shape `(vocab_size,)`): The logits of the model, on the CPU.
             logprobs (`torch.FloatTensor` of shape `(vocab_size,)`): Their log softmax.
+
+        Raises:
+            ValueError: If the logits contain NaN or infinity, or only minus infinity.
         """
+        if not logits.max().isfinite():
+            raise ValueError(f"the largest logit of the model is {float(logits.max())}, expected a finite number")
         parameters = self.parameters
         changes = dict(parameters.logit_bias)
         if parameters.presence_penalty or parameters.frequency_penalty:
@@ -105,16 +116,44 @@ class Sampler:
         if changes:
             logits = logits.clone()
             logits[list(changes)] += torch.tensor(list(changes.values()))
-        token = int(logits.argmax()) if parameters.temperature == 0 else self._draw(logits / parameters.temperature)
+        token = int(logits.argmax()) if parameters.temperature == 0 else self._draw(logits)
         self._counts[token] += 1
         top = torch.topk(logprobs, parameters.num_logprobs)
-        return ChosenToken(token, float(logprobs[token]), list(zip(top.indices.tolist(), top.values.tolist())))
+        best = list(zip(top.indices.tolist(), map(_finite, top.values.tolist())))
+        return ChosenToken(token, _finite(float(logprobs[token])), best)
 
     def _draw(self, logits: torch.Tensor) -> int:
-        probabilities = logits.softmax(-1)
+        # In double precision, and with 0 as the largest logit, no temperature and no share is too small.
+        logits = logits.double()
+        probabilities = ((logits - logits.max()) / self.parameters.temperature).softmax(-1)
         if self.parameters.top_p < 1:
             values, order = probabilities.sort(descending=True)
             # The token that reaches the share is still included.
             values[values.cumsum(-1) - values >= self.parameters.top_p] = 0
             return int(order[torch.multinomial(values, 1, generator=self._generator)])
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+def score_tokens(logits: torch.Tensor, ids: torch.Tensor, num_logprobs: int) -> list[ChosenToken]:
+    """
+    The probabilities of given tokens.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(length - 1, vocab_size)`): The logits that predict all but the first.
+        ids (`torch.LongTensor` of shape `(length,)`): The tokens.
+        num_logprobs (`int`): Number of most probable tokens that are reported with each token.
+    """
+    scored = [ChosenToken(int(ids[0]), None, [])]
+    for some_logits, some_ids in zip(logits.split(_TOKENS_AT_ONCE), ids[1:].split(_TOKENS_AT_ONCE), strict=True):
+        logprobs = some_logits.float().log_softmax(-1)
+        own = logprobs.gather(-1, some_ids[:, None])[:, 0].tolist()
+        top = torch.topk(logprobs, num_logprobs)
+        for id, logprob, best, best_logprobs in zip(
+            some_ids.tolist(), own, top.indices.tolist(), top.values.tolist(), strict=True
+        ):
+            scored.append(ChosenToken(id, _finite(logprob), list(zip(best, map(_finite, best_logprobs)))))
+    return scored
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)

@@ -15,13 +15,47 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .sampling import SamplingParameters
 
 
-NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+MAX_NUMBER = 2**31 - 1
+
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+Token = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
+# A list with thousands of mistakes is refused for the first of them.
+Tokens = Annotated[list[Token], Field(fail_fast=True)]
+
+
+def _form(prompt: Any) -> str:
+    """The form of a prompt by its first part. Trying all forms of a long list would take long."""
+    first = prompt[0] if isinstance(prompt, list) and prompt else prompt
+    if isinstance(first, list):
+        return "lists_of_tokens"
+    if isinstance(first, int):
+        return "tokens"
+    return "texts" if isinstance(prompt, list) else "text"
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], Field(fail_fast=True), Tag("texts")]
+    | Annotated[Tokens, Tag("tokens")]
+    | Annotated[list[Tokens], Field(fail_fast=True), Tag("lists_of_tokens")],
+    Discriminator(_form),
+]
 
 
 class Strict(BaseModel):
@@ -51,9 +85,17 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False
 
 
+class TextFormat(Strict):
+    """The only format of an answer."""
+
+    type: Literal["text"] = "text"
+
+
 class GenerationRequest(Strict):
     """
-    The fields that completions and conversations have in common: those of the API of OpenAI, and these four.
+    The fields that completions and conversations have in common: those of the API of OpenAI, and these four. Fields
+    that change nothing here, such as `user`, and fields that this server lacks are taken with a value that asks for
+    nothing, such as `store: false`.
 
     Args:
         retrieval (`bool`, *optional*, defaults to `True`):
@@ -69,17 +111,22 @@ class GenerationRequest(Strict):
 
     model: str
     n: int = Field(default=1, ge=1, le=128)
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_NUMBER)
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 129)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     logit_bias: dict[int, Bias] = Field(default_factory=dict, max_length=1024)
-    stop: list[NonEmpty] = Field(default_factory=list, max_length=16)
+    stop: list[Stop] = Field(default_factory=list, max_length=16)
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
     user: str | None = None
+    metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    service_tier: Literal["auto", "default"] = "auto"
+    store: Literal[False] = False
     retrieval: bool = True
     num_neighbors: int | None = Field(default=None, ge=0, le=64)
     pad_to_chunks: bool = False
@@ -95,6 +142,11 @@ class GenerationRequest(Strict):
     def num_logprobs(self) -> int:
         """`int`: Number of most probable tokens to report with each token."""
         raise NotImplementedError
+
+    @property
+    def echoes(self) -> bool:
+        """`bool`: Whether the answer begins with the prompt."""
+        return False
 
     def sampling(self, number: int) -> SamplingParameters:
         """The parameters of sampling completion `number` of a prompt. Each completion has another seed."""
@@ -118,21 +170,41 @@ class CompletionRequest(GenerationRequest):
             One or several texts to continue, or their tokens.
         logprobs (`int`, *optional*):
             Number of most probable tokens to report with each token. With 0, only the token itself is reported.
+        echo (`bool`, *optional*, defaults to `False`):
+            Whether the answer begins with the prompt. With `logprobs`, the tokens of the prompt are reported too.
     """
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int = Field(default=16, ge=1)
+    prompt: Prompt
+    echo: bool = False
+    max_tokens: int = Field(default=16, ge=0, le=MAX_NUMBER)
     logprobs: int | None = Field(default=None, ge=0, le=5)
+    best_of: int | None = Field(default=None, ge=1, le=128)
+    suffix: Literal[""] = ""
+
+    @field_validator("best_of")
+    @classmethod
+    def is_not_a_choice(cls, value: int | None, info: ValidationInfo) -> int | None:
+        """Refuses to generate more answers than are asked for."""
+        if value is not None and value != info.data.get("n", value):
+            raise ValueError("this server returns all answers that it generates; best_of must be n")
+        return value
 
     @property
     def num_logprobs(self) -> int:
         return self.logprobs or 0
 
     @property
+    def echoes(self) -> bool:
+        return self.echo
+
+    @property
     def prompts(self) -> list[str] | list[list[int]]:
         """`list`: The prompts as a list, even if there is only one."""
         is_one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
         return [self.prompt] if is_one else self.prompt
+
+
+Nothing = Annotated[list[Any], Field(max_length=0)]
 
 
 class TextPart(Strict):
@@ -149,10 +221,20 @@ class Message(Strict):
     Args:
         role (`str`): Role of the speaker.
         content (`str` or `list[TextPart]`): Text of the message.
+
+    The other fields change nothing here.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] = ""
+    content: Annotated[
+        Annotated[str, Tag("text")] | Annotated[list[TextPart], Field(fail_fast=True), Tag("parts")],
+        Discriminator(lambda content: "parts" if isinstance(content, list) else "text"),
+    ] = ""
+    name: str | None = None
+    type: Literal["text", "message"] | None = None
+    refusal: Literal[""] = ""
+    tool_calls: Nothing = Field(default_factory=list)
+    annotations: Nothing = Field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -172,10 +254,17 @@ class ChatRequest(GenerationRequest):
     """
 
     pad_to_chunks: bool = True
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_NUMBER)
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=20)
+    functions: Nothing = Field(default_factory=list)
+    function_call: Literal["none", "auto"] = "none"
+    modalities: list[Literal["text"]] = Field(default_factory=lambda: ["text"], max_length=1)
+    parallel_tool_calls: bool = True
+    response_format: TextFormat = Field(default_factory=TextFormat)
+    tool_choice: Literal["none", "auto"] = "none"
+    tools: Nothing = Field(default_factory=list)
 
     @model_validator(mode="after")
     def check(self) -> "ChatRequest":

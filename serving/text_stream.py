@@ -13,9 +13,11 @@
 # limitations under the License.
 """Turns tokens into text while they are generated, up to a stop sequence"""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from .sampling import ChosenToken
@@ -38,59 +40,88 @@ class TextToken:
 class TextStream:
     """
     Turns the tokens of one completion into text. A character of several tokens is returned when it is complete. Text
-    that may be the beginning of a stop sequence is held back until this is decided.
+    that may be the beginning of a stop sequence is held back until this is decided. Control tokens, such as
+    `<|im_end|>`, are not part of the text, but a stop sequence may spell them.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+        tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer.
         stop (`Sequence[str]`, *optional*): Sequences that end the completion and are not part of it.
+        offset (`int`, *optional*, defaults to 0): Number of characters in front of the text.
 
     Attributes:
         is_stopped (`bool`): Whether a stop sequence was found.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):
-        self.tokenizer = tokenizer
-        self.stop = stop
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), offset: int = 0):
         self.is_stopped = False
-        self._ids: list[int] = []
-        self._start = self._end = 0  # range of the tokens whose text was returned last
-        self._length = 0  # number of characters that were returned
+        self._backend = tokenizer.backend_tokenizer
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._pending: list[int] = []  # tokens whose text is not decoded yet
+        self._length = offset  # number of characters up to the end of what was returned
         self._held = ""
         self._tokens: list[TextToken] = []
+        self._stop = list(stop)
+        # A control token that is spelled in a stop sequence is held as half a surrogate pair, which no text has.
+        self._marks: dict[int, str] = {}
+        if stop:
+            self._mark_control_tokens(tokenizer)
+
+    def _mark_control_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        control = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        spelled = {
+            spelling: id for spelling, id in control.items() if any(spelling in sequence for sequence in self._stop)
+        }
+        if spelled:
+            marks = {spelling: chr(0xD800 + n) for n, spelling in enumerate(spelled)}
+            self._marks = {id: marks[spelling] for spelling, id in spelled.items()}
+            # If one spelling begins with another, the longer one counts.
+            pattern = re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))))
+            self._stop += [pattern.sub(lambda match: marks[match[0]], sequence) for sequence in self._stop]
 
     def push(self, token: ChosenToken) -> tuple[str, list[TextToken]]:
         """Adds the next token, and returns the text that is certain now, with its tokens."""
-        self._tokens.append(TextToken(token, self._length + len(self._held)))
-        self._ids.append(token.id)
-        # Tokens are decoded together with the one before them, because some tokenizers drop the first space of a text.
-        before, text = self._decode(self._end), self._decode(len(self._ids))
-        if not text.endswith("\ufffd"):
-            self._held += text[len(before) :]
-            self._start, self._end = self._end, len(self._ids)
+        self._tokens.append(TextToken(token, self._length + len(self._visible(self._held))))
+        self._held += self._marks.get(token.id, "") + self._decode(token.id)
         return self._release(is_last=False)
 
     def finish(self) -> tuple[str, list[TextToken]]:
         """Returns the rest of the text after the last token."""
         if self.is_stopped:
             return "", []
-        self._held += self._decode(len(self._ids))[len(self._decode(self._end)) :]
+        # What is left are bytes of a character that has not been completed.
+        self._held += self._backend.decode(self._pending, skip_special_tokens=True)
         return self._release(is_last=True)
 
-    def _decode(self, end: int) -> str:
-        return self.tokenizer.decode(
-            self._ids[self._start : end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+    def _decode(self, id: int) -> str:
+        self._pending.append(id)
+        try:
+            text = self._decoder.step(self._backend, id)
+        except Exception as error:  # tokenizers has no other class for it
+            if "Invalid prefix" not in str(error):
+                raise
+            # With single bytes as tokens, bytes that are no character change the meaning of bytes before them, whose
+            # text is already out. What follows is decoded for itself.
+            self._decoder = DecodeStream(skip_special_tokens=True)
+            pending, self._pending = self._pending, []
+            return "".join(map(self._decode, pending))
+        if text is None:
+            return ""
+        self._pending = []
+        return text
+
+    def _visible(self, text: str) -> str:
+        return "".join(character for character in text if character not in self._marks.values())
 
     def _release(self, is_last: bool) -> tuple[str, list[TextToken]]:
-        found = [place for sequence in self.stop if (place := self._held.find(sequence)) >= 0]
+        found = [place for sequence in self._stop if (place := self._held.find(sequence)) >= 0]
         self.is_stopped = bool(found)
         certain = len(self._held)
         if found:
             certain = min(found)
         elif not is_last:
-            certain -= max((_overlap(self._held, sequence) for sequence in self.stop), default=0)
-        text, self._held = self._held[:certain], self._held[certain:]
-        self._length += certain
+            certain -= max((_overlap(self._held, sequence) for sequence in self._stop), default=0)
+        text, self._held = self._visible(self._held[:certain]), self._held[certain:]
+        self._length += len(text)
         released = [
             token for token in self._tokens if token.offset < self._length or (is_last and not self.is_stopped)
         ]

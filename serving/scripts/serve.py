@@ -21,7 +21,8 @@ Any client of this API can use it. The name of the model is that of its folder:
     curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
         -d '{"model": "model", "prompt": "The class"}'
 
-If the environment variable RETRO_API_KEY holds a key, requests must carry it.
+If the environment variable RETRO_API_KEY holds a key, requests must carry it. After SIGTERM or Ctrl-C, running answers
+may take --grace_period seconds more.
 """
 
 import ipaddress
@@ -34,6 +35,7 @@ from data_prep.arguments import parse_arguments, run_command
 
 
 API_KEY = "RETRO_API_KEY"
+LISTENING = {"host", "port", "allowed_hosts", "allow_origins", "grace_period"}
 
 
 @dataclass
@@ -56,6 +58,19 @@ class ServeArguments:
     )
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 for all."})
     port: int = field(default=8000, metadata={"help": "Port to listen on; 0 for a free one."})
+    allowed_hosts: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Names of this server, such as those of a proxy. Other names are refused, addresses are not."
+        },
+    )
+    allow_origins: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Origins whose pages may use this server in a browser, such as https://example.org; * for all."
+        },
+    )
+    grace_period: float = field(default=10.0, metadata={"help": "Seconds for running answers when the server ends."})
     num_neighbors: int | None = field(
         default=None,
         metadata={"help": "Neighbors of a chunk unless a request names another number. Defaults to the model's."},
@@ -72,32 +87,39 @@ class ServeArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(ServeArguments, argv=argv, description=__doc__, prog="retro serve")
+    if arguments.grace_period < 0:
+        raise ValueError(f"--grace_period is {arguments.grace_period}, expected 0 or more seconds")
+    api_key = _api_key()
     try:
-        import uvicorn
-
         from ..app import create_app
+        from ..listening import Server, bind
     except ImportError as error:
         raise ImportError(
             f"`retro serve` needs {error.name}; install the extra: `pip install retro-transformers[serve]`"
         ) from error
     from ..load import load_served_model
 
-    api_key = os.environ.get(API_KEY) or None
-    options = {name: value for name, value in vars(arguments).items() if name not in ("host", "port")}
-    served = load_served_model(**options)
-    if api_key is None and not _is_loopback(arguments.host):
-        print(
-            f"warning: everybody who reaches {arguments.host} can use this server; set {API_KEY} to ask for a key",
-            file=sys.stderr,
-        )
-    print(f"serving {served.name!r} on http://{arguments.host}:{arguments.port}/v1; Ctrl-C ends it", flush=True)
-    uvicorn.run(
-        create_app(served, api_key),
-        host=arguments.host,
-        port=arguments.port,
-        log_level="warning",
-        timeout_graceful_shutdown=10,  # seconds for streams that run
-    )
+    with bind(arguments.host, arguments.port) as listener:
+        served = load_served_model(**{name: value for name, value in vars(arguments).items() if name not in LISTENING})
+        if api_key is None and not _is_loopback(arguments.host):
+            print(
+                f"warning: everybody who reaches {arguments.host} can use this server; set {API_KEY} to ask for a key",
+                file=sys.stderr,
+            )
+        hosts = [arguments.host, *arguments.allowed_hosts]
+        app = create_app(served, api_key, allowed_hosts=hosts, allow_origins=arguments.allow_origins)
+        server = Server(app, served.engine, served.name, arguments.grace_period)
+        server.run([listener])
+    if server.has_failed:
+        raise ValueError("the engine of the server has stopped; the log says why")
+
+
+def _api_key() -> str | None:
+    """The key of the environment. A file from which it was read may end in a newline."""
+    key = os.environ.get(API_KEY, "")
+    if key and (not key.strip().isprintable() or not key.strip() or " " in key.strip()):
+        raise ValueError(f"{API_KEY} holds white space or unprintable characters, which no request can carry")
+    return key.strip() or None
 
 
 def _is_loopback(host: str) -> bool:
