@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from trainers.cli import COMMANDS, accelerate_config_names
+from trainers.cli import COMMANDS, GROUPS, accelerate_config_names
 
 
 ROOT = Path(__file__).parents[1]
@@ -134,11 +134,13 @@ def test_links_of_the_documentation_lead_somewhere(page):
             assert anchor[1:] in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_every_command_of_the_readme_table_exists_and_none_is_missing():
+def test_the_readme_lists_the_commands_in_the_groups_of_the_help():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = text[text.index("## Commands") : text.index("## Layout")]
-    named = set(re.findall(r"`([a-z-]+)`", table))
-    assert named == set(COMMANDS)
+    table = text[text.index("## Commands") : text.index("## Documentation")]
+    rows = re.findall(r"^\| ([^|]+) \| (`[^|]+) \|$", table, re.MULTILINE)
+    assert {group: re.findall(r"`([a-z-]+)`", commands) for group, commands in rows} == {
+        group: list(commands) for group, commands in GROUPS.items()
+    }
 
 
 def test_every_recipe_of_the_package_is_on_its_page():

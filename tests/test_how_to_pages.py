@@ -41,6 +41,7 @@ PAGES = [
     "generation",
     "retrofit",
     "../README",
+    "semantics",
     "retriever",
     "cluster",
     "recipes",
@@ -147,9 +148,8 @@ def test_page_runs_from_top_to_bottom(walked, name):
 
 
 def test_the_pages_made_what_they_promise(walked, workplace):
-    readme = walked["../README"]
-    assert readme["outputs"].logits.shape == (1, 512, 32000)  # of the model in one call
-    assert readme["batch"]["neighbor_input_ids"].shape[1:] == (16, 2, 128)  # of the ten statements
+    assert walked["semantics"]["outputs"].logits.shape == (1, 512, 32000)  # of the model in one call
+    assert walked["training"]["batch"]["neighbor_input_ids"].shape[1:] == (16, 2, 128)  # of the ten statements
     numbers = json.loads((workplace / "evaluation" / "evaluation.json").read_text())
     assert set(numbers["bits_per_byte"]) == {"off", "random", "on"}
     assert (workplace / "adapter" / "retrofit.safetensors").is_file()
