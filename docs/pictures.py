@@ -245,7 +245,7 @@ def datastore_size() -> str:
 WAYS = {
     r"OFF|ON, \d+ neighbors?": (COLORS[0], "untrained model, with the number of neighbors", 0),
     r"ON.*": (COLORS[2], "model with a trained reader", 10),
-    r"random.*": (GRAY, "random neighbors", 20),
+    r"random.*": (GRAY, "random neighbors (lower: with the reader)", 20),
     r".*in front.*": (COLORS[1], "neighbor in front of the window", 0),
 }
 

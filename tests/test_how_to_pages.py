@@ -104,6 +104,8 @@ def workplace(tmp_path_factory, tiny_tokenizer, tiny_encoder_dir):
     write_pairs(folder / "pairs.jsonl.gz", 100)
     write_pairs(folder / "held-out.jsonl", 10)
     write_pairs(folder / "sts.jsonl", 10, scored=True)
+    rows = "".join(f"the sentence {number},its like {number},{number % 6}\n" for number in range(12))
+    (folder / "stsb.csv.gz").write_bytes(gzip.compress(f"sentence1,sentence2,score\n{rows}".encode()))
     return folder
 
 
@@ -156,7 +158,7 @@ def test_the_pages_made_what_they_promise(walked, workplace):
     tokenizer = json.loads((workplace / "datastore" / "datastore.json").read_text())["tokenizer"]["sha256"]
     for model in ("model", "smollm2-retro", "retrofitted"):
         assert json.loads((workplace / model / "config.json").read_text())["tokenizer_sha256"] == tokenizer
-    assert "| on |" in (workplace / "model" / "README.md").read_text()
+    assert "| on k=1 |" in (workplace / "model" / "README.md").read_text()
     assert 'from_pretrained("trained"' in (workplace / "trained" / "README.md").read_text()
     chunks = [
         json.loads((workplace / name / "datastore.json").read_text())["splits"]["train"]["chunks"]["num_chunks"]
