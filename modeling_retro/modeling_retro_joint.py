@@ -646,9 +646,8 @@ class RetroJointForCausalLM(
             raise ValueError(
                 "a 4-D mask says nothing of cached tokens, which are read again: set `reread_tokens` to 0"
             )
-        index, first = locations.document_index[rows, :1], locations.row_index[rows, :1]
-        start = torch.maximum(first - index, torch.zeros_like(first))  # where the document begins in the row
-        row_index = torch.maximum(row_index, torch.minimum(start + 1, first))
+        index, first = locations.first_document_index[rows], locations.first_row_index[rows]
+        row_index = torch.maximum(row_index, (first - index).clamp(min=0) + 1)
         columns = locations.column_of[rows].gather(1, row_index)  # [n, b]
         tokens = cache.input_ids[rows[:, None], columns]
         if (tokens < 0).any():
@@ -697,7 +696,10 @@ class RetroJointForCausalLM(
         written, missing = index % size, size - index % size
         removed = cache.uncropped_length - cache.get_seq_length()
         cache.uncropped_length = 0
-        rows = ((written > 0) & (missing <= removed)).nonzero()[:, 0]
+        # The first token of a document was never read again.
+        start = (locations.first_row_index[:, 0] - index).clamp(min=0)
+        is_read = (written > 0) & (missing <= removed) & (locations.first_row_index[:, 0] - 1 > start)
+        rows = is_read.nonzero()[:, 0]
         # CODEPATH: as above.
         if self.config.reread_tokens <= 1 or len(rows) == 0:
             return

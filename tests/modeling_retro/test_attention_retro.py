@@ -118,8 +118,9 @@ def logits_of_both_ways(model, **inputs):
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma2"])
-def test_parts_equal_one_mask_in_rows_with_padding_and_of_several_documents(family):
-    model = make_joint(family)
+@pytest.mark.parametrize("reread_tokens", [0, 3, CHUNK])
+def test_parts_equal_one_mask_in_rows_with_padding_and_of_several_documents(family, reread_tokens):
+    model = make_joint(family, reread_tokens=reread_tokens)
     assert model._parts_work
     ids, neighbors, neighbor_mask = make_inputs(2, 5 * CHUNK)
     given = {"input_ids": ids, "neighbor_input_ids": neighbors, "neighbor_attention_mask": neighbor_mask}
@@ -167,8 +168,9 @@ class Shapes(TorchDispatchMode):
         return result
 
 
-def test_nothing_grows_with_tokens_times_neighbors():
-    model = make_joint(num_hidden_layers=1)
+@pytest.mark.parametrize("reread_tokens", [0, CHUNK])
+def test_nothing_grows_with_tokens_times_neighbors(reread_tokens):
+    model = make_joint(num_hidden_layers=1, reread_tokens=reread_tokens)
     length = 24 * CHUNK
     ids, neighbors, mask = make_inputs(1, length)
     largest = []
@@ -199,11 +201,12 @@ def flash_in_name(module, query, key, value, attention_mask, **kwargs):
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
 
 
-def test_flash_attention_reads_neighbors(monkeypatch):
+@pytest.mark.parametrize("reread_tokens", [0, CHUNK])
+def test_flash_attention_reads_neighbors(monkeypatch, reread_tokens):
     """Its kernels are replaced, because they run on a GPU only."""
     AttentionInterface.register("flash_in_name", flash_in_name)
     AttentionMaskInterface.register("flash_in_name", flash_attention_mask)
-    model, flash = make_joint(), make_joint()
+    model, flash = make_joint(reread_tokens=reread_tokens), make_joint(reread_tokens=reread_tokens)
     calls = []
 
     def attend(*args):

@@ -13,6 +13,7 @@
 # limitations under the License.
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,12 @@ from transformers import DynamicCache
 make_model = make_cross_model
 
 
-@pytest.fixture(autouse=True, params=["cross", "joint"])
+@pytest.fixture(autouse=True, params=["cross", "joint", "joint-reread"])
 def kind_of_model(request, monkeypatch):
-    """Both ways of reading neighbors generate alike: each test runs with a model of each."""
+    """All ways of reading neighbors generate alike: each test runs with a model of each."""
     maker = make_cross_model if request.param == "cross" else make_joint
+    if request.param == "joint-reread":
+        maker = partial(make_joint, reread_tokens=CHUNK)
     monkeypatch.setattr(sys.modules[__name__], "make_model", maker)
     return request.param
 
@@ -120,7 +123,7 @@ def test_nothing_is_retrieved_off_in_training_or_when_neighbors_are_given():
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("step", [1, 2, 3, CHUNK, CHUNK + 1, 2 * CHUNK + 3])
 def test_cached_equals_uncached_at_every_position(step, attn_implementation, kind_of_model):
-    if kind_of_model == "joint" and attn_implementation == "eager":
+    if kind_of_model != "cross" and attn_implementation == "eager":
         pytest.skip("transformers' eager attention has a softmax in float32; padding is NaN to float64 models")
     model = make_retro(attn_implementation=attn_implementation)
     ids, mask = left_padded([4 * CHUNK + 1, 3 * CHUNK, 2 * CHUNK - 1, 2])
@@ -221,7 +224,7 @@ def test_each_chunk_is_retrieved_once_and_one_call_serves_a_step(use_cache):
 
 
 def test_each_chunk_is_encoded_once(kind_of_model):
-    if kind_of_model == "joint":
+    if kind_of_model != "cross":
         pytest.skip("it counts neighbors, not chunks: see test_a_neighbor_that_comes_again_is_read_once")
     model = make_retro()
     encoded = []
@@ -530,7 +533,7 @@ class HostReads(TorchDispatchMode):
 
 def test_steps_that_complete_no_chunk_do_not_wait_for_the_device(kind_of_model, monkeypatch):
     model = make_retro()
-    if kind_of_model == "joint":
+    if kind_of_model != "cross":
         # On a CPU it looks whether a mask is needed.
         monkeypatch.setattr(type(model), "_needs_no_mask", lambda self, seen: False)
     lengths = [2 * CHUNK + 1, CHUNK + 1]  # both rows complete chunks at the same steps

@@ -23,8 +23,9 @@ from modeling_retro import RetroJointCache, RetroJointForCausalLM
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
-def test_reading_neighbors_equals_one_sequence_of_neighbors_and_row(family, attn_implementation):
-    model = make_joint(family, attn_implementation=attn_implementation)
+@pytest.mark.parametrize("reread_tokens", [0, 2, CHUNK])
+def test_reading_neighbors_equals_one_sequence_of_neighbors_and_row(family, attn_implementation, reread_tokens):
+    model = make_joint(family, attn_implementation=attn_implementation, reread_tokens=reread_tokens)
     ids, neighbors, mask = make_inputs(2, 3 * CHUNK + 2)
     with torch.no_grad():
         logits = model(ids, neighbor_input_ids=neighbors, neighbor_attention_mask=mask).logits
@@ -39,7 +40,7 @@ def test_reading_neighbors_equals_one_sequence_of_neighbors_and_row(family, attn
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_neighbors_the_model_is_its_decoder_to_the_bit(family):
     # In float64, transformers' eager attention makes padding NaN.
-    model, decoder = make_joint(family).float(), make_decoder(family).float()
+    model, decoder = make_joint(family, reread_tokens=CHUNK).float(), make_decoder(family).float()
     ids, mask = left_padded([3 * CHUNK + 2, CHUNK + 1])
     _, neighbors, _ = make_inputs(2, ids.shape[1])
     with torch.no_grad():
@@ -62,8 +63,9 @@ def test_without_neighbors_the_model_is_its_decoder_to_the_bit(family):
 
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3", "gpt_neox", "qwen3-moe"])
 @pytest.mark.parametrize("step", [1, 3, CHUNK + 1])
-def test_cached_equals_uncached_in_every_kind_of_layer(family, step):
-    model = make_joint(family)
+@pytest.mark.parametrize("reread_tokens", [0, CHUNK])
+def test_cached_equals_uncached_in_every_kind_of_layer(family, step, reread_tokens):
+    model = make_joint(family, reread_tokens=reread_tokens)
     model.set_retriever(HashRetriever())
     ids, mask = left_padded([5 * CHUNK + 1, 3 * CHUNK, 2])
     cache, logits = RetroJointCache(), []
@@ -114,8 +116,9 @@ def test_what_masked_neighbor_tokens_hold_does_not_matter():
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_packed_documents_equal_documents_alone(use_cache):
-    model = make_joint()
+@pytest.mark.parametrize("reread_tokens", [0, CHUNK])
+def test_packed_documents_equal_documents_alone(use_cache, reread_tokens):
+    model = make_joint(reread_tokens=reread_tokens)
     ids, neighbors, mask = make_inputs(2, 5 * CHUNK)
     # Documents of two chunks, one and a half (padded to two), and one.
     position_ids = torch.cat([torch.arange(2 * CHUNK), torch.arange(2 * CHUNK), torch.arange(CHUNK)]).expand(2, -1)
@@ -128,8 +131,9 @@ def test_packed_documents_equal_documents_alone(use_cache):
                 assert_close(logits[:, start * CHUNK : end * CHUNK], alone)
 
 
-def test_a_second_call_keeps_packed_documents_apart():
-    model = make_joint()
+@pytest.mark.parametrize("reread_tokens", [0, CHUNK])
+def test_a_second_call_keeps_packed_documents_apart(reread_tokens):
+    model = make_joint(reread_tokens=reread_tokens)
     ids, neighbors, mask = make_inputs(1, 4 * CHUNK)
     position_ids = torch.cat([torch.arange(CHUNK), torch.arange(3 * CHUNK)])[None]
     cut = 2 * CHUNK + 1
@@ -153,6 +157,36 @@ def test_a_second_call_keeps_packed_documents_apart():
             own = {"neighbor_input_ids": neighbors[:, 1:], "neighbor_attention_mask": mask[:, 1:]} if given else {}
             alone = model(ids[:, CHUNK:], use_cache=False, **own).logits
             assert_close(torch.cat(logits, dim=1)[:, CHUNK:], alone)
+
+
+@pytest.mark.parametrize("reread_tokens", [2, CHUNK])
+def test_a_prompt_that_is_read_once_leaves_what_one_leaves_that_is_predicted(reread_tokens):
+    model = make_joint(reread_tokens=reread_tokens)
+    model.set_retriever(HashRetriever())
+    ids, mask = left_padded([4 * CHUNK, 3 * CHUNK + 2, CHUNK - 1])
+    caches, logits = [], []
+    with torch.no_grad():
+        for kept in (0, 1):
+            caches.append(RetroJointCache())
+            inputs = {"attention_mask": mask, "past_key_values": caches[-1], "logits_to_keep": kept}
+            logits.append(model(ids, **inputs).logits[:, -1])
+    assert_close(*logits)
+    kept = torch.cat([caches[0].front_mask, mask.bool()], dim=1)[:, None, :, None]
+    for one, other in zip(*(cache.layers for cache in caches), strict=True):
+        assert_close(one.keys * kept, other.keys * kept)
+        assert_close(one.values * kept, other.values * kept)
+
+
+def test_what_reads_neighbors_is_never_told_what_it_predicts():
+    """The neighbors of a chunk change no prediction inside it, though its tokens are read with them in sight."""
+    model = make_joint(reread_tokens=CHUNK)
+    ids, neighbors, _ = make_inputs(1, 3 * CHUNK)
+    other = neighbors.clone()
+    other[:, 1] = (other[:, 1] + 1) % VOCAB
+    with torch.no_grad():
+        before, after = (model(ids, neighbor_input_ids=given).logits for given in (neighbors, other))
+    changed = (before - after).abs().amax(-1)[0] > 1e-9
+    assert changed.nonzero()[:, 0].tolist() == list(range(2 * CHUNK - 1, 3 * CHUNK))
 
 
 def count_read_neighbors(model):
@@ -204,8 +238,11 @@ def test_kept_states_are_bounded_by_bytes_and_forgotten_when_weights_change():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_reach_the_decoder_through_row_and_neighbors(checkpointing):
-    model = make_joint()
+@pytest.mark.parametrize("reread_tokens", [0, 3, CHUNK])
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_gradients_reach_the_decoder_through_row_and_neighbors(checkpointing, reread_tokens, in_parts):
+    model = make_joint(reread_tokens=reread_tokens)
+    model._parts_work = in_parts
     ids, neighbors, mask = make_inputs(2, 3 * CHUNK)
     inputs = {"neighbor_input_ids": neighbors, "neighbor_attention_mask": mask, "labels": ids}
     weight = model.decoder.model.layers[1].self_attn.v_proj.weight
@@ -215,9 +252,9 @@ def test_gradients_reach_the_decoder_through_row_and_neighbors(checkpointing):
     model(ids, **inputs).loss.backward()
     assert_close(weight.grad, expected, 1e-7)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-        for _ in range(2):
+        for is_reentrant in (False, True, False):
+            model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
             weight.grad = None
             model(ids, **inputs).loss.backward()
             assert_close(weight.grad, expected, 1e-7)

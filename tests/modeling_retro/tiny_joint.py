@@ -77,28 +77,52 @@ def make_decoder(family="llama", seed=0, attn_implementation="sdpa", **fields):
     return AutoModelForCausalLM.from_config(config, **options).double().eval()
 
 
-def make_joint(family="llama", seed=0, attn_implementation="sdpa", num_neighbors=2, **fields):
+def make_joint(family="llama", seed=0, attn_implementation="sdpa", num_neighbors=2, reread_tokens=0, **fields):
     decoder = make_decoder(family, seed, attn_implementation, **fields)
-    return RetroJointForCausalLM.from_decoder(decoder, chunk_size=CHUNK, num_neighbors=num_neighbors)
+    return RetroJointForCausalLM.from_decoder(
+        decoder, chunk_size=CHUNK, num_neighbors=num_neighbors, reread_tokens=reread_tokens
+    )
 
 
 def slow_joint_logits(model, ids, neighbors, mask, first=0):
     """
-    Logits of one document `(T,)` by the plain decoder, on one sequence [all neighbors | document] with a 4-D mask from
-    the definition: token t sees the document up to t (within the window, in layers that have one) and the real tokens
-    of the neighbors of chunk (t + 1) // m - 1, all but the first of each; a neighbor's tokens see those before them in
-    the same neighbor. The document lacks its tokens before position `first`.
+    Logits of one document `(T,)` by the plain decoder, on one sequence [all neighbors | tokens that are read again |
+    document] with a 4-D mask from the definition. A token that is written sees the tokens of its chunk as they were
+    written, those of earlier chunks as they were read last, and the real tokens of the neighbors of the chunk that is
+    complete, all but the first of each. A token that is read again sees all tokens as they were read last, up to
+    itself, and the neighbors of its chunk. A window holds in the layers that have one. A neighbor's tokens see those
+    before them in the same neighbor. The document lacks its tokens before position `first`.
     """
     pieces = [
         (u, neighbors[u, n, mask[u, n]], torch.arange(LENGTH)[mask[u, n]] - LENGTH)
         for u in range(neighbors.shape[0])
         for n in range(neighbors.shape[1])
     ]
-    sequence = torch.cat([tokens for _, tokens, _ in pieces] + [ids])
-    position_ids = torch.cat([positions for *_, positions in pieces] + [torch.arange(first, first + len(ids))])
-    front = len(sequence) - len(ids)
+    hidden, num_again = model.config.hidden_neighbor_tokens, model.config.reread_tokens
+    length = len(ids)
+    again = [
+        t
+        for t in range(1, length)
+        if CHUNK - num_again <= (first + t) % CHUNK < CHUNK
+        and (u := (first + t) // CHUNK) < len(neighbors)
+        and (u + 1) * CHUNK <= first + length
+        and (mask[u].sum(-1) > hidden).any()
+    ]
+    sequence = torch.cat([tokens for _, tokens, _ in pieces] + [ids[again], ids])
+    positions = torch.arange(first, first + length)
+    position_ids = torch.cat([positions for *_, positions in pieces] + [positions[again], positions])
+    read, written = len(sequence) - length - len(again), len(sequence) - length
+    states = [(t, True, read + n) for n, t in enumerate(again)] + [(t, False, written + t) for t in range(length)]
+
+    def sees(query, key):
+        (t, is_read, _), (other, other_is_read, _) = query, key
+        is_last_state = other_is_read or other not in again
+        in_chunk = (first + t) // CHUNK == (first + other) // CHUNK
+        if other > t:
+            return False
+        return is_last_state if is_read or not in_chunk else not other_is_read
+
     config = model.decoder.config
-    hidden = model.config.hidden_neighbor_tokens
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"]
     masks = {}
@@ -108,16 +132,22 @@ def slow_joint_logits(model, ids, neighbors, mask, first=0):
         for u, tokens, _ in pieces:
             end = start + len(tokens)
             seen[start:end, start:end] = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
-            for t in range(len(ids)):
-                seen[front + t, start + hidden : end] = (first + t + 1) // CHUNK - 1 == u
+            for t, is_read, place in states:
+                completed = (first + t) // CHUNK if is_read else (first + t + 1) // CHUNK - 1
+                seen[place, start + hidden : end] = completed == u
             start = end
-        for t in range(len(ids)):
-            oldest = max(0, t - window + 1) if layer_type == "sliding_attention" else 0
-            seen[front + t, front + oldest : front + t + 1] = True
+        for query in states:
+            for key in states:
+                is_near = layer_type != "sliding_attention" or query[0] - key[0] < window
+                seen[query[2], key[2]] = is_near and sees(query, key)
         masks[layer_type] = torch.zeros(1, 1, *seen.shape, dtype=torch.float64).masked_fill(~seen, -1e300)
-    return model.decoder(
+    logits = model.decoder(
         input_ids=sequence[None],
         attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
         position_ids=position_ids[None],
         use_cache=False,
-    ).logits[0, front:]
+    ).logits[0]
+    # What follows a chunk is predicted by its last token as it was read last.
+    places = {t: place for t, _, place in states[len(again) :]}
+    places |= {t: place for t, _, place in states[: len(again)] if (first + t + 1) % CHUNK == 0}
+    return logits[[places[t] for t in range(length)]]
