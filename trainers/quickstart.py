@@ -52,8 +52,8 @@ from data_prep.stage_files import checksum
 from modeling_retro import RetroConfig, RetroForCausalLM
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.durable_files_retro import whole, write_text
-from modeling_retro.model_card_retro import Way
 from modeling_retro.retriever.retriever import RetroRetriever
+from modeling_retro.sharing.model_card import Way
 from trainers.durable_checkpoints import last_complete_checkpoint
 from trainers.evaluation.evaluate import evaluate_retro
 from trainers.evaluation.operations import operations_per_token

@@ -52,7 +52,7 @@ from modeling_retro.datastore.manifest import (
 )
 from modeling_retro.datastore.splits import split_path
 from modeling_retro.durable_files_retro import remove
-from modeling_retro.model_card_retro import EVALUATION_NAME, weights_sha256
+from modeling_retro.sharing.model_card import EVALUATION_NAME, weights_sha256
 
 
 MODEL_CLASSES = {"retro": (RetroConfig, RetroForCausalLM), "retro_joint": (RetroJointConfig, RetroJointForCausalLM)}

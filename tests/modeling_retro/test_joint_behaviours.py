@@ -23,7 +23,7 @@ from tiny_joint import make_decoder, make_joint
 from transformers import TextStreamer, pipeline
 
 from modeling_retro import RetroJointCache, RetroJointForCausalLM
-from modeling_retro.model_card_retro import save_model_card
+from modeling_retro.sharing.model_card import save_model_card
 
 
 def on_and_off(model, ids, neighbors, mask):

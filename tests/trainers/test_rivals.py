@@ -24,7 +24,7 @@ from tiny_models import SIZES, tiny_llama
 from transformers import LlamaForCausalLM
 
 from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroJointForCausalLM
-from modeling_retro.model_card_retro import evaluation_tables
+from modeling_retro.sharing.model_card import evaluation_tables
 from trainers.cli import main
 from trainers.evaluation import knn_lm
 from trainers.evaluation.evaluate import evaluate_retro, token_bits

@@ -29,9 +29,9 @@ from data_prep.index import read_embeddings
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.manifest import TRAIN_SPLIT
 from modeling_retro.datastore.splits import DatastoreSplit
-from modeling_retro.model_card_retro import Way
 from modeling_retro.retriever.ranking import longest_common_substring
 from modeling_retro.retriever.search import NeighborSearch, other_document_filter, removed_filter
+from modeling_retro.sharing.model_card import Way
 
 from .in_front import in_front_bits
 from .operations import read_clocks

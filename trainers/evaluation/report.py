@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from modeling_retro.durable_files_retro import write_text
-from modeling_retro.model_card_retro import Way, evaluation_tables
+from modeling_retro.sharing.model_card import Way, evaluation_tables
 
 
 OVERLAP_EDGES = np.arange(9) / 8
@@ -53,7 +53,7 @@ class Difference:
 class RetroEvaluation:
     """
     The results of [`~trainers.evaluate_retro`]. Each way to retrieve has the name of a
-    [`~modeling_retro.model_card_retro.Way`]: its mode, such as `"on"`. If several numbers of neighbors are measured,
+    [`~modeling_retro.sharing.model_card.Way`]: its mode, such as `"on"`. If several numbers of neighbors are measured,
     the number is added (`"on k=2"`), and if only a share of the datastore is searched, the share is added (`"on k=2
     share=0.5"`).
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.manifest import TRAIN_SPLIT
 from modeling_retro.datastore.splits import DatastoreSplit
-from modeling_retro.model_card_retro import Way
+from modeling_retro.sharing.model_card import Way
 
 from .evaluate import evaluate_retro, stored_retriever
 from .knn_lm import KnnStore, build_knn_store, neighbor_distribution

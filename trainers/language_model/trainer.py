@@ -30,7 +30,7 @@ from modeling_retro import RetroConfig
 from modeling_retro.added_weights_retro import RETROFIT_WEIGHTS_NAME
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.splits import DatastoreSplit
-from modeling_retro.model_card_retro import save_model_card
+from modeling_retro.sharing.model_card import save_model_card
 from trainers.durable_checkpoints import DurableCheckpointsMixin
 from trainers.evaluation.evaluate import evaluate_retro
 
@@ -264,7 +264,7 @@ class RetroTrainer(DurableCheckpointsMixin, Trainer):
         **kwargs: Any,
     ) -> None:
         """
-        Writes `README.md` into the output folder, as [`~modeling_retro.model_card_retro.save_model_card`] does. It
+        Writes `README.md` into the output folder, as [`~modeling_retro.sharing.model_card.save_model_card`] does. It
         holds the numbers of `retro evaluate` if they belong to these weights.
 
         Args:

@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from modeling_retro import RetroDatastore
     from modeling_retro.datastore.manifest import describe_datastore
-    from modeling_retro.model_card_retro import save_model_card
+    from modeling_retro.sharing.model_card import save_model_card
     from trainers.evaluation.evaluate import evaluate_retro, stored_retriever
     from trainers.evaluation.options import EvaluationOptions
     from trainers.evaluation.rivals import evaluate_rivals

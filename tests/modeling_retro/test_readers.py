@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
 from modeling_retro.reader_adapters_retro import is_adapter_weight
-from modeling_retro.readers_retro import READERS_DIR, Reader, reader_names
+from modeling_retro.sharing.readers import READERS_DIR, Reader, reader_names
 
 
 def save_reader(folder, **fields):

@@ -24,9 +24,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import logging
 
-from .configuration_retro import RetroConfig
-from .configuration_retro_joint import RetroJointConfig
-from .durable_files_retro import whole
+from ..configuration_retro import RetroConfig
+from ..configuration_retro_joint import RetroJointConfig
+from ..durable_files_retro import whole
 
 
 logger = logging.get_logger(__name__)

@@ -20,7 +20,7 @@ import pytest
 from huggingface_hub import ModelCard
 from test_modeling_retro import make_model
 
-from modeling_retro.model_card_retro import Way, create_model_card, evaluation_tables, save_model_card
+from modeling_retro.sharing.model_card import Way, create_model_card, evaluation_tables, save_model_card
 from trainers.evaluation.report import RetroEvaluation
 
 

@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import cached_file
 
-from .added_weights_retro import RETROFIT_WEIGHTS_NAME
-from .configuration_retro_joint import RetroJointConfig
+from ..added_weights_retro import RETROFIT_WEIGHTS_NAME
+from ..configuration_retro_joint import RetroJointConfig
 
 
-READERS_DIR = Path(__file__).parent / "readers"
+READERS_DIR = Path(__file__).parents[1] / "readers"
 # The fields of a reader's config that its weights need. The chunk sizes come from the datastore.
 READER_FIELDS = ("neighbor_adapter", "row_adapter", "neighbor_bias", "hidden_neighbor_tokens")
 
