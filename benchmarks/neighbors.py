@@ -58,7 +58,7 @@ def main() -> None:
     queries = sum(record["rows"] for record in stage["shards"])
     print(
         f"{queries} queries, {faiss.omp_get_max_threads()} threads: {queries / seconds:.0f} queries/s; "
-        f"{stage['counts']['refetched'] / queries:.2%} fetched again"
+        f"{stage.counts['refetched'] / queries:.2%} fetched again"
     )
     print(", ".join(f"{number} {name.replace('_', ' ')}" for name, number in stage["counts"].items()))
 

@@ -45,9 +45,8 @@ from modeling_retro.datastore.bm25 import (  # if bm25s is missing, this import 
     words_of_chunks,
 )
 from modeling_retro.datastore.checksums import checksum, verify_file
-from modeling_retro.datastore.chunks import chunks_fingerprint
 from modeling_retro.datastore.datastore import RetroDatastore
-from modeling_retro.datastore.manifest import TRAIN_SPLIT
+from modeling_retro.datastore.manifest import TRAIN_SPLIT, Bm25Record, chunks_fingerprint
 from modeling_retro.durable_files_retro import remove, whole
 from modeling_retro.encoder.chunk_encoder import text_mask
 
@@ -58,7 +57,7 @@ _WINDOW = 1 << 15
 
 def build_bm25_index(
     datastore: str | Path, terms: str = "tokens", k1: float = 1.5, b: float = 0.75, force: bool = False
-) -> dict[str, Any]:
+) -> Bm25Record:
     """
     Builds the BM25 index over the searched chunks, which needs no embeddings. If chunks were added later, the index is
     built again. An interrupted run is resumed with the shards whose terms are not counted yet.
@@ -72,7 +71,7 @@ def build_bm25_index(
         force (`bool`, *optional*, defaults to `False`): Whether to build the index again.
 
     Returns:
-        `dict`: the record of the index in the manifest: `options`, `folder`, `ntotal`, `num_terms`, `fingerprint`, ….
+        [`Bm25Record`]: the record of the index in the manifest: `options`, `ntotal`, `num_terms`, ….
 
     Raises:
         ImportError: If bm25s is not installed.
@@ -88,55 +87,56 @@ def build_bm25_index(
         if force:
             discard(path, manifest, TRAIN_SPLIT, "bm25")
         options = {"terms": terms, "k1": k1, "b": b}
-        before = manifest.get("bm25")
+        before = manifest.bm25
         if before is not None:
-            check_options("index --kind bm25", options, before["options"])
+            check_options("index --kind bm25", options, before.options)
         chunks = RetroDatastore(path, manifest).chunks
-        shards = manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"]
-        fingerprint = chunks_fingerprint(shards)
-        if before is not None and before["fingerprint"] == fingerprint and (path / before["folder"]).is_dir():
+        shards = manifest.train.chunk_shards
+        indexed = None if before is None else manifest.train.chunks.indexed_by(before)
+        if indexed == "all" and (path / before.folder).is_dir():
             _remove_work(path)  # a run that was killed after its last step left its own
             return before
-        if before is not None and before["fingerprint"] != chunks_fingerprint(shards[: before["shards"]]):
+        if indexed == "others":
             raise ValueError(f"the BM25 index of {path} belongs to other chunks; use --force to build it again")
+        fingerprint = chunks_fingerprint(shards)
         run = hashlib.sha256(json.dumps([options, fingerprint], sort_keys=True).encode()).hexdigest()[:16]
         work = path / (_WORK + run)
         # A datastore that was changed keeps the index of the earlier version for its readers.
-        folder = path / (f"bm25-{manifest['version']}" if manifest.get("version") else "bm25")
+        folder = path / (f"bm25-{manifest.version}" if manifest.version else "bm25")
         state = process_state()
         _remove_work(path, but=work)
         tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
 
         def count(index: int, temporary: Path) -> dict[str, Any]:
-            verify_file(path / "chunks" / shards[index]["name"], shards[index]["sha256"])
+            verify_file(path / "chunks" / shards[index].name, shards[index].sha256)
             columns = chunks.shard(index)
             mask = np.arange(chunks.chunk_size) < columns["length"][:, None]
             with temporary.open("wb") as file:
                 np.savez(file, **count_terms(columns["input_ids"], mask, tokenizer, terms))
             return {}
 
-        names = [shard["name"] for shard in shards]
+        names = [shard.name for shard in shards]
         run_shards(work, [], names, count, suffix=".npz", description="Counting terms")
         if state.is_main_process:
             with whole(folder) as temporary:
                 _write_scores([work / f"{name}.npz" for name in names], len(chunks), options, work, temporary)
         state.wait_for_everyone()
-        manifest["bm25"] = {
-            "options": options,
-            "folder": folder.name,
-            "ntotal": len(chunks),
-            "num_terms": len(np.load(folder / "indptr.csc.index.npy", mmap_mode="r", allow_pickle=False)) - 1,
-            "shards": len(shards),
-            "fingerprint": fingerprint,
-            "sha256": {file.name: checksum(file) for file in sorted(folder.iterdir())},
-        }
+        manifest.bm25 = Bm25Record(
+            options=options,
+            folder=folder.name,
+            ntotal=len(chunks),
+            num_terms=len(np.load(folder / "indptr.csc.index.npy", mmap_mode="r", allow_pickle=False)) - 1,
+            shards=len(shards),
+            fingerprint=fingerprint,
+            sha256={file.name: checksum(file) for file in sorted(folder.iterdir())},
+        )
         write_manifest(path, manifest)
         if state.is_main_process:
             remove(work)
-            if before is not None and before["folder"] != folder.name:
-                remove(path / before["folder"])
+            if before is not None and before.folder != folder.name:
+                remove(path / before.folder)
         state.wait_for_everyone()
-        return manifest["bm25"]
+        return manifest.bm25
 
 
 def _remove_work(path: Path, but: Path | None = None) -> None:

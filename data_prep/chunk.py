@@ -39,7 +39,6 @@ from data_prep.documents import (
     BadRecord,
     Document,
     Dropped,
-    Part,
     RecordFormat,
     RecordReader,
     plan_parts,
@@ -53,14 +52,25 @@ from data_prep.stage_files import (
     discard,
     finished_records,
     open_manifest,
+    open_or_begin,
     process_state,
     run_shards,
     save_shard,
+    share_settings,
     write_manifest,
 )
 from modeling_retro.datastore.checksums import checksum, tokenizer_fingerprint
-from modeling_retro.datastore.chunks import chunks_fingerprint, read_columns
-from modeling_retro.datastore.manifest import TRAIN_SPLIT, allows_control_tokens, check_split_name
+from modeling_retro.datastore.chunks import read_columns
+from modeling_retro.datastore.manifest import (
+    TRAIN_SPLIT,
+    ChunkShard,
+    ChunksStage,
+    Manifest,
+    Part,
+    SourceRecord,
+    SplitRecord,
+    check_split_name,
+)
 from modeling_retro.datastore.splits import split_path
 from modeling_retro.durable_files_retro import public_name, remove, whole
 
@@ -81,6 +91,16 @@ def chunk_features(chunk_size: int, vocab_size: int) -> Features:
             "num_bytes": Value("int64"),
         }
     )
+
+
+def chunk_counts(columns: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """The counts in the record of a shard of chunks, from its columns."""
+    return {
+        "rows": len(columns["length"]),
+        "documents": len(np.unique(columns["document_id"])),
+        "tokens": int(columns["length"].sum()),
+        "bytes": int(columns["num_bytes"].sum()),
+    }
 
 
 class DocumentChunker:
@@ -281,7 +301,7 @@ def chunk_documents(
     shard_bytes: int = 32_000_000,
     append: bool = False,
     force: bool = False,
-) -> dict[str, Any]:
+) -> ChunksStage:
     """
     Tokenizes documents and writes them as chunks, shard by shard. An interrupted run is resumed.
 
@@ -314,7 +334,7 @@ def chunk_documents(
         force (`bool`, *optional*, defaults to `False`): Whether to rebuild the split.
 
     Returns:
-        `dict`: the record of the split's chunks in the manifest, with `num_chunks`, `num_documents` and `dropped`.
+        [`ChunksStage`]: the record of the split's chunks in the manifest: `num_chunks`, `num_documents`, `dropped`, ….
 
     Raises:
         ValueError: If an option or a record is bad, or no document has text.
@@ -344,15 +364,15 @@ def chunk_documents(
         "shard_bytes": shard_bytes,
     }
     with directory_lock(path):
-        manifest = open_manifest(path, create=True)
-        if force and split in manifest["splits"]:
+        manifest = open_or_begin(path)
+        if force and manifest is not None and split in manifest.splits:
             discard(path, manifest, split, "chunks")
         shared = {
             "chunk_size": chunk_size,
             "continuation_chunks": continuation_chunks,
             "allow_control_tokens": allow_control_tokens,
         }
-        _set_vocabulary(path, manifest, tokenizer, shared)
+        manifest = _set_vocabulary(path, manifest, tokenizer, shared)
         sources = find_sources(spool_streams(inputs, path, split), filter)
         sources = _plan(path, manifest, split, sources, record_format, options, append)
         chunker = DocumentChunker(tokenizer, chunk_size, allow_control_tokens)
@@ -360,23 +380,25 @@ def chunk_documents(
 
 
 def _set_vocabulary(
-    path: Path, manifest: dict[str, Any], tokenizer: PreTrainedTokenizerBase, shared: dict[str, Any]
-) -> None:
+    path: Path, manifest: Manifest | None, tokenizer: PreTrainedTokenizerBase, shared: dict[str, Any]
+) -> Manifest:
     """Records the settings that all splits share, or compares them with those of the datastore."""
     fingerprint = tokenizer_fingerprint(tokenizer)
-    if manifest["splits"]:
-        check_options("chunk", shared, {"allow_control_tokens": allows_control_tokens(manifest)} | manifest)
-        if fingerprint["sha256"] != manifest["tokenizer"]["sha256"]:
+    if manifest is not None and manifest.splits:
+        check_options("chunk", shared, {name: getattr(manifest, name) for name in shared})
+        if fingerprint["sha256"] != manifest.tokenizer.sha256:
             raise ValueError(
                 f"the tokenizer {tokenizer.name_or_path} is not the one {path} was begun with "
-                f"({manifest['tokenizer']['name']}); use that one, or --force to rebuild"
+                f"({manifest.tokenizer.name}); use that one, or --force to rebuild"
             )
         if not _has_tokenizer(path, fingerprint):
             save_tokenizer(path, tokenizer)
-        return
-    manifest |= shared | {"tokenizer": {"name": public_name(tokenizer.name_or_path), **fingerprint}}
+        return manifest
+    recorded = {"name": public_name(tokenizer.name_or_path), **fingerprint}
+    manifest = share_settings(manifest, shared | {"tokenizer": recorded})
     write_manifest(path, manifest)
     save_tokenizer(path, tokenizer)
+    return manifest
 
 
 def save_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -403,7 +425,7 @@ def _has_tokenizer(path: Path, fingerprint: dict[str, Any]) -> bool:
 
 def _plan(
     path: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     split: str,
     sources: list[Source],
     record_format: RecordFormat,
@@ -416,43 +438,42 @@ def _plan(
     `known_sources` are not compared with the given ones.
     """
     described = [source.describe() for source in sources]
-    stage = manifest["splits"].get(split, {}).get("chunks")
+    stage = manifest.splits[split].chunks if split in manifest.splits else None
     if stage is not None:
-        check_options("chunk", options, stage["options"])
-        same = [None] * known_sources + _match_sources(stage["sources"][known_sources:], described)
+        check_options("chunk", options, stage.options)
+        same = [None] * known_sources + _match_sources(stage.sources[known_sources:], described)
         new = [i for i in range(len(described)) if i not in same]
-        if stage["options"]["max_chunks"] is not None and new and append:
+        if stage.options["max_chunks"] is not None and new and append:
             raise ValueError(f"{path} was cut by max_chunks; nothing can be added to it")
         if new and not append:
             raise ValueError(
-                f"{path} was not made from {described[new[0]]['path']} as it is now; "
+                f"{path} was not made from {described[new[0]].path} as it is now; "
                 "use --append to add new inputs, or --force to rebuild"
             )
     else:
-        stage = {"options": options, "sources": [], "parts": [], "shards": []}
+        stage = ChunksStage(options, sources=[], parts=[], shards=[])
         same, new = [], list(range(len(sources)))
     if new:
-        parts = stage["parts"]
-        last = parts[-1] if parts else None
+        last = stage.parts[-1] if stage.parts else None
         added = plan_parts(
             [sources[i] for i in new],
             record_format,
             options["shard_bytes"],
             options["on_bad_record"],
-            first_document_id=0 if last is None else last["first_document_id"] + last["stop"] - last["start"],
+            first_document_id=0 if last is None else last.first_document_id + last.stop - last.start,
             max_documents=None if append else options["max_documents"],
         )
-        if not added and not parts:
-            raise ValueError(f"the inputs hold no records: {', '.join(source['path'] for source in described)}")
-        offset = len(stage["sources"])
-        stage["parts"] = parts + [{**asdict(part), "source": part.source + offset} for part in added]
-        stage["sources"] = stage["sources"] + [described[i] for i in new]
-        manifest["splits"].setdefault(split, {})["chunks"] = stage
+        if not added and not stage.parts:
+            raise ValueError(f"the inputs hold no records: {', '.join(source.path for source in described)}")
+        offset = len(stage.sources)
+        stage.parts = stage.parts + [replace(part, source=part.source + offset) for part in added]
+        stage.sources = stage.sources + [described[i] for i in new]
+        manifest.splits.setdefault(split, SplitRecord()).chunks = stage
         write_manifest(path, manifest)
     return [None if i is None else sources[i] for i in [*same, *new]]
 
 
-def _match_sources(recorded: list[dict[str, Any]], given: list[dict[str, Any]]) -> list[int | None]:
+def _match_sources(recorded: list[SourceRecord], given: list[SourceRecord]) -> list[int | None]:
     """
     Finds the index of each `recorded` source among the `given` ones, or None if it is not given. A file that has moved
     to another folder is recognized by its name, size and filter.
@@ -462,38 +483,41 @@ def _match_sources(recorded: list[dict[str, Any]], given: list[dict[str, Any]]) 
         free = defaultdict(deque)
         for i, source in enumerate(given):
             if i not in found:
-                free[json.dumps({**source, "path": name(source["path"])}, sort_keys=True)].append(i)
+                free[_identity(source, name)].append(i)
         for position, source in enumerate(recorded):
-            same = free[json.dumps({**source, "path": name(source["path"])}, sort_keys=True)]
+            same = free[_identity(source, name)]
             if found[position] is None and same:
                 found[position] = same.popleft()
     return found
 
 
+def _identity(source: SourceRecord, name: Callable[[str], str]) -> tuple:
+    return source.kind, name(source.path), source.bytes, source.filter
+
+
 def _chunk_shards(
     path: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     split: str,
     sources: list[Source | None],
     record_format: RecordFormat,
     chunker: DocumentChunker,
     is_known: Callable[[Document, np.ndarray], bool] | None = None,
-) -> dict[str, Any]:
+) -> ChunksStage:
     root = split_path(path, split)
-    stage = manifest["splits"][split]["chunks"]
-    options = stage["options"]
-    parts = [Part(**part) for part in stage["parts"]]
+    stage = manifest.splits[split].chunks
+    options, parts = stage.options, stage.parts
     reader = RecordReader(sources, record_format)
-    features = chunk_features(chunker.chunk_size, manifest["tokenizer"]["vocab_size"])
+    features = chunk_features(chunker.chunk_size, manifest.tokenizer.vocab_size)
     # New shards of a datastore that was changed never get the name of a shard of an earlier version.
-    suffix = f"-v{manifest['version']}" if manifest.get("version") else ""
-    names = [record["name"] for record in stage["shards"]]
+    suffix = f"-v{manifest.version}" if manifest.version else ""
+    names = [shard.name for shard in stage.shards]
     names += [f"shard-{index:05d}{suffix}" for index in range(len(names), len(parts))]
 
     def make(index: int, temporary: Path) -> dict[str, Any]:
         part = parts[index]
         if sources[part.source] is None:
-            raise ValueError(f"{path} is unfinished and needs {stage['sources'][part.source]['path']} as an input too")
+            raise ValueError(f"{path} is unfinished and needs {stage.sources[part.source].path} as an input too")
         room = None
         if options["max_chunks"] is not None:
             earlier = finished_records(root / "chunks", names[:index])
@@ -507,24 +531,23 @@ def _chunk_shards(
 
     records = run_shards(
         root / "chunks",
-        stage["shards"],
+        stage.shards,
         names,
         make,
         description=f"Chunking {split}",
         in_order=options["max_chunks"] is not None,
     )
-    if not any(record["rows"] for record in records):
-        raise ValueError(f"no document of {', '.join(source['path'] for source in stage['sources'])} has text")
-    stage["parts"] = stage["parts"][: len(records)]
-    set_shards(stage, records)
+    shards = [ChunkShard.from_dict(record) for record in records]
+    if not any(shard.rows for shard in shards):
+        raise ValueError(f"no document of {', '.join(source.path for source in stage.sources)} has text")
+    stage.parts = parts[: len(shards)]
+    stage.set_shards(shards)
     write_manifest(path, manifest)
     clear_records(root / "chunks")
     if process_state().is_main_process:
         for spool in path.glob(f"{SPOOL}{split}-*"):
             spool.unlink()
-    logger.info(
-        f"{split}: {stage['num_chunks']} chunks of {stage['num_documents']} documents, dropped {stage['dropped']}"
-    )
+    logger.info(f"{split}: {stage.num_chunks} chunks of {stage.num_documents} documents, dropped {stage.dropped}")
     return stage
 
 
@@ -533,7 +556,7 @@ def append_documents(
     inputs: str | Path | Dataset | Mapping[str, Any] | Sequence[str | Path | Dataset | Mapping[str, Any]],
     known_sources: int,
     is_known: Callable[[Document, np.ndarray], bool] | None = None,
-) -> dict[str, Any]:
+) -> ChunksStage:
     """
     Adds documents to the searched ones, with the options that the datastore was chunked with, even if an equal input
     was added before.
@@ -547,7 +570,7 @@ def append_documents(
             Maps a document and its token ids [n, m] to whether it need not be added. Such documents count as filtered.
 
     Returns:
-        `dict`: the record of the chunks in the manifest.
+        [`ChunksStage`]: the record of the chunks in the manifest.
 
     Raises:
         ValueError: If a record is bad, or the inputs hold no records.
@@ -555,17 +578,18 @@ def append_documents(
     path = Path(datastore)
     with directory_lock(path):
         manifest = open_manifest(path)
-        options = manifest["splits"][TRAIN_SPLIT]["chunks"]["options"]
+        options = manifest.train.chunks.options
         sources = find_sources(spool_streams(inputs, path, TRAIN_SPLIT))
         record_format = RecordFormat(options["text_column"], options["id_column"], options["max_document_bytes"])
         sources = _plan(path, manifest, TRAIN_SPLIT, sources, record_format, options, True, known_sources)
         tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
-        chunker = DocumentChunker(tokenizer, manifest["chunk_size"], allows_control_tokens(manifest))
+        chunker = DocumentChunker(tokenizer, manifest.chunk_size, manifest.allow_control_tokens)
         return _chunk_shards(path, manifest, TRAIN_SPLIT, sources, record_format, chunker, is_known)
 
 
 def restore_shard(
     path: Path,
+    manifest: Manifest,
     split: str,
     name: str,
     inputs: str | Path | Dataset | Sequence[str | Path | Dataset],
@@ -575,6 +599,7 @@ def restore_shard(
 
     Args:
         path (`Path`): The datastore.
+        manifest ([`Manifest`]): Its manifest.
         split (`str`): Name of the split.
         name (`str`): Name of the shard.
         inputs (`str`, `Path`, `datasets.Dataset` or a sequence of them): Inputs, among which its input must be.
@@ -582,26 +607,25 @@ def restore_shard(
     Raises:
         ValueError: If the input is not among `inputs`, or has changed.
     """
-    manifest = open_manifest(path)
-    stage, root = manifest["splits"][split]["chunks"], split_path(path, split)
-    options, names = stage["options"], [record["name"] for record in stage["shards"]]
+    stage, root = manifest.splits[split].chunks, split_path(path, split)
+    options, names = stage.options, [shard.name for shard in stage.shards]
     index = names.index(name)
-    part, record = Part(**stage["parts"][index]), stage["shards"][index]
-    wanted = stage["sources"][part.source]
+    part, record = stage.parts[index], stage.shards[index]
+    wanted = stage.sources[part.source]
     is_none = not isinstance(inputs, (str, Path, Dataset)) and not inputs
-    for source in [] if is_none else find_sources(inputs, wanted["filter"]):
+    for source in [] if is_none else find_sources(inputs, wanted.filter):
         if _match_sources([wanted], [source.describe()]) == [0]:
             break
     else:
         raise ValueError(
-            f"{root / 'chunks' / name} is made from {wanted['path']} ({wanted['bytes']} bytes); pass it as an input"
+            f"{root / 'chunks' / name} is made from {wanted.path} ({wanted.bytes} bytes); pass it as an input"
         )
     tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
-    chunker = DocumentChunker(tokenizer, manifest["chunk_size"], allows_control_tokens(manifest))
-    features = chunk_features(chunker.chunk_size, manifest["tokenizer"]["vocab_size"])
+    chunker = DocumentChunker(tokenizer, manifest.chunk_size, manifest.allow_control_tokens)
+    features = chunk_features(chunker.chunk_size, manifest.tokenizer.vocab_size)
     room = None
     if options["max_chunks"] is not None:
-        room = options["max_chunks"] - sum(earlier["rows"] for earlier in stage["shards"][:index])
+        room = options["max_chunks"] - sum(earlier.rows for earlier in stage.shards[:index])
     dropped = Dropped(options["on_bad_record"])
     shard = _ShardWriter(chunker, root, name, part, source, dropped, room)
     # Only the input of this shard is read.
@@ -613,11 +637,11 @@ def restore_shard(
     with whole(root / "chunks" / name) as temporary:
         shard.save(temporary, features, options["id_column"] is not None)
         report, removed = path / "duplicates.jsonl", []
-        if "deduplicated" in stage and report.is_file():
+        if stage.deduplicated is not None and report.is_file():
             lines = report.read_text(encoding="utf-8").splitlines()
             removed += [json.loads(line)["document_id"] for line in lines]
-        if split == TRAIN_SPLIT and "compacted" in manifest:
-            removed += np.load(path / manifest["compacted"]["name"], allow_pickle=False).tolist()
+        if split == TRAIN_SPLIT and manifest.compacted is not None:
+            removed += np.load(path / manifest.compacted.name, allow_pickle=False).tolist()
         if removed:
             columns = read_columns(temporary)
             keep = ~np.isin(columns["document_id"], removed)
@@ -625,21 +649,11 @@ def restore_shard(
                 columns = {column: values[keep] for column, values in columns.items()}
                 remove(temporary)
                 save_shard(temporary, columns, features)
-        if checksum(temporary) != record["sha256"]:
+        if checksum(temporary) != record.sha256:
             raise ValueError(
                 f"{source.path} no longer gives the chunks of {root / 'chunks' / name}; bring back the input as it "
                 "was, or remake the split with `retro chunk --force`"
             )
-
-
-def set_shards(stage: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    """Records the shards of a stage of chunks, their fingerprint and their totals."""
-    stage["shards"] = records
-    stage["fingerprint"] = chunks_fingerprint(records)
-    for total, key in (("chunks", "rows"), ("documents", "documents"), ("tokens", "tokens"), ("bytes", "bytes")):
-        stage[f"num_{total}"] = sum(record[key] for record in records)
-    reasons = records[0]["dropped"]
-    stage["dropped"] = {reason: sum(record["dropped"][reason] for record in records) for reason in reasons}
 
 
 class _ShardWriter:
@@ -712,10 +726,7 @@ class _ShardWriter:
                 bad = [{**asdict(bad), "file": self.source.public(bad.file)} for bad in self.dropped.bad]
                 file.write_text("".join(json.dumps(record) + "\n" for record in bad), encoding="utf-8")
         return {
-            "rows": len(columns["length"]),
-            "documents": len(self.documents),
-            "tokens": int(columns["length"].sum()),
-            "bytes": int(columns["num_bytes"].sum()),
+            **chunk_counts(columns),
             "dropped": {"bad_records": len(self.dropped.bad), "filtered": self.dropped.filtered},
             "last": self.last,
         }

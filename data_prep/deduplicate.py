@@ -32,7 +32,7 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 from transformers.utils import logging
 
-from data_prep.chunk import chunk_features, set_shards
+from data_prep.chunk import chunk_counts, chunk_features
 from data_prep.stage_files import (
     directory_lock,
     discard,
@@ -45,7 +45,7 @@ from data_prep.stage_files import (
 from modeling_retro.datastore.checksums import verify_file
 from modeling_retro.datastore.chunks import ChunkTable
 from modeling_retro.datastore.datastore import RetroDatastore
-from modeling_retro.datastore.manifest import TRAIN_SPLIT
+from modeling_retro.datastore.manifest import TRAIN_SPLIT, ChunkShard, ChunksStage, Deduplicated, Manifest
 from modeling_retro.durable_files_retro import remove, replace, whole
 
 
@@ -142,7 +142,7 @@ def deduplicate_documents(
     threshold: float = 0.8,
     ngram: int = 13,
     force: bool = False,
-) -> dict[str, Any]:
+) -> Deduplicated:
     """
     Removes training documents that are near duplicates of documents of other splits.
 
@@ -154,7 +154,7 @@ def deduplicate_documents(
         force (`bool`, *optional*, defaults to `False`): Whether to remove embeddings of chunks that change.
 
     Returns:
-        `dict`: the record in the manifest: the numbers of removed `documents` and `chunks`, and the options.
+        [`Deduplicated`]: the record in the manifest: the numbers of removed `documents` and `chunks`, and the options.
 
     Raises:
         ValueError: If there is no held-out split, if no document would be left, or if the chunks are already embedded.
@@ -162,26 +162,26 @@ def deduplicate_documents(
     path = Path(datastore)
     with directory_lock(path):
         manifest = open_manifest(path)
-        stage = manifest["splits"].get(TRAIN_SPLIT, {}).get("chunks", {})
-        _finish(path, stage)
+        _finish(path, manifest.train.chunks)
         opened = RetroDatastore(path, manifest)
-        against = sorted(against or set(manifest["splits"]) - {TRAIN_SPLIT})
+        stage = opened.split(TRAIN_SPLIT).record.chunks
+        against = sorted(against or set(manifest.splits) - {TRAIN_SPLIT})
         if not against:
             raise ValueError(f"{path} has no held-out split; run `retro chunk --split validation` first")
-        known = {name: opened.split(name).record["chunks"]["fingerprint"] for name in against}
+        known = {name: opened.split(name).record.chunks.fingerprint for name in against}
         options = {"against": known, "threshold": threshold, "ngram": ngram}
-        before = stage.get("deduplicated", {"options": options, "shards": 0, "documents": 0, "chunks": 0})
-        if before["options"] != options:
-            before = {"options": options, "shards": 0, "documents": 0, "chunks": 0}
-        if before["shards"] == len(stage["shards"]):
+        before = stage.deduplicated
+        if before is None or before.options != options:
+            before = Deduplicated(options, run="0", shards=0, documents=0, chunks=0)
+        if before.shards == len(stage.shards):
             return before
-        if len(manifest["splits"][TRAIN_SPLIT].get("embeddings", {}).get("shards", [])) > before["shards"]:
+        if len(manifest.train.embedding_shards) > before.shards:
             if not force:
                 raise ValueError(
                     f"{path} is already embedded; deduplicate before that, or use --force to embed it again"
                 )
             discard(path, manifest, TRAIN_SPLIT, "embeddings")
-        if manifest.get("bm25", {}).get("shards", 0) > before["shards"]:
+        if manifest.bm25 is not None and manifest.bm25.shards > before.shards:
             if not force:
                 raise ValueError(
                     f"{path} is already indexed; deduplicate before that, or use --force to index it again"
@@ -190,61 +190,56 @@ def deduplicate_documents(
         return _remove_duplicates(path, manifest, opened, before)
 
 
-def _remove_duplicates(
-    path: Path, manifest: dict[str, Any], opened: RetroDatastore, before: dict[str, Any]
-) -> dict[str, Any]:
-    options = before["options"]
-    stage = manifest["splits"][TRAIN_SPLIT]["chunks"]
-    shards = stage["shards"]
+def _remove_duplicates(path: Path, manifest: Manifest, opened: RetroDatastore, before: Deduplicated) -> Deduplicated:
+    options, stage = before.options, manifest.train.chunks
+    shards = stage.shards
     detector = NearDuplicates(options["threshold"], options["ngram"])
     for name in options["against"]:
         table = opened.split(name).chunks
         for index in range(len(table.folders)):
             for document, _, tokens in documents_of(table.shard(index)):
                 detector.add((name, document), tokens)
-    features = chunk_features(manifest["chunk_size"], manifest["tokenizer"]["vocab_size"])
+    features = chunk_features(manifest.chunk_size, manifest.tokenizer.vocab_size)
 
     def make(index: int, temporary: Path) -> dict[str, Any]:
-        folder = verify_file(path / "chunks" / shards[index]["name"], shards[index]["sha256"])
-        keep, duplicates = _find_in_shard(detector, opened.chunks, index if index >= before["shards"] else None)
+        folder = verify_file(path / "chunks" / shards[index].name, shards[index].sha256)
+        keep, duplicates = _find_in_shard(detector, opened.chunks, index if index >= before.shards else None)
         if not duplicates:
             shutil.copytree(folder, temporary, copy_function=os.link)
-            return {**shards[index], "duplicates": []}
+            return {**shards[index].to_dict(), "duplicates": []}
         columns = {name: column[keep] for name, column in opened.chunks.shard(index).items()}
         save_shard(temporary, columns, features)
         return {
-            **shards[index],
-            "rows": len(columns["length"]),
-            "documents": shards[index]["documents"] - len(duplicates),
-            "tokens": int(columns["length"].sum()),
-            "bytes": int(columns["num_bytes"].sum()),
+            **shards[index].to_dict(),
+            **chunk_counts(columns),
             "duplicates": duplicates,
         }
 
-    names = [record["name"] for record in shards]
+    names = [shard.name for shard in shards]
     # An interrupted run is resumed only if it compares the same chunks in the same way.
-    run = hashlib.sha256(json.dumps([stage["fingerprint"], before], sort_keys=True).encode()).hexdigest()[:16]
+    run = hashlib.sha256(json.dumps([stage.fingerprint, before.to_dict()], sort_keys=True).encode()).hexdigest()[:16]
     records = run_shards(path / (_WORK + run), [], names, make, description="Deduplicating")
     duplicates = [duplicate for record in records for duplicate in record.pop("duplicates")]
-    removed = stage["num_chunks"] - sum(record["rows"] for record in records)
-    if removed == stage["num_chunks"]:
+    shards = [ChunkShard.from_dict(record) for record in records]
+    removed = stage.num_chunks - sum(shard.rows for shard in shards)
+    if removed == stage.num_chunks:
         raise ValueError("every training document nearly equals a held-out document; nothing would be left")
     if process_state().is_main_process:
         report = path / "duplicates.jsonl"
-        earlier = report.read_text(encoding="utf-8") if before["shards"] else ""
+        earlier = report.read_text(encoding="utf-8") if before.shards else ""
         with whole(report) as temporary:
             temporary.write_text(earlier + "".join(json.dumps(line) + "\n" for line in duplicates), encoding="utf-8")
-    stage["deduplicated"] = {
-        "options": options,
-        "run": run,
-        "shards": len(records),
-        "documents": before["documents"] + len(duplicates),
-        "chunks": before["chunks"] + removed,
-    }
-    set_shards(stage, records)
+    stage.deduplicated = Deduplicated(
+        options,
+        run,
+        shards=len(shards),
+        documents=before.documents + len(duplicates),
+        chunks=before.chunks + removed,
+    )
+    stage.set_shards(shards)
     write_manifest(path, manifest)
     _finish(path, stage)
-    return stage["deduplicated"]
+    return stage.deduplicated
 
 
 def _find_in_shard(
@@ -268,14 +263,14 @@ def _find_in_shard(
     return keep, duplicates
 
 
-def _finish(path: Path, stage: dict[str, Any]) -> None:
+def _finish(path: Path, stage: ChunksStage | None) -> None:
     """
     Replaces all chunks by the remaining ones. The manifest already names these, so if this step is interrupted, the
     next run repeats only this step.
     """
     state = process_state()
-    if "deduplicated" in stage and state.is_main_process:
-        work = path / (_WORK + stage["deduplicated"]["run"])
+    if stage is not None and stage.deduplicated is not None and state.is_main_process:
+        work = path / (_WORK + stage.deduplicated.run)
         # Only the remaining chunks have records. If a kill came after both folders changed their names, the working
         # folder holds the former chunks, or what is left of them.
         if any(work.glob(".shard-*.json")):

@@ -37,25 +37,11 @@ from accelerate.utils import gather_object
 from data_prep.file_types import open_file
 from data_prep.sources import Source, lookup
 from data_prep.stage_files import process_state
+from modeling_retro.datastore.manifest import Part
 
 
 _READ_SIZE = 1 << 16
 _ROWS = 256
-
-
-@dataclass(frozen=True)
-class Part:
-    """
-    Records `start` to `stop` (exclusive) of the source with index `source`. `offset` is their position in bytes in a
-    jsonl file that is not compressed. `broken` is the reason why the source cannot be read further, if it cannot.
-    """
-
-    source: int
-    start: int
-    stop: int
-    offset: int
-    first_document_id: int
-    broken: str | None = None
 
 
 @dataclass(frozen=True)
@@ -296,7 +282,7 @@ def _cut_source(
         if documents == max_documents:
             break
         if size >= part_bytes:
-            parts.append(Part(index, start, number, part_offset, 0))
+            parts.append(Part(index, start, number, part_offset, 0, None))
             start, size, part_offset = number, 0, item[0]
         if items is not None:
             documents += _is_document(source, number, next(items), record_format)

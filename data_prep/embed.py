@@ -40,7 +40,13 @@ from data_prep.stage_files import (
 )
 from modeling_retro.datastore.checksums import verify_file
 from modeling_retro.datastore.datastore import RetroDatastore
-from modeling_retro.datastore.manifest import TRAIN_SPLIT
+from modeling_retro.datastore.manifest import (
+    TRAIN_SPLIT,
+    EmbeddingShard,
+    EmbeddingsStage,
+    EncoderRecord,
+    Manifest,
+)
 from modeling_retro.datastore.splits import split_path
 from modeling_retro.durable_files_retro import public_name, whole
 from modeling_retro.encoder.chunk_encoder import ChunkEncoder
@@ -62,7 +68,7 @@ def embed_chunks(
     dtype: str = "float32",
     tokens_per_batch: int = 4096,
     force: bool = False,
-) -> dict[str, Any]:
+) -> EmbeddingsStage:
     """
     Embeds the chunks of a split. Finished shards are left as they are.
 
@@ -81,7 +87,7 @@ def embed_chunks(
         force (`bool`, *optional*, defaults to `False`): Whether to embed the split again.
 
     Returns:
-        `dict`: the record of the split's embeddings in the manifest.
+        [`EmbeddingsStage`]: the record of the split's embeddings in the manifest.
 
     Raises:
         ValueError: If the datastore was embedded by another encoder before, or the vectors are not finite.
@@ -92,25 +98,20 @@ def embed_chunks(
         chunks = RetroDatastore(path, manifest).split(split).chunks
         if force:
             # The searched split and the splits that search it must have the same encoder.
-            for name in manifest["splits"] if split == TRAIN_SPLIT else [split]:
+            for name in list(manifest.splits) if split == TRAIN_SPLIT else [split]:
                 discard(path, manifest, name, "embeddings")
         encoder = _open_encoder(path, manifest, encoder, revision, pooling, normalize, truncate_dim, dtype)
-        chunk_shards = manifest["splits"][split]["chunks"]["shards"]
-        options = {"dtype": dtype}
-        stage = manifest["splits"][split].setdefault("embeddings", {"options": options, "shards": []})
-        check_options("embed", options, stage["options"])
-        sources = {source["name"]: source["sha256"] for source in chunk_shards}
-        for record in stage["shards"]:
-            if record["chunks_sha256"] != sources.get(record["name"]):
-                raise ValueError(
-                    f"the embeddings of {record['name']} ({split}) belong to other chunks; use --force to embed again"
-                )
+        record, options = manifest.splits[split], {"dtype": dtype}
+        chunk_shards = record.chunk_shards
+        stage = record.embeddings = record.embeddings or EmbeddingsStage(options, shards=[])
+        check_options("embed", options, stage.options)
+        record.check_made_of_chunks("embeddings", f"run `retro embed --split {split} --force`")
         write_manifest(path, manifest)
         root = split_path(path, split)
         tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
 
         def make(index: int, temporary: Path) -> dict[str, Any]:
-            verify_file(root / "chunks" / chunk_shards[index]["name"], chunk_shards[index]["sha256"])
+            verify_file(root / "chunks" / chunk_shards[index].name, chunk_shards[index].sha256)
             columns = chunks.shard(index)
             rows = len(columns["length"])
             with temporary.open("wb") as file:
@@ -120,14 +121,15 @@ def embed_chunks(
                     window = {name: column[start : start + _WINDOW] for name, column in columns.items()}
                     mask = np.arange(chunks.chunk_size) < window["length"][:, None]
                     vectors = encoder.encode_chunks(window["input_ids"], mask, tokenizer, tokens_per_batch)
-                    _check_finite(vectors, chunk_shards[index]["name"], start)
+                    _check_finite(vectors, chunk_shards[index].name, start)
                     file.write(vectors.astype(np.float16).tobytes())
-            return {"rows": rows, "chunks_sha256": chunk_shards[index]["sha256"]}
+            return {"rows": rows, "chunks_sha256": chunk_shards[index].sha256}
 
-        names = [record["name"] for record in chunk_shards]
-        stage["shards"] = run_shards(
-            root / "embeddings", stage["shards"], names, make, suffix=".npy", description=f"Embedding {split}"
+        names = [shard.name for shard in chunk_shards]
+        records = run_shards(
+            root / "embeddings", stage.shards, names, make, suffix=".npy", description=f"Embedding {split}"
         )
+        stage.shards = [EmbeddingShard.from_dict(record) for record in records]
         write_manifest(path, manifest)
         clear_records(root / "embeddings")
         return stage
@@ -144,7 +146,7 @@ def _check_finite(vectors: np.ndarray, shard: str, start: int) -> None:
 
 def _open_encoder(
     path: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     encoder: str | Path | ChunkEncoder | None,
     revision: str | None,
     pooling: str | None,
@@ -154,17 +156,16 @@ def _open_encoder(
 ) -> ChunkEncoder:
     """Loads the encoder. The first one is recorded, and copied unless it is on the Hub. Others must equal it."""
     datastore = RetroDatastore(path, manifest)
-    recorded = manifest.get("encoder")
     state = process_state()
     device = state.device if torch.cuda.is_available() else "cpu"
     if encoder is None:
         encoder = datastore.open_encoder(device, dtype)
     elif not isinstance(encoder, ChunkEncoder):
         encoder = ChunkEncoder.from_pretrained(encoder, revision, pooling, normalize, device, dtype, truncate_dim)
-    if recorded is not None and any("embeddings" in record for record in manifest["splits"].values()):
+    if manifest.encoder is not None and any(record.embeddings is not None for record in manifest.splits.values()):
         datastore.check_encoder(encoder)
     else:
-        manifest["encoder"] = encoder.describe() | {"name": public_name(encoder.name)}
+        manifest.encoder = EncoderRecord.from_dict(encoder.describe() | {"name": public_name(encoder.name)})
     # The copy is written each time, in case it was damaged.
     source, copy = Path(encoder.name), path / "encoder"
     if state.is_main_process and source.is_dir() and source.resolve() != copy.resolve():

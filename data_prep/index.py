@@ -46,9 +46,8 @@ from data_prep.stage_files import (
     write_manifest,
 )
 from modeling_retro.datastore.checksums import checksum, verify_file
-from modeling_retro.datastore.chunks import chunks_fingerprint
 from modeling_retro.datastore.datastore import faiss, read_index  # if faiss is missing, this import names the extras
-from modeling_retro.datastore.manifest import TRAIN_SPLIT, index_name
+from modeling_retro.datastore.manifest import TRAIN_SPLIT, IndexRecord, Manifest, chunks_fingerprint
 from modeling_retro.datastore.splits import split_path
 from modeling_retro.durable_files_retro import make_folder, remove, replace, sync, whole, write_json
 
@@ -69,14 +68,14 @@ _EXACT_UP_TO = 50_000
 _BLOCK = 1 << 16
 
 
-def read_embeddings(path: Path, split: str, manifest: dict[str, Any], verify: bool = True) -> list[np.ndarray]:
+def read_embeddings(path: Path, split: str, manifest: Manifest, verify: bool = True) -> list[np.ndarray]:
     """
     Opens the embeddings of a split, memory-mapped.
 
     Args:
         path (`Path`): Folder of the split.
         split (`str`): Name of the split.
-        manifest (`dict`): The manifest of the datastore.
+        manifest ([`Manifest`]): The manifest of the datastore.
         verify (`bool`, *optional*, defaults to `True`): Whether to compare checksums.
 
     Returns:
@@ -85,25 +84,20 @@ def read_embeddings(path: Path, split: str, manifest: dict[str, Any], verify: bo
     Raises:
         ValueError: If embeddings are missing, altered, or belong to other chunks or another order of rows.
     """
-    shards = manifest["splits"][split]["chunks"]["shards"]
-    records = manifest["splits"][split].get("embeddings", {}).get("shards", [])
-    if len(records) < len(shards):
+    record = manifest.splits[split]
+    if len(record.embedding_shards) < len(record.chunk_shards):
         raise ValueError(
-            f"{split} has embeddings for {len(records)} of {len(shards)} shards of chunks; "
-            f"run `retro embed --split {split}`"
+            f"{split} has embeddings for {len(record.embedding_shards)} of {len(record.chunk_shards)} shards of "
+            f"chunks; run `retro embed --split {split}`"
         )
+    record.check_made_of_chunks("embeddings", f"run `retro embed --split {split} --force`")
     arrays = []
-    for record, chunks in zip(records, shards, strict=True):
-        if record["chunks_sha256"] != chunks["sha256"]:
-            raise ValueError(
-                f"the embeddings of {record['name']} ({split}) belong to other chunks or another order of rows; "
-                f"run `retro embed --split {split} --force`"
-            )
-        file = path / "embeddings" / f"{record['name']}.npy"
+    for shard, chunks in zip(record.embedding_shards, record.chunk_shards, strict=True):
+        file = path / "embeddings" / f"{shard.name}.npy"
         if verify:
-            verify_file(file, record["sha256"])
+            verify_file(file, shard.sha256)
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-        expected = (chunks["rows"], manifest["encoder"]["dim"])
+        expected = (chunks.rows, manifest.encoder.dim)
         if array.shape != expected:
             raise ValueError(f"{file} has shape {list(array.shape)}, the manifest says {list(expected)}")
         arrays.append(array)
@@ -122,7 +116,7 @@ def build_index(
     use_gpus: bool = False,
     shard_index: bool = False,
     force: bool = False,
-) -> dict[str, Any]:
+) -> IndexRecord:
     """
     Builds the index over the embeddings of the searched chunks, or adds the shards that it does not hold yet.
 
@@ -144,7 +138,7 @@ def build_index(
         force (`bool`, *optional*, defaults to `False`): Whether to build the index again.
 
     Returns:
-        `dict`: the record of the index in the manifest: `factory`, `ntotal`, `search_parameters`, `recall`, ….
+        [`IndexRecord`]: the record of the index in the manifest: `factory`, `search_parameters`, `recall`, ….
 
     Raises:
         ValueError: If faiss does not know the factory or has no GPUs, or if embeddings are missing or belong to other
@@ -166,19 +160,22 @@ def build_index(
             "recall_queries": recall_queries,
             "seed": seed,
         }
-        before = manifest.get("index")
+        before, chunks = manifest.index, manifest.train.chunks
+        if chunks is None:
+            raise ValueError(f"{path} has no chunks to index; run `retro chunk`")
         if before is not None:
-            check_options("index", options, before["options"])
-        shards = manifest["splits"].get(TRAIN_SPLIT, {}).get("chunks", {}).get("shards", [])
-        fingerprint = chunks_fingerprint(shards)
-        if before is not None and before["fingerprint"] == fingerprint and (path / index_name(manifest)).exists():
+            check_options("index", options, before.options)
+        indexed = None if before is None else chunks.indexed_by(before)
+        if indexed == "all" and (path / before.file_name).exists():
             if process_state().is_main_process:
                 for work in path.glob(f"{_WORK}*"):
                     remove(work)  # a run that was killed after its last step left its own
             return before
-        if before is not None and before["fingerprint"] != chunks_fingerprint(shards[: before["shards"]]):
+        if indexed == "others":
             raise ValueError(f"the index of {path} belongs to other chunks; use --force to build it again")
-        run = hashlib.sha256(json.dumps([options, fingerprint, before], sort_keys=True).encode()).hexdigest()[:16]
+        fingerprint = chunks_fingerprint(chunks.shards)
+        identity = [options, fingerprint, before and before.to_dict()]
+        run = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         build = _IndexBuild(path, path / (_WORK + run), manifest, options, before, use_gpus, shard_index)
         if not build.record_path.exists():
             build.train()
@@ -198,9 +195,9 @@ class _IndexBuild:
         self,
         path: Path,
         work: Path,
-        manifest: dict[str, Any],
+        manifest: Manifest,
         options: dict[str, Any],
-        before: dict[str, Any] | None,
+        before: IndexRecord | None,
         use_gpus: bool,
         shard_index: bool,
     ):
@@ -214,15 +211,15 @@ class _IndexBuild:
         self.state = process_state()
         self.record_path = work / "record.json"
         # A datastore that was changed keeps the index of the earlier version for its readers.
-        self.name = f"index-{manifest['version']}" if manifest.get("version") else "index"
+        self.name = f"index-{manifest.version}" if manifest.version else "index"
         self.merged = work / f"{self.name}.faiss"
         if self.record_path.exists():
             return
         self.embeddings = read_embeddings(path, TRAIN_SPLIT, manifest)
         self.offsets = np.concatenate([[0], np.cumsum([len(array) for array in self.embeddings])])
         self.dim = self.embeddings[0].shape[1]
-        self.first_shard = before["shards"] if before else 0
-        self.factory = before["factory"] if before else self._choose_factory()
+        self.first_shard = before.shards if before else 0
+        self.factory = before.factory if before else self._choose_factory()
         if self.state.is_main_process:
             for other in path.glob(f"{_WORK}*"):
                 if other != work:
@@ -241,7 +238,7 @@ class _IndexBuild:
         """Trains an empty index on a random sample, or empties the index to which shards are added."""
         if self.state.is_main_process and not self._trained.exists():
             if self.before is not None:
-                index = empty_copy(self.path / index_name(self.manifest))
+                index = empty_copy(self.path / self.before.file_name)
             else:
                 index = make_index(self.factory, self.dim, self.options["metric"])
                 if not index.is_trained:
@@ -266,7 +263,7 @@ class _IndexBuild:
         """Adds each shard to its own copy of the trained index, unless indexes of this type cannot be merged."""
         if not self._mergeable:
             return
-        names = [record["name"] for record in self.manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"]]
+        names = [shard.name for shard in self.manifest.train.chunk_shards]
 
         def make(number: int, temporary: Path) -> dict[str, Any]:
             index = faiss.read_index(str(self._trained))
@@ -282,9 +279,9 @@ class _IndexBuild:
     def merge(self) -> None:
         """Merges the shards in memory, or on disk if the index is larger than `max_index_memory`."""
         if self.state.is_main_process and not self.merged.exists():
-            old = [self.path / index_name(self.manifest)] if self.before else []
-            shards = self.manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"][self.first_shard :]
-            files = old + [self.work / f"{shard['name']}.faiss" for shard in shards]
+            old = [self.path / self.before.file_name] if self.before else []
+            shards = self.manifest.train.chunk_shards[self.first_shard :]
+            files = old + [self.work / f"{shard.name}.faiss" for shard in shards]
             index = faiss.read_index(str(self._trained))
             if not self._mergeable:
                 index = faiss.read_index(str(old[0])) if old else index
@@ -329,7 +326,7 @@ class _IndexBuild:
                 "metric": self.options["metric"],
                 "ntotal": int(index.ntotal),
                 "shards": len(self.embeddings),
-                "encoder_sha256": self.manifest["encoder"]["sha256"],
+                "encoder_sha256": self.manifest.encoder.sha256,
                 "search_parameters": parameters,
                 "recall": {**recall, "queries": len(queries), "source": source},
                 "fingerprint": fingerprint,
@@ -338,16 +335,16 @@ class _IndexBuild:
             write_json(self.record_path, record)
         self.state.wait_for_everyone()
 
-    def publish(self) -> dict[str, Any]:
+    def publish(self) -> IndexRecord:
         """Moves the finished index into the datastore."""
-        record = json.loads(self.record_path.read_text(encoding="utf-8"))
+        record = IndexRecord.from_dict(json.loads(self.record_path.read_text(encoding="utf-8")), "the new index")
         if self.state.is_main_process:
-            for name in sorted(record["sha256"], reverse=True):  # first the lists, then the index that reads them
+            for name in sorted(record.sha256, reverse=True):  # first the lists, then the index that reads them
                 if (self.work / name).exists():
                     replace(self.work / name, self.path / name)
-            for name in set(self.before["sha256"] if self.before else ()) - set(record["sha256"]):
+            for name in set(self.before.sha256 if self.before else ()) - set(record.sha256):
                 remove(self.path / name)
-        self.manifest["index"] = record
+        self.manifest.index = record
         write_manifest(self.path, self.manifest)
         if self.state.is_main_process:
             remove(self.work)
@@ -401,9 +398,9 @@ class _IndexBuild:
         """Queries [q, dim], the row that each query must not find (-1 for none), and the source of the queries."""
         number = self.options["recall_queries"]
         generator = np.random.default_rng(self.options["seed"] + 1)
-        for split in sorted(set(self.manifest["splits"]) - {TRAIN_SPLIT}):
-            record = self.manifest["splits"][split]
-            if len(record.get("embeddings", {}).get("shards", [])) == len(record.get("chunks", {}).get("shards", [0])):
+        for split in sorted(set(self.manifest.splits) - {TRAIN_SPLIT}):
+            record = self.manifest.splits[split]
+            if record.chunks is not None and len(record.embedding_shards) == len(record.chunk_shards):
                 queries = np.concatenate(read_embeddings(split_path(self.path, split), split, self.manifest))
                 rows = np.sort(generator.choice(len(queries), min(number, len(queries)), replace=False))
                 return queries[rows].astype(np.float32), np.full(len(rows), -1), split

@@ -38,7 +38,7 @@ from data_prep.stage_files import (
 )
 from modeling_retro.datastore.chunks import ChunkTable
 from modeling_retro.datastore.datastore import RetroDatastore
-from modeling_retro.datastore.manifest import TRAIN_SPLIT
+from modeling_retro.datastore.manifest import TRAIN_SPLIT, Manifest, NeighborShard, NeighborsStage
 from modeling_retro.datastore.splits import split_path
 from modeling_retro.retriever.search import NeighborSearch, other_document_filter, removed_filter
 
@@ -59,23 +59,22 @@ def neighbor_features(num_neighbors: int) -> Features:
     )
 
 
-def searched_version(manifest: dict[str, Any]) -> dict[str, str]:
-    """The identities of the searched chunks and of the removed documents, as the record of neighbors names them."""
-    removed = {"removed": manifest["removed"]["sha256"]} if "removed" in manifest else {}
-    return {"index": manifest["splits"][TRAIN_SPLIT]["chunks"]["fingerprint"], **removed}
+def searched_version(manifest: Manifest) -> tuple[str, str | None]:
+    """The identities of the searched chunks and of the removed documents."""
+    return manifest.train.chunks.fingerprint, manifest.removed and manifest.removed.sha256
 
 
-def is_stale(record: dict[str, Any], manifest: dict[str, Any]) -> bool:
+def is_stale(shard: NeighborShard, manifest: Manifest) -> bool:
     """
     Whether documents were added or removed after the neighbors of a shard were searched. Its neighbors are still
     right, except for removed documents, which readers leave out. But nearer neighbors may be missing.
 
     Args:
-        record (`dict`): The record of the shard in the manifest.
-        manifest (`dict`): The manifest. Imported neighbors never become stale.
+        shard ([`NeighborShard`]): The shard.
+        manifest ([`Manifest`]): The manifest. Imported neighbors never become stale.
     """
-    found = {name: record[name] for name in ("index", "removed") if name in record}
-    return record.get("index") is not None and found != searched_version(manifest)
+    found = (shard.chunks_fingerprint, shard.removed)
+    return shard.chunks_fingerprint is not None and found != searched_version(manifest)
 
 
 def find_neighbors(
@@ -87,7 +86,7 @@ def find_neighbors(
     use_gpus: bool = False,
     shard_index: bool = False,
     force: bool = False,
-) -> dict[str, Any]:
+) -> NeighborsStage:
     """
     Finds neighbors of every chunk of a split among the searched chunks, but never in the chunk's own document.
 
@@ -108,7 +107,7 @@ def find_neighbors(
         force (`bool`, *optional*, defaults to `False`): Whether to search again.
 
     Returns:
-        `dict`: the record of the split's neighbors in the manifest, with counts of all dropped results.
+        [`NeighborsStage`]: the record of the split's neighbors in the manifest, with counts of all dropped results.
 
     Raises:
         ValueError: If `num_neighbors` is not between 1 and the number of searched chunks, there is no such retriever,
@@ -130,19 +129,17 @@ def find_neighbors(
         queries = opened.split(split)
         search = NeighborSearch(opened, retriever)
         embeddings = read_embeddings(root, split, manifest) if search.needs_embeddings else None
-        chunk_shards = manifest["splits"][split]["chunks"]["shards"]
+        record = manifest.splits[split]
+        chunk_shards = record.chunk_shards
         options = {
             "num_neighbors": num_neighbors,
             "retriever": retriever,
             "drop_near_duplicates": drop_near_duplicates,
         }
-        stage = manifest["splits"][split].setdefault("neighbors", {"options": options, "shards": []})
-        stage["options"].setdefault("retriever", "dense")  # older manifests do not record it
-        check_options("neighbors", options, stage["options"])
-        sources = {source["name"]: source["sha256"] for source in chunk_shards}
-        for record in stage["shards"]:
-            if record["chunks_sha256"] != sources.get(record["name"]):
-                raise ValueError(f"the neighbors of {record['name']} ({split}) belong to other chunks; use --force")
+        stage = record.neighbors = record.neighbors or NeighborsStage(options, shards=[])
+        stage.options.setdefault("retriever", "dense")  # older manifests do not record it
+        check_options("neighbors", options, stage.options)
+        record.check_made_of_chunks("neighbors", f"run `retro neighbors --split {split} --force`")
         write_manifest(path, manifest)
         search.open()
         if use_gpus and search.needs_embeddings:
@@ -154,7 +151,7 @@ def find_neighbors(
             vectors = None
             if embeddings is not None:
                 vectors, embeddings[shard] = embeddings[shard], None  # so that the pages of the file are released
-            for start in range(0, chunk_shards[shard]["rows"], _QUERIES):
+            for start in range(0, chunk_shards[shard].rows, _QUERIES):
                 block = slice(start, start + _QUERIES)
                 columns = {name: part[block] for name, part in queries.chunks.shard(shard).items()}
                 mask = np.arange(opened.chunk_size) < columns["length"][:, None]
@@ -169,17 +166,20 @@ def find_neighbors(
             return {
                 "rows": len(ids),
                 "counts": counts,
-                "chunks_sha256": chunk_shards[shard]["sha256"],
-                **searched_version(manifest),
-                **({"folder": chunk_shards[shard]["name"] + suffix} if suffix else {}),
+                "chunks_sha256": chunk_shards[shard].sha256,
+                "index": fingerprint,
+                **({"removed": removed} if removed is not None else {}),
+                **({"folder": chunk_shards[shard].name + suffix} if suffix else {}),
             }
 
-        names = [record["name"] for record in chunk_shards]
+        names = [shard.name for shard in chunk_shards]
+        fingerprint, removed = searched_version(manifest)
         # Readers of an earlier version of the datastore keep its neighbors.
-        suffix = f".v{manifest['version']}" if manifest.get("version") else ""
-        stage["shards"] = run_shards(root / "neighbors", stage["shards"], names, make, suffix, f"Neighbors of {split}")
-        totals = [record["counts"] for record in stage["shards"]]
-        stage["counts"] = {name: sum(total.get(name, 0) for total in totals) for name in sorted(set().union(*totals))}
+        suffix = f".v{manifest.version}" if manifest.version else ""
+        records = run_shards(root / "neighbors", stage.shards, names, make, suffix, f"Neighbors of {split}")
+        stage.shards = [NeighborShard.from_dict(record) for record in records]
+        totals = [shard.counts for shard in stage.shards]
+        stage.counts = {name: sum(total.get(name, 0) for total in totals) for name in sorted(set().union(*totals))}
         write_manifest(path, manifest)
         clear_records(root / "neighbors")
         return stage

@@ -22,6 +22,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import yaml
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
-from data_prep.chunk import chunk_documents, chunk_features, set_shards
+from data_prep.chunk import chunk_documents, chunk_features
 from data_prep.deduplicate import deduplicate_documents
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index, read_embeddings
@@ -39,14 +40,24 @@ from data_prep.stage_files import (
     clear_records,
     directory_lock,
     discard,
-    open_manifest,
+    open_or_begin,
     process_state,
     run_shards,
     save_shard,
     write_manifest,
 )
 from modeling_retro.datastore.datastore import RetroDatastore
-from modeling_retro.datastore.manifest import INDEXES, TRAIN_SPLIT, read_manifest
+from modeling_retro.datastore.manifest import (
+    INDEXES,
+    TRAIN_SPLIT,
+    ChunkShard,
+    ChunksStage,
+    EmbeddingShard,
+    EmbeddingsStage,
+    Manifest,
+    SplitRecord,
+    read_manifest,
+)
 from modeling_retro.datastore.splits import split_path
 from modeling_retro.durable_files_retro import whole
 
@@ -112,7 +123,7 @@ def prepare_datastore(
     data_dir: str | Path = ".",
     append: bool = False,
     force: bool = False,
-) -> dict[str, Any]:
+) -> Manifest:
     """
     Runs all stages of a recipe. Finished stages and shards are left as they are.
 
@@ -125,7 +136,7 @@ def prepare_datastore(
         force (`bool`, *optional*, defaults to `False`): Whether to rebuild everything.
 
     Returns:
-        `dict`: the manifest.
+        [`Manifest`]: the manifest.
     """
     recipe = recipe if isinstance(recipe, Mapping) else read_recipe(recipe)
     path = Path(output_dir)
@@ -169,7 +180,7 @@ def prepare_datastore(
     return read_manifest(path)
 
 
-def extend_datastore(base: str | Path, split: str, output_dir: str | Path) -> dict[str, Any]:
+def extend_datastore(base: str | Path, split: str, output_dir: str | Path) -> Manifest:
     """
     Makes a datastore in which a split is searched together with the training split. The chunks of the split are
     appended to the searched chunks of `base`. The split still queries the datastore, and its neighbors never come from
@@ -184,80 +195,77 @@ def extend_datastore(base: str | Path, split: str, output_dir: str | Path) -> di
         output_dir (`str` or `Path`): The new datastore.
 
     Returns:
-        `dict`: the manifest of the new datastore, which still needs the stages `index` and `neighbors`.
+        [`Manifest`]: the manifest of the new datastore, which still needs the stages `index` and `neighbors`.
     """
     base, path = Path(base), Path(output_dir)
     source = read_manifest(base)
     opened = RetroDatastore(base, source)
     opened.check_compact("a datastore that extends it")
-    is_embedded = "embeddings" in source["splits"][TRAIN_SPLIT]
+    is_embedded = source.train.embeddings is not None
     for name in (TRAIN_SPLIT, split) if is_embedded else ():
         read_embeddings(split_path(base, name), name, source)  # raises if embeddings are missing or altered
     with directory_lock(path):
-        manifest = open_manifest(path, create=True)
-        train, own = source["splits"][TRAIN_SPLIT], source["splits"][split]
-        origin = {"train": train["chunks"]["fingerprint"], split: own["chunks"]["fingerprint"]}
-        if manifest.get("extends") == origin:
+        manifest = open_or_begin(path)
+        train, own = source.train, source.splits[split]
+        origin = {"train": train.chunks.fingerprint, split: own.chunks.fingerprint}
+        if manifest is not None and manifest.extends == origin:
             return manifest
-        for name in list(manifest["splits"]):
+        for name in () if manifest is None else list(manifest.splits):
             discard(path, manifest, name, "chunks")
         first_document = int(opened.chunks.document_id[-1]) + 1
-        first_shard = len(train["chunks"]["shards"])
-        features = chunk_features(opened.chunk_size, source["tokenizer"]["vocab_size"])
+        first_shard = len(train.chunk_shards)
+        features = chunk_features(opened.chunk_size, source.tokenizer.vocab_size)
         table = opened.split(split).chunks
-        names = [f"shard-{first_shard + index:05d}" for index in range(len(own["chunks"]["shards"]))]
+        names = [f"shard-{first_shard + index:05d}" for index in range(len(own.chunk_shards))]
 
         def renumber(index: int, temporary: Path) -> dict[str, Any]:
             columns = dict(table.shard(index))
             columns["document_id"] = columns["document_id"] + first_document
             save_shard(temporary, columns, features)
-            return dict(own["chunks"]["shards"][index])
+            return own.chunk_shards[index].to_dict()
 
-        chunks = run_shards(path / "chunks", [], names, renumber, description=f"Renumbering {split}")
+        records = run_shards(path / "chunks", [], names, renumber, description=f"Renumbering {split}")
+        chunks = [ChunkShard.from_dict(record) for record in records]
         embeddings = [
-            {**record, "name": shard["name"], "chunks_sha256": shard["sha256"]}
-            for record, shard in zip(own["embeddings"]["shards"] if is_embedded else (), chunks, strict=is_embedded)
+            replace(embedding, name=shard.name, chunks_sha256=shard.sha256)
+            for embedding, shard in zip(own.embedding_shards if is_embedded else (), chunks, strict=is_embedded)
         ]
         if process_state().is_main_process:
             _link_extension(base, path, split, source, names)
         # The new index starts from this one. That of BM25 is built again.
-        manifest = {key: value for key, value in source.items() if key not in ("splits", "bm25")}
-        manifest["extends"] = origin
-        all_chunks = train["chunks"]["shards"] + chunks
-        all_embeddings = train["embeddings"]["shards"] + embeddings if is_embedded else []
-        manifest["splits"] = {
-            TRAIN_SPLIT: _split_record(train, all_chunks, all_embeddings),
-            split: {**_split_record(own, chunks, embeddings), "searched": True},
+        splits = {
+            TRAIN_SPLIT: _split_record(train, train.chunk_shards + chunks, train.embedding_shards + embeddings),
+            split: _split_record(own, chunks, embeddings),
         }
+        splits[split].searched = True
+        manifest = replace(source, bm25=None, extends=origin, splits=splits).seal()
         write_manifest(path, manifest)
         clear_records(path / "chunks")
         return manifest
 
 
-def _link_extension(base: Path, path: Path, split: str, source: Mapping[str, Any], names: Sequence[str]) -> None:
+def _link_extension(base: Path, path: Path, split: str, source: Manifest, names: Sequence[str]) -> None:
     """Links the files of an extended datastore. `names` are the new names of the shards of the split."""
-    for name in ("tokenizer", "encoder", *source.get("index", {}).get("sha256", {})):
+    for name in ("tokenizer", "encoder", *(source.index.sha256 if source.index is not None else ())):
         if (base / name).exists():
             _link(base / name, path / name)
-    is_embedded = "embeddings" in source["splits"][TRAIN_SPLIT]
-    for record in source["splits"][TRAIN_SPLIT]["chunks"]["shards"]:
-        for name in (f"chunks/{record['name']}", *([f"embeddings/{record['name']}.npy"] if is_embedded else ())):
+    is_embedded = source.train.embeddings is not None
+    for shard in source.train.chunk_shards:
+        for name in (f"chunks/{shard.name}", *([f"embeddings/{shard.name}.npy"] if is_embedded else ())):
             _link(base / name, path / name)
     own, searched = split_path(base, split), split_path(path, split)
-    for record, name in zip(source["splits"][split]["chunks"]["shards"], names, strict=True):
+    for shard, name in zip(source.splits[split].chunk_shards, names, strict=True):
         for root in (path, searched) if is_embedded else ():
-            _link(own / "embeddings" / f"{record['name']}.npy", root / "embeddings" / f"{name}.npy")
+            _link(own / "embeddings" / f"{shard.name}.npy", root / "embeddings" / f"{name}.npy")
         _link(path / "chunks" / name, searched / "chunks" / name)
 
 
-def _split_record(
-    record: Mapping[str, Any], chunks: list[dict[str, Any]], embeddings: list[dict[str, Any]]
-) -> dict[str, Any]:
-    stage = {key: record["chunks"][key] for key in ("options", "sources", "parts")}
-    set_shards(stage, chunks)
+def _split_record(record: SplitRecord, chunks: list[ChunkShard], embeddings: list[EmbeddingShard]) -> SplitRecord:
+    stage = ChunksStage(record.chunks.options, record.chunks.sources, record.chunks.parts, shards=[])
+    stage.set_shards(chunks)
     if not embeddings:
-        return {"chunks": stage}
-    return {"chunks": stage, "embeddings": {**record["embeddings"], "shards": embeddings}}
+        return SplitRecord(chunks=stage)
+    return SplitRecord(chunks=stage, embeddings=EmbeddingsStage(record.embeddings.options, embeddings))
 
 
 def _link(source: Path, target: Path) -> None:

@@ -29,6 +29,7 @@ from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 
 from data_prep.file_types import file_type
 from data_prep.stage_files import process_state
+from modeling_retro.datastore.manifest import SourceRecord
 from modeling_retro.durable_files_retro import whole
 
 
@@ -115,7 +116,7 @@ class Source:
         """A path of this source, relative to the folder that is left out."""
         return path if self.folder is None else os.path.relpath(path, self.folder)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> SourceRecord:
         """The record for the manifest, by which a later run recognizes the input."""
         if self.kind == "dataset":
             size = self.dataset.data.nbytes
@@ -123,7 +124,8 @@ class Source:
             size = sum(Path(file).stat().st_size for file in self.files or (self.path,))
         # A copied stream is in the datastore, whose path may change.
         path = "-" if Path(self.path).name.startswith(SPOOL) else self.public(self.path)
-        return {"kind": self.kind, "path": path, "bytes": size, "filter": self.filter and str(self.filter)}
+        condition = self.filter and str(self.filter)
+        return SourceRecord.from_dict({"kind": self.kind, "path": path, "bytes": size, "filter": condition})
 
     @property
     def seekable(self) -> bool:

@@ -44,6 +44,8 @@ from modeling_retro.datastore.manifest import (
     INDEXES,
     MANIFEST_NAME,
     TRAIN_SPLIT,
+    Manifest,
+    Record,
     read_manifest,
 )
 from modeling_retro.datastore.splits import split_path
@@ -109,36 +111,56 @@ def directory_lock(path: Path) -> Iterator[None]:
     state.wait_for_everyone()
 
 
-def open_manifest(path: Path, create: bool = False) -> dict[str, Any]:
+def open_manifest(path: Path) -> Manifest:
     """
     Reads the manifest of a datastore in order to write to it.
 
     Args:
         path (`Path`): The folder.
-        create (`bool`, *optional*, defaults to `False`): Whether an empty folder gives an empty manifest.
 
     Raises:
         ValueError: If the folder holds something else than a datastore.
     """
-    manifest = _new_manifest(path) if create and not (path / MANIFEST_NAME).exists() else read_manifest(path)
+    manifest = read_manifest(path)
     # No process writes before all processes have read.
     process_state().wait_for_everyone()
     return manifest
 
 
-def _new_manifest(path: Path) -> dict[str, Any]:
+def open_or_begin(path: Path) -> Manifest | None:
+    """
+    Reads the manifest of a datastore in order to write to it, or returns None if the folder is empty.
+
+    Raises:
+        ValueError: If the folder holds something else than a datastore.
+    """
+    if (path / MANIFEST_NAME).exists():
+        return open_manifest(path)
     others = [entry.name for entry in path.iterdir() if not entry.name.startswith(".")] if path.exists() else []
     if others:
         raise ValueError(f"{path} is not empty and not a datastore (it holds {others[0]}); choose another directory")
-    return {"format_version": FIRST_FORMAT_VERSION, "splits": {}}
+    process_state().wait_for_everyone()
+    return None
 
 
-def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+def share_settings(manifest: Manifest | None, settings: Mapping[str, Any]) -> Manifest:
+    """
+    The manifest of a datastore whose first split begins.
+
+    Args:
+        manifest ([`Manifest`], *optional*): What is left of an earlier one without splits.
+        settings (`Mapping`): The settings of all splits: `chunk_size`, `continuation_chunks`, …, `tokenizer`.
+    """
+    before = {"format_version": FIRST_FORMAT_VERSION} if manifest is None else manifest.to_dict()
+    return Manifest.from_dict({**before, **settings, "splits": {}}).seal()
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
     """Writes `datastore.json` in the main process, while the others wait."""
     state = process_state()
     if state.is_main_process:
         with superseding(path):
-            write_json(path / MANIFEST_NAME, manifest)
+            manifest.write(path)
     state.wait_for_everyone()
 
 
@@ -152,41 +174,42 @@ def check_options(stage: str, options: Mapping[str, Any], recorded: Mapping[str,
             )
 
 
-def discard(path: Path, manifest: dict[str, Any], split: str, first_stage: str) -> None:
+def discard(path: Path, manifest: Manifest, split: str, first_stage: str) -> None:
     """
     Removes a stage of a split, and the stages that were made from it, from the disk and from `manifest`. Neighbors are
     removed with the index that found them.
 
     Args:
         path (`Path`): The datastore.
-        manifest (`dict`): Its manifest, which is changed in place and written.
+        manifest ([`Manifest`]): Its manifest, which is changed in place and written.
         split (`str`): Name of the split.
         first_stage (`str`): `"chunks"`, `"embeddings"`, `"index"`, `"bm25"` or `"neighbors"`.
     """
     stages = {first_stage, *_MADE_OF[first_stage]}
     gone = []
-    for name, record in manifest["splits"].items():
+    for name, record in manifest.splits.items():
         root = split_path(path, name)
         if name == split:
             gone += [root / stage for stage in stages & {"chunks", "embeddings"}]
             if "embeddings" in stages:
-                record.pop("embeddings", None)
+                record.embeddings = None
         elif split != TRAIN_SPLIT or first_stage == "neighbors":
             continue  # the neighbors of all splits are ids of the chunks of this split
-        retriever = record.get("neighbors", {}).get("options", {}).get("retriever", "dense")
+        retriever = record.neighbors.options.get("retriever", "dense") if record.neighbors is not None else "dense"
         if first_stage in ("chunks", "neighbors") or stages & set(INDEXES[retriever]):
-            record.pop("neighbors", None)
+            record.neighbors = None
             gone.append(root / "neighbors")
     if split == TRAIN_SPLIT:
-        if "index" in stages:
-            gone += [path / name for name in manifest.pop("index", {}).get("sha256", {})]
-        if "bm25" in stages and "bm25" in manifest:
-            gone.append(path / manifest.pop("bm25")["folder"])
+        if "index" in stages and manifest.index is not None:
+            gone += [path / name for name in manifest.index.sha256]
+            manifest.index = None
+        if "bm25" in stages and manifest.bm25 is not None:
+            gone.append(path / manifest.bm25.folder)
+            manifest.bm25 = None
     if "chunks" in stages:
-        manifest["splits"].pop(split, None)
+        manifest.splits.pop(split, None)
         if split == TRAIN_SPLIT:
-            for name in ("removed", "compacted"):
-                manifest.pop(name, None)
+            manifest.removed = manifest.compacted = None
     write_manifest(path, manifest)
     if process_state().is_main_process:
         for entry in gone:
@@ -196,7 +219,7 @@ def discard(path: Path, manifest: dict[str, Any], split: str, first_stage: str) 
 
 def run_shards(
     folder: Path,
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Record],
     names: Sequence[str],
     make: Callable[[int, Path], dict[str, Any]],
     suffix: str = "",
@@ -208,7 +231,7 @@ def run_shards(
 
     Args:
         folder (`Path`): Folder of the stage.
-        records (`Sequence[Mapping]`): Records of finished shards, from the manifest.
+        records (`Sequence[Record]`): Records of finished shards, from the manifest.
         names (`Sequence[str]`): Names of all shards, in order.
         make (`Callable`): (index of the shard, path to write to) -> the record of the shard.
         suffix (`str`, *optional*): Suffix of a shard's file, such as `".npy"`.
@@ -220,7 +243,7 @@ def run_shards(
         `list[dict]`: the records of all shards in order, with `name` and `sha256`.
     """
     state = process_state()
-    done = {record["name"]: dict(record) for record in records}
+    done = {record.name: record.to_dict() for record in records}
     todo = [i for i, name in enumerate(names) if name not in done and not _record_path(folder, name).exists()]
     # One process decides, because others could see the folder while shards are being finished.
     todo = broadcast_object_list([todo])[0]

@@ -45,7 +45,7 @@ class Demo:
     def example(self) -> str:
         """An example of a prompt: the first whole chunk of the held-out documents, or else one of the datastore."""
         datastore = self.retriever.datastore
-        name = "validation" if "validation" in datastore.manifest["splits"] else "train"
+        name = "validation" if "validation" in datastore.manifest.splits else "train"
         chunks = datastore.split(name).chunks
         is_whole = chunks.length == datastore.chunk_size
         ids, mask = chunks.take([int(is_whole.argmax())])

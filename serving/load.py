@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
-from modeling_retro.datastore.manifest import allows_control_tokens
 from modeling_retro.retriever.retriever import RetroRetriever
 from trainers.load_model import load_retro_model
 
@@ -127,7 +126,7 @@ def load_served_model(
         raise ValueError("--max_waiting and --num_neighbors cannot be negative")
     loaded = load_model(model, datastore, dtype, retriever)
     opened, tokenizer = loaded.retriever.datastore, loaded.retriever.datastore.tokenizer
-    if allows_control_tokens(opened.manifest):
+    if opened.manifest.allow_control_tokens:
         print(
             f"warning: {opened.path} was chunked with allow_control_tokens: its documents can end a text or speak "
             "as another role of a conversation",

@@ -19,6 +19,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 # Before torch, faiss and tokenizers start their threads: the tests are small, threads only wait for one another.
@@ -73,6 +74,14 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     """Writes one record a text."""
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
+
+
+def edit_manifest(path: Path, edit: Callable[[dict], Any]) -> None:
+    """Edits `datastore.json` as JSON. It then has no checksum, like those that were written before there was one."""
+    manifest = json.loads((path / "datastore.json").read_text())
+    manifest.pop("sha256", None)
+    edit(manifest)
+    (path / "datastore.json").write_text(json.dumps(manifest))
 
 
 @pytest.fixture(scope="session")

@@ -230,7 +230,7 @@ def test_streams_are_cut_as_the_datastore_they_are_looked_up_in(poisoned, tokeni
     stream = Dataset.from_dict({"text": [POISON]}).to_iterable_dataset()
     system = tokenizer.convert_tokens_to_ids("<|im_start|>")
     for allowed, datastore in poisoned.items():
-        assert datastore.manifest["allow_control_tokens"] is allowed
+        assert datastore.manifest.allow_control_tokens is allowed
         rows = StreamedRows(stream, DocumentChunker(tokenizer, 8, allowed), 4)
         tokens = np.concatenate([row.input_ids.reshape(-1) for row in itertools.islice(rows, 4)])
         assert (system in tokens) is allowed
@@ -269,7 +269,7 @@ def test_a_datastore_that_says_it_has_none_is_verified(poisoned):
     manifest = poisoned[True].path / "datastore.json"
     content = manifest.read_text()
     manifest.write_text(json.dumps(json.loads(content) | {"allow_control_tokens": False}))
-    assert "control tokens inside documents, which the manifest excludes" in str(verify(poisoned[True].path)[0])
+    assert "control tokens inside documents, which the manifest excludes" in str(verify(poisoned[True].path)[1])
     manifest.write_text(content)
 
 
@@ -289,7 +289,7 @@ def test_an_import_records_whether_it_found_any(tmp_path, tokenizer, poison):
     (tmp_path / "train.stats.json").write_text('{"chunks": 2}')
     path = tmp_path / "datastore"
     manifest = import_datastore("retro_pytorch", tmp_path / "train.chunks.dat", path, tokenizer, chunk_size=8)
-    assert manifest["allow_control_tokens"] is poison
+    assert manifest.allow_control_tokens is poison
     # What is chunked later must match.
     more = write_jsonl(tmp_path / "more.jsonl", make_texts(3))
     chunk_documents(more, path, tokenizer, "validation", chunk_size=8, allow_control_tokens=poison)

@@ -324,7 +324,7 @@ def test_models_refuse_datastores_that_are_not_theirs(model_dir, tiny_datastore_
         RetroForCausalLM.from_pretrained(model_dir, vocab_size=299, **named)
     # As many tokens, but others: told by the checksum that training recorded.
     own = RetroRetriever.from_pretrained(tiny_datastore_dir)
-    tokenizer_sha256 = own.datastore.manifest["tokenizer"]["sha256"]
+    tokenizer_sha256 = own.datastore.manifest.tokenizer.sha256
     RetroForCausalLM.from_pretrained(model_dir, tokenizer_sha256=tokenizer_sha256, retriever=own)
     for retriever in (own, "auto"):
         with pytest.raises(ValueError, match="another tokenizer than the model: .* trained with 0123456789ab"):
@@ -351,7 +351,8 @@ def test_datastores_are_verified_pinned_and_read_by_datasets(hub, pushed, tiny_d
         repo.commit(name, changed, name)
 
     def with_manifest(**changes):
-        return {"datastore.json": replace(files["datastore.json"], data=json.dumps(manifest | changes).encode())}
+        changed = Manifest.from_dict(manifest | changes).seal().to_dict()
+        return {"datastore.json": replace(files["datastore.json"], data=json.dumps(changed).encode())}
 
     def altered(name):
         data = files[name].data
@@ -373,7 +374,7 @@ def test_datastores_are_verified_pinned_and_read_by_datasets(hub, pushed, tiny_d
     assert report["main"] == report[pushed["alice/datastore"][1]] == expected
     assert report["datasets"] == expected["chunks"]
     assert report["splits"] == ["train", "validation"]
-    assert report["encoders"] == [datastore.manifest["encoder"]["sha256"]] * 2
+    assert report["encoders"] == [datastore.manifest.encoder.sha256] * 2
     assert report["anonymous"] == "RepositoryNotFoundError"
     assert "index.faiss was altered" in report["altered-index"]
     assert f"{parquet} was altered" in report["altered-chunks"]
@@ -415,7 +416,7 @@ def test_a_datastore_with_a_bm25_index_is_shared_with_it(hub, tiny_datastore_dir
         find_neighbors(folder, 4, split, "bm25", force=True)
     hub.run(PUSH_BM25, home=tmp_path / "alice")
     files = hub.repos["datasets", "alice/lexical"].files()
-    assert {"index.faiss", *(f"bm25/{name}" for name in read_manifest(folder)["bm25"]["sha256"])} <= set(files)
+    assert {"index.faiss", *(f"bm25/{name}" for name in read_manifest(folder).bm25.sha256)} <= set(files)
     report = json.loads(hub.run(SEARCH_BM25, home=tmp_path / "bob").stdout.splitlines()[-1])
     datastore = RetroDatastore.from_pretrained(folder)
     chunks = datastore.split("validation").chunks

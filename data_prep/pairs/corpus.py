@@ -23,7 +23,6 @@ from datasets import Dataset, Features, Value
 from tqdm.auto import tqdm
 
 from modeling_retro.datastore.datastore import RetroDatastore
-from modeling_retro.datastore.manifest import TRAIN_SPLIT
 from modeling_retro.encoder.chunk_encoder import decode_chunks
 
 
@@ -91,7 +90,7 @@ def pairs_from_datastore(
         raise ValueError(f"{datastore.path} has no pairs of the kinds {', '.join(kinds)}; its documents are too short")
     texts = Features({"anchor": Value("string"), "positive": Value("string")})
     documents = Features({f"{name}_document_id": Value("int64") for name in texts})
-    fingerprint = datastore.manifest["splits"][TRAIN_SPLIT]["chunks"]["fingerprint"]
+    fingerprint = datastore.manifest.train.chunks.fingerprint
     return Dataset.from_generator(
         _read_pairs,
         features=Features({**texts, **documents}),

@@ -83,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     stage = chunk_documents(inputs, **options)
     if process_state().is_main_process:
         print(
-            f"{stage['num_chunks']} chunks of {stage['num_documents']} documents "
-            f"({stage['num_tokens']} tokens, {stage['num_bytes']} bytes); dropped: "
-            + ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in stage["dropped"].items())
+            f"{stage.num_chunks} chunks of {stage.num_documents} documents "
+            f"({stage.num_tokens} tokens, {stage.num_bytes} bytes); dropped: "
+            + ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in stage.dropped.items())
         )
 
 

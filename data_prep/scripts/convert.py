@@ -59,10 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     manifest = import_datastore(**vars(arguments))
     if process_state().is_main_process:
-        record = manifest["splits"][arguments.split]
-        stage = record["chunks"]
-        parts = ", ".join(name for name in ("chunks", "embeddings", "neighbors") if name in record)
-        print(f"imported {stage['num_chunks']} chunks of {stage['num_documents']} documents: {parts}")
+        record = manifest.splits[arguments.split]
+        parts = ", ".join(name for name in ("chunks", "embeddings", "neighbors") if getattr(record, name) is not None)
+        print(f"imported {record.chunks.num_chunks} chunks of {record.chunks.num_documents} documents: {parts}")
 
 
 if __name__ == "__main__":

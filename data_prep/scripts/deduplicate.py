@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     report = deduplicate_documents(**vars(arguments))
     if process_state().is_main_process:
-        print(f"removed {report['documents']} near duplicates of held-out documents ({report['chunks']} chunks)")
+        print(f"removed {report.documents} near duplicates of held-out documents ({report.chunks} chunks)")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     stage = embed_chunks(**vars(arguments))
     if process_state().is_main_process:
-        print(f"{sum(record['rows'] for record in stage['shards'])} embeddings in {len(stage['shards'])} shards")
+        print(f"{sum(shard.rows for shard in stage.shards)} embeddings in {len(stage.shards)} shards")
 
 
 if __name__ == "__main__":

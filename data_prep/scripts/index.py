@@ -84,15 +84,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         record = build_bm25_index(**options)
         if process_state().is_main_process:
-            print(f"BM25 over {record['ntotal']} chunks: {record['num_terms']} {arguments.terms}")
+            print(f"BM25 over {record.ntotal} chunks: {record.num_terms} {arguments.terms}")
         return
     from data_prep.index import build_index
 
     record = build_index(**options)
     if process_state().is_main_process:
-        recall = ", ".join(f"{name} {value:.3f}" for name, value in record["recall"].items() if "@" in name)
-        parameters = ", ".join(f"{name} {value}" for name, value in record["search_parameters"].items()) or "exact"
-        print(f"{record['factory']} over {record['ntotal']} chunks ({parameters}): {recall}")
+        recall = ", ".join(f"{name} {value:.3f}" for name, value in record.recall.items() if "@" in name)
+        parameters = ", ".join(f"{name} {value}" for name, value in record.search_parameters.items()) or "exact"
+        print(f"{record.factory} over {record.ntotal} chunks ({parameters}): {recall}")
 
 
 if __name__ == "__main__":

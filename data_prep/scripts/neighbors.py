@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     stage = find_neighbors(**vars(arguments))
     if process_state().is_main_process:
         print(
-            f"{stage['options']['num_neighbors']} neighbors of {sum(r['rows'] for r in stage['shards'])} chunks; "
-            + ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in stage["counts"].items())
+            f"{stage.options['num_neighbors']} neighbors of {sum(shard.rows for shard in stage.shards)} chunks; "
+            + ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in stage.counts.items())
         )
 
 

@@ -49,17 +49,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     manifest = prepare_datastore(**vars(arguments))
     if process_state().is_main_process:
-        for name, record in manifest["splits"].items():
-            counts = {**record["chunks"]["dropped"], **record["neighbors"]["counts"]} if "neighbors" in record else {}
+        for name, record in manifest.splits.items():
+            counts = {**record.chunks.dropped, **record.neighbors.counts} if record.neighbors is not None else {}
             print(
-                f"{name}: {record['chunks']['num_chunks']} chunks of {record['chunks']['num_documents']} documents; "
+                f"{name}: {record.chunks.num_chunks} chunks of {record.chunks.num_documents} documents; "
                 + ", ".join(f"{number} {key.replace('_', ' ')}" for key, number in counts.items())
             )
-        if index := manifest.get("index"):
-            recall = index["recall"]["recall@10"]
-            print(f"index: {index['factory']}, recall@10 {recall:.3f}, {index['search_parameters']}")
-        if bm25 := manifest.get("bm25"):
-            print(f"BM25 index: {bm25['num_terms']} {bm25['options']['terms']}")
+        if index := manifest.index:
+            print(f"index: {index.factory}, recall@10 {index.recall['recall@10']:.3f}, {index.search_parameters}")
+        if bm25 := manifest.bm25:
+            print(f"BM25 index: {bm25.num_terms} {bm25.options['terms']}")
 
 
 if __name__ == "__main__":

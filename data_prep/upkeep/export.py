@@ -74,18 +74,18 @@ def export_datastore(
     manifest = datastore.manifest
     embeddings = read_embeddings(datastore.path, TRAIN_SPLIT, manifest)
     chunks = datastore.chunks
-    record = {name: manifest["splits"][TRAIN_SPLIT]["chunks"][name] for name in _COUNTS}
+    train, fields = manifest.train.chunks, manifest.to_dict()
     header = {
-        "manifest": {name: manifest[name] for name in _FIELDS if name in manifest}
-        | {"splits": {TRAIN_SPLIT: {"chunks": record}}},
-        "metric": manifest.get("index", {}).get("metric", "inner_product"),
+        "manifest": {name: fields[name] for name in _FIELDS if name in fields}
+        | {"splits": {TRAIN_SPLIT: {"chunks": {name: getattr(train, name) for name in _COUNTS}}}},
+        "metric": manifest.index.metric if manifest.index is not None else "inner_product",
         "tokenizer": {
             file.name: file.read_text(encoding="utf-8")
             for file in sorted((datastore.path / "tokenizer").iterdir())
             if file.suffix in (".json", ".jinja")
         },
     }
-    fingerprint = f"{record['fingerprint']} {manifest['encoder']['sha256']}"
+    fingerprint = f"{train.fingerprint} {manifest.encoder.sha256}"
     engine = open_engine(url)
     try:
         state = engine.read_state()
@@ -98,7 +98,7 @@ def export_datastore(
             engine.delete()
             state = None
         if state is None or not state["complete"]:
-            engine.create(manifest["encoder"]["dim"], header["metric"], index)
+            engine.create(manifest.encoder.dim, header["metric"], index)
             if state is None:
                 engine.write_header(header, fingerprint, index)
             # Batches are stored in order, so only the last one can be in doubt.

@@ -31,23 +31,33 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from data_prep.chunk import chunk_features, control_tokens_inside, save_tokenizer, set_shards
+from data_prep.chunk import chunk_counts, chunk_features, control_tokens_inside, save_tokenizer
 from data_prep.embed import copy_encoder
 from data_prep.neighbors import neighbor_features
 from data_prep.stage_files import (
     clear_records,
     directory_lock,
-    open_manifest,
+    open_or_begin,
     process_state,
     run_shards,
     save_shard,
+    share_settings,
     write_manifest,
 )
 from modeling_retro.datastore.checksums import tokenizer_fingerprint
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.manifest import (
     TRAIN_SPLIT,
-    allows_control_tokens,
+    ChunkShard,
+    ChunksStage,
+    EmbeddingShard,
+    EmbeddingsStage,
+    EncoderRecord,
+    Manifest,
+    NeighborShard,
+    NeighborsStage,
+    SourceRecord,
+    SplitRecord,
     check_split_name,
     read_manifest,
 )
@@ -126,10 +136,10 @@ def import_datastore(
     _check_shards(shards, len(tokenizer))
     path = Path(output_dir)
     with directory_lock(path):
-        manifest = open_manifest(path, create=True)
-        if split in manifest["splits"]:
+        manifest = open_or_begin(path)
+        if manifest is not None and split in manifest.splits:
             raise ValueError(f"{path} has a split {split!r} already; choose another directory")
-        _write_chunks(path, manifest, split, shards, tokenizer)
+        manifest = _write_chunks(path, manifest, split, shards, tokenizer)
         if encoder is not None and all(shard.embeddings is not None for shard in shards):
             _write_embeddings(path, manifest, split, shards, encoder)
         if all(shard.neighbors is not None for shard in shards):
@@ -303,38 +313,38 @@ def _lengths(shard: ForeignShard) -> np.ndarray:
 
 def _write_chunks(
     path: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest | None,
     split: str,
     shards: Sequence[ForeignShard],
     tokenizer: PreTrainedTokenizerBase,
-) -> None:
+) -> Manifest:
     m = shards[0].chunks.shape[1]
     fingerprint = tokenizer_fingerprint(tokenizer)
     control_tokens = sum(
         control_tokens_inside(tokenizer, shard.chunks, _lengths(shard), shard.document_id) for shard in shards
     )
-    allow_control_tokens = control_tokens > 0
-    if manifest["splits"]:
+    if manifest is not None and manifest.splits:
         RetroDatastore(path, manifest).check_tokenizer(tokenizer)
         RetroDatastore(path, manifest).check_chunk_size(m)
-        if allow_control_tokens and not allows_control_tokens(manifest):
+        if control_tokens and not manifest.allow_control_tokens:
             raise ValueError(
                 f"{shards[0].name} has control tokens inside documents ({control_tokens} in all), and {path} was "
                 "begun without; choose another directory"
             )
-        allow_control_tokens = allows_control_tokens(manifest)
-    elif allow_control_tokens:
+    elif control_tokens:
         logger.warning(
             f"{shards[0].name} has control tokens inside documents ({control_tokens} in all): they can end a text or "
             "speak as another role of a chat"
         )
-    manifest |= {
-        "chunk_size": m,
-        "continuation_chunks": 1,
-        "allow_control_tokens": allow_control_tokens,
-        "tokenizer": {"name": public_name(tokenizer.name_or_path), **fingerprint},
-    }
-    write_manifest(path, manifest)
+    if manifest is None or not manifest.splits:
+        settings = {
+            "chunk_size": m,
+            "continuation_chunks": 1,
+            "allow_control_tokens": control_tokens > 0,
+            "tokenizer": {"name": public_name(tokenizer.name_or_path), **fingerprint},
+        }
+        manifest = share_settings(manifest, settings)
+        write_manifest(path, manifest)
     save_tokenizer(path, tokenizer)
     features = chunk_features(m, fingerprint["vocab_size"])
 
@@ -353,30 +363,23 @@ def _write_chunks(
             "num_bytes": num_bytes,
         }
         save_shard(temporary, columns, features)
-        return {
-            "rows": len(length),
-            "documents": len(np.unique(shard.document_id)),
-            "tokens": int(length.sum()),
-            "bytes": int(num_bytes.sum()),
-            "dropped": {},
-        }
+        return {**chunk_counts(columns), "dropped": {}}
 
     names = [f"shard-{index:05d}" for index in range(len(shards))]
     root = split_path(path, split)
-    stage = {
-        "sources": [{"kind": "import", "path": Path(shard.name).name} for shard in shards],
-        "parts": [],
-        "options": {},
-    }
-    set_shards(stage, run_shards(root / "chunks", [], names, make, description="Importing chunks"))
-    manifest["splits"][split] = {"chunks": stage}
+    sources = [SourceRecord(kind="import", path=Path(shard.name).name) for shard in shards]
+    stage = ChunksStage(options={}, sources=sources, parts=[], shards=[])
+    records = run_shards(root / "chunks", [], names, make, description="Importing chunks")
+    stage.set_shards([ChunkShard.from_dict(record) for record in records])
+    manifest.splits[split] = SplitRecord(chunks=stage)
     write_manifest(path, manifest)
     clear_records(root / "chunks")
+    return manifest
 
 
 def _write_embeddings(
     path: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     split: str,
     shards: Sequence[ForeignShard],
     encoder: str | Path | ChunkEncoder,
@@ -384,7 +387,7 @@ def _write_embeddings(
     if not isinstance(encoder, ChunkEncoder):
         encoder = ChunkEncoder.from_pretrained(encoder)
     datastore = RetroDatastore(path, manifest)
-    if "encoder" in manifest:
+    if manifest.encoder is not None:
         datastore.check_encoder(encoder)
     chunks = datastore.split(split).chunks
     for index, shard in enumerate(shards):
@@ -403,7 +406,7 @@ def _write_embeddings(
                 f"{cosine:.3f}, expected at least {_AGREEMENT}"
             )
     root = split_path(path, split)
-    chunk_shards = manifest["splits"][split]["chunks"]["shards"]
+    chunk_shards = manifest.splits[split].chunk_shards
 
     def make(index: int, temporary: Path) -> dict[str, Any]:
         vectors = np.asarray(shards[index].embeddings, dtype=np.float16)
@@ -411,12 +414,13 @@ def _write_embeddings(
             raise ValueError(f"the embeddings of {shards[index].name} are not all finite")
         with temporary.open("wb") as file:
             np.save(file, vectors, allow_pickle=False)
-        return {"rows": len(vectors), "chunks_sha256": chunk_shards[index]["sha256"]}
+        return {"rows": len(vectors), "chunks_sha256": chunk_shards[index].sha256}
 
-    names = [record["name"] for record in chunk_shards]
+    names = [shard.name for shard in chunk_shards]
     records = run_shards(root / "embeddings", [], names, make, suffix=".npy", description="Importing embeddings")
-    manifest["encoder"] = encoder.describe() | {"name": public_name(encoder.name)}
-    manifest["splits"][split]["embeddings"] = {"options": {"dtype": "float32"}, "shards": records}
+    manifest.encoder = EncoderRecord.from_dict(encoder.describe() | {"name": public_name(encoder.name)})
+    embeddings = [EmbeddingShard.from_dict(record) for record in records]
+    manifest.splits[split].embeddings = EmbeddingsStage({"dtype": "float32"}, embeddings)
     if process_state().is_main_process and Path(encoder.name).is_dir():
         with whole(path / "encoder") as temporary:
             copy_encoder(Path(encoder.name), temporary)
@@ -424,8 +428,8 @@ def _write_embeddings(
     clear_records(root / "embeddings")
 
 
-def _write_neighbors(path: Path, manifest: dict[str, Any], split: str, shards: Sequence[ForeignShard]) -> None:
-    total = manifest["splits"].get(TRAIN_SPLIT, {}).get("chunks", {}).get("num_chunks", 0)
+def _write_neighbors(path: Path, manifest: Manifest, split: str, shards: Sequence[ForeignShard]) -> None:
+    total = sum(shard.rows for shard in manifest.train.chunk_shards)
     k = shards[0].neighbors.shape[1]
     for shard in shards:
         if shard.searched not in (None, total):
@@ -439,19 +443,20 @@ def _write_neighbors(path: Path, manifest: dict[str, Any], split: str, shards: S
                 f"the neighbors of {shard.name} ([n, {shard.neighbors.shape[1]}], ids {low} to {high}) do not fit: "
                 f"expected [n, {k}] and ids from -1 to {total - 1}, the searched chunks"
             )
-    chunk_shards = manifest["splits"][split]["chunks"]["shards"]
+    chunk_shards = manifest.splits[split].chunk_shards
 
     def make(index: int, temporary: Path) -> dict[str, Any]:
         ids = np.asarray(shards[index].neighbors, dtype=np.int64)
         # The files hold the order of the neighbors, but not their scores.
         columns = {"neighbor_ids": ids, "neighbor_scores": np.zeros(ids.shape, dtype=np.float32)}
         save_shard(temporary, columns, neighbor_features(k))
-        return {"rows": len(ids), "counts": {}, "chunks_sha256": chunk_shards[index]["sha256"], "index": None}
+        return {"rows": len(ids), "counts": {}, "chunks_sha256": chunk_shards[index].sha256, "index": None}
 
-    names = [record["name"] for record in chunk_shards]
+    names = [shard.name for shard in chunk_shards]
     root = split_path(path, split)
     records = run_shards(root / "neighbors", [], names, make, description="Importing neighbors")
     options = {"num_neighbors": k, "drop_near_duplicates": None}
-    manifest["splits"][split]["neighbors"] = {"options": options, "shards": records, "counts": {}}
+    neighbors = [NeighborShard.from_dict(record) for record in records]
+    manifest.splits[split].neighbors = NeighborsStage(options, neighbors, counts={})
     write_manifest(path, manifest)
     clear_records(root / "neighbors")

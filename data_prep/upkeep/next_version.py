@@ -23,6 +23,7 @@ when the same command is run again.
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace as altered
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,7 @@ from modeling_retro.datastore.checksums import checksum
 from modeling_retro.datastore.manifest import (
     CHANGED_FORMAT_VERSION,
     MANIFEST_NAME,
-    TRAIN_SPLIT,
-    files_of,
+    Manifest,
     read_manifest,
 )
 from modeling_retro.datastore.versions import remove_unread, superseding
@@ -49,7 +49,7 @@ _SHARED = ("tokenizer", "encoder")
 _REPORT = "duplicates.jsonl"
 
 
-def change_datastore(path: Path, request: dict[str, Any], make: Callable[[Path], bool]) -> dict[str, Any]:
+def change_datastore(path: Path, request: dict[str, Any], make: Callable[[Path], bool]) -> Manifest:
     """
     Makes the next version of a datastore and puts it in the place of the current one.
 
@@ -61,7 +61,7 @@ def change_datastore(path: Path, request: dict[str, Any], make: Callable[[Path],
             anything.
 
     Returns:
-        `dict`: the manifest of the new version, or of the current one if nothing changed.
+        [`Manifest`]: the manifest of the new version, or of the current one if nothing changed.
 
     Raises:
         ValueError: If the datastore cannot be changed.
@@ -96,21 +96,21 @@ def finish_change(path: Path) -> dict[str, Any] | None:
         return begun["request"]
 
 
-def check_changeable(path: Path, manifest: dict[str, Any]) -> None:
+def check_changeable(path: Path, manifest: Manifest) -> None:
     """Raises a `ValueError` if documents cannot be added to the datastore or removed from it."""
-    if "files" in manifest:
+    if manifest.files is not None:
         raise ValueError(
             f"{path} was downloaded: it has no embeddings, and others may share it; change the datastore that was "
             "uploaded, and push it again"
         )
-    if "extends" in manifest:
+    if manifest.extends is not None:
         raise ValueError(f"{path} extends another datastore: change that one and remake this one with `retro prepare`")
     if (path / "search_all").exists():
         raise ValueError(
             f"{path / 'search_all'} holds copies of the datastore, which would keep removed documents; delete that "
             "folder first, and remake it with `retro prepare` if you need it"
         )
-    if "fingerprint" not in manifest["splits"].get(TRAIN_SPLIT, {}).get("chunks", {}):
+    if not manifest.train.is_chunked:
         raise ValueError(f"{path} has no finished chunks; run `retro chunk` (again)")
 
 
@@ -127,21 +127,18 @@ def _begun(path: Path) -> dict[str, Any] | None:
     return broadcast_object_list([begun])[0]
 
 
-def _begin(path: Path, manifest: dict[str, Any], request: dict[str, Any]) -> None:
+def _begin(path: Path, manifest: Manifest, request: dict[str, Any]) -> None:
     state = process_state()
     if state.is_main_process:
         folder = path / _NEXT
         remove(folder)
-        for name in sorted({*files_of(manifest), *_SHARED, _REPORT}):
+        for name in sorted({*manifest.own_files(), *_SHARED, _REPORT}):
             if (path / name).exists():
                 link = folder / name
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(os.path.relpath(path / name, link.parent))
-        version = {
-            "version": manifest.get("version", 0) + 1,
-            "format_version": max(manifest["format_version"], CHANGED_FORMAT_VERSION),
-        }
-        write_json(folder / MANIFEST_NAME, manifest | version)
+        version = max(manifest.format_version, CHANGED_FORMAT_VERSION)
+        altered(manifest, version=manifest.version + 1, format_version=version).seal().write(folder)
         write_json(folder / _REQUEST, {"request": request, "manifest": checksum(path / MANIFEST_NAME)})
     state.wait_for_everyone()
 
@@ -153,13 +150,13 @@ def _publish(path: Path) -> None:
         folder = path / _NEXT
         manifest, before = read_manifest(folder), read_manifest(path)
         if before != manifest:
-            for name in sorted({*files_of(manifest) - files_of(before), _REPORT}):
+            for name in sorted({*manifest.own_files() - before.own_files(), _REPORT}):
                 source = folder / name
                 if source.exists() and not source.is_symlink():
                     make_folder((path / name).parent)
                     replace(source, path / name)
             with superseding(path, keep=True):
-                write_json(path / MANIFEST_NAME, manifest)
+                manifest.write(path)
         remove_unread(path, manifest)
         _remove_next(path)
     state.wait_for_everyone()

@@ -21,7 +21,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,25 +30,29 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from data_prep.chunk import control_tokens_inside, restore_shard, set_shards
+from data_prep.chunk import chunk_counts, control_tokens_inside, restore_shard
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
-from data_prep.stage_files import directory_lock, open_manifest, write_manifest
+from data_prep.stage_files import directory_lock, write_manifest
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointConfig, RetroJointForCausalLM
 from modeling_retro.added_weights_retro import RETROFIT_WEIGHTS_NAME, checkpoint_sha256
 from modeling_retro.datastore.checksums import tokenizer_fingerprint, verify_file
-from modeling_retro.datastore.chunks import chunks_fingerprint, read_columns
+from modeling_retro.datastore.chunks import read_columns
 from modeling_retro.datastore.datastore import RetroDatastore, faiss, read_index
 from modeling_retro.datastore.manifest import (
     MANIFEST_NAME,
-    PLAIN_NAME,
     TRAIN_SPLIT,
-    allows_control_tokens,
-    index_name,
-    neighbors_folder,
+    ChunkShard,
+    EmbeddingShard,
+    IndexRecord,
+    Manifest,
+    NeighborShard,
+    Shard,
+    chunks_fingerprint,
     read_manifest,
 )
+from modeling_retro.datastore.record import PLAIN_NAME
 from modeling_retro.datastore.splits import split_path
 from modeling_retro.durable_files_retro import remove
 from modeling_retro.sharing.model_card import EVALUATION_NAME, weights_sha256
@@ -57,7 +60,6 @@ from modeling_retro.sharing.model_card import EVALUATION_NAME, weights_sha256
 
 MODEL_CLASSES = {"retro": (RetroConfig, RetroForCausalLM), "retro_joint": (RetroJointConfig, RetroJointForCausalLM)}
 _BLOCK = 1 << 16
-_TOTALS = {"num_chunks": "rows", "num_documents": "documents", "num_tokens": "tokens", "num_bytes": "bytes"}
 
 
 @dataclass(frozen=True)
@@ -118,11 +120,15 @@ def verify_datastore(path: str | Path) -> list[Finding]:
     """
     path = Path(path)
     try:
-        manifest = read_manifest(path)
+        manifest = read_manifest(path, check_sha256=False)
     except ValueError as error:
         remedy = "restore it from a copy, or remake the datastore with `retro prepare --force`"
         return [Finding(MANIFEST_NAME, f"is refused ({error})", remedy)]
-    findings = list(_DatastoreVerifier(path, manifest).findings())
+    findings = []
+    if manifest.is_altered:
+        problem = "was altered after it was written: its sha256 is not that of its other fields"
+        findings.append(Finding(MANIFEST_NAME, problem, "restore it from a copy, unless counts are named below"))
+    findings += _DatastoreVerifier(path, manifest).findings()
     for nested in sorted(path.glob(f"search_all/*/{MANIFEST_NAME}")):
         name = nested.parent.relative_to(path)
         remedy = f"remove {name} and run `retro prepare` again"
@@ -134,7 +140,7 @@ def verify_datastore(path: str | Path) -> list[Finding]:
 class _DatastoreVerifier:
     """Verifies all files of a datastore in one pass."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]):
+    def __init__(self, path: Path, manifest: Manifest):
         self.path = path
         self.manifest = manifest
         self.datastore = RetroDatastore(path, manifest)
@@ -146,14 +152,14 @@ class _DatastoreVerifier:
         yield from self._files()
         yield from self._tokenizer()
         yield from self._encoder()
-        for split in self.manifest["splits"]:
+        for split in self.manifest.splits:
             yield from self._chunks(split)
-        for split in self.manifest["splits"]:
+        for split in self.manifest.splits:
             yield from self._embeddings(split)
         yield from self._index()
         yield from self._bm25()
         yield from self._removed()
-        for split in self.manifest["splits"]:
+        for split in self.manifest.splits:
             yield from self._neighbors(split)
 
     def _finding(
@@ -170,11 +176,11 @@ class _DatastoreVerifier:
             "tokenizer": "`retro chunk` with the same inputs and tokenizer writes it again",
             "encoder": "`retro embed` with the same encoder writes it again",
         }[stage]
-        if "files" in self.manifest:
+        if self.manifest.files is not None:
             stage, remedy = None, f"remove {self.path} and download the datastore again"
-        elif "extends" in self.manifest:
+        elif self.manifest.extends is not None:
             stage, remedy = None, "remove the datastore and remake it with `retro prepare`"
-        elif stage == "chunks" and not self.manifest["splits"][split]["chunks"]["parts"]:
+        elif stage == "chunks" and not self.manifest.splits[split].chunks.parts:
             stage, remedy = None, "import the datastore again with `retro import`"
         elif stage in ("tokenizer", "encoder"):
             stage = None
@@ -183,12 +189,12 @@ class _DatastoreVerifier:
 
     def _files(self) -> Iterator[Finding]:
         """Checks the files of a downloaded datastore that were not converted. Those that became Arrow are shards."""
-        for name, sha256 in self.manifest.get("files", {}).items():
+        for name, sha256 in (self.manifest.files or {}).items():
             if not name.endswith(".parquet") and (problem := _file_problem(self.path / name, sha256)):
                 yield self._finding(self.path / name, problem, "index")
 
     def _tokenizer(self) -> Iterator[Finding]:
-        folder, expected = self.path / "tokenizer", self.manifest["tokenizer"]
+        folder, expected = self.path / "tokenizer", self.manifest.tokenizer
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
             found = tokenizer_fingerprint(tokenizer)
@@ -196,14 +202,14 @@ class _DatastoreVerifier:
             yield self._finding(folder, f"cannot be read ({_short(error)})", "tokenizer")
             return
         for key in ("vocab_size", "sha256"):
-            if found[key] != expected[key]:
-                problem = f"has the {key} {found[key]}, the manifest says {expected[key]}"
+            if found[key] != getattr(expected, key):
+                problem = f"has the {key} {found[key]}, the manifest says {getattr(expected, key)}"
                 yield self._finding(folder, problem, "tokenizer")
                 return
         self.tokenizer = tokenizer
 
     def _encoder(self) -> Iterator[Finding]:
-        if "encoder" not in self.manifest:
+        if self.manifest.encoder is None:
             return
         try:
             self.datastore.check_encoder(self.datastore.open_encoder())
@@ -213,45 +219,40 @@ class _DatastoreVerifier:
             yield self._finding(self.path / "encoder", f"is not what was embedded with ({_short(error)})", "encoder")
 
     def _chunks(self, split: str) -> Iterator[Finding]:
-        stage = self.manifest["splits"][split].get("chunks", {})
+        stage = self.manifest.splits[split].chunks
         field = f"splits.{split}.chunks"
-        if "fingerprint" not in stage:
+        if not self.manifest.splits[split].is_chunked:
             yield Finding(field, "is unfinished", "run the same `retro chunk` again")
             self.broken.add((split, "chunks"))
             return
         last_document = -1
-        for shard in tqdm(stage["shards"], desc=f"Verifying chunks of {split}", unit="shard"):
-            folder = split_path(self.path, split) / "chunks" / shard["name"]
+        for shard in tqdm(stage.shards, desc=f"Verifying chunks of {split}", unit="shard"):
+            folder = split_path(self.path, split) / "chunks" / shard.name
             columns, problems = self._read_shard(folder, shard, "chunks")
             if columns is not None:
                 problems += self._chunk_problems(columns, last_document)
                 last_document = int(columns["document_id"].max(initial=last_document))
             for problem in problems:
                 self.broken.add((split, "chunks"))
-                yield self._finding(folder, problem, "chunks", split, shard["name"])
-            for name, found in {} if columns is None or problems else _counts(columns).items():
-                if found != shard[name]:
-                    where = f"{field}.shards {shard['name']}"
-                    problem = f"says {shard[name]} {name}, the shard holds {found}"
+                yield self._finding(folder, problem, "chunks", split, shard.name)
+            for name, found in {} if columns is None or problems else chunk_counts(columns).items():
+                if found != getattr(shard, name):
+                    where = f"{field}.shards {shard.name}"
+                    problem = f"says {getattr(shard, name)} {name}, the shard holds {found}"
                     yield self._finding(where, problem, "counts", split)
-        for total, name in _TOTALS.items():
-            found = sum(shard[name] for shard in stage["shards"])
-            if stage.get(total) != found:
-                yield self._finding(
-                    f"{field}.{total}", f"is {stage.get(total)}, its shards say {found}", "counts", split
-                )
-        if stage["fingerprint"] != chunks_fingerprint(stage["shards"]):
+        for total, found in stage.totals().items():
+            if (recorded := getattr(stage, total)) != found:
+                yield self._finding(f"{field}.{total}", f"is {recorded}, its shards say {found}", "counts", split)
+        if stage.fingerprint != chunks_fingerprint(stage.shards):
             yield self._finding(f"{field}.fingerprint", "is not that of its shards", "counts", split)
 
-    def _read_shard(
-        self, folder: Path, record: dict[str, Any], kind: str
-    ) -> tuple[dict[str, np.ndarray] | None, list[str]]:
+    def _read_shard(self, folder: Path, record: Shard, kind: str) -> tuple[dict[str, np.ndarray] | None, list[str]]:
         """The columns of a shard, if they can be read, and the problems of its files."""
         expected = {
             "chunks": {"input_ids": 2, "length": 1, "document_id": 1, "num_bytes": 1},
             "neighbors": {"neighbor_ids": 2, "neighbor_scores": 2},
         }[kind]
-        problem = _file_problem(folder, record["sha256"])
+        problem = _file_problem(folder, record.sha256)
         problems = [problem] if problem else []
         if not folder.is_dir():
             return None, problems
@@ -263,8 +264,8 @@ class _DatastoreVerifier:
         if found != expected:
             return None, [*problems, f"has the columns {found}, expected {expected} (dimensions)"]
         rows = len(next(iter(columns.values())))
-        if rows != record["rows"]:
-            return None, [*problems, f"has {rows} rows, the manifest says {record['rows']}"]
+        if rows != record.rows:
+            return None, [*problems, f"has {rows} rows, the manifest says {record.rows}"]
         return columns, problems
 
     def _chunk_problems(self, columns: dict[str, np.ndarray], last_document: int) -> list[str]:
@@ -278,7 +279,7 @@ class _DatastoreVerifier:
             return [f"has lengths from {length.min()} to {length.max()}, expected 1 to {m}"]
         is_token = np.arange(m) < length[:, None]
         tokens = input_ids[is_token]
-        vocab_size = self.manifest["tokenizer"]["vocab_size"]
+        vocab_size = self.manifest.tokenizer.vocab_size
         if tokens.min() < 0 or tokens.max() >= vocab_size:
             problems.append(f"has token ids from {tokens.min()} to {tokens.max()}, the vocabulary {vocab_size} tokens")
         if input_ids[~is_token].any():
@@ -290,37 +291,36 @@ class _DatastoreVerifier:
             problems.append("has a chunk that is not full before the last one of its document")
         if columns["num_bytes"].min() < 0:
             problems.append("has negative numbers of bytes")
-        if not allows_control_tokens(self.manifest) and self.tokenizer is not None and not problems:
+        if not self.manifest.allow_control_tokens and self.tokenizer is not None and not problems:
             number = control_tokens_inside(self.tokenizer, input_ids, length, document_id)
             if number:
                 problems.append(f"has {number} control tokens inside documents, which the manifest excludes")
         return problems
 
     def _embeddings(self, split: str) -> Iterator[Finding]:
-        stage = self.manifest["splits"][split].get("embeddings")
-        shards = self.manifest["splits"][split].get("chunks", {}).get("shards", [])
-        if stage is None:
+        split_record = self.manifest.splits[split]
+        if split_record.embeddings is None:
             return
-        records = {record["name"]: record for record in stage["shards"]}
-        for shard in tqdm(shards, desc=f"Verifying embeddings of {split}", unit="shard"):
-            file = split_path(self.path, split) / "embeddings" / f"{shard['name']}.npy"
-            problem = self._embedding_problem(file, records.get(shard["name"]), shard)
+        records = {record.name: record for record in split_record.embedding_shards}
+        for shard in tqdm(split_record.chunk_shards, desc=f"Verifying embeddings of {split}", unit="shard"):
+            file = split_path(self.path, split) / "embeddings" / f"{shard.name}.npy"
+            problem = self._embedding_problem(file, records.get(shard.name), shard)
             if problem:
                 self.broken.add((split, "embeddings"))
-                yield self._finding(file, problem, "embeddings", split, shard["name"])
+                yield self._finding(file, problem, "embeddings", split, shard.name)
 
-    def _embedding_problem(self, file: Path, record: dict[str, Any] | None, chunks: dict[str, Any]) -> str | None:
+    def _embedding_problem(self, file: Path, record: EmbeddingShard | None, chunks: ChunkShard) -> str | None:
         if record is None:
             return "is not made yet"
-        if record["chunks_sha256"] != chunks["sha256"]:
+        if not record.is_made_of(chunks):
             return "belongs to other chunks"
-        if problem := _file_problem(file, record["sha256"]):
+        if problem := _file_problem(file, record.sha256):
             return problem
         try:
             vectors = np.load(file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             return f"cannot be read ({_short(error)})"
-        expected = (chunks["rows"], self.manifest.get("encoder", {}).get("dim"))
+        expected = (chunks.rows, self.manifest.encoder and self.manifest.encoder.dim)
         if vectors.shape != expected or vectors.dtype != np.float16:
             return f"is {vectors.dtype} {list(vectors.shape)}, expected float16 {list(expected)}"
         for start in range(0, len(vectors), _BLOCK):
@@ -329,20 +329,20 @@ class _DatastoreVerifier:
         return None
 
     def _index(self) -> Iterator[Finding]:
-        record = self.manifest.get("index")
+        record = self.manifest.index
         if record is None:
             return
         problems = []
-        for name, sha256 in record["sha256"].items():
+        for name, sha256 in record.sha256.items():
             if problem := _file_problem(self.path / name, sha256):
                 problems.append((self.path / name, problem))
-        chunks = self.manifest["splits"].get(TRAIN_SPLIT, {}).get("chunks", {})
-        if record["fingerprint"] != chunks_fingerprint(chunks.get("shards", [])):
+        chunks = self.manifest.train.chunks
+        if chunks is None or chunks.indexed_by(record) != "all":
             problems.append(("index.fingerprint", "is of other chunks, or of fewer"))
-        if record["encoder_sha256"] != self.manifest.get("encoder", {}).get("sha256"):
+        if self.manifest.encoder is None or record.encoder_sha256 != self.manifest.encoder.sha256:
             problems.append(("index.encoder_sha256", "is that of another encoder"))
         if not problems:  # faiss does not check the files that it reads
-            problems = list(self._index_problems(record, sum(shard["rows"] for shard in chunks["shards"])))
+            problems = list(self._index_problems(record, chunks.totals()["num_chunks"]))
         for where, problem in problems:
             self.broken.add((TRAIN_SPLIT, "index"))
             yield self._finding(where, problem, "index")
@@ -353,35 +353,35 @@ class _DatastoreVerifier:
         if (TRAIN_SPLIT, "chunks") not in self.broken:
             document_id = self.datastore.chunks.document_id
         for key in ("removed", "compacted"):
-            record = self.manifest.get(key)
+            record = getattr(self.manifest, key)
             if record is None:
                 continue
-            file = self.path / record["name"]
+            file = self.path / record.name
             remedy = "restore it from a copy, or remake the datastore from its documents"
-            if problem := _file_problem(file, record["sha256"]):
+            if problem := _file_problem(file, record.sha256):
                 self.broken.add((TRAIN_SPLIT, "removed"))
                 yield Finding(file.name, problem, remedy)
                 continue
             documents = np.load(file, allow_pickle=False)
-            if len(documents) != record["documents"] or (np.diff(documents) <= 0).any():
-                yield Finding(key, f"says {record['documents']} documents, its file lists {len(documents)}", remedy)
+            if len(documents) != record.documents or (np.diff(documents) <= 0).any():
+                yield Finding(key, f"says {record.documents} documents, its file lists {len(documents)}", remedy)
             if document_id is None:
                 continue
             chunks = int(np.isin(document_id, documents).sum())
-            expected = record.get("chunks", 0)
+            expected = self.manifest.removed.chunks if key == "removed" else 0
             if chunks != expected:
                 yield Finding(key, f"says that {expected} of the chunks are theirs, the shards hold {chunks}", remedy)
 
     def _bm25(self) -> Iterator[Finding]:
-        record = self.manifest.get("bm25")
+        record = self.manifest.bm25
         if record is None:
             return
-        folder, problems = self.path / record["folder"], []
-        for name, sha256 in record["sha256"].items():
+        folder, problems = self.path / record.folder, []
+        for name, sha256 in record.sha256.items():
             if problem := _file_problem(folder / name, sha256):
                 problems.append((folder / name, problem))
-        chunks = self.manifest["splits"].get(TRAIN_SPLIT, {}).get("chunks", {})
-        if record["fingerprint"] != chunks_fingerprint(chunks.get("shards", [])):
+        chunks = self.manifest.train.chunks
+        if chunks is None or chunks.indexed_by(record) != "all":
             problems.append(("bm25.fingerprint", "is of other chunks, or of fewer"))
         if not problems:
             try:
@@ -391,7 +391,7 @@ class _DatastoreVerifier:
 
                 index = Bm25Index(folder, record)
                 index.check()
-                if index.ntotal != (rows := sum(shard["rows"] for shard in chunks["shards"])):
+                if index.ntotal != (rows := chunks.totals()["num_chunks"]):
                     problems.append((folder, f"holds {index.ntotal} chunks, there are {rows}"))
             except (ValueError, ImportError) as error:
                 problems.append((folder, f"cannot be read ({_short(error)})"))
@@ -399,53 +399,51 @@ class _DatastoreVerifier:
             self.broken.add((TRAIN_SPLIT, "bm25"))
             yield self._finding(where, problem, "bm25")
 
-    def _index_problems(self, record: dict[str, Any], rows: int) -> Iterator[tuple[Path | str, str]]:
-        file = self.path / index_name(self.manifest)
+    def _index_problems(self, record: IndexRecord, rows: int) -> Iterator[tuple[Path | str, str]]:
+        file = self.path / record.file_name
         try:
             index = read_index(file)
-            for name, value in record["search_parameters"].items():
+            for name, value in record.search_parameters.items():
                 faiss.ParameterSpace().set_index_parameter(index, name, value)
         except (ValueError, RuntimeError) as error:
             yield file, f"cannot be read ({_short(error)})"
             return
-        metric = faiss.METRIC_INNER_PRODUCT if record["metric"] == "inner_product" else faiss.METRIC_L2
+        metric = faiss.METRIC_INNER_PRODUCT if record.metric == "inner_product" else faiss.METRIC_L2
         found = {"ntotal": index.ntotal, "dim": index.d, "metric": index.metric_type}
-        expected = {"ntotal": rows, "dim": self.manifest["encoder"]["dim"], "metric": metric}
+        expected = {"ntotal": rows, "dim": self.manifest.encoder.dim, "metric": metric}
         for name in found:
             if found[name] != expected[name]:
                 yield file, f"has the {name} {found[name]}, expected {expected[name]}"
-        if record["ntotal"] != rows:
-            yield "index.ntotal", f"is {record['ntotal']}, there are {rows} chunks"
+        if record.ntotal != rows:
+            yield "index.ntotal", f"is {record.ntotal}, there are {rows} chunks"
 
     def _neighbors(self, split: str) -> Iterator[Finding]:
-        stage = self.manifest["splits"][split].get("neighbors")
-        if stage is None:
+        split_record = self.manifest.splits[split]
+        if split_record.neighbors is None:
             return
-        shards = self.manifest["splits"][split].get("chunks", {}).get("shards", [])
-        records = {record["name"]: record for record in stage["shards"]}
-        for shard in tqdm(shards, desc=f"Verifying neighbors of {split}", unit="shard"):
-            record = records.get(shard["name"])
-            folder = split_path(self.path, split) / "neighbors" / neighbors_folder(record or shard)
+        records = {record.name: record for record in split_record.neighbor_shards}
+        for shard in tqdm(split_record.chunk_shards, desc=f"Verifying neighbors of {split}", unit="shard"):
+            record = records.get(shard.name)
+            folder = split_path(self.path, split) / "neighbors" / (record.folder_name if record else shard.name)
             if record is None:
                 problems = ["is not made yet"]
-            elif record["chunks_sha256"] != shard["sha256"]:
+            elif not record.is_made_of(shard):
                 problems = ["belongs to other chunks"]
             else:
                 columns, problems = self._read_shard(folder, record, "neighbors")
                 if columns is not None and not problems:
                     problems = list(self._neighbor_problems(split, shard, record, columns))
             for problem in problems:
-                yield self._finding(folder, problem, "neighbors", split, shard["name"])
+                yield self._finding(folder, problem, "neighbors", split, shard.name)
 
     def _neighbor_problems(
-        self, split: str, shard: dict[str, Any], record: dict[str, Any], columns: dict[str, np.ndarray]
+        self, split: str, shard: ChunkShard, record: NeighborShard, columns: dict[str, np.ndarray]
     ) -> Iterator[str]:
         ids, scores = columns["neighbor_ids"], columns["neighbor_scores"]
-        k = self.manifest["splits"][split]["neighbors"]["options"]["num_neighbors"]
-        searched = self.manifest["splits"].get(TRAIN_SPLIT, {}).get("chunks", {})
-        rows = sum(part["rows"] for part in searched.get("shards", []))
-        if ids.shape != (shard["rows"], k) or scores.shape != ids.shape:
-            yield f"has shape {list(ids.shape)}, expected {[shard['rows'], k]}"
+        k = self.manifest.splits[split].neighbors.options["num_neighbors"]
+        rows = sum(part.rows for part in self.manifest.train.chunk_shards)
+        if ids.shape != (shard.rows, k) or scores.shape != ids.shape:
+            yield f"has shape {list(ids.shape)}, expected {[shard.rows, k]}"
             return
         if ids.size and (ids.min() < -1 or ids.max() >= rows):
             yield f"has ids from {ids.min()} to {ids.max()}, expected -1 to {rows - 1}"
@@ -458,23 +456,13 @@ class _DatastoreVerifier:
         if ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any():
             yield "has the same neighbor twice"
         # Imported neighbors were chosen by another program.
-        if self.broken & {(split, "chunks"), (TRAIN_SPLIT, "chunks")} or record.get("index") is None:
+        if self.broken & {(split, "chunks"), (TRAIN_SPLIT, "chunks")} or record.chunks_fingerprint is None:
             return
         if self.datastore.split(split).searched:
-            own = read_columns(split_path(self.path, split) / "chunks" / shard["name"])["document_id"]
+            own = read_columns(split_path(self.path, split) / "chunks" / shard.name)["document_id"]
             found = self.datastore.chunks.gather("document_id", ids)
             if ((found == own[:, None]) & (ids >= 0)).any():
                 yield "has neighbors in the chunk's own document"
-
-
-def _counts(columns: dict[str, np.ndarray]) -> dict[str, int]:
-    """The counts in the record of a shard of chunks, computed from its columns."""
-    return {
-        "rows": len(columns["length"]),
-        "documents": len(np.unique(columns["document_id"])),
-        "tokens": int(columns["length"].sum()),
-        "bytes": int(columns["num_bytes"].sum()),
-    }
 
 
 def _file_problem(path: Path, sha256: str) -> str | None:
@@ -513,48 +501,54 @@ def repair_datastore(
         if not findings:
             return verify_datastore(path)
         chunks = dict.fromkeys((found.split, found.shard) for found in findings if found.stage == "chunks")
+        manifest = read_manifest(path, check_sha256=False)
         for split, shard in chunks:
-            restore_shard(path, split, shard, inputs)
-        manifest = open_manifest(path)
+            restore_shard(path, manifest, split, shard, inputs)
         for split in {found.split for found in findings if found.stage == "counts"}:
             _count_anew(path, manifest, split)
+        if manifest.is_altered:
+            raise ValueError(
+                f"{path / MANIFEST_NAME} was altered, and not only in its counts; restore it from a copy, or "
+                "remake the datastore with `retro prepare --force`"
+            )
         # Whole stages are remade last. A shard without a record is made by its stage.
         for stage in ("embeddings", "neighbors"):
             for found in findings:
                 if found.stage == stage:
-                    record = manifest["splits"][found.split][stage]
-                    record["shards"] = [shard for shard in record["shards"] if shard["name"] != found.shard]
+                    record = getattr(manifest.splits[found.split], stage)
+                    record.shards = [shard for shard in record.shards if shard.name != found.shard]
         stages = {(found.stage, found.split) for found in findings}
         if ("index", None) in stages:
-            index = manifest.pop("index")
+            index, manifest.index = manifest.index, None
         if ("bm25", None) in stages:
-            bm25 = manifest.pop("bm25")
+            bm25, manifest.bm25 = manifest.bm25, None
         write_manifest(path, manifest)
-        for split, record in manifest["splits"].items():
+        for split, record in manifest.splits.items():
             if ("embeddings", split) in stages:
-                embed_chunks(path, split=split, **record["embeddings"]["options"])
+                embed_chunks(path, split=split, **record.embeddings.options)
         if ("index", None) in stages:
-            for name in index["sha256"]:
+            for name in index.sha256:
                 remove(path / name)
-            build_index(path, **index["options"])
+            build_index(path, **index.options)
         if ("bm25", None) in stages:
             from data_prep.bm25_index import build_bm25_index
 
-            remove(path / bm25["folder"])
-            build_bm25_index(path, **bm25["options"])
-        for split, record in manifest["splits"].items():
+            remove(path / bm25.folder)
+            build_bm25_index(path, **bm25.options)
+        for split, record in manifest.splits.items():
             if ("neighbors", split) in stages:
-                find_neighbors(path, split=split, **record["neighbors"]["options"])
+                find_neighbors(path, split=split, **record.neighbors.options)
         return verify_datastore(path)
 
 
-def _count_anew(path: Path, manifest: dict[str, Any], split: str) -> None:
+def _count_anew(path: Path, manifest: Manifest, split: str) -> None:
     """Sets the counts of a split to those of its shards, if these are the recorded shards."""
-    stage = manifest["splits"][split]["chunks"]
-    for record in stage["shards"]:
-        folder = verify_file(split_path(path, split) / "chunks" / record["name"], record["sha256"])
-        record |= _counts(read_columns(folder))
-    set_shards(stage, stage["shards"])
+    stage = manifest.splits[split].chunks
+    for shard in stage.shards:
+        folder = verify_file(split_path(path, split) / "chunks" / shard.name, shard.sha256)
+        for name, count in chunk_counts(read_columns(folder)).items():
+            setattr(shard, name, count)
+    stage.set_shards(stage.shards)
 
 
 def verify_model(path: str | Path) -> list[Finding]:

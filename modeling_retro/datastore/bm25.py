@@ -25,7 +25,6 @@ scores, ids = index.search(queries, 4)  # [2, 4], best first, -1 if no more chun
 """
 
 import re
-from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..encoder.chunk_encoder import decode_chunks, text_mask
+from .manifest import Bm25Record
 
 
 try:
@@ -55,15 +55,15 @@ class Bm25Index:
 
     Args:
         folder (`Path`): Folder that `retro index --kind bm25` wrote.
-        record (`Mapping`): The record of the index in the manifest.
+        record ([`Bm25Record`]): The record of the index in the manifest.
     """
 
     # Like `faiss.METRIC_INNER_PRODUCT`: a higher score is better.
     metric_type = 0
 
-    def __init__(self, folder: Path, record: Mapping[str, Any]):
-        self.terms: str = record["options"]["terms"]
-        self.ntotal: int = record["ntotal"]
+    def __init__(self, folder: Path, record: Bm25Record):
+        self.terms: str = record.options["terms"]
+        self.ntotal: int = record.ntotal
         try:
             self._bm25 = bm25s.BM25.load(folder, mmap=True, load_vocab=self.terms == "words", show_progress=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -71,7 +71,7 @@ class Bm25Index:
         scores = self._bm25.scores
         self.num_terms = len(scores["indptr"]) - 1
         found = (scores["num_docs"], self.num_terms, len(scores["data"]), len(scores["indices"]))
-        expected = (self.ntotal, record["num_terms"], scores["indptr"][-1], scores["indptr"][-1])
+        expected = (self.ntotal, record.num_terms, scores["indptr"][-1], scores["indptr"][-1])
         if found != expected:
             raise ValueError(
                 f"{folder} holds (chunks, terms, scores, rows) {found}, expected {tuple(map(int, expected))}; run "

@@ -13,9 +13,8 @@
 # limitations under the License.
 """The chunks of a datastore: token ids, lengths and documents, in Arrow files"""
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from .manifest import PLAIN_NAME
-
-
-def chunks_fingerprint(shards: Sequence[Mapping[str, Any]]) -> str:
-    """The identity of a set of chunks in their order, from the checksums of its shards."""
-    return hashlib.sha256(" ".join(shard["sha256"] for shard in shards).encode()).hexdigest()
+from .record import PLAIN_NAME
 
 
 class ChunkTable:

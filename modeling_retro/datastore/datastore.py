@@ -25,7 +25,7 @@ datastore.take_neighbors([0, 1])[0]  # int64 [2, 128]: each with its continuatio
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,20 +35,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..configuration_retro import RetroConfig
 from ..encoder.chunk_encoder import ChunkEncoder
 from .checksums import tokenizer_fingerprint, verify_file
-from .chunks import ChunkTable, chunks_fingerprint, load_shard
-from .manifest import (
-    TRAIN_SPLIT,
-    check_model,
-    index_name,
-    neighbors_folder,
-    read_manifest,
-)
+from .chunks import ChunkTable, load_shard
+from .manifest import TRAIN_SPLIT, Bm25Record, IndexRecord, Manifest, check_model, read_manifest
 from .splits import DatastoreSplit, RemovedChunks, split_path
 from .versions import HeldVersion, open_version
 
 
 if TYPE_CHECKING:
     from .bm25 import Bm25Index
+
+AnyIndex = TypeVar("AnyIndex", IndexRecord, Bm25Record)
 
 try:
     import datasets
@@ -67,14 +63,14 @@ class RetroDatastore:
 
     Args:
         path (`Path`): The folder that holds `datastore.json`.
-        manifest (`dict`): The contents of `datastore.json`.
+        manifest ([`Manifest`]): The contents of `datastore.json`.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]):
+    def __init__(self, path: Path, manifest: Manifest):
         self.path = path
         self.manifest = manifest
-        self.chunk_size: int = manifest["chunk_size"]
-        self.continuation_chunks: int = manifest["continuation_chunks"]
+        self.chunk_size = manifest.chunk_size
+        self.continuation_chunks = manifest.continuation_chunks
         self.neighbor_length = self.chunk_size * (1 + self.continuation_chunks)
         self._splits = {}
         self._held: HeldVersion | None = None
@@ -164,16 +160,16 @@ class RetroDatastore:
         Raises:
             ValueError: If the datastore has no such split.
         """
-        if name not in self.manifest["splits"]:
-            raise ValueError(f"{self.path} has no split {name!r}, only {', '.join(sorted(self.manifest['splits']))}")
+        if name not in self.manifest.splits:
+            raise ValueError(f"{self.path} has no split {name!r}, only {', '.join(sorted(self.manifest.splits))}")
         if name not in self._splits:
-            record = self.manifest["splits"][name]
-            searched = name == TRAIN_SPLIT or record.get("searched", False)
+            record, removed = self.manifest.splits[name], self.manifest.removed
+            searched = name == TRAIN_SPLIT or record.searched
             split = DatastoreSplit(split_path(self.path, name), record, self.chunk_size, searched)
             split._held = self._held
-            if "removed" in self.manifest:
-                chunks, record = split.chunks if name == TRAIN_SPLIT else self.chunks, self.manifest["removed"]
-                split._is_removed = RemovedChunks(chunks, self.path / record["name"], record["sha256"])
+            if removed is not None:
+                chunks = split.chunks if name == TRAIN_SPLIT else self.chunks
+                split._is_removed = RemovedChunks(chunks, self.path / removed.name, removed.sha256)
             self._splits[name] = split
         return self._splits[name]
 
@@ -207,46 +203,45 @@ class RetroDatastore:
         Args:
             purpose (`str`): The use that this forbids, such as "training on its chunks".
         """
-        if "removed" in self.manifest:
+        if self.manifest.removed is not None:
             raise ValueError(
-                f"{self.path} still holds the chunks of {self.manifest['removed']['documents']} removed documents, "
+                f"{self.path} still holds the chunks of {self.manifest.removed.documents} removed documents, "
                 f"which {purpose} would use; run `retro compact` first"
             )
 
     @cached_property
     def index(self) -> faiss.Index:
         """The faiss index over `chunks`, with the nprobe of the manifest, memory-mapped if its type allows it."""
-        record = self._index_record("index", "index", "retro index")
-        file = self.path / index_name(self.manifest)
+        record = self._of_these_chunks(self.manifest.index, "index", "retro index")
+        file = self.path / record.file_name
         index = read_index(file)
         if index.ntotal != len(self.chunks):
             raise ValueError(f"{file} holds {index.ntotal} vectors, the datastore {len(self.chunks)} chunks")
-        for name, value in record["search_parameters"].items():
+        for name, value in record.search_parameters.items():
             faiss.ParameterSpace().set_index_parameter(index, name, value)
         return index
 
     @cached_property
     def bm25(self) -> "Bm25Index":
         """The BM25 index over `chunks`, memory-mapped."""
-        record = self._index_record("bm25", "BM25 index", "retro index --kind bm25")
+        record = self._of_these_chunks(self.manifest.bm25, "BM25 index", "retro index --kind bm25")
         from .bm25 import Bm25Index  # needs a library that the other retrievers do not need
 
-        index = Bm25Index(self.path / record["folder"], record)
+        index = Bm25Index(self.path / record.folder, record)
         if index.ntotal != len(self.chunks):
             raise ValueError(
-                f"{self.path / record['folder']} holds {index.ntotal} chunks, the datastore {len(self.chunks)}"
+                f"{self.path / record.folder} holds {index.ntotal} chunks, the datastore {len(self.chunks)}"
             )
         return index
 
-    def _index_record(self, key: str, name: str, command: str) -> dict[str, Any]:
-        """The record of an index in the manifest, if the index belongs to the current chunks."""
-        record = self.manifest.get(key)
+    def _of_these_chunks(self, record: AnyIndex | None, name: str, command: str) -> AnyIndex:
+        """The record of an index, if there is one and it belongs to the current chunks."""
         if record is None:
             raise ValueError(f"{self.path} has no {name}; run `{command}`")
-        shards = self.manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"]
-        if record["fingerprint"] != chunks_fingerprint(shards):
-            if record["fingerprint"] == chunks_fingerprint(shards[: record["shards"]]):
-                raise ValueError(f"the {name} of {self.path} lacks chunks that were added later; run `{command}`")
+        indexed = self.manifest.train.chunks.indexed_by(record)
+        if indexed == "some":
+            raise ValueError(f"the {name} of {self.path} lacks chunks that were added later; run `{command}`")
+        if indexed == "others":
             raise ValueError(
                 f"the {name} of {self.path} belongs to other chunks or another order of rows; run `{command} --force`"
             )
@@ -258,11 +253,11 @@ class RetroDatastore:
         The default way to look up neighbors. It is the way in which the stored neighbors of the training split were
         found, or else those of another split. If none are stored, it is the way that the existing index allows.
         """
-        for name in sorted(self.manifest["splits"], key=lambda name: (name != TRAIN_SPLIT, name)):
-            options = self.manifest["splits"][name].get("neighbors", {}).get("options", {})
-            if "retriever" in options:
-                return options["retriever"]
-        return "bm25" if "index" not in self.manifest and "bm25" in self.manifest else "dense"
+        for name in sorted(self.manifest.splits, key=lambda name: (name != TRAIN_SPLIT, name)):
+            neighbors = self.manifest.splits[name].neighbors
+            if neighbors is not None and "retriever" in neighbors.options:
+                return neighbors.options["retriever"]
+        return "bm25" if self.manifest.index is None and self.manifest.bm25 is not None else "dense"
 
     def as_dataset(self) -> datasets.Dataset:
         """
@@ -295,29 +290,17 @@ class RetroDatastore:
         """
         Reads every file. Raises a `ValueError` that names the first file whose checksum differs from the manifest.
         """
-        for name, record in self.manifest["splits"].items():
-            root = split_path(self.path, name)
-            for stage, suffix in (("chunks", ""), ("embeddings", ".npy"), ("neighbors", "")):
-                for shard in record.get(stage, {}).get("shards", []):
-                    name = neighbors_folder(shard) if stage == "neighbors" else shard["name"]
-                    verify_file(root / stage / (name + suffix), shard["sha256"])
-        for name, sha256 in self.manifest.get("index", {}).get("sha256", {}).items():
+        for name, sha256 in self.manifest.checksums().items():
             verify_file(self.path / name, sha256)
-        bm25 = self.manifest.get("bm25", {})
-        for name, sha256 in bm25.get("sha256", {}).items():
-            verify_file(self.path / bm25["folder"] / name, sha256)
-        for record in (self.manifest.get(name) for name in ("removed", "compacted")):
-            if record is not None:
-                verify_file(self.path / record["name"], record["sha256"])
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises a `ValueError` unless `tokenizer` is the one that made the chunks."""
-        expected, found = self.manifest["tokenizer"], tokenizer_fingerprint(tokenizer)
-        if found["sha256"] != expected["sha256"]:
+        expected, found = self.manifest.tokenizer, tokenizer_fingerprint(tokenizer)
+        if found["sha256"] != expected.sha256:
             raise ValueError(
                 f"the tokenizer {tokenizer.name_or_path} (vocabulary {found['vocab_size']}, "
-                f"sha256 {found['sha256'][:12]}) is not the tokenizer of {self.path}: {expected['name']} "
-                f"(vocabulary {expected['vocab_size']}, sha256 {expected['sha256'][:12]})"
+                f"sha256 {found['sha256'][:12]}) is not the tokenizer of {self.path}: {expected.name} "
+                f"(vocabulary {expected.vocab_size}, sha256 {expected.sha256[:12]})"
             )
 
     def check_chunk_size(self, chunk_size: int) -> None:
@@ -331,23 +314,23 @@ class RetroDatastore:
 
     def check_encoder(self, encoder: ChunkEncoder) -> None:
         """Raises a `ValueError` unless `encoder` gives the embeddings that the index holds."""
-        expected, found = self.manifest.get("encoder"), encoder.describe()
+        expected, found = self.manifest.encoder, encoder.describe()
         if expected is None:
             raise ValueError(f"{self.path} has no embeddings; run `retro embed`")
         for key in ("sha256", "dim", "pooling", "normalize", "prompt"):
-            if found[key] != expected.get(key, ""):  # the prompt is not in older manifests
+            if found[key] != getattr(expected, key):
                 raise ValueError(
-                    f"the encoder {found['name']} is not the encoder of {self.path} ({expected['name']}): "
-                    f"its {key} is {found[key]}, expected {expected.get(key)}"
+                    f"the encoder {found['name']} is not the encoder of {self.path} ({expected.name}): "
+                    f"its {key} is {found[key]}, expected {getattr(expected, key)}"
                 )
 
     def encoder_source(self) -> tuple[str, str | None]:
         """The name or path from which the encoder is loaded, and its revision."""
         if (self.path / "encoder").is_dir():
             return str(self.path / "encoder"), None
-        if "encoder" not in self.manifest:
+        if self.manifest.encoder is None:
             raise ValueError(f"{self.path} has no embeddings; run `retro embed`")
-        return self.manifest["encoder"]["name"], self.manifest["encoder"]["revision"]
+        return self.manifest.encoder.name, self.manifest.encoder.revision
 
     def open_encoder(
         self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
@@ -360,8 +343,7 @@ class RetroDatastore:
             dtype (`str` or `torch.dtype`, *optional*): Computing type. Defaults to float32.
         """
         name, revision = self.encoder_source()
-        record = self.manifest["encoder"]
-        options = {key: record.get(key) for key in ("pooling", "normalize", "truncate_dim")}
+        options = {key: getattr(self.manifest.encoder, key) for key in ("pooling", "normalize", "truncate_dim")}
         return ChunkEncoder.from_pretrained(name, revision, device=device, dtype=dtype, **options)
 
     def take_neighbors(self, chunk_ids: Any) -> tuple[np.ndarray, np.ndarray]:

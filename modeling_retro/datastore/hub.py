@@ -27,7 +27,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import (
     CommitInfo,
@@ -43,7 +42,7 @@ from tqdm.auto import tqdm
 from transformers.utils import is_datasets_available
 
 from ..durable_files_retro import public_name, sync, sync_file
-from .manifest import MANIFEST_NAME, TRAIN_SPLIT, neighbors_folder, read_manifest
+from .manifest import MANIFEST_NAME, TRAIN_SPLIT, Manifest, read_manifest, split_root
 
 
 if is_datasets_available():  # if not, datastore_retro has raised an error that says what to install
@@ -104,11 +103,11 @@ def push_datastore(
         `ConnectionError`: if the push is interrupted.
     """
     manifest = read_manifest(path)
-    if "index" not in manifest and "bm25" not in manifest:
+    if manifest.index is None and manifest.bm25 is None:
         raise ValueError(f"{path} has no index; run `retro index` before it is pushed")
-    if "removed" in manifest:
+    if manifest.removed is not None:
         raise ValueError(
-            f"{path} still holds the chunks of {manifest['removed']['documents']} removed documents; run "
+            f"{path} still holds the chunks of {manifest.removed.documents} removed documents; run "
             "`retro compact` before it is pushed"
         )
     api = HfApi(token=token)
@@ -125,7 +124,9 @@ def push_datastore(
     try:
         operations = _upload_files(path, manifest, api, repo)
         files = {operation.path_in_repo: operation.upload_info.sha256.hex() for operation in operations}
-        text = json.dumps(_public_manifest(manifest) | {"files": files}, indent=2, sort_keys=True)
+        public = _public_manifest(manifest)
+        public.files = files
+        text = json.dumps(public.seal().to_dict(), indent=2, sort_keys=True)
         operations += [CommitOperationDelete(name) for name in sorted(present - set(files) - {MANIFEST_NAME})]
         operations.append(CommitOperationAdd(MANIFEST_NAME, text.encode()))
         operations.append(CommitOperationAdd("README.md", str(card).encode()))
@@ -134,13 +135,13 @@ def push_datastore(
         raise ConnectionError(f"the push to {repo_id} broke off; push again to go on ({error})") from error
 
 
-def _upload_files(path: Path, manifest: dict[str, Any], api: HfApi, repo: dict[str, str]) -> list[CommitOperationAdd]:
+def _upload_files(path: Path, manifest: Manifest, api: HfApi, repo: dict[str, str]) -> list[CommitOperationAdd]:
     """Uploads the files that the Hub keeps as LFS, a few at a time. The others come with the commit."""
     shards = list(_shards(manifest))
     others = [file for shard in shards for file in sorted((path / shard).glob("*.json"))]
-    others += [path / name for name in sorted(manifest.get("index", {}).get("sha256", {}))]
-    if bm25 := manifest.get("bm25"):
-        others += [path / bm25["folder"] / name for name in sorted(bm25["sha256"])]
+    others += [path / name for name in sorted(manifest.index.sha256 if manifest.index is not None else ())]
+    if (bm25 := manifest.bm25) is not None:
+        others += [path / bm25.folder / name for name in sorted(bm25.sha256)]
     others += [file for name in ("tokenizer/*", "encoder/**/*") for file in sorted(path.glob(name))]
     others = [file for file in others if file.is_file()]
     operations = []
@@ -210,18 +211,18 @@ def download_datastore(repo_id: str, revision: str | None = None, **hub_kwargs) 
     except (HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(f"{repo_id} is neither a folder nor a datastore that can be found: {error}") from error
     manifest = read_manifest(snapshot)
-    if "files" not in manifest:  # a folder that was uploaded without conversion
+    if manifest.files is None:  # a folder that was uploaded without conversion
         return snapshot
     target = cached_assets_path("retro", namespace=repo_id, subfolder=snapshot.name)
     if (target / MANIFEST_NAME).is_file():
         return target
-    unlisted = [name for name in (f"{shard}.parquet" for shard in _shards(manifest)) if name not in manifest["files"]]
+    unlisted = [name for name in (f"{shard}.parquet" for shard in _shards(manifest)) if name not in manifest.files]
     if unlisted:
         raise ValueError(f"{MANIFEST_NAME} of {repo_id} does not list {unlisted[0]}, which it needs")
     # The folder is made elsewhere and renamed, so that `target` is always complete and verified.
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
-        for name, sha256 in tqdm(manifest["files"].items(), desc=f"Verifying {repo_id}"):
+        for name, sha256 in tqdm(manifest.files.items(), desc=f"Verifying {repo_id}"):
             _install(snapshot / name, sha256, temporary / name)
         shutil.copy(snapshot / MANIFEST_NAME, temporary / MANIFEST_NAME)
         sync(temporary)
@@ -255,45 +256,45 @@ def _install(source: Path, sha256: str, target: Path) -> None:
         writer.write_table(table)
 
 
-def _shards(manifest: dict[str, Any]) -> Iterator[str]:
+def _shards(manifest: Manifest) -> Iterator[str]:
     """Folders of chunks and neighbors, relative to the datastore."""
-    for split, record in manifest["splits"].items():
-        prefix = "" if split == TRAIN_SPLIT else f"splits/{split}/"
-        for stage in ("chunks", "neighbors"):
-            for shard in record.get(stage, {}).get("shards", []):
-                yield f"{prefix}{stage}/{neighbors_folder(shard) if stage == 'neighbors' else shard['name']}"
+    for split, record in manifest.splits.items():
+        root = split_root(split)
+        yield from (f"{root}chunks/{shard.name}" for shard in record.chunk_shards)
+        yield from (f"{root}neighbors/{shard.folder_name}" for shard in record.neighbor_shards)
 
 
-def _public_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+def _public_manifest(manifest: Manifest) -> Manifest:
     """The manifest without embeddings, which are not pushed, and without the folders of this machine."""
     manifest = copy.deepcopy(manifest)
-    manifest.pop("compacted", None)  # removed documents are not published
-    for record in manifest["splits"].values():
-        record.pop("embeddings", None)
-        for source in record["chunks"].get("sources", []):
-            if Path(source["path"]).is_absolute():  # older datastores recorded absolute paths
-                source["path"] = Path(source["path"]).name
-    for part in {"tokenizer", "encoder"} & manifest.keys():
-        manifest[part]["name"] = public_name(manifest[part]["name"])
+    manifest.compacted = None  # removed documents are not published
+    for record in manifest.splits.values():
+        record.embeddings = None
+        for source in record.chunks.sources:
+            if Path(source.path).is_absolute():  # older datastores recorded absolute paths
+                source.path = Path(source.path).name
+    for part in (manifest.tokenizer, manifest.encoder):
+        if part is not None:
+            part.name = public_name(part.name)
     return manifest
 
 
-def _card(repo_id: str, manifest: dict[str, Any], api: HfApi, repo: dict[str, str] | None) -> DatasetCard:
+def _card(repo_id: str, manifest: Manifest, api: HfApi, repo: dict[str, str] | None) -> DatasetCard:
     """The existing card of the repository or a new one, with the configurations of this datastore."""
     if repo is None:
-        train = manifest["splits"][TRAIN_SPLIT]["chunks"]
+        train = manifest.train.chunks
         public = _public_manifest(manifest)
-        indexes = [manifest["index"]["factory"]] if "index" in manifest else []
-        indexes += ["BM25"] if "bm25" in manifest else []
+        indexes = [manifest.index.factory] if manifest.index is not None else []
+        indexes += ["BM25"] if manifest.bm25 is not None else []
         text = CARD.format(
             name=repo_id.split("/")[-1],
             repo_id=repo_id,
-            chunks=train["num_chunks"],
-            documents=train["num_documents"],
-            chunk_size=manifest["chunk_size"],
+            chunks=train.num_chunks,
+            documents=train.num_documents,
+            chunk_size=manifest.chunk_size,
             index=" and ".join(indexes),
-            tokenizer=public["tokenizer"]["name"],
-            encoder=public["encoder"]["name"] if "encoder" in public else "none",
+            tokenizer=public.tokenizer.name,
+            encoder=public.encoder.name if public.encoder is not None else "none",
         )
     else:
         text = Path(api.hf_hub_download(filename="README.md", **repo)).read_text(encoding="utf-8")

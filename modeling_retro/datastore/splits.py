@@ -16,13 +16,12 @@
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from .checksums import verify_file
 from .chunks import ChunkTable, read_columns
-from .manifest import TRAIN_SPLIT, neighbors_folder
+from .manifest import TRAIN_SPLIT, SplitRecord
 from .versions import HeldVersion
 
 
@@ -37,42 +36,35 @@ class DatastoreSplit:
 
     Args:
         path (`Path`): Folder of the split: the datastore itself, or `splits/NAME` in it.
-        record (`dict`): The record of the split in the manifest.
+        record ([`SplitRecord`]): The record of the split in the manifest.
         chunk_size (`int`): Number m of tokens in a chunk.
         searched (`bool`): Whether these chunks are also searched, so that a chunk must not find its own document.
     """
 
-    def __init__(self, path: Path, record: Mapping[str, Any], chunk_size: int, searched: bool):
+    def __init__(self, path: Path, record: SplitRecord, chunk_size: int, searched: bool):
         self.path = path
         self._held: HeldVersion | None = None
         self._is_removed: RemovedChunks | None = None
         self.record = record
         self.searched = searched
-        if "fingerprint" not in record.get("chunks", {}):
+        if not record.is_chunked:
             raise ValueError(f"{path} has no finished chunks; run `retro chunk` (again)")
-        shards = record["chunks"]["shards"]
-        folders = [path / "chunks" / shard["name"] for shard in shards]
+        shards = record.chunk_shards
+        folders = [path / "chunks" / shard.name for shard in shards]
         missing = [str(folder) for folder in folders if not folder.is_dir()]
         if missing:
             raise ValueError(f"the shard {missing[0]} is missing ({len(missing)} of {len(shards)} shards are)")
-        self.chunks = ChunkTable(folders, [shard["rows"] for shard in shards], chunk_size)
+        self.chunks = ChunkTable(folders, [shard.rows for shard in shards], chunk_size)
 
     @cached_property
     def _neighbors(self) -> dict[str, np.ndarray]:
-        records = self.record.get("neighbors", {}).get("shards", [])
-        chunk_shards = self.record["chunks"]["shards"]
-        if len(records) < len(chunk_shards):
+        shards, number = self.record.neighbor_shards, len(self.record.chunk_shards)
+        if len(shards) < number:
             raise ValueError(
-                f"{self.path} has neighbors for {len(records)} of {len(chunk_shards)} shards of chunks; "
-                "run `retro neighbors`"
+                f"{self.path} has neighbors for {len(shards)} of {number} shards of chunks; run `retro neighbors`"
             )
-        for record, chunks in zip(records, chunk_shards, strict=True):
-            if record["chunks_sha256"] != chunks["sha256"]:
-                raise ValueError(
-                    f"the neighbors of {record['name']} belong to other chunks or another order of rows; "
-                    "run `retro neighbors --force`"
-                )
-        parts = [read_columns(self.path / "neighbors" / neighbors_folder(record)) for record in records]
+        self.record.check_made_of_chunks("neighbors", "run `retro neighbors --force`")
+        parts = [read_columns(self.path / "neighbors" / shard.folder_name) for shard in shards]
         columns = {
             name: parts[0][name] if len(parts) == 1 else np.concatenate([part[name] for part in parts])
             for name in ("neighbor_ids", "neighbor_scores")

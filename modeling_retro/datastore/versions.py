@@ -24,10 +24,9 @@ import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ..durable_files_retro import make_folder, remove, sync_file
-from .manifest import MANIFEST_NAME, files_of, read_manifest
+from .manifest import MANIFEST_NAME, Manifest, read_manifest
 
 
 try:
@@ -61,7 +60,7 @@ class HeldVersion:
         return type(None), ()
 
 
-def open_version(path: Path) -> tuple[dict[str, Any], HeldVersion]:
+def open_version(path: Path) -> tuple[Manifest, HeldVersion]:
     """
     Opens the current version of a datastore and holds it.
 
@@ -69,7 +68,7 @@ def open_version(path: Path) -> tuple[dict[str, Any], HeldVersion]:
         path (`Path`): The datastore.
 
     Returns:
-        `tuple[dict, HeldVersion]`: the manifest, and the object that holds the version.
+        `tuple[Manifest, HeldVersion]`: the manifest, and the object that holds the version.
 
     Raises:
         ValueError: For the reasons of [`~modeling_retro.datastore.manifest.read_manifest`].
@@ -124,20 +123,20 @@ def superseding(path: Path, keep: bool = False) -> Iterator[None]:
         os.close(handle)
 
 
-def remove_unread(path: Path, manifest: dict[str, Any]) -> None:
+def remove_unread(path: Path, manifest: Manifest) -> None:
     """
     Removes the files of earlier versions that are no longer read.
 
     Args:
         path (`Path`): The datastore. No other process may write to it.
-        manifest (`dict`): The current manifest.
+        manifest ([`Manifest`]): The current manifest.
     """
-    needed, unread = files_of(manifest), []
+    needed, unread = manifest.own_files(), []
     current = os.stat(path / MANIFEST_NAME)
     for file in sorted((path / VERSIONS).glob("*.json")):
         handle = os.open(file, os.O_RDONLY)
         try:
-            earlier = files_of(read_manifest(file.parent, file.name))
+            earlier = read_manifest(file.parent, file.name).own_files()
             if os.path.samestat(os.fstat(handle), current) or _is_held(handle):
                 needed |= earlier
             else:

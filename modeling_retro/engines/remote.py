@@ -34,7 +34,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..datastore.chunks import ChunkTable
 from ..datastore.datastore import RetroDatastore, faiss
-from ..datastore.manifest import FORMAT_VERSION
+from ..datastore.manifest import FORMAT_VERSION, TRAIN_SPLIT, Manifest
 from ..encoder.chunk_encoder import ChunkEncoder
 from .engine import COLUMNS, Engine, first_line
 
@@ -162,10 +162,14 @@ class RemoteDatastore(RetroDatastore):
         if not self.state["complete"]:
             raise ValueError(f"the export to {self.engine.address} has not finished; run `retro export` again")
         self.header = self.engine.read_header(self.state)
-        super().__init__(Path(self.engine.address), self.header["manifest"])
+        try:
+            manifest = _read_manifest(self.header["manifest"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"the header at {self.engine.address} is damaged or was altered: {error}") from error
+        super().__init__(Path(self.engine.address), manifest)
         # `Path` would join the two slashes of the address.
         self.path = self.engine.address
-        self.num_chunks: int = self.manifest["splits"]["train"]["chunks"]["num_chunks"]
+        self.num_chunks: int = self.manifest.train.chunks.num_chunks
 
     def reopen(self) -> "RemoteDatastore":
         return RemoteDatastore(self.engine.url)
@@ -191,7 +195,7 @@ class RemoteDatastore(RetroDatastore):
 
     @cached_property
     def index(self) -> RemoteIndex:
-        dim, metric = self.manifest["encoder"]["dim"], self.header["metric"]
+        dim, metric = self.manifest.encoder.dim, self.header["metric"]
         return RemoteIndex(self.engine, self.num_chunks, dim, metric, self.state["index"])
 
     @property
@@ -214,7 +218,7 @@ class RemoteDatastore(RetroDatastore):
     def encoder_source(self) -> tuple[str, str | None]:
         if self.engine.encoder is not None:
             return self.engine.encoder, None
-        return self.manifest["encoder"]["name"], self.manifest["encoder"]["revision"]
+        return self.manifest.encoder.name, self.manifest.encoder.revision
 
     def open_encoder(
         self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
@@ -226,6 +230,13 @@ class RemoteDatastore(RetroDatastore):
                 f"the encoder of {self.path}, {self.encoder_source()[0]}, cannot be loaded here: {first_line(error)} "
                 "Add &encoder=FOLDER to the address, with a folder that holds it."
             ) from error
+
+
+def _read_manifest(values: dict[str, Any]) -> Manifest:
+    """The manifest of an export, which has no shards, and of its chunks only the totals."""
+    unsaid = {"options": {}, "sources": [], "parts": [], "shards": []}
+    splits = {TRAIN_SPLIT: {"chunks": unsaid | values["splits"][TRAIN_SPLIT]["chunks"]}}
+    return Manifest.from_dict(values | {"splits": splits})
 
 
 __all__ = ["RemoteChunks", "RemoteDatastore", "RemoteIndex", "open_engine"]

@@ -167,7 +167,7 @@ def removed_filter(datastore: RetroDatastore) -> dict[str, Callable[[np.ndarray,
     Returns:
         `dict[str, Callable]`: (rows [q], ids [q, width]) -> bool [q, width], under the reason `"removed"`.
     """
-    return {"removed": lambda _, ids: datastore.is_removed(ids)} if "removed" in datastore.manifest else {}
+    return {"removed": lambda _, ids: datastore.is_removed(ids)} if datastore.manifest.removed is not None else {}
 
 
 class NeighborSearch:

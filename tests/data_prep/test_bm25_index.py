@@ -48,11 +48,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(copy, tmp_path, dies_
     counted = dies_at(3, bm25_index, "count_terms")
     with pytest.raises(KeyboardInterrupt):
         build_bm25_index(copy, terms)
-    assert "bm25" not in read_manifest(copy) and record["shards"] > 3
+    assert read_manifest(copy).bm25 is None and record.shards > 3
     assert build_bm25_index(copy, terms) == record
-    assert len(counted) == 1 + record["shards"]  # the third one twice
+    assert len(counted) == 1 + record.shards  # the third one twice
     assert files_of(copy) == files_of(whole) and not list(copy.glob(".bm25-*"))
-    assert read_manifest(copy)["index"] == read_manifest(whole)["index"]  # both kinds in one datastore
+    assert read_manifest(copy).index == read_manifest(whole).index  # both kinds in one datastore
 
 
 def test_what_the_library_builds_of_the_same_terms_is_the_same(copy):
@@ -89,11 +89,11 @@ def test_neighbors_go_with_the_index_that_found_them(copy):
     build_bm25_index(copy)
     find_neighbors(copy, 4, "validation", "bm25", force=True)
     build_index(copy, factory="Flat", force=True)
-    splits = read_manifest(copy)["splits"]
+    splits = read_manifest(copy).splits
     assert "neighbors" not in splits["train"] and "neighbors" in splits["validation"]
     find_neighbors(copy, 4)
     build_bm25_index(copy, b=0.5, force=True)
-    splits = read_manifest(copy)["splits"]
+    splits = read_manifest(copy).splits
     assert "neighbors" in splits["train"] and "neighbors" not in splits["validation"]
     assert not (copy / "splits" / "validation" / "neighbors").exists()
 
@@ -115,7 +115,7 @@ def test_chunks_that_are_added_later_are_named_and_indexed(tmp_path, tiny_tokeni
     build_bm25_index(at_once)
     assert files_of(path) == files_of(at_once)
     chunk_documents(second, path, force=True, **options)
-    assert "bm25" not in read_manifest(path) and not (path / "bm25").exists()
+    assert read_manifest(path).bm25 is None and not (path / "bm25").exists()
 
 
 @pytest.mark.parametrize("way", ["altered", "missing"])
@@ -136,7 +136,7 @@ def test_a_damaged_index_is_found_and_made_anew(copy, way):
     assert finding.where == "bm25/indices.csc.index.npy" and "retro index --kind bm25 --force" in str(finding)
     assert repair_datastore(copy) == []
     assert files_of(copy) == before
-    assert "neighbors" in read_manifest(copy)["splits"]["train"]
+    assert read_manifest(copy).train.neighbors is not None
 
 
 def test_an_index_with_right_checksums_and_wrong_rows_is_found(copy):
@@ -163,7 +163,7 @@ def test_a_recipe_searches_by_terms_without_an_encoder(tmp_path, tiny_tokenizer)
         "search_all": True,
     }
     manifest = prepare_datastore(recipe, tmp_path / "datastore")
-    assert "index" not in manifest and manifest["bm25"]["options"]["terms"] == "words"
+    assert manifest.index is None and manifest.bm25.options["terms"] == "words"
     searched = RetroDatastore.from_pretrained(tmp_path / "datastore" / "search_all" / "validation")
     split = searched.split("validation")
     assert (split.neighbor_ids[:, 0] >= 0).all() and searched.bm25.ntotal == len(searched.chunks)
@@ -181,7 +181,7 @@ def test_a_recipe_searches_by_terms_without_an_encoder(tmp_path, tiny_tokenizer)
 def test_options_of_the_other_kind_are_refused(copy, capsys):
     main(["--datastore", str(copy), "--kind", "bm25", "--k1", "0.9"])
     assert "BM25 over 457 chunks" in capsys.readouterr().out
-    assert read_manifest(copy)["bm25"]["options"] == {"terms": "tokens", "k1": 0.9, "b": 0.75}
+    assert read_manifest(copy).bm25.options == {"terms": "tokens", "k1": 0.9, "b": 0.75}
     with pytest.raises(ValueError, match="--factory is 'Flat', but no option of --kind bm25"):
         main(["--datastore", str(copy), "--kind", "bm25", "--factory", "Flat"])
     with pytest.raises(ValueError, match="--b is 0.5, but no option of --kind faiss"):

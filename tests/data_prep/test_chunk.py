@@ -17,7 +17,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import make_texts, write_jsonl
+from conftest import edit_manifest, make_texts, write_jsonl
 from datasets import Dataset, load_from_disk
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -174,7 +174,7 @@ def test_chunks_hold_the_tokens_of_each_document_and_one_end(tmp_path, tiny_toke
     stage = chunk_documents(
         write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out", tiny_tokenizer, chunk_size=8, shard_bytes=3000
     )
-    assert len(stage["shards"]) > 2
+    assert len(stage.shards) > 2
     chunks = RetroDatastore.from_pretrained(tmp_path / "out").chunks
     input_ids, mask = chunks.take(np.arange(len(chunks)))
     for document, text in enumerate(texts):
@@ -223,10 +223,10 @@ def test_caps_keep_whole_documents(tmp_path, tiny_tokenizer):
     chunk_documents(file, tmp_path / "all", tiny_tokenizer, chunk_size=8)
     document_id = RetroDatastore.from_pretrained(tmp_path / "all").chunks.document_id
     stage = chunk_documents(file, tmp_path / "five", tiny_tokenizer, chunk_size=8, max_documents=5, shard_bytes=300)
-    assert stage["num_chunks"] == (document_id < 5).sum()
+    assert stage.num_chunks == (document_id < 5).sum()
     stage = chunk_documents(file, tmp_path / "hundred", tiny_tokenizer, chunk_size=8, max_chunks=100, shard_bytes=300)
     last = document_id[100]  # the document that goes over the cap
-    assert stage["num_chunks"] == (document_id < last).sum() > 80
+    assert stage.num_chunks == (document_id < last).sum() > 80
 
 
 @pytest.mark.parametrize("text", ["", " \n\t ", "\u2003"])
@@ -235,8 +235,8 @@ def test_a_document_without_text_is_an_error_or_skipped(tmp_path, tiny_tokenizer
     with pytest.raises(ValueError, match=r"a\.jsonl:2: no text"):
         chunk_documents(file, tmp_path / "error", tiny_tokenizer)
     stage = chunk_documents(file, tmp_path / "skip", tiny_tokenizer, on_bad_record="skip")
-    assert stage["num_documents"] == 2
-    assert stage["dropped"]["bad_records"] == 1
+    assert stage.num_documents == 2
+    assert stage.dropped["bad_records"] == 1
     quarantine = (tmp_path / "skip" / "quarantine" / "shard-00000.jsonl").read_text()
     assert '"line": 2' in quarantine and "no text" in quarantine
 
@@ -296,9 +296,9 @@ def test_append_adds_only_the_new_documents(tmp_path, tiny_tokenizer):
     )
     before = chunk_documents(first, tmp_path / "out", tiny_tokenizer, chunk_size=8)
     after = chunk_documents([first, second], tmp_path / "out", tiny_tokenizer, chunk_size=8, append=True)
-    assert after["shards"][: len(before["shards"])] == before["shards"]
+    assert after.shards[: len(before.shards)] == before.shards
     together = chunk_documents([first, second], tmp_path / "both", tiny_tokenizer, chunk_size=8)
-    assert after["shards"] == together["shards"]
+    assert after.shards == together.shards
 
 
 def test_a_datastore_and_inputs_that_were_moved_together_can_be_extended(tmp_path, tiny_tokenizer):
@@ -318,7 +318,7 @@ def test_a_datastore_and_inputs_that_were_moved_together_can_be_extended(tmp_pat
     assert chunk_documents(files, new / "out", tiny_tokenizer, chunk_size=8) == before
     files.insert(0, write_jsonl(new / "c.jsonl", texts["c"]))
     after = chunk_documents(files, new / "out", tiny_tokenizer, chunk_size=8, append=True)
-    assert after["shards"] == whole["shards"]
+    assert after.shards == whole.shards
 
 
 def test_an_unfinished_datastore_goes_on_where_it_was_moved(tmp_path, tiny_tokenizer):
@@ -335,7 +335,7 @@ def test_an_unfinished_datastore_goes_on_where_it_was_moved(tmp_path, tiny_token
     whole = chunk_documents(
         sorted(new.glob("*.jsonl")), tmp_path / "whole", tiny_tokenizer, chunk_size=8, shard_bytes=500
     )
-    assert stage["shards"] == whole["shards"]
+    assert stage.shards == whole.shards
 
 
 def test_command_prints_one_line_of_counts(tmp_path, tiny_tokenizer, capsys):
@@ -373,8 +373,7 @@ def test_the_manifest_says_whether_control_tokens_are_allowed_and_another_choice
     file = write_jsonl(tmp_path / "poisoned.jsonl", [CONTROL, *make_texts(3)])
     path = tmp_path / "datastore"
     chunk_documents(file, path, tiny_tokenizer, chunk_size=8)
-    manifest = json.loads((path / "datastore.json").read_text())
-    assert manifest["allow_control_tokens"] is False
+    assert json.loads((path / "datastore.json").read_text())["allow_control_tokens"] is False
     chunks = RetroDatastore.from_pretrained(path).chunks
     tokens, mask = chunks.take(np.arange(len(chunks)))
     # Each document ends once, at its end.
@@ -382,8 +381,7 @@ def test_the_manifest_says_whether_control_tokens_are_allowed_and_another_choice
     with pytest.raises(ValueError, match="allow_control_tokens=False, not True"):
         chunk_documents(file, path, tiny_tokenizer, chunk_size=8, allow_control_tokens=True)
     # Datastores of before the choice were made with control tokens.
-    del manifest["allow_control_tokens"]
-    (path / "datastore.json").write_text(json.dumps(manifest))
+    edit_manifest(path, lambda manifest: manifest.pop("allow_control_tokens"))
     with pytest.raises(ValueError, match="allow_control_tokens=True, not False"):
         chunk_documents(file, path, tiny_tokenizer, chunk_size=8)
     chunk_documents(file, path, tiny_tokenizer, chunk_size=8, allow_control_tokens=True)

@@ -79,9 +79,9 @@ def test_near_duplicates_of_held_out_documents_leave_the_training_side(tmp_path,
     expected = before.take(np.flatnonzero(~np.isin(document_id, [10, 26])))[0]
     report = deduplicate_documents(datastore)
     after = RetroDatastore.from_pretrained(datastore)
-    assert report["documents"] == 2 and report["chunks"] == len(document_id) - len(after.chunks)
+    assert report.documents == 2 and report.chunks == len(document_id) - len(after.chunks)
     np.testing.assert_array_equal(after.chunks.take(np.arange(len(after.chunks)))[0], expected)
-    assert after.manifest["splits"]["train"]["chunks"]["num_documents"] == len(training) - 2
+    assert after.manifest.train.chunks.num_documents == len(training) - 2
     lines = [json.loads(line) for line in (datastore / "duplicates.jsonl").read_text().splitlines()]
     assert [(line["document_id"], line["split"], line["of"]) for line in lines] == [
         (10, "validation", 0),
@@ -138,7 +138,7 @@ def test_a_shard_without_chunks_goes_through_all_stages(tmp_path, tiny_tokenizer
     """`max_chunks` ends at a document that does not fit, which may be the first of its shard."""
     file = write_jsonl(tmp_path / "a.jsonl", ["one", "two", "three " * 99])
     stage = chunk_documents(file, tmp_path / "out", tiny_tokenizer, chunk_size=8, max_chunks=9, shard_bytes=1)
-    assert [shard["rows"] for shard in stage["shards"]] == [1, 1, 0]
+    assert [shard.rows for shard in stage.shards] == [1, 1, 0]
     chunk_documents(file, tmp_path / "out", tiny_tokenizer, chunk_size=8, split="validation", max_documents=1)
     assert deduplicate_documents(tmp_path / "out")["documents"] == 1
     for split in ("train", "validation"):

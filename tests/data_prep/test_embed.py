@@ -13,7 +13,6 @@
 # limitations under the License.
 """Embedding a datastore: its shards, its encoder, what it refuses."""
 
-import json
 import shutil
 import subprocess
 
@@ -28,6 +27,7 @@ from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from modeling_retro.datastore.checksums import checksum
 from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.manifest import read_manifest
 from modeling_retro.encoder.chunk_encoder import ChunkEncoder
 
 
@@ -124,11 +124,11 @@ def test_an_encoder_of_another_width_is_refused(chunked, tiny_encoder_dir, tmp_p
         embed_chunks(chunked, tmp_path / "narrow")
     file = chunked / "embeddings" / "shard-00000.npy"
     np.save(file, np.load(file)[:, :8])
-    manifest = json.loads((chunked / "datastore.json").read_text())
     with pytest.raises(ValueError, match="shard-00000.npy was altered"):
         build_index(chunked)
-    manifest["splits"]["train"]["embeddings"]["shards"][0]["sha256"] = checksum(file)
-    (chunked / "datastore.json").write_text(json.dumps(manifest))
+    manifest = read_manifest(chunked)
+    manifest.train.embedding_shards[0].sha256 = checksum(file)
+    manifest.write(chunked)
     with pytest.raises(ValueError, match=r"shape \[\d+, 8\], the manifest says \[\d+, 16\]"):
         build_index(chunked)
 

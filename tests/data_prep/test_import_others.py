@@ -50,7 +50,7 @@ def original(tmp_path_factory, tiny_tokenizer, tiny_encoder_dir):
 def norlund(original, tmp_path):
     """The files of `index.spec.json` and `data.spec.json`, padded with 0 (the end of the tiny tokenizer is 0 too)."""
     entries = []
-    for number, record in enumerate(original.manifest["splits"]["train"]["chunks"]["shards"]):
+    for number, record in enumerate(original.manifest.train.chunk_shards):
         columns = original.chunks.shard(number)
         rows = slice(int(original.chunks.offsets[number]), int(original.chunks.offsets[number + 1]))
         documents = columns["document_id"] - columns["document_id"][0]
@@ -58,7 +58,7 @@ def norlund(original, tmp_path):
             "chunks": columns["input_ids"].astype(np.uint16),
             "chunk2seq": documents.astype(np.int32),
             "seq2chunk": np.flatnonzero(np.diff(documents, prepend=-1)).astype(np.int64),
-            "embeddings": np.load(original.path / "embeddings" / f"{record['name']}.npy"),
+            "embeddings": np.load(original.path / "embeddings" / f"{record.name}.npy"),
             "neighbours": original.neighbor_ids[rows],
         }
         for name, array in arrays.items():
@@ -99,8 +99,8 @@ def test_norlund_shards_bring_chunks_embeddings_and_neighbors(norlund, original,
     imported = RetroDatastore.from_pretrained(imported_dir)
     assert_same_chunks(imported, original)
     np.testing.assert_array_equal(imported.neighbor_ids, original.neighbor_ids)
-    for record in imported.manifest["splits"]["train"]["embeddings"]["shards"]:
-        name = f"embeddings/{record['name']}.npy"
+    for record in imported.manifest.train.embedding_shards:
+        name = f"embeddings/{record.name}.npy"
         np.testing.assert_array_equal(np.load(imported.path / name), np.load(original.path / name))
     build_index(imported_dir)
     find_neighbors(imported_dir, num_neighbors=3, force=True)

@@ -14,29 +14,30 @@
 """Every kind of index finds what exact search finds, as often as it says."""
 
 import importlib
-import json
 import shutil
 import sys
 
 import faiss
 import numpy as np
 import pytest
+from conftest import edit_manifest
 
 from data_prep.index import build_index, recall_at, suggest_factory, tune
 from data_prep.neighbors import find_neighbors
 from data_prep.stage_files import run_shards
 from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.manifest import read_manifest
 
 
 @pytest.fixture
 def embedded(tiny_datastore_dir, tmp_path):
     """The tiny datastore before its index was built."""
     path = shutil.copytree(tiny_datastore_dir, tmp_path / "datastore")
-    manifest = json.loads((path / "datastore.json").read_text())
-    del manifest["index"]
-    for split in manifest["splits"].values():
-        del split["neighbors"]
-    (path / "datastore.json").write_text(json.dumps(manifest))
+    manifest = read_manifest(path)
+    manifest.index = None
+    for split in manifest.splits.values():
+        split.neighbors = None
+    manifest.write(path)
     (path / "index.faiss").unlink()
     return path
 
@@ -65,14 +66,14 @@ def test_recall_in_the_manifest_is_the_recall_of_the_index(embedded, factory):
     datastore = RetroDatastore.from_pretrained(embedded)
     keys = embeddings_of(embedded)
     queries = embeddings_of(embedded / "splits" / "validation")
-    assert datastore.index.ntotal == len(keys) == record["ntotal"]
+    assert datastore.index.ntotal == len(keys) == record.ntotal
     scores = queries @ keys.T
     tenth = np.sort(scores, axis=1)[:, -10]
     found = datastore.index.search(queries, 10)[1]
     hits = np.mean([(row[ids] >= last - 1e-5).sum() / 10 for row, ids, last in zip(scores, found, tenth, strict=True)])
     # Recall is measured on 11 results; what is refined depends a little on their number.
-    assert record["recall"]["recall@10"] == pytest.approx(hits, abs=0.01 if "PQ8x4fs" in factory else 0.002)
-    assert record["recall"]["source"] == "validation" and record["recall"]["queries"] == len(queries)
+    assert record.recall["recall@10"] == pytest.approx(hits, abs=0.01 if "PQ8x4fs" in factory else 0.002)
+    assert record.recall["source"] == "validation" and record.recall["queries"] == len(queries)
     if not any(codec in factory for codec in ("PQ", "PCA")):
         assert hits >= 0.9
 
@@ -94,11 +95,9 @@ def test_of_equally_near_neighbors_any_will_do():
 
 
 def test_without_held_out_queries_training_chunks_search_without_themselves(embedded):
-    manifest = json.loads((embedded / "datastore.json").read_text())
-    del manifest["splits"]["validation"]
-    (embedded / "datastore.json").write_text(json.dumps(manifest))
+    edit_manifest(embedded, lambda manifest: manifest["splits"].pop("validation"))
     record = build_index(embedded, factory="Flat", recall_queries=50)
-    assert record["recall"] == {
+    assert record.recall == {
         "recall@1": 1.0,
         "recall@10": 1.0,
         "queries": 50,
@@ -110,8 +109,8 @@ def test_nprobe_grows_with_the_target(embedded):
     recalls = []
     for target in (0.3, 0.7, 1.0):
         record = build_index(embedded, factory="IVF32,Flat", target_recall=target, force=True)
-        assert record["recall"]["recall@10"] >= target
-        recalls.append(record["search_parameters"]["nprobe"])
+        assert record.recall["recall@10"] >= target
+        recalls.append(record.search_parameters["nprobe"])
     assert recalls[0] < recalls[1] < recalls[2]
     index = RetroDatastore.from_pretrained(embedded).index
     assert faiss.extract_index_ivf(index).nprobe == recalls[-1]
@@ -143,21 +142,20 @@ def test_an_index_over_its_memory_limit_is_merged_on_disk_and_can_be_moved(embed
 @pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "HNSW8", "IVF8,PQ8x4fsr,Refine(SQfp16)"])
 @pytest.mark.parametrize("memory", [None, 1e-6])
 def test_shards_that_are_added_later_are_added_to_the_index(embedded, factory, memory):
-    whole = json.loads((embedded / "datastore.json").read_text())
-    partial = json.loads((embedded / "datastore.json").read_text())
-    for stage in ("chunks", "embeddings"):
-        partial["splits"]["train"][stage]["shards"] = partial["splits"]["train"][stage]["shards"][:2]
-    (embedded / "datastore.json").write_text(json.dumps(partial))
+    whole, partial = read_manifest(embedded), read_manifest(embedded)
+    for stage in (partial.train.chunks, partial.train.embeddings):
+        stage.shards = stage.shards[:2]
+    partial.write(embedded)
     options = {"factory": factory, "target_recall": 0.99, "max_index_memory": memory}
     before = build_index(embedded, **options)
-    whole["index"] = json.loads((embedded / "datastore.json").read_text())["index"]
-    (embedded / "datastore.json").write_text(json.dumps(whole))
+    whole.index = read_manifest(embedded).index
+    whole.write(embedded)
     with pytest.raises(ValueError, match="lacks chunks that were added later"):
         RetroDatastore.from_pretrained(embedded).index
     after = build_index(embedded, **options)
-    rows = [shard["rows"] for shard in whole["splits"]["train"]["chunks"]["shards"]]
-    assert (before["ntotal"], after["ntotal"]) == (sum(rows[:2]), sum(rows))
-    assert after["recall"]["recall@10"] >= 0.99
+    rows = [shard.rows for shard in whole.train.chunk_shards]
+    assert (before.ntotal, after.ntotal) == (sum(rows[:2]), sum(rows))
+    assert after.recall["recall@10"] >= 0.99
 
 
 def test_a_finished_index_is_left_alone(embedded):

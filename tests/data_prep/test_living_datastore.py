@@ -79,7 +79,7 @@ def test_added_documents_are_found(datastore_dir, tmp_path):
     texts = make_texts(5, seed=31)
     manifest = add_documents(datastore_dir, write_jsonl(tmp_path / "more.jsonl", texts))
     after = RetroDatastore.from_pretrained(datastore_dir)
-    assert manifest["version"] == 1 and manifest == after.manifest
+    assert manifest.version == 1 and manifest == after.manifest
     documents = after.chunks.document_id
     new = documents[len(before.chunks) :]
     assert np.unique(new).tolist() == list(range(before.chunks.document_id[-1] + 1, new[-1] + 1))
@@ -104,8 +104,8 @@ def test_removed_documents_are_never_returned(datastore_dir):
     assert set(remove) <= found_documents(datastore_dir, k=457)
     assert np.isin(opened.chunks.document_id[opened.neighbor_ids], remove).any()
     manifest = remove_documents(datastore_dir, remove)
-    assert manifest["removed"]["documents"] == len(remove)
-    assert manifest["removed"]["chunks"] == np.isin(opened.chunks.document_id, remove).sum()
+    assert manifest.removed.documents == len(remove)
+    assert manifest.removed.chunks == np.isin(opened.chunks.document_id, remove).sum()
     assert not set(remove) & found_documents(datastore_dir, k=457)
     after = RetroDatastore.from_pretrained(datastore_dir)
     for split in ("train", "validation"):
@@ -121,7 +121,7 @@ def test_compacting_keeps_what_is_found(datastore_dir, encoder):
     living = np.flatnonzero(~before.is_removed(np.arange(len(before.chunks))))
     manifest = compact_datastore(datastore_dir)
     after = RetroDatastore.from_pretrained(datastore_dir)
-    assert "removed" not in manifest and manifest["compacted"]["documents"] == 6
+    assert manifest.removed is None and manifest.compacted.documents == 6
     assert (after.chunks.document_id == before.chunks.document_id[living]).all()
     assert (after.chunks.take(np.arange(len(living)))[0] == before.chunks.take(living)[0]).all()
     assert after.index.ntotal == len(living)
@@ -190,15 +190,15 @@ def living_texts(datastore_dir):
 def test_update_takes_what_changed_and_leaves_the_rest(articles_dir, tmp_path):
     before = living_texts(articles_dir)
     manifest = update_documents(articles_dir, articles(tmp_path))
-    assert manifest.get("version", 0) == 0 and not (articles_dir / ".next").exists()  # nothing is new
-    shards = RetroDatastore.from_pretrained(articles_dir).manifest["splits"]["train"]["chunks"]["shards"]
+    assert manifest.version == 0 and not (articles_dir / ".next").exists()  # nothing is new
+    shards = RetroDatastore.from_pretrained(articles_dir).manifest.train.chunk_shards
     update_documents(articles_dir, articles(tmp_path, {"a3": "retro looks up", "a12": "a datastore"}))
     after = living_texts(articles_dir)
     assert {number for number in before if number not in after} == {3}
     assert {number: after[number] for number in before if number != 3} == {n: t for n, t in before.items() if n != 3}
     assert sorted(text for number, text in after.items() if number not in before) == ["a datastore", "retro looks up"]
     datastore = RetroDatastore.from_pretrained(articles_dir)
-    new = datastore.manifest["splits"]["train"]["chunks"]["shards"][len(shards) :]
+    new = datastore.manifest.train.chunk_shards[len(shards) :]
     assert [(shard["documents"], shard["dropped"]["filtered"]) for shard in new] == [(2, 11)]
     # Of two with one id in the same input, the last one counts.
     twice = write_records(tmp_path / "twice.jsonl", [{"name": "a5", "text": t} for t in ("things", "things in a")])
@@ -224,10 +224,10 @@ def test_damaged_shards_are_restored_after_changes(articles_dir, tmp_path):
     compact_datastore(articles_dir)
     changed = articles(tmp_path, {"a4": "retro"}).rename(tmp_path / "changed.jsonl")
     update_documents(articles_dir, changed)
-    shards = RetroDatastore.from_pretrained(articles_dir).manifest["splits"]["train"]["chunks"]["shards"]
-    assert [shard["name"] for shard in shards] == ["shard-00000-v2", "shard-00001-v3"]
+    shards = RetroDatastore.from_pretrained(articles_dir).manifest.train.chunk_shards
+    assert [shard.name for shard in shards] == ["shard-00000-v2", "shard-00001-v3"]
     for shard in shards:
-        shutil.rmtree(articles_dir / "chunks" / shard["name"])
+        shutil.rmtree(articles_dir / "chunks" / shard.name)
     assert {finding.stage for finding in verify_datastore(articles_dir)} == {"chunks"}
     assert repair_datastore(articles_dir, [articles(tmp_path), changed]) == []
 
@@ -248,7 +248,7 @@ def test_added_documents_that_equal_held_out_ones_are_left_out(tmp_path, tiny_to
 def test_stale_neighbors_are_marked_until_they_are_refreshed(datastore_dir, tmp_path):
     def stale():
         manifest = RetroDatastore.from_pretrained(datastore_dir).manifest
-        shards = [shard for record in manifest["splits"].values() for shard in record["neighbors"]["shards"]]
+        shards = [shard for record in manifest.splits.values() for shard in record.neighbor_shards]
         return sum(is_stale(shard, manifest) for shard in shards), len(shards)
 
     assert stale() == (0, 5)
@@ -303,7 +303,7 @@ def test_what_cannot_be_changed_is_named(datastore_dir, tmp_path, tiny_tokenizer
         with pytest.raises(ValueError, match=message):
             function(datastore_dir, argument)
     datastore = RetroDatastore.from_pretrained(datastore_dir)
-    assert "version" not in datastore.manifest and found_documents(datastore_dir) == before
+    assert datastore.manifest.version == 0 and found_documents(datastore_dir) == before
     manifest = remove_documents(datastore_dir, [3])
     assert remove_documents(datastore_dir, [3]) == manifest  # once is enough
     opened = RetroDatastore.from_pretrained(datastore_dir)
@@ -321,7 +321,7 @@ def test_what_cannot_be_changed_is_named(datastore_dir, tmp_path, tiny_tokenizer
 )
 def test_the_list_of_removed_documents_cannot_be_altered(datastore_dir):
     manifest = remove_documents(datastore_dir, [3, 4])
-    file = datastore_dir / manifest["removed"]["name"]
+    file = datastore_dir / manifest.removed.name
     np.save(file, np.zeros(0, dtype=np.int64))
     with pytest.raises(ValueError, match="was altered"):
         found_documents(datastore_dir)
@@ -388,7 +388,7 @@ def test_brute_force_agrees_after_changes(tmp_path, tiny_tokenizer, tiny_encoder
                 same = (living[document][0] == neighbor[:TINY_CHUNK_SIZE]).all(axis=1)
                 assert np.abs(scores[document][query][same] - score).min() < 1e-3 * max(1, abs(score))
     datastore = RetroDatastore.from_pretrained(folder)
-    removed = datastore.manifest.get("removed", {"documents": 0})["documents"]
+    removed = datastore.manifest.removed.documents if datastore.manifest.removed is not None else 0
     assert len(np.unique(datastore.chunks.document_id)) - removed == len(living)
     assert verify_datastore(folder) == []
 
@@ -404,10 +404,10 @@ def check_whole(path, states):
     """Whoever opens the datastore now finds one of the versions, whole; returns its number."""
     datastore = RetroDatastore.from_pretrained(path)
     datastore.verify()
-    assert chunk_texts(datastore) == states[datastore.manifest.get("version", 0)]
+    assert chunk_texts(datastore) == states[datastore.manifest.version]
     assert datastore.index.ntotal == len(datastore.chunks) == len(datastore.neighbor_ids)
     assert not datastore.is_removed(datastore.neighbor_ids).any()
-    return datastore.manifest.get("version", 0)
+    return datastore.manifest.version
 
 
 def in_child(function, *args, seconds=600):

@@ -51,8 +51,8 @@ def test_near_duplicates_are_dropped_and_counted(datastore_dir):
     stage = find_neighbors(datastore_dir, num_neighbors=4, drop_near_duplicates=0.6, force=True)
     datastore = RetroDatastore.from_pretrained(datastore_dir)
     after, documents = datastore.neighbor_ids, datastore.chunks.document_id
-    assert stage["counts"]["near_duplicates"] > 0 and stage["counts"]["own_document"] > 0
-    assert datastore.manifest["splits"]["train"]["neighbors"]["counts"] == stage["counts"]
+    assert stage.counts["near_duplicates"] > 0 and stage.counts["own_document"] > 0
+    assert datastore.manifest.train.neighbors.counts == stage.counts
     assert (after != before).any()
     for chunk in range(0, len(after), 11):
         query, mask = datastore.chunks.take(chunk)

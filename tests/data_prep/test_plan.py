@@ -24,7 +24,7 @@ from modeling_retro.datastore.datastore import RetroDatastore
 
 def test_planned_sizes_are_those_of_a_datastore(tiny_datastore_dir):
     datastore = RetroDatastore.from_pretrained(tiny_datastore_dir)
-    train = datastore.manifest["splits"]["train"]["chunks"]
+    train = datastore.manifest.train.chunks
     tokens, documents = train["num_tokens"], train["num_documents"]
     plan = plan_datastore(tokens, chunk_size=8, dim=16, vocab_size=300, tokens_per_document=tokens // documents)
     assert plan["chunks"] == pytest.approx(train["num_chunks"], rel=0.02)
@@ -36,7 +36,7 @@ def test_planned_sizes_are_those_of_a_datastore(tiny_datastore_dir):
     }
     for name, size in sizes.items():
         assert size == pytest.approx(plan[f"{name}_bytes"], rel=0.03, abs=5000)  # headers of small files
-    assert plan["factory"] == datastore.manifest["index"]["factory"]
+    assert plan["factory"] == datastore.manifest.index.factory
 
 
 @pytest.mark.parametrize(

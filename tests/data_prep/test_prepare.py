@@ -62,14 +62,14 @@ def test_massive_open_text_runs_on_a_miniature(tmp_path, tiny_recipe):
         write_jsonl(tmp_path / "realnews" / name, make_texts(5, seed=seed))
     recipe = tiny_recipe(read_recipe("massive_open_text"), index={"factory": "IVF4,PQ4x4"}, embed={"dtype": "float32"})
     manifest = prepare_datastore(recipe, tmp_path / "out", data_dir=tmp_path)
-    train, validation = manifest["splits"]["train"]["chunks"], manifest["splits"]["validation"]["chunks"]
-    assert train["num_documents"] == 3 * 8 + 5 and train["dropped"]["filtered"] == 6
-    assert validation["num_documents"] == 8 + 5 and validation["dropped"]["filtered"] == 2
-    assert "neighbors" in manifest["splits"]["train"] and "neighbors" not in manifest["splits"]["validation"]
+    train, validation = manifest.train.chunks, manifest.splits["validation"].chunks
+    assert train.num_documents == 3 * 8 + 5 and train.dropped["filtered"] == 6
+    assert validation.num_documents == 8 + 5 and validation.dropped["filtered"] == 2
+    assert manifest.train.neighbors is not None and manifest.splits["validation"].neighbors is None
 
     searched = RetroDatastore.from_pretrained(tmp_path / "out" / "search_all" / "validation")
     base = RetroDatastore.from_pretrained(tmp_path / "out")
-    assert len(searched.chunks) == train["num_chunks"] + validation["num_chunks"] == searched.index.ntotal
+    assert len(searched.chunks) == train.num_chunks + validation.num_chunks == searched.index.ntotal
     ids = np.arange(len(base.chunks))
     np.testing.assert_array_equal(searched.chunks.take(ids)[0], base.chunks.take(ids)[0])
     split = searched.split("validation")
@@ -94,10 +94,10 @@ def test_recipes_of_the_package_run(tmp_path, tiny_recipe, name):
             write_jsonl(file, make_texts(8, seed=len(split)))
     manifest = prepare_datastore(recipe, tmp_path / "out", data_dir=tmp_path)
     for split in recipe["splits"]:
-        record = manifest["splits"][split]
+        record = manifest.splits[split]
         neighbors = RetroDatastore.from_pretrained(tmp_path / "out").split(split).neighbor_ids
-        assert len(neighbors) == record["chunks"]["num_chunks"] > 0
-    assert manifest["index"]["factory"] == "Flat" and manifest["index"]["recall"]["recall@10"] == 1
+        assert len(neighbors) == record.chunks.num_chunks > 0
+    assert manifest.index.factory == "Flat" and manifest.index.recall["recall@10"] == 1
 
 
 def tree(path):

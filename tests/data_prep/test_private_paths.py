@@ -18,7 +18,7 @@ import os
 import shutil
 
 import pytest
-from conftest import make_texts, write_jsonl
+from conftest import edit_manifest, make_texts, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
 from data_prep.chunk import chunk_documents
@@ -87,10 +87,9 @@ def test_datastores_of_before_whose_manifests_hold_paths_go_on(tmp_path, tiny_to
     path = tmp_path / "datastore"
     chunk_documents(file, path, tiny_tokenizer, chunk_size=8)
     manifest = json.loads((path / "datastore.json").read_text())
-    manifest["splits"]["train"]["chunks"]["sources"][0]["path"] = str(file)
-    (path / "datastore.json").write_text(json.dumps(manifest))
+    edit_manifest(path, lambda manifest: manifest["splits"]["train"]["chunks"]["sources"][0].update(path=str(file)))
     stage = chunk_documents(file, path, tiny_tokenizer, chunk_size=8)
-    assert stage["shards"] == manifest["splits"]["train"]["chunks"]["shards"]
+    assert [shard.to_dict() for shard in stage.shards] == manifest["splits"]["train"]["chunks"]["shards"]
 
 
 def test_names_begin_with_what_was_named(tmp_path, monkeypatch):

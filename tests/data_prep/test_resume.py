@@ -116,7 +116,7 @@ def all_but_the_graph(path: Path) -> tuple[dict[str, bytes], dict[str, float]]:
     datastore.verify()
     assert datastore.index.ntotal == len(datastore.chunks)
     files = {name: content for name, content in tree(path).items() if "chunks/" in name or "embeddings/" in name}
-    return files, datastore.manifest["index"]["recall"]
+    return files, datastore.manifest.index.recall
 
 
 @pytest.mark.slow

@@ -36,7 +36,8 @@ from data_prep.stage_files import save_shard
 from data_prep.upkeep.verify import repair_datastore, verify, verify_datastore
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointForCausalLM
 from modeling_retro.datastore.checksums import checksum
-from modeling_retro.datastore.chunks import chunks_fingerprint, read_columns
+from modeling_retro.datastore.chunks import read_columns
+from modeling_retro.datastore.manifest import ChunkShard, Manifest, chunks_fingerprint, read_manifest
 
 
 @pytest.fixture
@@ -124,11 +125,11 @@ def rewrite(datastore, stage, split, change):
     save_shard(folder, columns, features)
     shard["sha256"] = checksum(folder)
     if stage == "chunks":
-        record["fingerprint"] = chunks_fingerprint(record["shards"])
+        record["fingerprint"] = chunks_fingerprint([ChunkShard.from_dict(shard) for shard in record["shards"]])
         for other in ("embeddings", "neighbors"):
             manifest["splits"][split][other]["shards"][0]["chunks_sha256"] = shard["sha256"]
         manifest["index"]["fingerprint"] = manifest["splits"]["train"]["chunks"]["fingerprint"]
-    (datastore / "datastore.json").write_text(json.dumps(manifest))
+    Manifest.from_dict(manifest).seal().write(datastore)
 
 
 def at(name, place, value):
@@ -177,12 +178,12 @@ def test_embeddings_and_index_behind_right_checksums(datastore):
     file = datastore / "embeddings" / "shard-00000.npy"
     vectors = np.load(file)
     vectors[0, 0] = np.inf
-    manifest = json.loads((datastore / "datastore.json").read_text())
+    manifest = read_manifest(datastore)
 
     def found(array):
         np.save(file, array)
-        manifest["splits"]["train"]["embeddings"]["shards"][0]["sha256"] = checksum(file)
-        (datastore / "datastore.json").write_text(json.dumps(manifest))
+        manifest.train.embedding_shards[0].sha256 = checksum(file)
+        manifest.write(datastore)
         return " ".join(map(str, verify_datastore(datastore)))
 
     assert "holds values that are not finite" in found(vectors)
@@ -261,7 +262,7 @@ def test_shards_of_filtered_capped_and_deduplicated_splits_are_made_anew(tmp_pat
     filtered = {"filter": "good == true", "id_column": "id", **options}
     chunk_documents(tmp_path / "train.jsonl", path, tiny_tokenizer, **filtered)
     chunk_documents(tmp_path / "validation.jsonl", path, tiny_tokenizer, split="validation", max_chunks=20, **options)
-    assert deduplicate_documents(path, ngram=4)["documents"] >= 1
+    assert deduplicate_documents(path, ngram=4).documents >= 1
     assert verify_datastore(path) == []
     before = the_files(path)
     for shard in path.rglob("*.arrow"):
@@ -437,8 +438,8 @@ def test_neighbors_and_index_can_be_made_from_python_alone(tmp_path, tiny_tokeni
     build_index(path, factory="Flat")
     assert verify(path) == []
     find_neighbors(path, num_neighbors=2)
-    manifest = json.loads((path / "datastore.json").read_text())
-    manifest["splits"]["train"]["neighbors"]["shards"].pop()
-    (path / "datastore.json").write_text(json.dumps(manifest))
+    manifest = read_manifest(path)
+    manifest.train.neighbor_shards.pop()
+    manifest.write(path)
     assert "is not made yet" in str(verify(path)[0])
     assert repair_datastore(path) == []

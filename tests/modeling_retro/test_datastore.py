@@ -13,14 +13,13 @@
 # limitations under the License.
 """The datastore, read: its chunks and its index, and what does not fit together is refused by name."""
 
-import json
 import pickle
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_CHUNK_SIZE, make_texts
+from conftest import TINY_CHUNK_SIZE, edit_manifest, make_texts
 from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from modeling_retro.datastore.datastore import RetroDatastore
@@ -31,12 +30,6 @@ from modeling_retro.retriever.retriever import RetroRetriever
 @pytest.fixture
 def datastore_copy(tiny_datastore_dir, tmp_path):
     return shutil.copytree(tiny_datastore_dir, tmp_path / "datastore")
-
-
-def edit_manifest(path, edit):
-    manifest = json.loads((path / "datastore.json").read_text())
-    edit(manifest)
-    (path / "datastore.json").write_text(json.dumps(manifest))
 
 
 def test_take_gathers_rows_of_any_shape_and_masks_absent_ones(datastore):

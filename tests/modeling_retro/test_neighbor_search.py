@@ -13,7 +13,6 @@
 # limitations under the License.
 """BM25, rank fusion and reranking against slow formulas, and what finds no neighbor."""
 
-import json
 import math
 import pickle
 import re
@@ -22,7 +21,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_CHUNK_SIZE, write_jsonl
+from conftest import TINY_CHUNK_SIZE, edit_manifest, write_jsonl
 
 from data_prep.bm25_index import build_bm25_index
 from data_prep.chunk import chunk_documents
@@ -194,7 +193,7 @@ def test_neighbors_are_of_other_documents_and_the_same_in_a_batch_and_alone(data
 def test_stored_neighbors_are_those_that_the_retriever_finds(copy, retriever):
     for split in ("train", "validation"):
         stage = find_neighbors(copy, 4, split, retriever, force=True)
-        assert stage["options"]["retriever"] == retriever
+        assert stage.options["retriever"] == retriever
     datastore = RetroDatastore.from_pretrained(copy)
     assert datastore.retriever == retriever
     opened = RetroRetriever(datastore, device="cpu")
@@ -229,21 +228,14 @@ def test_what_has_no_known_term_has_no_neighbor(tmp_path, tiny_tokenizer):
     assert not found.neighbor_attention_mask.any()
     find_neighbors(path, 2, "validation", "bm25")
     split = RetroDatastore.from_pretrained(path).split("validation")
-    assert split.neighbor_ids.tolist() == [[-1, -1], [0, -1]] and split.record["neighbors"]["counts"]["short"] == 2
+    assert split.neighbor_ids.tolist() == [[-1, -1], [0, -1]] and split.record.neighbors.counts["short"] == 2
     unknown = np.array([[len(tiny_tokenizer) - 1] * 8])
     queries = datastore.bm25.queries(unknown, unknown >= 0, tiny_tokenizer)
     assert datastore.bm25.search(queries, 2)[1].tolist() == [[-1, -1]]
 
 
-def alter(copy, change):
-    file = copy / "datastore.json"
-    manifest = json.loads(file.read_text())
-    change(manifest)
-    file.write_text(json.dumps(manifest))
-
-
 def test_an_index_of_other_chunks_is_refused(copy):
-    alter(copy, lambda manifest: manifest["bm25"].update(fingerprint="0" * 64))
+    edit_manifest(copy, lambda manifest: manifest["bm25"].update(fingerprint="0" * 64))
     with pytest.raises(ValueError, match="BM25 index of .* belongs to other chunks .* --kind bm25 --force"):
         _ = RetroDatastore.from_pretrained(copy).bm25
     with pytest.raises(ValueError, match="belongs to other chunks"):

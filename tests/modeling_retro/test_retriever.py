@@ -181,7 +181,7 @@ def test_one_document_that_fills_the_index_leaves_nothing_to_find(tmp_path, tiny
     assert (np.sort(own[:, :others], axis=1) == np.flatnonzero(documents > 0)).all()
     assert (own[:, others:] == -1).all() and (datastore.neighbor_scores[documents == 0][:, others:] == 0).all()
     assert not datastore.take_neighbors(own[:, others:])[1].any()
-    counts = datastore.manifest["splits"]["train"]["neighbors"]["counts"]
+    counts = datastore.manifest.train.neighbors.counts
     assert counts["short"] == (documents == 0).sum() and counts["own_document"] > 0 and counts["refetched"] > 0
 
 

@@ -53,7 +53,7 @@ def test_a_server_takes_each_version_of_its_datastore(tiny_datastore_dir, tmp_pa
         assert found() == expected()
         compact_datastore(path)
         assert found() == expected()
-        assert served.retriever.datastore.manifest["version"] == 3
+        assert served.retriever.datastore.manifest.version == 3
         # One that cannot be read is not taken.
         manifest = (path / "datastore.json").read_text()
         last = found()

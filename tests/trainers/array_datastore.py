@@ -13,7 +13,11 @@
 # limitations under the License.
 """Datastores of a few small arrays, with the read interface of `RetroDatastore`, for tests that need exact numbers."""
 
+from types import SimpleNamespace
+
 import numpy as np
+
+from modeling_retro.datastore.manifest import SplitRecord
 
 
 class ArrayChunks:
@@ -49,7 +53,7 @@ class ArraySource:
     def __init__(self, documents, chunk_size, neighbor_ids, num_bytes=None):
         self.chunks = ArrayChunks(documents, chunk_size, num_bytes)
         self.neighbor_ids = np.array(neighbor_ids)
-        self.record = {"neighbors": {"options": {}}}
+        self.record = SplitRecord()
 
 
 class ArrayTokenizer:
@@ -64,7 +68,7 @@ class ArrayDatastore(ArraySource):
         super().__init__(documents, chunk_size, neighbor_ids)
         self.chunk_size = chunk_size
         self.continuation_chunks = 1
-        self.manifest = {"tokenizer": {"sha256": "of an array"}}
+        self.manifest = SimpleNamespace(tokenizer=SimpleNamespace(sha256="of an array"))
         self.neighbor_length = 2 * chunk_size
         self.tokenizer = ArrayTokenizer(bos_token_id)
 

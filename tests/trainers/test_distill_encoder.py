@@ -104,7 +104,7 @@ def test_datastore_keeps_its_static_encoder(tiny_datastore_dir, static_dir, tmp_
     embed_chunks(datastore, split="validation", force=True)
     find_neighbors(datastore, num_neighbors=2, split="validation")
     opened = RetroDatastore.from_pretrained(datastore)
-    assert opened.manifest["encoder"]["dim"] == opened.index.d == 12
+    assert opened.manifest.encoder.dim == opened.index.d == 12
     retriever = RetroRetriever(opened)
     split = opened.split("validation")
     whole = split.chunks.length == opened.chunk_size

@@ -24,6 +24,7 @@ from tiny_models import SIZES, tiny_llama
 from transformers import LlamaForCausalLM
 
 from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroJointForCausalLM
+from modeling_retro.datastore.manifest import read_manifest
 from modeling_retro.sharing.model_card import evaluation_tables
 from trainers.cli import main
 from trainers.evaluation import knn_lm
@@ -180,8 +181,8 @@ def test_keys_of_another_base_or_datastore_are_refused(models, datastore, tmp_pa
     with pytest.raises(ValueError, match="window_chunks 4, expected 3"):
         build_knn_store(models["joint"], datastore, tmp_path / "keys", window_chunks=3, show_progress=False)
     copy = shutil.copytree(datastore.path, tmp_path / "copy")
-    manifest = json.loads((copy / "datastore.json").read_text())
-    manifest["splits"]["train"]["chunks"]["shards"][0]["sha256"] = "0" * 64
+    manifest = read_manifest(copy)
+    manifest.train.chunk_shards[0].sha256 = "0" * 64
     other = RetroDatastore(copy, manifest)
     with pytest.raises(ValueError, match="datastore_fingerprint .*, expected"):
         build_knn_store(models["joint"], other, tmp_path / "keys", **options)

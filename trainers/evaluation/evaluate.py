@@ -165,7 +165,7 @@ def _retrieved(
 def _drawn(datastore: RetroDatastore, num_chunks: int, num_neighbors: int, seed: int) -> np.ndarray:
     """Random chunks of the datastore in place of neighbors, int64 `[chunks, k]`."""
     drawn = np.random.default_rng(seed).integers(len(datastore.chunks), size=(num_chunks, num_neighbors))
-    if "removed" in datastore.manifest:
+    if datastore.manifest.removed is not None:
         living = np.flatnonzero(~datastore.is_removed(np.arange(len(datastore.chunks))))
         drawn = living[drawn % len(living)]
     return drawn
@@ -173,7 +173,8 @@ def _drawn(datastore: RetroDatastore, num_chunks: int, num_neighbors: int, seed:
 
 def stored_retriever(split: DatastoreSplit) -> str:
     """The way in which the stored neighbors of a split were found."""
-    return split.record.get("neighbors", {}).get("options", {}).get("retriever", "dense")
+    neighbors = split.record.neighbors
+    return "dense" if neighbors is None else neighbors.options.get("retriever", "dense")
 
 
 def neighbors_in_share(

@@ -34,9 +34,8 @@ from transformers import PreTrainedModel
 
 from data_prep.index import make_index, recall_at, suggest_factory, tune, write_index
 from data_prep.stage_files import directory_lock
-from modeling_retro.datastore.chunks import chunks_fingerprint
 from modeling_retro.datastore.datastore import RetroDatastore, faiss, read_index
-from modeling_retro.datastore.manifest import TRAIN_SPLIT
+from modeling_retro.datastore.manifest import chunks_fingerprint
 from modeling_retro.datastore.splits import DatastoreSplit
 from modeling_retro.durable_files_retro import make_folder, whole, write_json
 from modeling_retro.encoder.chunk_encoder import tensors_fingerprint
@@ -159,10 +158,9 @@ def build_knn_store(
     """
     datastore.check_compact("a kNN-LM")
     folder = Path(folder)
-    shards = datastore.manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"]
     facts = {
         "base_sha256": base_fingerprint(model),
-        "datastore_fingerprint": chunks_fingerprint(shards),
+        "datastore_fingerprint": chunks_fingerprint(datastore.manifest.train.chunk_shards),
         "factory": factory,
         "window_chunks": window_chunks,
         "seed": seed,

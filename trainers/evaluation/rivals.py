@@ -22,7 +22,6 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from modeling_retro.datastore.datastore import RetroDatastore
-from modeling_retro.datastore.manifest import TRAIN_SPLIT
 from modeling_retro.datastore.splits import DatastoreSplit
 from modeling_retro.sharing.model_card import Way
 
@@ -233,17 +232,13 @@ def datastore_bytes(datastore: RetroDatastore, retriever: str) -> int:
     Returns:
         `int`: the bytes of the tokens and of the index or indexes. A text encoder is not counted.
     """
-    folders = [datastore.path / "chunks" / shard["name"] for shard in _shards(datastore)]
+    folders = [datastore.path / "chunks" / shard.name for shard in datastore.manifest.train.chunk_shards]
     if retriever in ("bm25", "hybrid"):
-        folders.append(datastore.path / datastore.manifest["bm25"]["folder"])
+        folders.append(datastore.path / datastore.manifest.bm25.folder)
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
-    if retriever != "bm25":
-        files += [datastore.path / name for name in datastore.manifest.get("index", {}).get("sha256", {})]
+    if retriever != "bm25" and datastore.manifest.index is not None:
+        files += [datastore.path / name for name in datastore.manifest.index.sha256]
     return sum(file.stat().st_size for file in files)
-
-
-def _shards(datastore: RetroDatastore) -> list[dict[str, Any]]:
-    return datastore.manifest["splits"][TRAIN_SPLIT]["chunks"]["shards"]
 
 
 __all__ = ["datastore_bytes", "evaluate_rivals"]

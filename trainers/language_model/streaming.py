@@ -32,7 +32,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from data_prep.chunk import DocumentChunker
 from data_prep.documents import Document
-from modeling_retro.datastore.manifest import allows_control_tokens
 from modeling_retro.datastore.splits import DatastoreSplit
 from modeling_retro.retriever.retriever import RetroRetriever
 
@@ -260,7 +259,7 @@ class RetroStreamTrainer(RetroTrainer):
         args.ignore_data_skip = True
         self._stream_position: str | None = None
         datastore = retriever.datastore
-        allow_control_tokens = allows_control_tokens(datastore.manifest)
+        allow_control_tokens = datastore.manifest.allow_control_tokens
         chunker = DocumentChunker(datastore.tokenizer, datastore.chunk_size, allow_control_tokens)
         super().__init__(
             model,

@@ -93,7 +93,7 @@ def teach(
     size, num_chunks = opened.chunk_size, len(source.chunks)
     options = {
         "split": split,
-        "chunks": source.record["chunks"]["fingerprint"],
+        "chunks": source.record.chunks.fingerprint,
         "row_chunks": row_chunks,
         "num_neighbors": num_neighbors,
         "top_tokens": top_tokens,
@@ -197,7 +197,7 @@ class TeacherPredictions:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         options, shards = manifest["options"], manifest["shards"]
         source = source.split(TRAIN_SPLIT) if isinstance(source, RetroDatastore) else source
-        expected = {"chunks": source.record["chunks"]["fingerprint"], "row_chunks": row_chunks}
+        expected = {"chunks": source.record.chunks.fingerprint, "row_chunks": row_chunks}
         for name, value in expected.items():
             if options[name] != value:
                 raise ValueError(

@@ -61,7 +61,7 @@ def config_for_datastore(datastore: RetroDatastore, **fields: Any) -> RetroConfi
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        "tokenizer_sha256": datastore.manifest["tokenizer"]["sha256"],
+        "tokenizer_sha256": datastore.manifest.tokenizer.sha256,
     }
     return RetroConfig(**{**from_datastore, **fields})
 
@@ -111,7 +111,7 @@ class RetroTrainer(DurableCheckpointsMixin, Trainer):
         datastore.check_model(model.config)
         self.eval_datastore = datastore if eval_datastore is None else eval_datastore
         # By this checksum the trained model refuses a datastore of another tokenizer.
-        model.config.tokenizer_sha256 = datastore.manifest["tokenizer"]["sha256"]
+        model.config.tokenizer_sha256 = datastore.manifest.tokenizer.sha256
         if args.freeze_decoder:
             model.freeze_decoder()
         self.datastore = datastore

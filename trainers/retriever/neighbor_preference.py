@@ -118,8 +118,8 @@ def mine_neighbors(
             "documents"
         )
     options = {
-        "chunks": source.record["chunks"]["fingerprint"],
-        "neighbors": [shard["sha256"] for shard in source.record["neighbors"]["shards"]],
+        "chunks": source.record.chunks.fingerprint,
+        "neighbors": [shard.sha256 for shard in source.record.neighbor_shards],
         "model": getattr(model.config, "base_model_sha256", None) or model.config.name_or_path,
         "num_candidates": num_candidates,
         "context_chunks": context_chunks,
