@@ -55,12 +55,12 @@ def main() -> None:
             force=True,
         )
         seconds = time.perf_counter() - begin
-    queries = sum(record["rows"] for record in stage["shards"])
+    queries = sum(shard.rows for shard in stage.shards)
     print(
         f"{queries} queries, {faiss.omp_get_max_threads()} threads: {queries / seconds:.0f} queries/s; "
         f"{stage.counts['refetched'] / queries:.2%} fetched again"
     )
-    print(", ".join(f"{number} {name.replace('_', ' ')}" for name, number in stage["counts"].items()))
+    print(", ".join(f"{number} {name.replace('_', ' ')}" for name, number in stage.counts.items()))
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def test_index_is_trained_filled_and_searched_on_gpus(
         record = build_index(folder, factory=factory, **options)
         find_neighbors(folder, num_neighbors=4, **options)
         neighbors[use_gpus] = np.asarray(RetroDatastore.from_pretrained(folder).neighbor_ids)
-        recall[use_gpus] = record["recall"]["recall@10"]
+        recall[use_gpus] = record.recall["recall@10"]
     assert recall[True] == pytest.approx(recall[False], abs=0.1)
     if factory == "Flat":
         # Distances on a GPU are rounded differently, so that the order of equal ones may differ.

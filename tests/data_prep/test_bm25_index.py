@@ -90,11 +90,11 @@ def test_neighbors_go_with_the_index_that_found_them(copy):
     find_neighbors(copy, 4, "validation", "bm25", force=True)
     build_index(copy, factory="Flat", force=True)
     splits = read_manifest(copy).splits
-    assert "neighbors" not in splits["train"] and "neighbors" in splits["validation"]
+    assert splits["train"].neighbors is None and splits["validation"].neighbors is not None
     find_neighbors(copy, 4)
     build_bm25_index(copy, b=0.5, force=True)
     splits = read_manifest(copy).splits
-    assert "neighbors" in splits["train"] and "neighbors" not in splits["validation"]
+    assert splits["train"].neighbors is not None and splits["validation"].neighbors is None
     assert not (copy / "splits" / "validation" / "neighbors").exists()
 
 

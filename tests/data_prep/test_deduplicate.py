@@ -119,7 +119,7 @@ def test_documents_that_are_added_later_are_looked_through(tmp_path, tiny_tokeni
     more = write_jsonl(tmp_path / "more.jsonl", ["something new", training[10]])
     inputs = [tmp_path / "train.jsonl", more]
     chunk_documents(inputs, datastore, tiny_tokenizer, chunk_size=8, append=True)
-    assert deduplicate_documents(datastore)["documents"] == 3
+    assert deduplicate_documents(datastore).documents == 3
     assert RetroDatastore.from_pretrained(datastore).chunks.document_id[-1] == len(training)
     assert len((datastore / "duplicates.jsonl").read_text().splitlines()) == 3
 
@@ -140,10 +140,10 @@ def test_a_shard_without_chunks_goes_through_all_stages(tmp_path, tiny_tokenizer
     stage = chunk_documents(file, tmp_path / "out", tiny_tokenizer, chunk_size=8, max_chunks=9, shard_bytes=1)
     assert [shard.rows for shard in stage.shards] == [1, 1, 0]
     chunk_documents(file, tmp_path / "out", tiny_tokenizer, chunk_size=8, split="validation", max_documents=1)
-    assert deduplicate_documents(tmp_path / "out")["documents"] == 1
+    assert deduplicate_documents(tmp_path / "out").documents == 1
     for split in ("train", "validation"):
         embed_chunks(tmp_path / "out", tiny_encoder_dir, split=split)
-    assert build_index(tmp_path / "out")["ntotal"] == 1
+    assert build_index(tmp_path / "out").ntotal == 1
     for split in ("train", "validation"):
         find_neighbors(tmp_path / "out", num_neighbors=1, split=split)
     datastore = RetroDatastore.from_pretrained(tmp_path / "out")

@@ -131,10 +131,10 @@ def test_an_index_over_its_memory_limit_is_merged_on_disk_and_can_be_moved(embed
     expected = find_neighbors(embedded, num_neighbors=3)
     ids = RetroDatastore.from_pretrained(embedded).neighbor_ids.copy()
     on_disk = build_index(embedded, factory="IVF8,Flat", max_index_memory=1e-6, force=True)
-    assert set(in_memory["sha256"]) == {"index.faiss"} and set(on_disk["sha256"]) == {"index.faiss", "index.ivfdata"}
+    assert set(in_memory.sha256) == {"index.faiss"} and set(on_disk.sha256) == {"index.faiss", "index.ivfdata"}
     moved = tmp_path / "moved"
     embedded.rename(moved)
-    assert find_neighbors(moved, num_neighbors=3)["counts"] == expected["counts"]
+    assert find_neighbors(moved, num_neighbors=3).counts == expected.counts
     np.testing.assert_array_equal(RetroDatastore.from_pretrained(moved).neighbor_ids, ids)
     RetroDatastore.from_pretrained(moved).verify()
 

@@ -199,7 +199,7 @@ def test_update_takes_what_changed_and_leaves_the_rest(articles_dir, tmp_path):
     assert sorted(text for number, text in after.items() if number not in before) == ["a datastore", "retro looks up"]
     datastore = RetroDatastore.from_pretrained(articles_dir)
     new = datastore.manifest.train.chunk_shards[len(shards) :]
-    assert [(shard["documents"], shard["dropped"]["filtered"]) for shard in new] == [(2, 11)]
+    assert [(shard.documents, shard.dropped["filtered"]) for shard in new] == [(2, 11)]
     # Of two with one id in the same input, the last one counts.
     twice = write_records(tmp_path / "twice.jsonl", [{"name": "a5", "text": t} for t in ("things", "things in a")])
     update_documents(articles_dir, twice)

@@ -25,9 +25,9 @@ from modeling_retro.datastore.datastore import RetroDatastore
 def test_planned_sizes_are_those_of_a_datastore(tiny_datastore_dir):
     datastore = RetroDatastore.from_pretrained(tiny_datastore_dir)
     train = datastore.manifest.train.chunks
-    tokens, documents = train["num_tokens"], train["num_documents"]
+    tokens, documents = train.num_tokens, train.num_documents
     plan = plan_datastore(tokens, chunk_size=8, dim=16, vocab_size=300, tokens_per_document=tokens // documents)
-    assert plan["chunks"] == pytest.approx(train["num_chunks"], rel=0.02)
+    assert plan["chunks"] == pytest.approx(train.num_chunks, rel=0.02)
     sizes = {
         "chunks": sum(file.stat().st_size for file in tiny_datastore_dir.glob("chunks/*/*.arrow")),
         "embeddings": sum(file.stat().st_size for file in tiny_datastore_dir.glob("embeddings/*")),

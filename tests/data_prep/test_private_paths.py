@@ -98,7 +98,7 @@ def test_names_begin_with_what_was_named(tmp_path, monkeypatch):
     (tmp_path / "data" / "a" / "y.txt").write_text("text")
 
     def names(entry):
-        return [source.describe()["path"] for source in find_sources(entry)]
+        return [source.describe().path for source in find_sources(entry)]
 
     assert names(tmp_path / "data") == ["data/a/x.jsonl", "data"]
     assert names(tmp_path / "data" / "a" / "x.jsonl") == ["x.jsonl"]
