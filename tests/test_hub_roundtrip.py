@@ -351,7 +351,8 @@ def test_datastores_are_verified_pinned_and_read_by_datasets(hub, pushed, tiny_d
         repo.commit(name, changed, name)
 
     def with_manifest(**changes):
-        changed = Manifest.from_dict(manifest | changes).seal().to_dict()
+        changed = manifest | changes
+        changed.pop("sha256")  # what else is wrong is found without it
         return {"datastore.json": replace(files["datastore.json"], data=json.dumps(changed).encode())}
 
     def altered(name):

@@ -164,7 +164,7 @@ def test_standard_input_is_copied_once(tmp_path, monkeypatch):
     inputs = spool_streams("-", tmp_path, "train")
     assert [document.text for document in read_all(inputs)[0]] == ["one", "two"]
     assert spool_streams(["-"], tmp_path, "train") == inputs  # an interrupted run finds the copy
-    assert find_sources(inputs)[0].describe()["path"] == "-"
+    assert find_sources(inputs)[0].describe().path == "-"
 
 
 BAD_LINES = {

@@ -68,7 +68,7 @@ class ArrayDatastore(ArraySource):
         super().__init__(documents, chunk_size, neighbor_ids)
         self.chunk_size = chunk_size
         self.continuation_chunks = 1
-        self.manifest = SimpleNamespace(tokenizer=SimpleNamespace(sha256="of an array"))
+        self.manifest = SimpleNamespace(tokenizer=SimpleNamespace(sha256="of an array"), removed=None)
         self.neighbor_length = 2 * chunk_size
         self.tokenizer = ArrayTokenizer(bos_token_id)
 
