@@ -41,7 +41,7 @@ print(sum(weight.nbytes for weight in model.parameters()))
 """
 EVALUATE = """
 import sys
-from trainers.evaluation.evaluate import predictions
+from trainers.evaluation import predictions
 from trainers.scripts import evaluate_retro
 if sys.argv[1] == "whole":
     predictions.CPU_BLOCK_SIZE = 1 << 62

@@ -56,8 +56,8 @@ from modeling_retro.retriever.retriever import RetroRetriever
 from modeling_retro.sharing.model_card import Way
 from trainers.durable_checkpoints import last_complete_checkpoint
 from trainers.evaluation.evaluate import evaluate_retro
-from trainers.evaluation.evaluate.options import EvaluationOptions
 from trainers.evaluation.operations import operations_per_token
+from trainers.evaluation.options import EvaluationOptions
 from trainers.evaluation.report import RetroEvaluation
 from trainers.language_model.config import RetroTrainingArguments
 from trainers.language_model.trainer import RetroTrainer, config_for_datastore

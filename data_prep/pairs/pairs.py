@@ -39,7 +39,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from transformers.utils import logging
 
 from data_prep.file_types import file_type, open_file
-from data_prep.pairs.pairs.records import EMPTY, LABELLED, MALFORMED, PairFormat
+from data_prep.pairs.records import EMPTY, LABELLED, MALFORMED, PairFormat
 
 
 logger = logging.get_logger(__name__)
@@ -274,8 +274,8 @@ def keep_positives(dataset: Dataset | IterableDataset, record_format: PairFormat
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            A pair set, which may have a label (see [`~data_prep.pairs.pairs.records.PairFormat`]).
-        record_format ([`~data_prep.pairs.pairs.records.PairFormat`], *optional*):
+            A pair set, which may have a label (see [`~data_prep.pairs.records.PairFormat`]).
+        record_format ([`~data_prep.pairs.records.PairFormat`], *optional*):
             Says which column is the label, and what it means.
 
     Returns:

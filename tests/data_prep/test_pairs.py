@@ -20,9 +20,9 @@ import pyarrow as pa
 import pytest
 from loopback_hub import Repository, StoredFile, loopback_hub
 
+from data_prep.pairs import pairs as pairs_module
 from data_prep.pairs.collections import RECIPE_PATH, read_recipe
 from data_prep.pairs.pairs import load_pairs, pair_columns
-from data_prep.pairs.pairs import pairs as pairs_module
 from data_prep.scripts.pairs import main
 
 

@@ -37,7 +37,6 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from trainers.evaluation.evaluate.questions import hidden_questions  # noqa: E402
 from trainers.evaluation.harness import RetroLM  # noqa: E402
 from trainers.evaluation.harness_tasks import (  # noqa: E402
     definition_questions,
@@ -45,6 +44,7 @@ from trainers.evaluation.harness_tasks import (  # noqa: E402
     score_definition,
     score_line,
 )
+from trainers.evaluation.questions import hidden_questions  # noqa: E402
 
 
 QUESTIONS = [

@@ -29,9 +29,9 @@ sys.path.append(str(Path(__file__).parents[1] / "modeling_retro"))
 from tiny_joint import CHUNK, FAMILIES, LENGTH, VOCAB, make_joint
 
 from modeling_retro import RetroConfig, RetroForCausalLM
+from trainers.evaluation import predictions as module
 from trainers.evaluation.evaluate import evaluate_retro
-from trainers.evaluation.evaluate import predictions as module
-from trainers.evaluation.evaluate.predictions import predictions, token_nats
+from trainers.evaluation.predictions import predictions, token_nats
 
 
 # Families that change logits behind their head.

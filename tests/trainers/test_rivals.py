@@ -27,7 +27,8 @@ from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroJ
 from modeling_retro.datastore.manifest import read_manifest
 from modeling_retro.sharing.model_card import evaluation_tables
 from trainers.cli import main
-from trainers.evaluation.evaluate import evaluate_retro, knn_lm, token_bits
+from trainers.evaluation import knn_lm
+from trainers.evaluation.evaluate import evaluate_retro, token_bits
 from trainers.evaluation.in_front import in_front_bits
 from trainers.evaluation.knn_lm import (
     NeighborDistribution,

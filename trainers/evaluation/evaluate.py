@@ -65,7 +65,7 @@ def evaluate_retro(
             The datastore of the neighbors.
         split ([`DatastoreSplit`]):
             The held-out documents, with stored neighbors.
-        options ([`~trainers.evaluation.evaluate.options.EvaluationOptions`], *optional*):
+        options ([`~trainers.evaluation.options.EvaluationOptions`], *optional*):
             What to measure.
         fields:
             Fields of the options, such as `modes`, which override those of `options`.

@@ -47,7 +47,7 @@ DEFINITION = re.compile(
 DEFINITION_WORDS = 5
 SCORING = """\
 from trainers.evaluation.harness_tasks import score_definition, score_line
-from trainers.evaluation.evaluate.questions import score_no_answer, score_question
+from trainers.evaluation.questions import score_no_answer, score_question
 """
 NUM_TEXTS = 500  # from which passages are drawn
 
@@ -128,7 +128,7 @@ def write_tasks(
 ) -> dict[str, int]:
     """
     Writes tasks of the harness. `retro_next_line` is made from the held-out documents, and `retro_definitions` and
-    questions with passages such as `retro_one_key_4` (see [`~trainers.evaluation.evaluate.questions.hidden_questions`]) from
+    questions with passages such as `retro_one_key_4` (see [`~trainers.evaluation.questions.hidden_questions`]) from
     the documents that are searched. A task for which the texts hold no questions is left out.
 
     Args:

@@ -34,8 +34,8 @@ from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.manifest import TRAIN_SPLIT
 from modeling_retro.datastore.splits import DatastoreSplit
 from modeling_retro.durable_files_retro import write_json
-from trainers.evaluation.evaluate.predictions import predictions
 from trainers.evaluation.in_front import rows_in_front
+from trainers.evaluation.predictions import predictions
 
 
 TEACHER_NAME = "teacher.json"

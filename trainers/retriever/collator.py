@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.data.data_collator import DataCollatorMixin
 
 from data_prep.pairs.pairs import hash_texts, pair_columns
-from data_prep.pairs.pairs.records import PairFormat
+from data_prep.pairs.records import PairFormat
 
 
 _TENSORS = ("input_ids", "attention_mask", "token_type_ids")

@@ -31,7 +31,7 @@ from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.manifest import TRAIN_SPLIT
 from modeling_retro.durable_files_retro import whole, write_json
 from modeling_retro.encoder.chunk_encoder import decode_chunks
-from trainers.evaluation.evaluate.predictions import token_nats
+from trainers.evaluation.predictions import token_nats
 
 
 MINED_NAME = "mined.json"

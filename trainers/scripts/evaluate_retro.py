@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from modeling_retro.datastore.manifest import describe_datastore
     from modeling_retro.sharing.model_card import save_model_card
     from trainers.evaluation.evaluate import evaluate_retro, stored_retriever
-    from trainers.evaluation.evaluate.options import EvaluationOptions
+    from trainers.evaluation.options import EvaluationOptions
     from trainers.evaluation.rivals import evaluate_rivals
 
     from ..load_model import load_retro_model
