@@ -232,6 +232,12 @@ class RetroGenerationMixin:
             and self.config.num_neighbors > 0
         )
 
+    @staticmethod
+    def prompt_length(default: int) -> int:
+        """Number of tokens of the prompt inside `generate()`; outside of it, `default`."""
+        memory = _active_memory.get()
+        return default if memory is None else memory.prompt_length
+
     @torch.no_grad()
     def retrieve_neighbors(
         self,
@@ -390,6 +396,9 @@ class RetroGenerationMixin:
         memory = _active_memory.get()
         if memory is not None and memory.prompt_mask is None and attention_mask is not None:
             memory.prompt_mask = attention_mask[:, : memory.prompt_length]
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            # The cache has the passages of a question.
+            model_inputs = {name: value for name, value in model_inputs.items() if not name.startswith("passage_")}
         if neighbor_input_ids is None or not (is_first_iteration or past_key_values is None):
             return model_inputs
 

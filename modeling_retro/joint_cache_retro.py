@@ -29,19 +29,22 @@ class RetroJointCache(RetrievalCache):
 
     Attributes:
         front_mask (`torch.BoolTensor` of shape `(batch_size, front_length)`, *optional*):
-            True for the keys of real neighbor tokens. `None` if there are no keys in front, as after a crop. The next
-            call then puts the neighbors of the last complete chunk in front again.
+            True for the keys of real neighbor tokens. `None` if there are no keys in front.
+        front_stays (`torch.BoolTensor` of shape `(batch_size, front_length)`, *optional*):
+            True for the keys of the passages of a question, which stay in sight of all that follows.
         is_packed (`bool`):
             Whether some row holds several documents.
         uncropped_length (`int`):
-            Number of tokens before those crops that no call has followed.
+            Number of tokens before those crops that no call has followed. The next call puts the neighbors of the last
+            complete chunk in front again.
     """
 
-    _row_tensors = (*RetrievalCache._row_tensors, "front_mask")
+    _row_tensors = (*RetrievalCache._row_tensors, "front_mask", "front_stays")
 
     def _reset_retrieval(self) -> None:
         super()._reset_retrieval()
         self.front_mask: torch.BoolTensor | None = None
+        self.front_stays: torch.BoolTensor | None = None
         self.is_packed = False
         self.uncropped_length = 0
 
@@ -59,7 +62,10 @@ class RetroJointCache(RetrievalCache):
         return self.get_seq_length(layer_idx) + query_length, 0
 
     def set_front(
-        self, key_values: list[tuple[torch.Tensor, torch.Tensor] | None], front_mask: torch.BoolTensor | None
+        self,
+        key_values: list[tuple[torch.Tensor, torch.Tensor] | None],
+        front_mask: torch.BoolTensor,
+        front_stays: torch.BoolTensor,
     ) -> None:
         """
         Replaces the keys and values in front of the row.
@@ -68,24 +74,20 @@ class RetroJointCache(RetrievalCache):
             key_values (`list`):
                 Keys and values `(batch_size, num_key_value_heads, front_length, head_dim)` for each layer, or `None`
                 for a layer without keys and values of its own. With an empty list, nothing stands in front.
-            front_mask (`torch.BoolTensor` of shape `(batch_size, front_length)`, *optional*):
+            front_mask (`torch.BoolTensor` of shape `(batch_size, front_length)`):
                 True for the keys of real neighbor tokens.
+            front_stays (`torch.BoolTensor` of shape `(batch_size, front_length)`):
+                True for the keys that stay in sight of all that follows.
         """
-        for layer in self.layers:
-            if layer.is_initialized and self.front_length > 0:
-                layer.keys = layer.keys[..., self.front_length :, :]
-                layer.values = layer.values[..., self.front_length :, :]
-        while len(self.layers) < len(key_values):
-            self.layers.append(self.layer_class_to_replicate())
         for layer, states in zip(self.layers, key_values):
             if states is None:
                 continue
             keys, values = states
-            if not layer.is_initialized:
-                layer.lazy_initialization(keys, values)
-            layer.keys = torch.cat([keys.to(layer.keys.device), layer.keys], dim=-2)
-            layer.values = torch.cat([values.to(layer.values.device), layer.values], dim=-2)
-        self.front_mask = front_mask
+            layer.keys = torch.cat([keys.to(layer.keys.device), layer.keys[..., self.front_length :, :]], dim=-2)
+            layer.values = torch.cat(
+                [values.to(layer.values.device), layer.values[..., self.front_length :, :]], dim=-2
+            )
+        self.front_mask, self.front_stays = front_mask, front_stays
 
     def add_front(
         self, key_values: list[tuple[torch.Tensor, torch.Tensor] | None], front_mask: torch.BoolTensor
@@ -101,7 +103,13 @@ class RetroJointCache(RetrievalCache):
             )
             for layer, states in zip(self.layers, key_values)
         ]
-        self.set_front(*compress(joined, torch.cat([self.front_mask, front_mask], dim=1)))
+        mask = torch.cat([self.front_mask, front_mask], dim=1)
+        stays = torch.cat([self.front_stays, torch.zeros_like(front_mask)], dim=1)
+        self.set_front(*compress(joined, mask, stays))
+
+    def leave_chunk(self, leaves: torch.BoolTensor) -> None:
+        """Hides the neighbors of the last chunk in the rows `(batch_size,)` that leave what follows it."""
+        self.front_mask = self.front_mask & (self.front_stays | ~leaves[:, None])
 
     def keep_states(self, final: Blocks) -> None:
         """Keeps some of the cached states, which are then those of the row in its order."""
@@ -148,7 +156,6 @@ class RetroJointCache(RetrievalCache):
         """Removes the last `-tokens_to_remove` tokens (a negative number), across ends of chunks too."""
         if tokens_to_remove != 0:
             self.uncropped_length = max(self.uncropped_length, self.get_seq_length())
-            self.set_front([], None)
         super().crop(tokens_to_remove)
 
 

@@ -186,49 +186,51 @@ def mask_of_states(states: RowStates, row_mask: torch.BoolTensor) -> torch.BoolT
     return torch.where(is_filler[..., None], own, seen & ~is_filler[:, None])
 
 
-def make_parts(
-    states: RowStates,
-    row_mask: torch.BoolTensor | None,
-    neighbors: torch.LongTensor,
-    seen: torch.BoolTensor,
-    chunk_size: int,
-) -> list[AttentionPart]:
+def make_row_parts(states: RowStates, row_mask: torch.BoolTensor | None, num_slots: int) -> list[AttentionPart]:
     """
-    The parts of the attention of a call without cached tokens. None of them has a mask that grows with the number of
-    tokens times the number of neighbors.
+    The parts of the attention of a call without cached tokens whose keys are those of the row.
 
     Args:
         states ([`RowStates`]):
             The states and what they see.
         row_mask (`torch.BoolTensor` of shape `(batch_size, T, T)`, *optional*):
             Which tokens see which. By default each sees all up to itself.
-        neighbors (`torch.LongTensor` of shape `(batch_size, num_slots, k)`):
-            The number of each neighbor.
-        seen (`torch.BoolTensor` of shape `(batch_size, num_slots, k, neighbor_length)`):
-            True for the tokens of neighbors that a row may see.
-        chunk_size (`int`):
-            Number of tokens in a chunk.
+        num_slots (`int`):
+            Number of slots.
     """
     mask = None if row_mask is None else row_mask[:, None]
     final = states.final if states.num_again > 0 else None
     parts = [AttentionPart(queries=final, keys=final, mask=mask, is_causal=mask is None)]
     if states.num_again > 0:
-        parts += _superseded_parts(states, row_mask, final, neighbors.shape[1])
-    num_slots = neighbors.shape[1]
-    blocks, slots = group_columns(states.slot, num_slots, chunk_size)
-    k = neighbors.shape[2]
-    block_mask = seen.flatten(2).gather(1, slots[..., None].expand(-1, -1, seen[0, 0].numel())).flatten(0, 1)
-    # A softmax needs at least one key. No query reads the result.
-    block_mask = block_mask | ~block_mask.any(-1, keepdim=True)
-    parts.append(
-        AttentionPart(
-            queries=blocks,
-            neighbors=neighbors.gather(1, slots[..., None].expand(-1, -1, k)),
-            source=1,
-            mask=block_mask[:, None, None],
-        )
-    )
+        parts += _superseded_parts(states, row_mask, final, num_slots)
     return parts
+
+
+def make_neighbor_part(
+    slot: torch.LongTensor, neighbors: torch.LongTensor, seen: torch.BoolTensor, size: int, source: int
+) -> AttentionPart:
+    """
+    The part of the attention whose keys are those of neighbors: blocks of states that see the same slot.
+
+    Args:
+        slot (`torch.LongTensor` of shape `(batch_size, W)`):
+            The slot that each state sees; `num_slots` if it sees none.
+        neighbors (`torch.LongTensor` of shape `(batch_size, num_slots, k)`):
+            The number of each neighbor.
+        seen (`torch.BoolTensor` of shape `(batch_size, num_slots, k, neighbor_length)`):
+            True for the tokens of neighbors that a row may see.
+        size (`int`):
+            Number of states in a block.
+        source (`int`):
+            Which list of neighbors the numbers count.
+    """
+    num_slots, k = neighbors.shape[1:]
+    blocks, slots = group_columns(slot, num_slots, size)
+    mask = seen.flatten(2).gather(1, slots[..., None].expand(-1, -1, seen[0, 0].numel())).flatten(0, 1)
+    # A softmax needs at least one key. No query reads the result.
+    mask = mask | ~mask.any(-1, keepdim=True)
+    neighbors = neighbors.gather(1, slots[..., None].expand(-1, -1, k))
+    return AttentionPart(queries=blocks, neighbors=neighbors, source=source, mask=mask[:, None, None])
 
 
 def _superseded_parts(
@@ -268,4 +270,4 @@ def _superseded_parts(
     ]
 
 
-__all__ = ["RowStates", "make_parts", "make_row_mask", "mask_of_states", "plan_states"]
+__all__ = ["RowStates", "make_neighbor_part", "make_row_mask", "make_row_parts", "mask_of_states", "plan_states"]

@@ -36,9 +36,16 @@ from .added_weights_retro import HUB_ARGUMENTS, RetroBaseModelMixin, checkpoint_
 from .attention_retro import PREFIX, AttentionLayout, has_kernels, register_attention
 from .chunk_layout_retro import TokenLocations, locate_call, take_columns, token_mask
 from .configuration_retro_joint import RetroJointConfig
-from .generation_retro import RetroGenerationMixin, check_neighbors
+from .generation_retro import PROVENANCE_FIELDS, RetroGenerationMixin, check_cache, check_neighbors
 from .joint_cache_retro import RetroJointCache
-from .joint_layout_retro import RowStates, make_parts, make_row_mask, mask_of_states, plan_states
+from .joint_layout_retro import (
+    RowStates,
+    make_neighbor_part,
+    make_row_mask,
+    make_row_parts,
+    mask_of_states,
+    plan_states,
+)
 from .loss_retro import causal_lm_loss
 from .model_hub_retro import RetroSharingMixin
 from .neighbor_memory_retro import LayerStates, NeighborMemory, NeighborStates
@@ -118,6 +125,31 @@ class _Gradients(torch.autograd.Function):
 
 
 @dataclass
+class Front:
+    """
+    Neighbors that have been read, and who sees them.
+
+    Args:
+        read ([`NeighborStates`]):
+            Their keys and values, in slots.
+        seen (`torch.BoolTensor` of shape `(batch_size, num_slots, k, neighbor_length)`):
+            True for the tokens that a row may see.
+        slot (`torch.LongTensor` of shape `(batch_size, W)`):
+            The slot that each state of a call sees; `num_slots` if it sees none.
+    """
+
+    read: NeighborStates
+    seen: torch.BoolTensor
+    slot: torch.LongTensor
+
+    def sees(self) -> torch.BoolTensor:
+        """Which states see which tokens, `(B, W, S k r)`."""
+        slots = torch.arange(self.seen.shape[1], device=self.seen.device)
+        slots = slots.repeat_interleave(self.seen[0, 0].numel())
+        return (self.slot[..., None] == slots) & self.seen.flatten(1)[:, None]
+
+
+@dataclass
 class JointCall:
     """The arguments of a forward pass."""
 
@@ -129,6 +161,8 @@ class JointCall:
     labels: torch.LongTensor | None  # [B, T]
     logits_to_keep: int | torch.Tensor
     options: dict[str, Any]
+    passages: Neighbors | None = None  # [B, 1, k, r], of a question
+    in_order: bool = False  # whether the passages are one text
 
     @property
     def inputs(self) -> torch.Tensor:
@@ -349,6 +383,55 @@ class RetroJointForCausalLM(
         self.adapters.switch(None)
         return super().train(mode)
 
+    def generate(
+        self,
+        *args,
+        question_input_ids: torch.LongTensor | None = None,
+        question_attention_mask: torch.Tensor | None = None,
+        num_passages: int | None = None,
+        **kwargs,
+    ):
+        """
+        Generates as [`~RetroGenerationMixin.generate`] does, and answers questions: a question is looked up by its own
+        text, and what is found stays in sight of the whole prompt and of its answer. The chunks of the answer are
+        looked up as ever; those of the prompt are not.
+
+        Args:
+            question_input_ids (`torch.LongTensor` of shape `(batch_size, question_length)`, *optional*):
+                The text to look up, of any length. The prompt is `input_ids`, as always.
+            question_attention_mask (`torch.Tensor` of the same shape, *optional*):
+                1 (or True) for real tokens. By default all tokens are real.
+            num_passages (`int`, *optional*):
+                Number of passages of a question. Defaults to `num_neighbors` of the configuration.
+            kwargs:
+                Also `passages` (`"apart"` or `"in_order"`), see [`~RetroJointForCausalLM.forward`]. A caller that has
+                looked up the question itself passes `passage_input_ids` and `passage_attention_mask`.
+
+        Returns:
+            With `return_dict_in_generate=True` and a retriever that knows them, the output also has
+            `passage_chunk_ids`, `passage_document_ids` and `passage_scores` of shape `(num_sequences, k)`.
+
+        Raises:
+            ValueError: If a question is given to a model that looks up nothing.
+        """
+        if question_input_ids is None:
+            return super().generate(*args, **kwargs)
+        if not self.is_retrieving:
+            raise ValueError("a question is to be looked up, but the model has no retriever, or it is switched off")
+        if question_attention_mask is None:
+            question_attention_mask = torch.ones_like(question_input_ids)
+        number = self.config.num_neighbors if num_passages is None else num_passages
+        found = self.retriever.retrieve(question_input_ids, number, attention_mask=question_attention_mask)
+        kwargs["passage_input_ids"] = found.neighbor_input_ids.to(self.device)
+        kwargs["passage_attention_mask"] = found.neighbor_attention_mask.to(self.device)
+        outputs = super().generate(*args, **kwargs)
+        if not isinstance(outputs, torch.Tensor):
+            repeats = len(outputs.sequences) // len(question_input_ids)
+            for name in PROVENANCE_FIELDS:
+                if (values := getattr(found, name, None)) is not None:
+                    outputs[f"passage_{name}"] = values.repeat_interleave(repeats, dim=0)
+        return outputs
+
     def get_input_embeddings(self) -> nn.Module:
         """The decoder's embedding of tokens."""
         return self.decoder.get_input_embeddings()
@@ -372,6 +455,9 @@ class RetroJointForCausalLM(
         inputs_embeds: torch.Tensor | None = None,
         neighbor_input_ids: torch.LongTensor | None = None,
         neighbor_attention_mask: torch.Tensor | None = None,
+        passage_input_ids: torch.LongTensor | None = None,
+        passage_attention_mask: torch.Tensor | None = None,
+        passages: str = "apart",
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -385,6 +471,16 @@ class RetroJointForCausalLM(
             Without this argument, a model that has a retriever and is not training looks up the neighbors by itself.
         neighbor_attention_mask (`torch.Tensor` of shape `(batch_size, num_slots, k, neighbor_length)`, *optional*):
             1 (or True) for real neighbor tokens, 0 for padding and absent neighbors. By default all tokens are real.
+        passage_input_ids (`torch.LongTensor` of shape `(batch_size, k, passage_length)`, *optional*):
+            Tokens of the passages of a question, of at most `neighbor_length` tokens each. They are in sight of the
+            whole row, but for the first token of the document, and of all that follows in the cache, beside the
+            neighbors of its chunks. The chunks of such a row are looked up only from the end of a prompt on.
+        passage_attention_mask (`torch.Tensor` of the same shape, *optional*):
+            1 (or True) for real tokens of passages. By default all tokens are real.
+        passages (`str`, *optional*, defaults to `"apart"`):
+            How passages are read: `"apart"`, each by itself like a neighbor, or `"in_order"`, as one text. The model
+            then computes what its decoder computes with the passages in front of the row, whose first token sees them
+            too.
 
         Example:
 
@@ -411,11 +507,15 @@ class RetroJointForCausalLM(
             labels=labels,
             logits_to_keep=logits_to_keep,
             options={"use_cache": use_cache, **kwargs},
+            passages=check_passages(passage_input_ids, passage_attention_mask, passages, self.config.neighbor_length),
+            in_order=passages == "in_order",
         )
         neighbors = self._find_neighbors(call, neighbor_input_ids, neighbor_attention_mask)
-        if call.past_length > 0 and (neighbors is not None or (call.cache is not None and call.cache.neighbors)):
+        cache = call.cache
+        has_seen = cache is not None and (cache.neighbors is not None or cache.front_length > 0)
+        if call.past_length > 0 and (neighbors is not None or has_seen):
             outputs = self._continue(call, neighbors)
-        elif neighbors is not None:
+        elif neighbors is not None or call.passages is not None:
             outputs = self._begin(call, neighbors)
         else:
             outputs = self._read_alone(call)
@@ -429,9 +529,16 @@ class RetroJointForCausalLM(
         neighbor_attention_mask: torch.Tensor | None,
     ) -> Neighbors | None:
         """The neighbors of a forward pass: those that are given, or else those that the model looks up."""
+        if call.passages is not None:
+            self._check_place_of_passages(call)
         if neighbor_input_ids is None and self.is_retrieving:
             found = self.retrieve_neighbors(
-                call.input_ids, call.attention_mask, call.position_ids, call.past_key_values
+                call.input_ids,
+                call.attention_mask,
+                call.position_ids,
+                call.past_key_values,
+                # The question itself was looked up, and not the chunks of its prompt.
+                first_column=0 if call.passages is None else self.prompt_length(call.inputs.shape[1]),
             )
             if found is not None:
                 neighbor_input_ids, neighbor_attention_mask = found.input_ids, found.attention_mask
@@ -448,6 +555,23 @@ class RetroJointForCausalLM(
         if neighbors is not None and not self.training and not neighbors.attention_mask.any():
             return None
         return neighbors
+
+    def _check_place_of_passages(self, call: JointCall) -> None:
+        """Raises a `ValueError` for passages that do not stand in front of one document."""
+        batch_size = call.inputs.shape[0]
+        if call.passages.input_ids.shape[0] != batch_size:
+            raise ValueError(
+                f"`passage_input_ids` has {call.passages.input_ids.shape[0]} rows, expected those of the call, "
+                f"{batch_size}"
+            )
+        if call.past_length > 0:
+            raise ValueError(
+                f"passages stand in front of a row, but {call.past_length} of its tokens are cached: give them in the "
+                "first call, after which the cache keeps them in sight"
+            )
+        check_cache(call.past_key_values, RetroJointCache)
+        if self._is_packed(call.inputs, call.attention_mask, call.position_ids, call.past_key_values):
+            raise ValueError("passages belong to one question, but the row holds several documents: give one each")
 
     def _read_alone(self, call: JointCall) -> CausalLMOutputWithPast:
         """A call without neighbors, which is that of the decoder."""
@@ -467,23 +591,23 @@ class RetroJointForCausalLM(
             **call.options,
         )
 
-    def _begin(self, call: JointCall, neighbors: Neighbors) -> CausalLMOutputWithPast:
-        """A call with neighbors and without cached tokens."""
-        locations, cache = call.locate(self.config.chunk_size), call.cache
-        seen = neighbors.seen(self.config.hidden_neighbor_tokens)  # [B, S, k, r]
-        states = plan_states(
-            locations,
-            seen.flatten(2).any(-1),
-            self.config.chunk_size,
-            self.config.reread_tokens,
-            call.is_prompt,
-        )
-        read = self.read_neighbors(neighbors)
+    def _begin(self, call: JointCall, neighbors: Neighbors | None) -> CausalLMOutputWithPast:
+        """A call with neighbors or passages and without cached tokens."""
+        locations, cache, size = call.locate(self.config.chunk_size), call.cache, self.config.chunk_size
+        fronts = []
+        present = locations.mask.new_zeros(len(locations.mask), 0)
+        if neighbors is not None:
+            seen = neighbors.seen(self.config.hidden_neighbor_tokens)  # [B, S, k, r]
+            present = seen.flatten(2).any(-1)
+        states = plan_states(locations, present, size, self.config.reread_tokens, call.is_prompt)
+        if call.passages is not None:
+            fronts.append(self._read_passages(call, locations, states))
+        if neighbors is not None:
+            fronts.append(Front(self.read_neighbors(neighbors), seen, states.slot))
         tokens = {"input_ids": call.input_ids, "inputs_embeds": call.inputs_embeds}
-        if self._checkpoints_layers() and any(pair[0].requires_grad for pair in read.key_values if pair is not None):
+        if self._checkpoints_layers() and any(front.read.requires_grad for front in fronts):
             embeds = call.inputs_embeds if call.input_ids is None else self.get_input_embeddings()(call.input_ids)
-            read, embeds = _gather_gradients(read, embeds)
-            tokens = {"input_ids": None, "inputs_embeds": embeds}
+            tokens = {"input_ids": None, "inputs_embeds": _gather_gradients(fronts, embeds)}
         keep = call.logits_to_keep
         if states.num_again > 0:
             tokens = {name: None if x is None else take_columns(x, states.columns) for name, x in tokens.items()}
@@ -492,51 +616,76 @@ class RetroJointForCausalLM(
         call.record_tokens()
         outputs = self._decode(
             **tokens,
-            **self._attention_inputs(call, locations, states, read, seen),
+            **self._attention_inputs(call, locations, states, fronts),
             position_ids=locations.document_index.gather(1, states.columns),
             labels=call.labels,
             logits_to_keep=keep,
-            gate=states.slot < neighbors.num_slots,
+            gate=torch.stack([front.slot < front.seen.shape[1] for front in fronts]).any(0),
             **call.options,
         )
         if cache is not None:
+            cache.uncropped_length = 0
             if states.num_again > 0:
                 cache.keep_states(states.final)
-            cache.update_neighbors(
-                neighbors, locations.first_slot[:, 0], locations.mask.shape[1] // self.config.chunk_size
-            )
-            cache.set_front(*read.take(states.next_slot, seen))
+            cache.update_neighbors(neighbors, locations.first_slot[:, 0], locations.mask.shape[1] // size)
+            self._keep_in_sight(cache, fronts, call.passages is not None, states.next_slot)
         if states.num_again > 0 and outputs.hidden_states is not None:
             outputs.hidden_states = tuple(x[:, states.num_again :] for x in outputs.hidden_states)
         return outputs
 
+    def _read_passages(self, call: JointCall, locations: TokenLocations, states: RowStates) -> Front:
+        """Reads the passages of a question, which all tokens see but the first of the document."""
+        passages = call.passages.in_order() if call.in_order else call.passages
+        seen = passages.seen(0 if call.in_order else self.config.hidden_neighbor_tokens)  # [B, 1, k, r]
+        sees = locations.is_token & seen.flatten(1).any(-1, keepdim=True)
+        if not call.in_order:
+            sees &= (locations.document_index > 0) & (locations.row_index > 0)
+        sees = sees.gather(1, states.columns) & ~states.is_filler
+        return Front(self.read_neighbors(passages), seen, torch.where(sees, 0, 1))
+
+    def _keep_in_sight(
+        self, cache: RetroJointCache, fronts: list[Front], has_passages: bool, next_slot: torch.LongTensor
+    ) -> None:
+        """Puts in front of the cached row what its next token sees."""
+        nothing = next_slot.new_zeros(len(next_slot), 0, dtype=torch.bool)
+        cache.set_front([], nothing, nothing)
+        if has_passages:
+            key_values, mask = fronts[0].read.take(torch.zeros_like(next_slot), fronts[0].seen)
+            cache.set_front(key_values, mask, torch.ones_like(mask))
+        if len(fronts) > int(has_passages):
+            cache.add_front(*fronts[-1].read.take(next_slot, fronts[-1].seen))
+
     def _attention_inputs(
-        self,
-        call: JointCall,
-        locations: TokenLocations,
-        states: RowStates,
-        read: NeighborStates,
-        seen: torch.BoolTensor,
+        self, call: JointCall, locations: TokenLocations, states: RowStates, fronts: list[Front]
     ) -> dict[str, Any]:
         """What the attention of the decoder needs in a call without cached tokens: in parts, or one mask."""
         if not self._attends_in_parts():
-            slots = torch.arange(seen.shape[1], device=seen.device).repeat_interleave(seen[0, 0].numel())
-            sees_front = (states.slot[..., None] == slots) & seen.flatten(1)[:, None]  # [B, W, F]
+            sees_front = torch.cat([front.sees() for front in fronts], dim=-1)  # [B, W, F]
             masks = self._make_masks(locations, call.given_mask, sees_front, states)
-            return {"attention_mask": masks, "past_key_values": NeighborPrefix(read.gather(), call.past_key_values)}
+            layers = zip(*(front.read.gather() for front in fronts))
+            key_values = [
+                None if layer[0] is None else tuple(torch.cat([pair[i] for pair in layer], dim=-2) for i in (0, 1))
+                for layer in layers
+            ]
+            return {"attention_mask": masks, "past_key_values": NeighborPrefix(key_values, call.past_key_values)}
         config = self.config.text_config
         is_plain = call.given_mask is None and (call.attention_mask is None or bool(call.attention_mask.all()))
         if call.position_ids is not None:
             is_plain = is_plain and not bool((locations.row_index > locations.document_index).any())
+        neighbor_parts = [
+            make_neighbor_part(front.slot, front.read.index, front.seen, self.config.chunk_size, source)
+            for source, front in enumerate(fronts, start=1)
+        ]
         parts, seq_len = {}, locations.document_index.shape[1]
         for window in set(layer_windows(config).values()):
             row_mask = None
             if not is_plain or (window is not None and window < seq_len):
                 row_mask = self._row_mask(locations, window, call.given_mask)
-            parts[window] = make_parts(states, row_mask, read.index, seen, self.config.chunk_size)
-        layout = AttentionLayout(parts, windows_of_layers(config), [read.key_values], self.neighbor_bias)
+            parts[window] = make_row_parts(states, row_mask, fronts[-1].seen.shape[1]) + neighbor_parts
+        key_values = [front.read.key_values for front in fronts]
+        layout = AttentionLayout(parts, windows_of_layers(config), key_values, self.neighbor_bias)
         # The mask is not used. One that is prepared keeps the decoder from making its own.
-        prepared = seen.new_ones(1, 1, 1, 1)
+        prepared = locations.mask.new_ones(1, 1, 1, 1)
         return {"attention_mask": prepared, "past_key_values": call.past_key_values, "retro_attention": layout}
 
     def _continue(self, call: JointCall, neighbors: Neighbors | None) -> CausalLMOutputWithPast:
@@ -581,10 +730,10 @@ class RetroJointForCausalLM(
         locations, cache, size = call.locate(self.config.chunk_size), call.cache, self.config.chunk_size
         index, is_token = locations.document_index[:, 0], locations.is_token[:, 0]
         completes = is_token & ((index + 1) % size == 0)  # [B]
-        if cache.front_mask is None:
+        if cache.front_mask is None or cache.uncropped_length > 0:
             self._restore_front(call, locations)
         cache.update_neighbors(neighbors, locations.first_slot[:, 0], locations.mask.shape[1] // size)
-        cache.front_mask = cache.front_mask & ~(completes | (is_token & (index == 0)))[:, None]
+        cache.leave_chunk(completes | (is_token & (index == 0)))
         if neighbors is not None:
             seen = neighbors.seen(self.config.hidden_neighbor_tokens) & completes[:, None, None, None]
             read = self.read_neighbors(
@@ -689,16 +838,18 @@ class RetroJointForCausalLM(
         been read again, they go back to the state in which they were written.
         """
         cache, size = call.cache, self.config.chunk_size
+        removed = max(0, cache.uncropped_length - cache.get_seq_length())
+        cache.uncropped_length = 0
+        if cache.front_mask is None:
+            cache.set_front([], locations.mask[:, :0], locations.mask[:, :0])
         if cache.neighbors is None:
-            cache.set_front([], locations.mask[:, :0])
             return
         index = locations.first_document_index[:, 0]
+        cache.leave_chunk(torch.ones_like(index, dtype=torch.bool))
         neighbors = cache.neighbors.take(torch.where(index >= size, locations.first_slot[:, 0] - 1, -1))
         seen = neighbors.seen(self.config.hidden_neighbor_tokens)
-        cache.set_front(*self.read_neighbors(neighbors).take(torch.zeros_like(index), seen))
+        cache.add_front(*self.read_neighbors(neighbors).take(torch.zeros_like(index), seen))
         written, missing = index % size, size - index % size
-        removed = cache.uncropped_length - cache.get_seq_length()
-        cache.uncropped_length = 0
         # The first token of a document was never read again.
         start = (locations.first_row_index[:, 0] - index).clamp(min=0)
         is_read = (written > 0) & (missing <= removed) & (locations.first_row_index[:, 0] - 1 > start)
@@ -911,25 +1062,39 @@ class RetroJointForCausalLM(
     @torch.no_grad()
     def _try_parts(self) -> bool:
         """
-        Compares the logits of a short row in both ways, and those of its first tokens, which see no neighbor, with
-        those of the decoder. They differ if layers change scores or do not pass on what their attention needs.
+        Compares the last states of a short row in both ways, and those of its first tokens, which see no neighbor,
+        with those of the decoder. They differ if layers change scores or do not pass on what their attention needs.
         """
         length, size = 4, self.config.chunk_size
         device = self.get_input_embeddings().weight.device
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, self.config.vocab_size, (1, length + 2 * size), generator=generator).to(device)
         row, neighbor = tokens[:, length:], tokens[:, None, None, :length]
+        neighbors = Neighbors(neighbor, torch.ones_like(neighbor, dtype=torch.bool))
+        call = JointCall(row, None, None, None, None, None, 0, {})
+        locations, seen = call.locate(size), neighbors.seen(self.config.hidden_neighbor_tokens)
+        states = plan_states(locations, seen.flatten(2).any(-1), size, self.config.reread_tokens, is_prompt=False)
+        front = Front(self.read_neighbors(neighbors), seen, states.slot)
 
-        def read(**inputs: torch.Tensor) -> torch.Tensor:
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), self.retrieval(False):
-                torch.manual_seed(0)  # the same units drop out
-                return self(input_ids=row, use_cache=False, **inputs).logits.double()
+        def read(in_parts: bool | None) -> torch.Tensor:
+            inputs = {"input_ids": row, "attention_mask": None, "past_key_values": None}
+            if in_parts is not None:
+                self._parts_work = in_parts
+                inputs = self._attention_inputs(call, locations, states, [front])
+                inputs |= {
+                    "input_ids": take_columns(row, states.columns),
+                    "position_ids": locations.document_index.gather(1, states.columns),
+                }
+            # The same units drop out.
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(0)
+                with self._switched_attention(inputs), self._without_checkpointing():
+                    hidden_states = self.decoder.base_model(**inputs, use_cache=False).last_hidden_state
+            return hidden_states[:, -2 * size :].double()
 
-        self._parts_work = False
-        masked, plain = read(neighbor_input_ids=neighbor), read()
-        self._parts_work = True
+        masked, plain = read(False), read(None)
         try:
-            found = read(neighbor_input_ids=neighbor)
+            found = read(True)
         except (IndexError, RuntimeError, TypeError, KeyError, ValueError, AttributeError):
             return False
         pairs = [(found, masked), (found[:, : size - 1], plain[:, : size - 1])]
@@ -1050,16 +1215,51 @@ class RetroJointForCausalLM(
                 )
 
 
-def _gather_gradients(read: NeighborStates, embeds: torch.Tensor) -> tuple[NeighborStates, torch.Tensor]:
+def check_passages(
+    input_ids: torch.LongTensor | None, attention_mask: torch.Tensor | None, passages: str, neighbor_length: int
+) -> Neighbors | None:
+    """
+    Checks the passages of a question `(batch_size, k, passage_length)`.
+
+    Raises:
+        ValueError: For other shapes, for passages longer than a neighbor, and for an unknown way to read them.
+    """
+    if passages not in ("apart", "in_order"):
+        raise ValueError(f"`passages` is {passages!r}, expected 'apart' or 'in_order'")
+    if input_ids is None:
+        return None
+    if input_ids.ndim != 3 or input_ids.shape[2] > neighbor_length:
+        raise ValueError(
+            f"`passage_input_ids` has shape {tuple(input_ids.shape)}, expected (batch_size, k, passage_length) with "
+            f"at most {neighbor_length} tokens in a passage, the length of a neighbor: give longer ones in parts"
+        )
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`passage_attention_mask` has shape {tuple(attention_mask.shape)}, expected that of `passage_input_ids`, "
+            f"{tuple(input_ids.shape)}"
+        )
+    if input_ids.numel() == 0 or not attention_mask.any():
+        return None
+    return Neighbors(input_ids[:, None], attention_mask[:, None].bool())
+
+
+def _gather_gradients(fronts: list[Front], embeds: torch.Tensor) -> torch.Tensor:
     """
     Cuts the states of neighbors from their graph, so that checkpointed layers do not walk through it again in the
     backward pass of each. The gradients that all layers leave there go back at once, with those of the embeddings.
     """
-    states = [x for pair in read.key_values if pair is not None for x in pair]
-    leaves = [x.detach().requires_grad_() for x in states]
-    pairs = iter(zip(leaves[::2], leaves[1::2]))
-    key_values = [None if pair is None else next(pairs) for pair in read.key_values]
-    return NeighborStates(key_values, read.index), _Gradients.apply(leaves, embeds, *states)
+    all_states, all_leaves = [], []
+    for front in fronts:
+        states = [x for pair in front.read.key_values if pair is not None for x in pair]
+        leaves = [x.detach().requires_grad_() for x in states]
+        pairs = iter(zip(leaves[::2], leaves[1::2]))
+        key_values = [None if pair is None else next(pairs) for pair in front.read.key_values]
+        front.read = NeighborStates(key_values, front.read.index)
+        all_states += states
+        all_leaves += leaves
+    return _Gradients.apply(all_leaves, embeds, *all_states)
 
 
 def make_contiguous(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -24,10 +24,12 @@ import torch
 LayerStates = list[tuple[torch.Tensor, torch.Tensor] | None]
 
 
-def compress(key_values: LayerStates, mask: torch.BoolTensor) -> tuple[LayerStates, torch.BoolTensor]:
+def compress(
+    key_values: LayerStates, mask: torch.BoolTensor, *others: torch.Tensor
+) -> tuple[LayerStates, torch.BoolTensor]:
     """
     Leaves out the keys and values `(B, Hkv, F, D)` that no row needs: moves those where the mask `(B, F)` is True to
-    the front, in their order.
+    the front, in their order. `others` `(B, F)` are moved with them.
     """
     width = int(mask.sum(1).max())
     columns = mask.int().argsort(dim=1, descending=True, stable=True)[:, :width]  # [B, F']
@@ -37,7 +39,7 @@ def compress(key_values: LayerStates, mask: torch.BoolTensor) -> tuple[LayerStat
         return states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))
 
     key_values = [None if pair is None else (gather(pair[0]), gather(pair[1])) for pair in key_values]
-    return key_values, mask.gather(1, columns)
+    return key_values, *(tensor.gather(1, columns) for tensor in (mask, *others))
 
 
 @dataclass
@@ -55,6 +57,11 @@ class NeighborStates:
 
     key_values: LayerStates
     index: torch.LongTensor
+
+    @property
+    def requires_grad(self) -> bool:
+        """`bool`: Whether the states have gradients."""
+        return any(pair[0].requires_grad for pair in self.key_values if pair is not None)
 
     def gather(self) -> LayerStates:
         """Keys and values `(batch_size, num_key_value_heads, num_slots * k * neighbor_length, D)` for each layer."""

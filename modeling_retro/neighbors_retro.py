@@ -59,9 +59,12 @@ class Neighbors:
         mask = self.attention_mask[rows, slots] & known[:, None, None]
         return Neighbors(self.input_ids[rows, slots][:, None], mask[:, None])
 
-    def rows(self, rows: torch.LongTensor) -> "Neighbors":
-        """The neighbors of some rows."""
-        return Neighbors(self.input_ids[rows], self.attention_mask[rows])
+    def in_order(self) -> "Neighbors":
+        """The neighbors of each chunk as one text, `(batch_size, num_slots, 1, L)`, which ends without padding."""
+        ids, mask = self.input_ids.flatten(2), self.attention_mask.flatten(2)  # [B, S, k r]
+        length = max(1, int(mask.sum(-1).max()))
+        order = mask.int().argsort(dim=-1, stable=True)[..., -length:]
+        return Neighbors(ids.gather(-1, order)[:, :, None], mask.gather(-1, order)[:, :, None])
 
     def behind(self, first: "Neighbors") -> "Neighbors":
         """These neighbors behind those of `first`, which may be another number of other lengths."""
