@@ -301,6 +301,7 @@ def chunk_documents(
     shard_bytes: int = 32_000_000,
     append: bool = False,
     force: bool = False,
+    num_proc: int = 1,
 ) -> ChunksStage:
     """
     Tokenizes documents and writes them as chunks, shard by shard. An interrupted run is resumed.
@@ -332,6 +333,8 @@ def chunk_documents(
         shard_bytes (`int`, *optional*, defaults to 32,000,000): Number of bytes of input in a shard.
         append (`bool`, *optional*, defaults to `False`): Whether to add the inputs that the split does not hold yet.
         force (`bool`, *optional*, defaults to `False`): Whether to rebuild the split.
+        num_proc (`int`, *optional*, defaults to 1):
+            Number of processes that share the shards. With `max_chunks` one makes them in order.
 
     Returns:
         [`ChunksStage`]: the record of the split's chunks in the manifest: `num_chunks`, `num_documents`, `dropped`, ….
@@ -343,14 +346,16 @@ def chunk_documents(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if continuation_chunks < 0:
         raise ValueError(f"continuation_chunks must not be negative, got {continuation_chunks}")
+    if num_proc < 1:
+        raise ValueError(f"num_proc must be at least 1, got {num_proc}")
     check_split_name(split)
     if append and (max_documents is not None or max_chunks is not None):
         raise ValueError("append takes all of the new inputs; leave out max_documents and max_chunks")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    if "LOCAL_WORLD_SIZE" in os.environ:
+    if "LOCAL_WORLD_SIZE" in os.environ or num_proc > 1:
         # By default each tokenizer uses all cores, but here several processes share them.
-        threads = (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])
+        threads = (os.cpu_count() or 1) // (num_proc * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, threads)))
     path = Path(output_dir)
     record_format = RecordFormat(text_column, id_column, max_document_bytes)
@@ -376,7 +381,7 @@ def chunk_documents(
         sources = find_sources(spool_streams(inputs, path, split), filter)
         sources = _plan(path, manifest, split, sources, record_format, options, append)
         chunker = DocumentChunker(tokenizer, chunk_size, allow_control_tokens)
-        return _chunk_shards(path, manifest, split, sources, record_format, chunker)
+        return _chunk_shards(path, manifest, split, sources, record_format, chunker, num_proc=num_proc)
 
 
 def _set_vocabulary(
@@ -503,6 +508,7 @@ def _chunk_shards(
     record_format: RecordFormat,
     chunker: DocumentChunker,
     is_known: Callable[[Document, np.ndarray], bool] | None = None,
+    num_proc: int = 1,
 ) -> ChunksStage:
     root = split_path(path, split)
     stage = manifest.splits[split].chunks
@@ -536,6 +542,7 @@ def _chunk_shards(
         make,
         description=f"Chunking {split}",
         in_order=options["max_chunks"] is not None,
+        num_proc=num_proc,
     )
     shards = [ChunkShard.from_dict(record) for record in records]
     if not any(shard.rows for shard in shards):

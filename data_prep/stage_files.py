@@ -23,9 +23,11 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +227,7 @@ def run_shards(
     suffix: str = "",
     description: str = "",
     in_order: bool = False,
+    num_proc: int = 1,
 ) -> list[dict[str, Any]]:
     """
     Makes the shards that are not finished yet. The processes share them.
@@ -238,6 +241,9 @@ def run_shards(
         description (`str`, *optional*): Label of the progress bar.
         in_order (`bool`, *optional*, defaults to `False`):
             Whether one process makes all shards in order and stops after the first whose record says `last`.
+        num_proc (`int`, *optional*, defaults to 1):
+            Number of processes into which each process of the run divides for its shards, unless they are made in
+            order. They are forked, so `make` must not use libraries whose threads have begun to work.
 
     Returns:
         `list[dict]`: the records of all shards in order, with `name` and `sha256`.
@@ -252,17 +258,79 @@ def run_shards(
         mine = todo if state.is_main_process and not ended else []
     else:
         mine = todo[state.process_index :: state.num_processes]
-    for index in tqdm(mine, desc=description, unit="shard", disable=not state.is_main_process):
+
+    def finish(index: int) -> dict[str, Any]:
         with whole(folder / (names[index] + suffix)) as temporary:
             record = make(index, temporary)
             record |= {"name": names[index], "sha256": checksum(temporary)}
         write_json(_record_path(folder, names[index]), record)
-        if in_order and record["last"]:
-            break
+        return record
+
+    with tqdm(total=len(mine), desc=description, unit="shard", disable=not state.is_main_process) as progress:
+        if num_proc > 1 and len(mine) > 1 and not in_order:
+            for _ in _fork(finish, mine, num_proc):
+                progress.update()
+        else:
+            for index in mine:
+                record = finish(index)
+                progress.update()
+                if in_order and record["last"]:
+                    break
     state.wait_for_everyone()
     for record in finished_records(folder, names):
         done.setdefault(record["name"], record)
     return [done[name] for name in names if name in done]
+
+
+def _fork(finish: Callable[[int], Any], indices: Sequence[int], num_proc: int) -> Iterator[int]:
+    """
+    Calls a function for each index in forked processes, and yields the indices that are finished. If a process fails,
+    the others end with the shard that they are making, and its error is raised. They end so as well if this process is
+    killed.
+    """
+    context, parent = multiprocessing.get_context("fork"), os.getpid()
+
+    def work(part: Sequence[int], sender: Connection) -> None:
+        for index in part:
+            if os.getppid() != parent or stop.is_set():
+                return
+            try:
+                finish(index)
+            except Exception as error:
+                sender.send(error)
+                return
+            sender.send(index)
+
+    stop, processes, receivers = context.Event(), [], []
+    for start in range(min(num_proc, len(indices))):
+        receiver, sender = context.Pipe(duplex=False)
+        processes.append(context.Process(target=work, args=(indices[start::num_proc], sender)))
+        processes[-1].start()
+        sender.close()  # the copy of the child stays open, so that its end is the end of the messages
+        receivers.append(receiver)
+    errors = []
+    try:
+        while receivers:
+            for receiver in wait(receivers):
+                try:
+                    message = receiver.recv()
+                except EOFError:
+                    receivers.remove(receiver)
+                    continue
+                if isinstance(message, Exception):
+                    errors.append(message)
+                    stop.set()
+                else:
+                    yield message
+    finally:
+        stop.set()
+        for process in processes:
+            process.join()
+    if errors:
+        raise errors[0]
+    broken = [process.exitcode for process in processes if process.exitcode]
+    if broken:
+        raise RuntimeError(f"a process of --num_proc ended with exit code {broken[0]}; run the same command again")
 
 
 def finished_records(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:

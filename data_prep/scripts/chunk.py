@@ -19,8 +19,9 @@ retro chunk --input documents.jsonl --output-dir datastore --tokenizer HuggingFa
 retro chunk --input held_out.jsonl --output-dir datastore --tokenizer HuggingFaceTB/SmolLM2-135M --split validation
 ```
 
-Many processes can share the work (`accelerate launch -m data_prep.scripts.chunk ...`), and the same command resumes an
-interrupted run. A chunk never crosses the end of a document, and the last chunk of a document is padded.
+Many processes can share the work (`--num_proc 2`, or `accelerate launch -m data_prep.scripts.chunk ...` for several
+machines), and the same command resumes an interrupted run. A chunk never crosses the end of a document, and the last
+chunk of a document is padded.
 """
 
 from collections.abc import Sequence
@@ -66,6 +67,7 @@ class ChunkArguments:
     shard_bytes: int = field(default=32_000_000, metadata={"help": "Number of bytes of input in a shard."})
     append: bool = field(default=False, metadata={"help": "Add the inputs that the split does not hold yet."})
     force: bool = field(default=False, metadata={"help": "Rebuild the split from nothing."})
+    num_proc: int = field(default=1, metadata={"help": "Processes that share the shards; no launcher is needed."})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

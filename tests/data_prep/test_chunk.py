@@ -14,6 +14,10 @@
 """Chunks hold every token and byte of their documents, and only those."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -25,6 +29,7 @@ from transformers import PreTrainedTokenizerFast
 from data_prep.chunk import DocumentChunker, chunk_documents
 from data_prep.documents import Document
 from data_prep.scripts.chunk import main
+from data_prep.stage_files import _fork
 from modeling_retro.datastore.datastore import RetroDatastore
 
 
@@ -385,3 +390,64 @@ def test_the_manifest_says_whether_control_tokens_are_allowed_and_another_choice
     with pytest.raises(ValueError, match="allow_control_tokens=True, not False"):
         chunk_documents(file, path, tiny_tokenizer, chunk_size=8)
     chunk_documents(file, path, tiny_tokenizer, chunk_size=8, allow_control_tokens=True)
+
+
+def run_chunk(folder, *options):
+    command = [
+        sys.executable,
+        "-m",
+        "data_prep.scripts.chunk",
+        "--input",
+        str(folder / "a.jsonl"),
+        "--chunk_size",
+        "8",
+    ]
+    command += ["--tokenizer", str(folder / "tokenizer"), "--shard_bytes", "400", *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_processes_without_a_launcher_make_the_files_of_one(tmp_path, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    write_jsonl(tmp_path / "a.jsonl", make_texts(30, seed=4))
+    options = {"chunk_size": 8, "shard_bytes": 400}
+    chunk_documents(tmp_path / "a.jsonl", tmp_path / "one", str(tmp_path / "tokenizer"), **options)
+    done = run_chunk(tmp_path, "--output_dir", str(tmp_path / "two"), "--num_proc", "2")
+    assert done.returncode == 0, done.stderr
+    files = {
+        name: {
+            str(path.relative_to(tmp_path / name)): path.read_bytes()
+            for path in (tmp_path / name).rglob("*")
+            if path.is_file()
+        }
+        for name in ("one", "two")
+    }
+    assert files["one"] == files["two"]
+    assert sum(name.startswith("chunks/shard-") and name.endswith(".arrow") for name in files["one"]) > 4
+
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write("no JSON\n")
+    broken = run_chunk(tmp_path, "--output_dir", str(tmp_path / "broken"), "--num_proc", "2")
+    assert broken.returncode != 0 and "a.jsonl:31: not valid JSON" in broken.stderr
+    assert "Traceback" not in broken.stderr
+
+
+def test_forked_processes_all_work_and_their_errors_are_raised(tmp_path):
+    def write_pid(index):
+        (tmp_path / str(index)).write_text(str(os.getpid()))
+
+    assert sorted(_fork(write_pid, range(7), 3)) == list(range(7))
+    pids = [(tmp_path / str(index)).read_text() for index in range(7)]
+    assert len(set(pids)) == 3 and str(os.getpid()) not in pids
+
+    def fail(index):
+        if index == 4:
+            raise ValueError("shard 4 is bad")
+
+    with pytest.raises(ValueError, match="shard 4 is bad"):
+        list(_fork(fail, range(6), 2))
+
+    def die(index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(RuntimeError, match="ended with exit code -9; run the same command again"):
+        list(_fork(die, range(2), 2))
