@@ -68,6 +68,12 @@ def test_a_model_comes_without_faiss_and_datasets():
     assert heavy(modules) == ["torch", "transformers", "accelerate"]
 
 
+def test_chunking_comes_without_the_configuration_of_a_model():
+    """It would bring the compiler of torch, which takes half as long again as all that chunking needs."""
+    modules = imported_after("import data_prep.chunk")
+    assert not {"modeling_retro.configuration_retro", "torch._dynamo"} & set(modules)
+
+
 def test_list_of_commands_imports_nothing_heavy():
     assert heavy(imported_after(HELP.format(words=[["--help"]]))) == []
 

@@ -32,7 +32,6 @@ import torch
 from huggingface_hub import CommitInfo
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..configuration_retro import RetroConfig
 from ..encoder.chunk_encoder import ChunkEncoder
 from .checksums import tokenizer_fingerprint, verify_file
 from .chunks import ChunkTable, load_shard
@@ -42,6 +41,7 @@ from .versions import HeldVersion, open_version
 
 
 if TYPE_CHECKING:
+    from ..configuration_retro import RetroConfig
     from .bm25 import Bm25Index
 
 AnyIndex = TypeVar("AnyIndex", IndexRecord, Bm25Record)
@@ -308,7 +308,7 @@ class RetroDatastore:
         if chunk_size != self.chunk_size:
             raise ValueError(f"chunk_size {chunk_size} is not the chunk size of {self.path}: {self.chunk_size}")
 
-    def check_model(self, config: RetroConfig) -> None:
+    def check_model(self, config: "RetroConfig") -> None:
         """Raises a `ValueError` unless a model of this configuration can read the tokens of the datastore."""
         check_model(self.manifest, self.path, config)
 

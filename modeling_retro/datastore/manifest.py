@@ -24,11 +24,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from huggingface_hub.dataclasses import strict
 
-from ..configuration_retro import RetroConfig
 from ..durable_files_retro import public_name, write_json
 from .record import (
     BOOL,
@@ -47,6 +46,10 @@ from .record import (
     or_null,
     rule_of,
 )
+
+
+if TYPE_CHECKING:  # this import takes seconds, and the stages that make a datastore need no configuration
+    from ..configuration_retro import RetroConfig
 
 
 MANIFEST_NAME = "datastore.json"
@@ -534,7 +537,7 @@ def check_split_name(split: str) -> None:
         )
 
 
-def check_model(manifest: Manifest, name: str | Path, config: RetroConfig) -> None:
+def check_model(manifest: Manifest, name: str | Path, config: "RetroConfig") -> None:
     """
     Checks that a model can read the tokens of a datastore.
 

@@ -119,7 +119,7 @@ def evaluate_questions(
             "--id_column _id"
         )
     if retrievers is None:
-        has = {name for name in ("index", "bm25") if name in datastore.manifest}
+        has = {name for name in ("index", "bm25") if getattr(datastore.manifest, name) is not None}
         retrievers = [name for name, needed in INDEXES.items() if has.issuperset(needed)]
     metrics, encoder = {}, None
     for name in retrievers:
