@@ -14,6 +14,7 @@
 """Counts the operations of a model for a token, without retrieval, with it, and with the neighbors in front"""
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +27,10 @@ def operations_per_token(
     model: PreTrainedModel, num_neighbors: int, window_chunks: int, modes: tuple[str, ...] = ("off", "on", "in_front")
 ) -> dict[str, float]:
     """
-    Counts the operations for one token at the end of a full window, on average over its chunk. Earlier tokens are in
-    the cache. But if neighbors stand in front of the window, the whole window is read again whenever they change.
+    Counts the operations for one token of the last chunk of a full window, on average over the chunk. Earlier tokens
+    are in the cache. With neighbors, those of the chunk are read, and then its own tokens again, if the model does so.
+    But if neighbors stand in front of the window, the whole window is read again whenever they change, and only the
+    tokens of the chunk are predicted.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -35,38 +38,41 @@ def operations_per_token(
         num_neighbors (`int`):
             Number of neighbors of a chunk. None of them was read before.
         window_chunks (`int`):
-            Length of the window in chunks.
+            Length of the window in chunks, at least 2.
         modes (`tuple[str, ...]`, *optional*):
             Some of `"off"`, `"on"` and `"in_front"`.
 
     Returns:
         `dict[str, float]`: operations (two for a multiplication with an addition) for each mode.
     """
-    size, length = model.config.chunk_size, model.config.neighbor_length * num_neighbors
+    size, length = model.config.chunk_size, model.config.neighbor_length
     # The counter does not see the operations of SDPA's kernel for CPUs.
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
 
-    def count(num_tokens: int, num_slots: int = 0) -> int:
-        inputs = {}
-        if num_slots > 0:
-            shape = (1, num_slots, num_neighbors, model.config.neighbor_length)
-            inputs["neighbor_input_ids"] = torch.randint(model.config.vocab_size, shape, device=model.device)
-        tokens = torch.ones((1, num_tokens), dtype=torch.long, device=model.device)
-        with FlopCounterMode(display=False) as counter, model.retrieval(False):
-            model(input_ids=tokens, use_cache=False, **inputs)
-        return counter.get_total_flops()
+    def draw(*shape: int) -> torch.LongTensor:
+        return torch.randint(model.config.vocab_size, shape, device=model.device)
 
-    window = window_chunks * size
-    counted = {}
-    if "off" in modes:
-        counted["off"] = count(window) - count(window - size)
-    if "on" in modes:
-        counted["on"] = count(window, window_chunks) - count(window - size, window_chunks - 1)
-    if "in_front" in modes:
-        counted["in_front"] = count(window + length)
+    def read(num_chunks: int, is_on: bool, **inputs: Any) -> None:
+        if is_on:
+            inputs["neighbor_input_ids"] = draw(1, num_chunks, num_neighbors, length)
+        model(input_ids=draw(1, num_chunks * size), **inputs)
+
+    operations = {}
+    with model.retrieval(False):
+        for mode in modes:
+            if mode == "in_front":
+                row = draw(1, window_chunks * size + num_neighbors * length)
+                with FlopCounterMode(display=False) as counter:
+                    model(input_ids=row, use_cache=False, logits_to_keep=size)
+            else:
+                cache = model.cache_class(config=model.config)
+                read(window_chunks - 1, mode == "on", past_key_values=cache, logits_to_keep=1)
+                with FlopCounterMode(display=False) as counter:
+                    read(1, mode == "on", past_key_values=cache)
+            operations[mode] = counter.get_total_flops() / size
     model.set_attn_implementation(implementation)
-    return {mode: operations / size for mode, operations in counted.items()}
+    return operations
 
 
 def read_clocks() -> np.ndarray:
