@@ -36,6 +36,7 @@ def load_retro_model(name_or_path: str, datastore: RetroDatastore, **kwargs: Any
             The datastore that the model will read. A wrapped model gets its chunk sizes.
         kwargs:
             Passed to `from_pretrained`. For a model that is wrapped, also fields of [`RetroJointConfig`] and `reader`.
+            `reader` and `reread_tokens` may be `None`, which leaves them as they are in the model.
 
     Returns:
         [`RetroForCausalLM`] or [`RetroJointForCausalLM`]
@@ -46,11 +47,18 @@ def load_retro_model(name_or_path: str, datastore: RetroDatastore, **kwargs: Any
     adapter = find_adapter_config_file(name_or_path)
     base = name_or_path if adapter is None else json.loads(Path(adapter).read_text())["base_model_name_or_path"]
     config = AutoConfig.from_pretrained(base)
-    kwargs = {name: value for name, value in kwargs.items() if name != "reader" or value is not None}
+    for name in ("reader", "reread_tokens"):
+        if kwargs.get(name) is None:
+            kwargs.pop(name, None)
     classes = {RetroConfig.model_type: RetroForCausalLM, RetroJointConfig.model_type: RetroJointForCausalLM}
     added = sorted(set(kwargs) & {"reader", "neighbor_adapter", "row_adapter", "neighbor_bias"})
     if config.model_type in classes and added:
         raise ValueError(f"{name_or_path} is a RETRO model already; {', '.join(added)} are for a model to be wrapped")
+    if config.model_type == RetroConfig.model_type and "reread_tokens" in kwargs:
+        raise ValueError(
+            f"{name_or_path} reads neighbors in layers of their own, and no tokens again; reread_tokens is for a "
+            "model that reads them with its own attention"
+        )
     if config.model_type in classes:
         model = classes[config.model_type].from_pretrained(name_or_path, **kwargs)
     else:

@@ -47,12 +47,16 @@ def test_neighbors_in_front_are_read_with_the_whole_window():
     assert abs(operations * CHUNK / multiplications(row, row, CHUNK) - 1) < 0.01
 
 
-def test_with_neighbors_these_are_read_too_and_nothing_read_before_is_read():
+def test_with_neighbors_these_are_read_and_then_the_chunk_again():
     model, length = make_model(), 2 * CHUNK
     for number in (1, 2):
         operations = operations_per_token(model, number, WINDOW, modes=("on",))["on"]
         row = multiplications(CHUNK, WINDOW * CHUNK + number * length, CHUNK)
         neighbors = multiplications(number * length, length, 0)
         assert abs(operations * CHUNK / (row + neighbors) - 1) < 0.05
+    without = operations * CHUNK
+    model.config.reread_tokens = CHUNK
+    again = operations_per_token(model, 2, WINDOW, modes=("on",))["on"] * CHUNK - without
+    assert abs(again / multiplications(CHUNK, WINDOW * CHUNK + 2 * length, 1) - 1) < 0.05
     assert model.config._attn_implementation == "sdpa"
     assert torch.is_grad_enabled()

@@ -41,7 +41,7 @@ AFTER_THE_HEAD = {
     "granite": {"logits_scaling": 3.0},
     "cohere": {"logit_scale": 0.3},
 }
-MODELS = ["retro", *FAMILIES, "cohere"]
+MODELS = ["retro", "reading again", *FAMILIES, "cohere"]
 
 
 def make_model(name):
@@ -50,6 +50,10 @@ def make_model(name):
         sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
         options = {"cross_attention_layers": [1], "logits_scaling": 3.0, "initializer_range": 0.3}
         return RetroForCausalLM(RetroConfig(vocab_size=VOCAB, chunk_size=CHUNK, **sizes, **options)).double().eval()
+    if name == "reading again":
+        model = make_joint("llama")
+        model.config.reread_tokens = CHUNK
+        return model
     return make_joint(name, **AFTER_THE_HEAD.get(name, {}))
 
 
@@ -68,7 +72,8 @@ def test_blocks_equal_one_forward_pass(name, small_blocks, monkeypatch):
         "neighbor_input_ids": torch.randint(VOCAB, (3, 3, 2, LENGTH), generator=generator),
     }
     with torch.no_grad():
-        whole = model(**inputs, use_cache=False).logits
+        # Another model, because the first forward pass of one may try its decoder.
+        whole = make_model(name)(**inputs, use_cache=False).logits
     rows, columns = (torch.rand(inputs["input_ids"].shape, generator=generator) < 0.7).nonzero(as_tuple=True)
     sizes = []
     model.get_output_embeddings().register_forward_hook(lambda _, args, output: sizes.append(output.numel()))
@@ -78,7 +83,7 @@ def test_blocks_equal_one_forward_pass(name, small_blocks, monkeypatch):
         order += places.tolist()
     assert order == list(range(len(rows)))
     assert len(sizes) > len(rows) // 7 > 2
-    assert max(sizes) == 7 * VOCAB
+    assert max(sizes[-len(rows) // 7 :]) == 7 * VOCAB
     torch.testing.assert_close(found, whole[rows, columns], rtol=1e-12, atol=1e-12)
     if name in AFTER_THE_HEAD:  # so the model changes what its head returns
         head = model.get_output_embeddings()(module.head_inputs(model, **inputs)[rows, columns])

@@ -280,6 +280,21 @@ def test_the_command_measures_rivals(models, datastore, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", *options, "--baseline", str(tmp_path / "model")])
     assert "in a run of its own" in capsys.readouterr().err
+    again = ["--modes", "off", "on", "--reread_tokens", "4", "--output_dir", str(tmp_path / "again")]
+    main(["evaluate", *options[:10], *again])
+    found = json.loads((tmp_path / "again" / "evaluation.json").read_text())["bits_per_byte"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models["joint"].config, "reread_tokens", 4)
+        expected = evaluate_retro(
+            models["joint"], datastore, datastore.split("validation"), num_neighbors=1, **OPTIONS
+        )
+    assert found["on"] == pytest.approx(expected.bits_per_byte("on"), rel=1e-6)
+    once = evaluate_retro(joint, datastore, split, num_neighbors=1, **OPTIONS)
+    assert found["on"] != pytest.approx(once.bits_per_byte("on"), rel=1e-5)
+    models["retro"].save_pretrained(tmp_path / "retro")
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--model", str(tmp_path / "retro"), *options[2:10], *again])
+    assert "and no tokens again" in capsys.readouterr().err
 
 
 def test_unusable_baselines_are_refused(models, datastore, tmp_path):

@@ -56,6 +56,9 @@ class RetroLM(HFLM):
             one would do without RETRO. Texts whose likelihood is asked for as a whole have none.
         reader (`str`, *optional*):
             Adapters that were trained to read neighbors, for a model that is wrapped.
+        reread_tokens (`int`, *optional*):
+            Number of tokens at the end of a chunk that are read again (see [`RetroJointConfig`]). Defaults to that of
+            the model.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Data type of the model.
         device (`str`, *optional*):
@@ -84,6 +87,7 @@ class RetroLM(HFLM):
         retrieval: bool = True,
         in_front: bool = False,
         reader: str | None = None,
+        reread_tokens: int | None = None,
         dtype: str = "float32",
         device: str | None = None,
         **kwargs: Any,
@@ -95,7 +99,8 @@ class RetroLM(HFLM):
         if isinstance(datastore, str):
             datastore = open_datastore(datastore)
         if isinstance(pretrained, str):
-            pretrained = load_retro_model(pretrained, datastore, dtype=getattr(torch, dtype), reader=reader)
+            reading = {"reader": reader, "reread_tokens": reread_tokens}
+            pretrained = load_retro_model(pretrained, datastore, dtype=getattr(torch, dtype), **reading)
         pretrained = pretrained.to(device or PartialState().device)
         pretrained.config.num_neighbors = k
         self.retriever = RetroRetriever(datastore) if retrieval else None

@@ -13,7 +13,9 @@
 # limitations under the License.
 """The predictions of a model in blocks of tokens, so that the logits of a whole batch never exist"""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,18 +44,43 @@ def head_inputs(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
     """
     states = []
 
-    def keep(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        states.append(args[0])
-        return args[0][:, :1], *args[1:]
+    def keep(found: torch.Tensor) -> torch.Tensor:
+        states.append(found)
+        return found[:, :1]
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(keep)
+    with _into_head(model, keep):
+        model(**inputs, use_cache=False)
+    return states[0]
+
+
+@contextmanager
+def _into_head(model: PreTrainedModel, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Changes the states that enter the head in a forward pass without retrieval."""
+    depth = 0
+
+    def begin(*args: Any) -> None:
+        nonlocal depth
+        depth += 1
+
+    def end(*args: Any) -> None:
+        nonlocal depth
+        depth -= 1
+
+    def enter(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        # A model that tries its decoder runs itself inside of its forward pass, and must find all of its logits.
+        return (change(args[0]), *args[1:]) if depth == 1 else None
+
+    handles = [
+        model.register_forward_pre_hook(begin),
+        model.register_forward_hook(end, always_call=True),
+        model.get_output_embeddings().register_forward_pre_hook(enter),
+    ]
     try:
         with model.retrieval(False):
-            model(**inputs, use_cache=False)
+            yield
     finally:
-        handle.remove()
-    (found,) = states
-    return found
+        for handle in handles:
+            handle.remove()
 
 
 @torch.inference_mode()
@@ -85,18 +112,13 @@ def predictions(
         float32 or better.
     """
     states = head_inputs(model, **inputs)[rows, columns]  # [N, d]
-    head = model.get_output_embeddings()
     size = CPU_BLOCK_SIZE if model.device.type == "cpu" else BLOCK_SIZE
     blocks = torch.arange(len(states), device=states.device).split(max(1, size // model.config.vocab_size))
     for number in range(_most_of_processes(len(blocks)) if in_step else len(blocks)):
         places = blocks[min(number, len(blocks) - 1)]
         block = states[places][None]  # [1, n, d]
-        handle = head.register_forward_pre_hook(lambda _, args, block=block: (block, *args[1:]))
-        try:
-            with model.retrieval(False):
-                logits = model(input_ids=inputs["input_ids"][:1, :1], use_cache=False).logits[0]
-        finally:
-            handle.remove()
+        with _into_head(model, lambda _, block=block: block):
+            logits = model(input_ids=inputs["input_ids"][:1, :1], use_cache=False).logits[0]
         if number < len(blocks):
             yield places, logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -98,6 +98,13 @@ class EvaluateRetroArguments:
             "come with the package, or folder or Hub id."
         },
     )
+    reread_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of tokens at the end of a chunk that are read again with the neighbors of the chunk in "
+            "sight, by a model that reads neighbors with its own attention. Defaults to that of the model."
+        },
+    )
     model_card: bool = field(
         default=True, metadata={"help": "Also write the numbers into the card of a model in a folder."}
     )
@@ -149,7 +156,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         retriever=arguments.retriever,
         seed=arguments.seed,
     )
-    model = load_retro_model(arguments.model, datastore, dtype=dtype, reader=arguments.reader).to(state.device)
+    reading = {"reader": arguments.reader, "reread_tokens": arguments.reread_tokens}
+    model = load_retro_model(arguments.model, datastore, dtype=dtype, **reading).to(state.device)
     if arguments.baselines:
         evaluation = evaluate_rivals(
             model,

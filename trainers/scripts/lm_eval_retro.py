@@ -52,6 +52,13 @@ class LMEvalArguments:
             "come with the package, or folder or Hub id."
         },
     )
+    reread_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of tokens at the end of a chunk that are read again with the neighbors of the chunk in "
+            "sight, by a model that reads neighbors with its own attention. Defaults to that of the model."
+        },
+    )
     task_folder: str | None = field(
         default=None, metadata={"help": "Folder with YAML files of tasks, in place of the tasks of the harness."}
     )
@@ -87,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         retrieval=arguments.retrieval,
         in_front=arguments.in_context,
         reader=arguments.reader,
+        reread_tokens=arguments.reread_tokens,
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
         max_length=arguments.max_length,
