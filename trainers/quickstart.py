@@ -399,7 +399,7 @@ def make_datastore(
             shard_bytes=SHARD_BYTES,
         )
     removed = deduplicate_documents(path)
-    print(f"{removed['documents']} near-duplicates of held-out documents ({removed['chunks']} chunks) removed")
+    print(f"{removed.documents} near-duplicates of held-out documents ({removed.chunks} chunks) removed")
     for split in max_chunks_of:
         embed_chunks(path, encoder, split=split, dtype="bfloat16" if _computes_in_bf16() else "float32")
     build_index(path)
