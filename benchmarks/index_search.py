@@ -31,7 +31,8 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from data_prep.index import make_index, read_embeddings, recall_at, tune, write_index
+from data_prep.faiss_index import make_index, recall_at, tune, write_index
+from data_prep.index import read_embeddings
 from modeling_retro.datastore.datastore import read_index
 from modeling_retro.datastore.manifest import TRAIN_SPLIT, read_manifest
 from modeling_retro.datastore.splits import split_path

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from .chunk import chunk_documents as chunk_documents
     from .deduplicate import deduplicate_documents as deduplicate_documents
     from .embed import embed_chunks as embed_chunks
+    from .faiss_index import suggest_factory as suggest_factory
     from .index import build_index as build_index
-    from .index import suggest_factory as suggest_factory
     from .neighbors import find_neighbors as find_neighbors
     from .pairs.corpus import pairs_from_datastore as pairs_from_datastore
     from .pairs.pairs import PairMixture as PairMixture
@@ -67,7 +67,7 @@ _MODULES = {
     "read_tasks": "span_corruption.tasks",
     "remove_documents": "upkeep.changes",
     "repair_datastore": "upkeep.verify",
-    "suggest_factory": "index",
+    "suggest_factory": "faiss_index",
     "update_documents": "upkeep.changes",
     "verify_datastore": "upkeep.verify",
 }

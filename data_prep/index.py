@@ -23,9 +23,8 @@ data_prep.scripts.index ...`.
 import contextlib
 import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,20 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from data_prep.faiss_index import (
+    RECALL_AT,
+    empty_copy,
+    last_line,
+    make_index,
+    merge_on_disk,
+    metric_type,
+    recall_at,
+    suggest_factory,
+    to_gpus,
+    tune,
+    without,
+    write_index,
+)
 from data_prep.memory import return_freed_memory
 from data_prep.stage_files import (
     check_options,
@@ -55,15 +68,8 @@ from modeling_retro.durable_files_retro import make_folder, remove, replace, syn
 logger = logging.get_logger(__name__)
 
 _WORK = ".index-"
-_RECALL_AT = (1, 10)
-# Number of results that an index with refined codes (…,RFlat) scores exactly for each wanted result.
-_REFINED = 16
-# Indexes with refined codes are filled by one process, which takes minutes up to this number of vectors.
-_REFINED_UP_TO = 10_000_000
 # Number of training vectors for each list of an inverted file, and in all. More take longer and find nothing more.
 _TRAINING_PER_LIST, _LEAST_TRAINING = 64, 1 << 16
-# Up to this number, an exact search takes milliseconds for a query and needs no tuning.
-_EXACT_UP_TO = 50_000
 # Number of vectors that are converted to float32 at once.
 _BLOCK = 1 << 16
 
@@ -253,7 +259,7 @@ class _IndexBuild:
                             index.train(sample)
                     except RuntimeError as error:
                         raise ValueError(
-                            f"faiss cannot train {self.factory!r} on {len(sample)} vectors: {_last_line(error)}"
+                            f"faiss cannot train {self.factory!r} on {len(sample)} vectors: {last_line(error)}"
                         ) from error
             with whole(self._trained) as temporary:
                 write_index(index, temporary)
@@ -310,12 +316,12 @@ class _IndexBuild:
             index = read_index(self.merged)
 
             def recall_now() -> dict[str, float]:
-                found = index.search(queries, min(_RECALL_AT[-1] + 1, index.ntotal))[1]
+                found = index.search(queries, min(RECALL_AT[-1] + 1, index.ntotal))[1]
                 return recall_at(self._scores(queries, without(found, excluded)), exact)
 
             with _threads_of_all():
                 parameters, recall = tune(index, recall_now, self.options["target_recall"])
-            if recall[f"recall@{_RECALL_AT[-1]}"] < self.options["target_recall"]:
+            if recall[f"recall@{RECALL_AT[-1]}"] < self.options["target_recall"]:
                 logger.warning(
                     f"recall@10 is {recall['recall@10']:.3f} at best, below the target "
                     f"{self.options['target_recall']}; a factory with less compression finds more"
@@ -420,8 +426,8 @@ class _IndexBuild:
 
     def _exact_search(self, queries: np.ndarray, excluded: np.ndarray) -> np.ndarray:
         """Exact scores [q, 10] of the nearest neighbors. Each process searches its shards."""
-        k = _RECALL_AT[-1] + 1
-        kind = _metric(self.options["metric"])
+        k = RECALL_AT[-1] + 1
+        kind = metric_type(self.options["metric"])
         scores, ids = np.zeros((len(queries), 0), dtype=np.float32), np.zeros((len(queries), 0), dtype=np.int64)
         for shard in range(self.state.process_index, len(self.embeddings), self.state.num_processes):
             for start, vectors in _blocks(self.embeddings[shard]):
@@ -459,209 +465,3 @@ def _blocks(array: np.memmap) -> Iterator[tuple[int, np.ndarray]]:
     array = _reopened(array)
     for start in range(0, len(array), _BLOCK):
         yield start, array[start : start + _BLOCK].astype(np.float32)
-
-
-def _metric(metric: str) -> int:
-    if metric not in ("inner_product", "l2"):
-        raise ValueError(f"metric must be 'inner_product' or 'l2', got {metric!r}")
-    return faiss.METRIC_INNER_PRODUCT if metric == "inner_product" else faiss.METRIC_L2
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).rsplit(": ", 1)[-1].strip()
-
-
-def make_index(factory: str, dim: int, metric: str) -> faiss.Index:
-    """Makes an empty index from a faiss factory string. Raises a `ValueError` if faiss does not know it."""
-    try:
-        return faiss.index_factory(dim, factory, _metric(metric))
-    except RuntimeError as error:
-        raise ValueError(f"faiss knows no factory {factory!r} for {dim} dimensions: {_last_line(error)}") from error
-
-
-def suggest_factory(rows: int, dim: int, max_bytes: float | None = None, for_gpus: bool = False) -> str:
-    """
-    Chooses a factory for a number of vectors. Up to 50,000 vectors are searched exactly. Up to ten million get an
-    inverted file of about 4 sqrt(rows) lists. They hold codes of 2 bits for each dimension, which are scanned in the
-    registers of the processor, and the vectors beside them score the best results again. This is about six times as
-    fast as lists of vectors with the same recall. More vectors, those that GPUs search, and those for which the memory
-    is too small, get about 8 sqrt(rows) lists of codes that are as precise as the memory allows.
-
-    Args:
-        rows (`int`): Number of vectors.
-        dim (`int`): Dimension of the vectors.
-        max_bytes (`float`, *optional*): Largest size of the index in memory. Defaults to no limit.
-        for_gpus (`bool`, *optional*, defaults to `False`):
-            Whether GPUs search the index, for which faiss cannot refine codes.
-
-    Returns:
-        `str`: The factory string.
-    """
-    if rows <= _EXACT_UP_TO and (max_bytes is None or 4 * dim * rows <= max_bytes):
-        return "Flat"
-    codes = [(2 * dim, "SQfp16"), (dim, "SQ8")]
-    refined = f"PQ{dim // 2}x4fsr,Refine(SQfp16)"
-    if rows <= _REFINED_UP_TO and dim % 2 == 0 and not for_gpus:
-        codes.insert(0, (dim // 4 + 2 * dim, refined))
-    codes += [(m, f"PQ{m}") for m in (128, 96, 64, 48, 32, 16, 8) if m < dim and dim % m == 0]
-    for size, code in codes:
-        wanted = (4 if code == refined else 8) * math.sqrt(rows)  # scanning costs less than choosing the lists
-        lists = 1 << round(math.log2(max(16, min(wanted, rows / 39))))
-        quantizer = f"IVF{lists}" if lists < 1 << 16 else f"IVF{lists}_HNSW32"
-        if max_bytes is None or (size + 8) * rows + 4 * dim * lists <= max_bytes:
-            prefix = f"OPQ{size}," if code == f"PQ{size}" else ""
-            return f"{prefix}{quantizer},{code}"
-    raise ValueError(f"no index of {rows} vectors fits into {max_bytes / 1e9:g} GB; allow more memory")
-
-
-def index_bytes(factory: str, rows: int, dim: int) -> int:
-    """Size of an index in bytes, with its codes, its ids, and the centroids of an inverted file."""
-    index = make_index(factory.replace("_HNSW32", ""), dim, "inner_product")
-    ivf = faiss.try_extract_index_ivf(index)
-    if ivf is not None:
-        inner = faiss.downcast_index(index)
-        refined = inner.refine_index.sa_code_size() if isinstance(inner, faiss.IndexRefine) else 0
-        return rows * (ivf.code_size + refined + 8) + 4 * ivf.nlist * ivf.d
-    return rows * index.sa_code_size()
-
-
-def write_index(index: faiss.Index, path: Path) -> None:
-    """Writes an index. Raises an `OSError` that names the file if that fails, for example on a full disk."""
-    try:
-        faiss.write_index(index, str(path))
-    except RuntimeError as error:
-        raise OSError(f"cannot write {path}: {_last_line(error)}") from error
-
-
-def merge_on_disk(index: faiss.Index, files: Sequence[Path], data: Path) -> None:
-    """
-    Fills an empty inverted file with the lists of other indexes. These lists and the result stay on the disk.
-
-    Args:
-        index (`faiss.Index`): The trained index, which will read its lists from the file `data`.
-        files (`Sequence[Path]`): Indexes with the same training.
-        data (`Path`): The file of the lists, which must be in the same folder as the index.
-    """
-    remove(data)
-    ivf = faiss.extract_index_ivf(index)
-    parts = [read_index(file) for file in files]
-    vector = faiss.InvertedListsPtrVector()
-    for part in parts:
-        vector.push_back(faiss.extract_index_ivf(part).invlists)
-    lists = faiss.OnDiskInvertedLists(ivf.nlist, ivf.code_size, str(data))
-    index.ntotal = ivf.ntotal = lists.merge_from_multiple(vector.data(), vector.size())
-    lists.filename = data.name  # relative to the index, so that both can be moved
-    ivf.replace_invlists(lists, True)
-    lists.this.disown()
-
-
-def empty_copy(path: Path) -> faiss.Index:
-    """Reads the trained index of a file, without its vectors."""
-    index = read_index(path)
-    ivf = faiss.try_extract_index_ivf(index)
-    if ivf is None or isinstance(faiss.downcast_index(index), faiss.IndexRefine):
-        index = faiss.read_index(str(path))
-        index.reset()
-        return index
-    lists = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)
-    ivf.replace_invlists(lists, True)
-    lists.this.disown()
-    index.ntotal = ivf.ntotal = 0
-    return index
-
-
-def to_gpus(index: faiss.Index, shard: bool) -> faiss.Index:
-    """
-    Moves an index to GPUs: to all of them if there is only one process, or else to the GPU of this process.
-
-    Args:
-        index (`faiss.Index`): The index.
-        shard (`bool`): Whether to split it over the GPUs rather than to copy it to each.
-
-    Raises:
-        ValueError: If faiss has no such index for GPUs, as for refined codes.
-    """
-    state = process_state()
-    options = faiss.GpuMultipleClonerOptions()
-    options.useFloat16 = True
-    options.shard = shard
-    gpus = None if state.num_processes == 1 else [state.local_process_index]
-    try:
-        return faiss.index_cpu_to_gpus_list(index, options, gpus)
-    except RuntimeError as error:
-        raise ValueError(
-            f"faiss cannot move this index to GPUs ({_last_line(error)}); build it with a factory such as "
-            "IVF4096,SQfp16 and --force, or search without use_gpus"
-        ) from error
-
-
-def without(ids: np.ndarray, excluded: np.ndarray) -> np.ndarray:
-    """The first ten ids of each row without the excluded one, -1 if there are fewer."""
-    wanted = (ids != excluded[:, None]) & (ids >= 0)
-    order = np.argsort(~wanted, axis=1, kind="stable")[:, : _RECALL_AT[-1]]
-    return np.take_along_axis(np.where(wanted, ids, -1), order, axis=1)
-
-
-def recall_at(found: np.ndarray, exact: np.ndarray) -> dict[str, float]:
-    """
-    Computes recall@n: the share of the first n results that are among the n nearest. Equally near results count as
-    equal.
-
-    Args:
-        found (`np.ndarray`): float32 [q, 10], exact scores of the results in their order, -inf if absent.
-        exact (`np.ndarray`): float32 [q, 10], scores of the nearest, best first, -inf if absent.
-    """
-    recall = {}
-    for n in _RECALL_AT:
-        present = np.isfinite(exact[:, :n])
-        last = np.where(present, exact[:, :n], np.inf).min(axis=1, keepdims=True)  # score of the nth nearest
-        hits = np.isfinite(found[:, :n]) & (found[:, :n] >= last - 1e-5 * np.abs(last))
-        recall[f"recall@{n}"] = round(float(hits.sum() / max(1, present.sum())), 4)
-    return recall
-
-
-def tune(
-    index: faiss.Index, recall_now: Callable[[], dict[str, float]], target: float
-) -> tuple[dict[str, int], dict[str, float]]:
-    """
-    Finds the smallest nprobe (efSearch for HNSW), to about 1/16, whose recall@10 reaches the target, or else the best
-    one.
-
-    Args:
-        index (`faiss.Index`): The index.
-        recall_now (`Callable`): Measures the recall of the index with its current parameters.
-        target (`float`): The recall@10 to reach.
-
-    Returns:
-        `tuple[dict, dict]`: the search parameters and their recall.
-    """
-    ivf = faiss.try_extract_index_ivf(index)
-    inner = faiss.downcast_index(index)
-    fixed = {}
-    if isinstance(inner, faiss.IndexRefine):
-        fixed["k_factor_rf"] = _REFINED
-        faiss.ParameterSpace().set_index_parameter(index, "k_factor_rf", _REFINED)
-    if isinstance(inner, faiss.IndexPreTransform):
-        inner = faiss.downcast_index(inner.index)
-    if ivf is not None:
-        name, value, limit = "nprobe", 1, ivf.nlist
-    elif isinstance(inner, faiss.IndexHNSW):
-        name, value, limit = "efSearch", 16, 4096
-    else:
-        return fixed, recall_now()
-    found: dict[int, dict[str, float]] = {}
-
-    def reaches(value: int) -> bool:
-        faiss.ParameterSpace().set_index_parameter(index, name, value)
-        found[value] = recall_now()
-        return found[value][f"recall@{_RECALL_AT[-1]}"] >= target
-
-    below = 0
-    while not reaches(value) and value < limit:
-        below, value = value, min(2 * value, limit)
-    while below and value - below > max(1, value // 16):
-        middle = (below + value) // 2
-        below, value = (below, middle) if reaches(middle) else (middle, value)
-    best = max(found, key=lambda value: (min(found[value][f"recall@{_RECALL_AT[-1]}"], target), -value))
-    faiss.ParameterSpace().set_index_parameter(index, name, best)
-    return fixed | {name: best}, found[best]

@@ -25,7 +25,8 @@ import numpy as np
 from datasets import Features, List, Value
 from transformers.utils import logging
 
-from data_prep.index import read_embeddings, to_gpus
+from data_prep.faiss_index import to_gpus
+from data_prep.index import read_embeddings
 from data_prep.stage_files import (
     check_options,
     clear_records,

@@ -13,7 +13,7 @@
 # limitations under the License.
 """Estimates the chunks, the sizes of the files, the memory of the index and the hours of the encoder of a datastore"""
 
-from data_prep.index import index_bytes, suggest_factory
+from data_prep.faiss_index import index_bytes, suggest_factory
 
 
 _UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from data_prep.chunk import DocumentChunker
+from data_prep.chunker import DocumentChunker
 
 from .chat_template import ChatTemplate
 

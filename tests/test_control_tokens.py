@@ -28,7 +28,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import trainers as trainers_package
-from data_prep.chunk import DocumentChunker, chunk_documents
+from data_prep.chunk import chunk_documents
+from data_prep.chunker import DocumentChunker
 from data_prep.documents import Document
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index

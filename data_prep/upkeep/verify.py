@@ -17,26 +17,22 @@ Verifies a datastore or a model by computing all checksums, counts and cross-ref
 A [`Finding`] names the file or field, the problem, and the stage that remakes it. The command is `retro verify`.
 """
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import Dataset
-from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from data_prep.chunk import chunk_counts, control_tokens_inside, restore_shard
+from data_prep.chunk import chunk_counts, restore_shard
+from data_prep.chunker import control_tokens_inside
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
 from data_prep.stage_files import directory_lock, write_manifest
-from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointConfig, RetroJointForCausalLM
-from modeling_retro.added_weights_retro import RETROFIT_WEIGHTS_NAME, checkpoint_sha256
+from data_prep.upkeep.findings import Finding, short
+from data_prep.upkeep.verify_model import verify_model
 from modeling_retro.datastore.checksums import tokenizer_fingerprint, verify_file
 from modeling_retro.datastore.chunks import read_columns
 from modeling_retro.datastore.datastore import RetroDatastore, faiss, read_index
@@ -52,39 +48,11 @@ from modeling_retro.datastore.manifest import (
     chunks_fingerprint,
     read_manifest,
 )
-from modeling_retro.datastore.record import PLAIN_NAME
 from modeling_retro.datastore.splits import split_path
 from modeling_retro.durable_files_retro import remove
-from modeling_retro.sharing.model_card import EVALUATION_NAME, weights_sha256
 
 
-MODEL_CLASSES = {"retro": (RetroConfig, RetroForCausalLM), "retro_joint": (RetroJointConfig, RetroJointForCausalLM)}
 _BLOCK = 1 << 16
-
-
-@dataclass(frozen=True)
-class Finding:
-    """
-    A problem that was found.
-
-    Args:
-        where (`str`): File or folder, relative to the verified folder, or a field of the manifest.
-        problem (`str`): Description of the problem.
-        remedy (`str`): How to remake the damaged part.
-        stage (`str`, *optional*): The stage that [`repair_datastore`] runs again, None if it cannot help.
-        split (`str`, *optional*): The split of the damaged part.
-        shard (`str`, *optional*): The damaged shard, None for the whole stage.
-    """
-
-    where: str
-    problem: str
-    remedy: str
-    stage: str | None = None
-    split: str | None = None
-    shard: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.where} {self.problem}; {self.remedy}"
 
 
 def verify(path: str | Path) -> list[Finding]:
@@ -199,7 +167,7 @@ class _DatastoreVerifier:
             tokenizer = AutoTokenizer.from_pretrained(folder)
             found = tokenizer_fingerprint(tokenizer)
         except Exception as error:  # libraries raise all kinds of errors for damaged files
-            yield self._finding(folder, f"cannot be read ({_short(error)})", "tokenizer")
+            yield self._finding(folder, f"cannot be read ({short(error)})", "tokenizer")
             return
         for key in ("vocab_size", "sha256"):
             if found[key] != getattr(expected, key):
@@ -216,7 +184,7 @@ class _DatastoreVerifier:
         except Exception as error:
             if not (self.path / "encoder").is_dir() and isinstance(error, OSError):
                 return  # an encoder on the Hub, which cannot be reached
-            yield self._finding(self.path / "encoder", f"is not what was embedded with ({_short(error)})", "encoder")
+            yield self._finding(self.path / "encoder", f"is not what was embedded with ({short(error)})", "encoder")
 
     def _chunks(self, split: str) -> Iterator[Finding]:
         stage = self.manifest.splits[split].chunks
@@ -259,7 +227,7 @@ class _DatastoreVerifier:
         try:
             columns = read_columns(folder)
         except Exception as error:
-            return None, [*problems, f"cannot be read ({_short(error)})"]
+            return None, [*problems, f"cannot be read ({short(error)})"]
         found = {name: column.ndim for name, column in columns.items()}
         if found != expected:
             return None, [*problems, f"has the columns {found}, expected {expected} (dimensions)"]
@@ -319,7 +287,7 @@ class _DatastoreVerifier:
         try:
             vectors = np.load(file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            return f"cannot be read ({_short(error)})"
+            return f"cannot be read ({short(error)})"
         expected = (chunks.rows, self.manifest.encoder and self.manifest.encoder.dim)
         if vectors.shape != expected or vectors.dtype != np.float16:
             return f"is {vectors.dtype} {list(vectors.shape)}, expected float16 {list(expected)}"
@@ -394,7 +362,7 @@ class _DatastoreVerifier:
                 if index.ntotal != (rows := chunks.totals()["num_chunks"]):
                     problems.append((folder, f"holds {index.ntotal} chunks, there are {rows}"))
             except (ValueError, ImportError) as error:
-                problems.append((folder, f"cannot be read ({_short(error)})"))
+                problems.append((folder, f"cannot be read ({short(error)})"))
         for where, problem in problems:
             self.broken.add((TRAIN_SPLIT, "bm25"))
             yield self._finding(where, problem, "bm25")
@@ -406,7 +374,7 @@ class _DatastoreVerifier:
             for name, value in record.search_parameters.items():
                 faiss.ParameterSpace().set_index_parameter(index, name, value)
         except (ValueError, RuntimeError) as error:
-            yield file, f"cannot be read ({_short(error)})"
+            yield file, f"cannot be read ({short(error)})"
             return
         metric = faiss.METRIC_INNER_PRODUCT if record.metric == "inner_product" else faiss.METRIC_L2
         found = {"ntotal": index.ntotal, "dim": index.d, "metric": index.metric_type}
@@ -471,10 +439,6 @@ def _file_problem(path: Path, sha256: str) -> str | None:
     except ValueError as error:
         return str(error).removeprefix(f"{path} ")
     return None
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:400]
 
 
 def repair_datastore(
@@ -549,105 +513,6 @@ def _count_anew(path: Path, manifest: Manifest, split: str) -> None:
         for name, count in chunk_counts(read_columns(folder)).items():
             setattr(shard, name, count)
     stage.set_shards(stage.shards)
-
-
-def verify_model(path: str | Path) -> list[Finding]:
-    """
-    Verifies a RETRO model. Its weights must be readable, finite and those of its configuration. Its base, its
-    tokenizer and its evaluation must be the ones that it names.
-
-    Args:
-        path (`str` or `Path`): Folder of the model.
-
-    Returns:
-        `list[Finding]`: the problems, empty if there are none.
-    """
-    path = Path(path)
-    save_again = "save the model again, or download it again"
-    try:
-        model_type = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
-        config_class, model_class = MODEL_CLASSES[model_type]
-        config = config_class.from_pretrained(path)
-    except Exception as error:
-        return [Finding("config.json", f"is not that of a RETRO model ({_short(error)})", save_again)]
-    shapes: dict[str, tuple[int, ...]] = {}
-    findings = [Finding(name, problem, save_again) for name, problem in _weight_problems(path, shapes)]
-    is_retrofit = (path / RETROFIT_WEIGHTS_NAME).is_file()
-    if not findings:
-        with torch.device("meta"):
-            model = model_class(config)
-        expected = {
-            name: tuple(tensor.shape)
-            for name, tensor in model.state_dict().items()
-            if not is_retrofit or model.is_added_weight(name)
-        }
-        tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
-        problems = {
-            "lack": sorted(expected.keys() - shapes.keys() - tied),
-            "have the unknown": sorted(shapes.keys() - expected.keys()),
-            "have another shape than the configuration says for": sorted(
-                name for name in shapes.keys() & expected.keys() if shapes[name] != expected[name]
-            ),
-        }
-        for problem, names in problems.items():
-            if names:
-                findings.append(Finding("the weights", f"{problem} {names[0]} ({len(names)} in all)", save_again))
-    if is_retrofit:
-        findings += _base_findings(config)
-    if (path / "tokenizer.json").is_file() and config.tokenizer_sha256 is not None:
-        try:
-            found = tokenizer_fingerprint(AutoTokenizer.from_pretrained(path))["sha256"]
-        except Exception as error:
-            found = _short(error)
-        if found != config.tokenizer_sha256:
-            problem = f"is not the one of config.json ({found[:80]}, expected {config.tokenizer_sha256[:12]}…)"
-            findings.append(Finding("tokenizer.json", problem, "save the tokenizer of the datastore beside the model"))
-    if (path / EVALUATION_NAME).is_file():
-        evaluation = json.loads((path / EVALUATION_NAME).read_text(encoding="utf-8"))
-        if evaluation.get("weights_sha256") != weights_sha256(path):
-            findings.append(Finding(EVALUATION_NAME, "is of other weights", "measure these with `retro evaluate`"))
-    return findings
-
-
-def _base_findings(config: RetroConfig | RetroJointConfig) -> Iterator[Finding]:
-    base, expected = config.base_model_name_or_path, config.base_model_sha256
-    remedy = "pass `base_model_name_or_path` with the right one to `from_pretrained`"
-    try:
-        found = checkpoint_sha256(base, revision=config.base_model_revision)
-    except (OSError, ValueError) as error:
-        yield Finding(f"the base {base}", f"cannot be read ({_short(error)})", remedy)
-        return
-    if found != expected:
-        yield Finding(f"the base {base}", f"has weights of sha256 {found[:12]}…, expected {expected[:12]}…", remedy)
-
-
-def _weight_problems(path: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, str]]:
-    """Reads all weights and compares them with `shapes`. Yields (file, problem)."""
-    files = {file.name: file for file in sorted(path.glob("*.safetensors"))}
-    if not files:
-        yield "the model", "has no weights in safetensors files"
-    for name, file in tqdm(files.items(), desc="Verifying weights", unit="file"):
-        try:
-            with safe_open(file, framework="pt") as weights:
-                for key in weights.keys():  # noqa: SIM118 -- no mapping
-                    tensor = weights.get_tensor(key)
-                    shapes[key] = tuple(tensor.shape)
-                    if not torch.isfinite(tensor).all():
-                        yield name, f"holds values that are not finite in {key}"
-        except (SafetensorError, OSError, ValueError) as error:
-            yield name, f"cannot be read ({_short(error)})"
-    index = path / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            yield index.name, f"cannot be read ({_short(error)})"
-            return
-        for name in sorted(map(str, named)):
-            if not PLAIN_NAME.fullmatch(name):
-                yield index.name, f"names {name!r}, expected a name without a path"
-            elif name not in files:
-                yield name, "is missing"
 
 
 __all__ = ["Finding", "repair_datastore", "verify", "verify_datastore", "verify_model"]

@@ -26,7 +26,8 @@ from datasets import Dataset, load_from_disk
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data_prep.chunk import DocumentChunker, chunk_documents
+from data_prep.chunk import chunk_documents
+from data_prep.chunker import DocumentChunker
 from data_prep.documents import Document
 from data_prep.scripts.chunk import main
 from data_prep.stage_files import _fork

@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 from conftest import edit_manifest
 
-from data_prep.index import build_index, recall_at, suggest_factory, tune
+from data_prep.faiss_index import recall_at, suggest_factory, tune
+from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
 from data_prep.stage_files import run_shards
 from modeling_retro.datastore.datastore import RetroDatastore

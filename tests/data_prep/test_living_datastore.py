@@ -29,7 +29,8 @@ from conftest import TINY_CHUNK_SIZE, make_texts, write_jsonl
 from datasets import Dataset
 
 from data_prep.bm25_index import build_bm25_index
-from data_prep.chunk import DocumentChunker, chunk_documents
+from data_prep.chunk import chunk_documents
+from data_prep.chunker import DocumentChunker
 from data_prep.deduplicate import deduplicate_documents
 from data_prep.documents import Document
 from data_prep.embed import embed_chunks

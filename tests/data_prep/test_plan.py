@@ -16,7 +16,7 @@
 import numpy as np
 import pytest
 
-from data_prep.index import index_bytes, make_index
+from data_prep.faiss_index import index_bytes, make_index
 from data_prep.plan import parse_number, plan_datastore
 from data_prep.scripts.plan import main
 from modeling_retro.datastore.datastore import RetroDatastore

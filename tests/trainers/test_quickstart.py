@@ -21,7 +21,7 @@ from conftest import make_texts, write_jsonl
 from tiny_models import tiny_llama
 from transformers import AutoTokenizer
 
-from data_prep.chunk import DocumentChunker
+from data_prep.chunker import DocumentChunker
 from data_prep.docstrings import is_held_out
 from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroJointForCausalLM, RetroRetriever
 from trainers import quickstart, smollm2

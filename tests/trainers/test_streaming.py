@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import make_texts, write_jsonl
 
-from data_prep.chunk import DocumentChunker
+from data_prep.chunker import DocumentChunker
 from modeling_retro.retriever.retriever import RetroRetriever
 from trainers.language_model.collator import ChunkRows, DataCollatorForRetro
 from trainers.language_model.config import RetroTrainingArguments

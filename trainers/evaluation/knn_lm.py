@@ -32,7 +32,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from data_prep.index import make_index, recall_at, suggest_factory, tune, write_index
+from data_prep.faiss_index import make_index, recall_at, suggest_factory, tune, write_index
 from data_prep.stage_files import directory_lock
 from modeling_retro.datastore.datastore import RetroDatastore, faiss, read_index
 from modeling_retro.datastore.manifest import chunks_fingerprint

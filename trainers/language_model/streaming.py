@@ -30,7 +30,7 @@ from torch.utils.data import get_worker_info
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from data_prep.chunk import DocumentChunker
+from data_prep.chunker import DocumentChunker
 from data_prep.documents import Document
 from modeling_retro.datastore.splits import DatastoreSplit
 from modeling_retro.retriever.retriever import RetroRetriever
