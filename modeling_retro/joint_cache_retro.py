@@ -16,10 +16,11 @@
 from collections.abc import Sequence
 
 import torch
+from transformers.cache_utils import Cache
 
 from .attention_retro import Blocks
 from .cache_retro import RetrievalCache
-from .neighbor_memory_retro import compress
+from .neighbor_memory_retro import LayerStates, compress
 
 
 class RetroJointCache(RetrievalCache):
@@ -159,4 +160,57 @@ class RetroJointCache(RetrievalCache):
         super().crop(tokens_to_remove)
 
 
-__all__ = ["RetroJointCache"]
+class NeighborPrefix(Cache):
+    """
+    Stands in for an empty cache: puts keys and values of neighbors in front of those of the row, and keeps only the
+    latter, in the cache that it stands for.
+    """
+
+    def __init__(self, key_values: LayerStates, cache: Cache | None):
+        super().__init__(layers=[])
+        self.key_values, self.cache = key_values, cache
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the row `(B, Hkv, T, D)`, with those of the neighbors in front."""
+        if self.cache is not None:
+            key_states, value_states = self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
+        keys, values = (x.to(key_states.device, key_states.dtype) for x in self.key_values[layer_idx])
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of cached tokens, which is 0."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the mask, which covers only the row."""
+        return query_length, 0
+
+
+class RereadTokens(Cache):
+    """
+    Stands in for a filled cache while some tokens of some rows are read again: their keys and values replace those
+    that the cache has.
+    """
+
+    def __init__(self, cache: RetroJointCache, rows: torch.LongTensor, columns: torch.LongTensor):
+        super().__init__(layers=[])
+        self.cache, self.rows, self.columns = cache, rows, columns
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of neighbors and row `(n, Hkv, F + N, D)` for the n rows that are read again."""
+        return self.cache.replace_columns(key_states, value_states, layer_idx, self.rows, self.columns)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of cached tokens."""
+        return self.cache.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the mask, which covers only the row."""
+        return self.cache.get_seq_length(layer_idx), 0
+
+
+__all__ = ["NeighborPrefix", "RereadTokens", "RetroJointCache"]

@@ -1,0 +1,154 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The arguments of a forward pass of joint attention, and neighbors that it has read"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from .chunk_layout_retro import TokenLocations, locate_call
+from .joint_cache_retro import RetroJointCache
+from .neighbor_memory_retro import NeighborStates
+from .neighbors_retro import Neighbors
+
+
+@dataclass
+class Front:
+    """
+    Neighbors that have been read, and who sees them.
+
+    Args:
+        read ([`NeighborStates`]):
+            Their keys and values, in slots.
+        seen (`torch.BoolTensor` of shape `(batch_size, num_slots, k, neighbor_length)`):
+            True for the tokens that a row may see.
+        slot (`torch.LongTensor` of shape `(batch_size, W)`):
+            The slot that each state of a call sees; `num_slots` if it sees none.
+    """
+
+    read: NeighborStates
+    seen: torch.BoolTensor
+    slot: torch.LongTensor
+
+    def sees(self) -> torch.BoolTensor:
+        """Which states see which tokens, `(B, W, S k r)`."""
+        slots = torch.arange(self.seen.shape[1], device=self.seen.device)
+        slots = slots.repeat_interleave(self.seen[0, 0].numel())
+        return (self.slot[..., None] == slots) & self.seen.flatten(1)[:, None]
+
+
+@dataclass
+class JointCall:
+    """The arguments of a forward pass."""
+
+    input_ids: torch.LongTensor | None  # [B, T]
+    inputs_embeds: torch.Tensor | None  # [B, T, d]
+    attention_mask: torch.Tensor | None  # [B, N] or [B, 1, T, N]
+    position_ids: torch.LongTensor | None  # [B, T]
+    past_key_values: Cache | None
+    labels: torch.LongTensor | None  # [B, T]
+    logits_to_keep: int | torch.Tensor
+    options: dict[str, Any]
+    passages: Neighbors | None = None  # [B, 1, k, r], of a question
+    in_order: bool = False  # whether the passages are one text
+
+    @property
+    def inputs(self) -> torch.Tensor:
+        """`torch.Tensor`: the tokens, or their embeddings if only these are known."""
+        return self.input_ids if self.input_ids is not None else self.inputs_embeds
+
+    @property
+    def cache(self) -> RetroJointCache | None:
+        """[`RetroJointCache`] or `None`: the cache, if it can hold the state of retrieval."""
+        return self.past_key_values if isinstance(self.past_key_values, RetroJointCache) else None
+
+    @property
+    def past_length(self) -> int:
+        """`int`: Number of cached tokens."""
+        return self.past_key_values.get_seq_length() if self.past_key_values is not None else 0
+
+    @property
+    def given_mask(self) -> torch.Tensor | None:
+        """`torch.Tensor` or `None`: a mask over queries and keys `(B, 1, T, N)` that the caller made."""
+        return self.attention_mask if self.attention_mask is not None and self.attention_mask.ndim == 4 else None
+
+    @property
+    def is_prompt(self) -> bool:
+        """`bool`: Whether nothing is predicted but the next token."""
+        return self.labels is None and isinstance(self.logits_to_keep, int) and self.logits_to_keep == 1
+
+    def locate(self, chunk_size: int) -> TokenLocations:
+        """Finds the places of the tokens in their documents and rows."""
+        return locate_call(self.inputs, self.attention_mask, self.position_ids, self.past_length, chunk_size)
+
+    def record_tokens(self) -> None:
+        """Appends the tokens to the cache."""
+        if self.cache is not None:
+            unknown = self.inputs.new_full(self.inputs.shape[:2], -1, dtype=torch.long)
+            self.cache.update_input_ids(unknown if self.input_ids is None else self.input_ids)
+
+    def cut(self, start: int, end: int) -> "JointCall":
+        """The call for the tokens from `start` to `end`, if those before it are cached. It has no labels."""
+        length = self.inputs.shape[1]
+        mask, kept = self.attention_mask, 0
+        if mask is not None:
+            mask = mask[..., : mask.shape[-1] - length + end]
+            mask = mask[:, :, start:end] if mask.ndim == 4 else mask
+        if isinstance(self.logits_to_keep, int) and self.logits_to_keep > 0 and self.labels is None:
+            kept = max(1, end - max(start, length - self.logits_to_keep))
+        return JointCall(
+            input_ids=None if self.input_ids is None else self.input_ids[:, start:end],
+            inputs_embeds=None if self.inputs_embeds is None else self.inputs_embeds[:, start:end],
+            attention_mask=mask,
+            position_ids=None if self.position_ids is None else self.position_ids[:, start:end],
+            past_key_values=self.past_key_values,
+            labels=None,
+            logits_to_keep=kept,
+            options=self.options,
+        )
+
+
+def check_passages(
+    input_ids: torch.LongTensor | None, attention_mask: torch.Tensor | None, passages: str, neighbor_length: int
+) -> Neighbors | None:
+    """
+    Checks the passages of a question `(batch_size, k, passage_length)`.
+
+    Raises:
+        ValueError: For other shapes, for passages longer than a neighbor, and for an unknown way to read them.
+    """
+    if passages not in ("apart", "in_order"):
+        raise ValueError(f"`passages` is {passages!r}, expected 'apart' or 'in_order'")
+    if input_ids is None:
+        return None
+    if input_ids.ndim != 3 or input_ids.shape[2] > neighbor_length:
+        raise ValueError(
+            f"`passage_input_ids` has shape {tuple(input_ids.shape)}, expected (batch_size, k, passage_length) with "
+            f"at most {neighbor_length} tokens in a passage, the length of a neighbor: give longer ones in parts"
+        )
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`passage_attention_mask` has shape {tuple(attention_mask.shape)}, expected that of `passage_input_ids`, "
+            f"{tuple(input_ids.shape)}"
+        )
+    if input_ids.numel() == 0 or not attention_mask.any():
+        return None
+    return Neighbors(input_ids[:, None], attention_mask[:, None].bool())
+
+
+__all__ = ["Front", "JointCall", "check_passages"]
