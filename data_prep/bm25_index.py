@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from data_prep.stage_files import (
     check_options,
@@ -44,7 +44,7 @@ from modeling_retro.datastore.bm25 import (  # if bm25s is missing, this import 
     inverse_document_frequency,
     words_of_chunks,
 )
-from modeling_retro.datastore.checksums import checksum, verify_file
+from modeling_retro.datastore.checksums import checksum, load_tokenizer, verify_file
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.manifest import TRAIN_SPLIT, Bm25Record, chunks_fingerprint
 from modeling_retro.durable_files_retro import remove, whole
@@ -105,7 +105,7 @@ def build_bm25_index(
         folder = path / (f"bm25-{manifest.version}" if manifest.version else "bm25")
         state = process_state()
         _remove_work(path, but=work)
-        tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
+        tokenizer = load_tokenizer(path / "tokenizer")
 
         def count(index: int, temporary: Path) -> dict[str, Any]:
             verify_file(path / "chunks" / shards[index].name, shards[index].sha256)

@@ -59,7 +59,7 @@ from data_prep.stage_files import (
     share_settings,
     write_manifest,
 )
-from modeling_retro.datastore.checksums import checksum, tokenizer_fingerprint
+from modeling_retro.datastore.checksums import checksum, load_tokenizer, tokenizer_fingerprint
 from modeling_retro.datastore.chunks import read_columns
 from modeling_retro.datastore.manifest import (
     TRAIN_SPLIT,
@@ -241,7 +241,7 @@ def save_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 def _has_tokenizer(path: Path, fingerprint: dict[str, Any]) -> bool:
     """Whether the copy of the tokenizer in the datastore is complete. All processes get the same answer."""
     try:
-        is_whole = tokenizer_fingerprint(AutoTokenizer.from_pretrained(path / "tokenizer")) == fingerprint
+        is_whole = tokenizer_fingerprint(load_tokenizer(path / "tokenizer")) == fingerprint
     except Exception:  # libraries raise all kinds of errors for damaged files
         is_whole = False
     process_state().wait_for_everyone()
@@ -409,7 +409,7 @@ def append_documents(
         sources = find_sources(spool_streams(inputs, path, TRAIN_SPLIT))
         record_format = RecordFormat(options["text_column"], options["id_column"], options["max_document_bytes"])
         sources = _plan(path, manifest, TRAIN_SPLIT, sources, record_format, options, True, known_sources)
-        tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
+        tokenizer = load_tokenizer(path / "tokenizer")
         chunker = DocumentChunker(tokenizer, manifest.chunk_size, manifest.allow_control_tokens)
         return _chunk_shards(path, manifest, TRAIN_SPLIT, sources, record_format, chunker, is_known)
 
@@ -447,7 +447,7 @@ def restore_shard(
         raise ValueError(
             f"{root / 'chunks' / name} is made from {wanted.path} ({wanted.bytes} bytes); pass it as an input"
         )
-    tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
+    tokenizer = load_tokenizer(path / "tokenizer")
     chunker = DocumentChunker(tokenizer, manifest.chunk_size, manifest.allow_control_tokens)
     features = chunk_features(chunker.chunk_size, manifest.tokenizer.vocab_size)
     room = None

@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from data_prep.stage_files import (
@@ -38,7 +37,7 @@ from data_prep.stage_files import (
     run_shards,
     write_manifest,
 )
-from modeling_retro.datastore.checksums import verify_file
+from modeling_retro.datastore.checksums import load_tokenizer, verify_file
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.manifest import (
     TRAIN_SPLIT,
@@ -108,7 +107,7 @@ def embed_chunks(
         record.check_made_of_chunks("embeddings", f"run `retro embed --split {split} --force`")
         write_manifest(path, manifest)
         root = split_path(path, split)
-        tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
+        tokenizer = load_tokenizer(path / "tokenizer")
 
         def make(index: int, temporary: Path) -> dict[str, Any]:
             verify_file(root / "chunks" / chunk_shards[index].name, chunk_shards[index].sha256)

@@ -87,16 +87,21 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not valid YAML: {error}") from error
-    if not isinstance(content, dict) or not {"tokenizer", "splits"} <= set(content):
-        raise ValueError(f"{file} must be a mapping with tokenizer, encoder and splits")
-    unknown = sorted(set(content) - _KEYS)
-    if unknown:
-        raise ValueError(f"{file} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_KEYS))}")
-    if TRAIN_SPLIT not in content["splits"]:
-        raise ValueError(f"{file} has no split {TRAIN_SPLIT!r}, which is the one that is searched")
-    if "encoder" not in content and "index" in _indexes(content):
-        raise ValueError(f"{file} must have an encoder, unless its retriever is bm25")
+    check_recipe(content, str(file))
     return content
+
+
+def check_recipe(content: Any, name: str = "the recipe") -> None:
+    """Raises a `ValueError` that begins with `name` if a recipe lacks keys or has unknown ones."""
+    if not isinstance(content, Mapping) or not {"tokenizer", "splits"} <= set(content):
+        raise ValueError(f"{name} must be a mapping with tokenizer, encoder and splits")
+    unknown = sorted(map(str, set(content) - _KEYS))
+    if unknown:
+        raise ValueError(f"{name} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_KEYS))}")
+    if TRAIN_SPLIT not in content["splits"]:
+        raise ValueError(f"{name} has no split {TRAIN_SPLIT!r}, which is the one that is searched")
+    if "encoder" not in content and "index" in _indexes(content):
+        raise ValueError(f"{name} must have an encoder, unless its retriever is bm25")
 
 
 def _indexes(recipe: Mapping[str, Any]) -> set[str]:
@@ -138,7 +143,10 @@ def prepare_datastore(
     Returns:
         [`Manifest`]: the manifest.
     """
-    recipe = recipe if isinstance(recipe, Mapping) else read_recipe(recipe)
+    if isinstance(recipe, Mapping):
+        check_recipe(recipe)
+    else:
+        recipe = read_recipe(recipe)
     path = Path(output_dir)
     splits = list(recipe["splits"])
     neighbors = recipe.get("neighbors", {})

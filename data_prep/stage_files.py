@@ -41,6 +41,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from modeling_retro.datastore.checksums import checksum
+from modeling_retro.datastore.links import check_links
 from modeling_retro.datastore.manifest import (
     FIRST_FORMAT_VERSION,
     INDEXES,
@@ -84,7 +85,7 @@ def directory_lock(path: Path) -> Iterator[None]:
         path (`Path`): The directory. It is created if it does not exist.
 
     Raises:
-        ValueError: If another run holds the lock.
+        ValueError: If another run holds the lock, or a symbolic link leads out of the directory.
     """
     path = path.resolve()
     if path in _locks:
@@ -92,6 +93,7 @@ def directory_lock(path: Path) -> Iterator[None]:
         return
     state = process_state()
     make_folder(path)
+    check_links(path)
     handle = os.open(path / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if state.is_main_process:

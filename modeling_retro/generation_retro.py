@@ -21,10 +21,14 @@ from typing import Any, Self
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
 from .cache_retro import RetrievalCache, RetroCache
 from .chunk_layout_retro import completed_chunks, default_position_ids, locate_call, locate_tokens
 from .neighbors_retro import Neighbors, pad_to_shape
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -196,6 +200,12 @@ class RetroGenerationMixin:
             ) from error
 
         name, revision = self.config.datastore_name_or_path, self.config.datastore_revision
+        if "://" in name:
+            raise ValueError(
+                f"The model names the address {name!r} as its datastore, and a model may name only a folder or an id "
+                "on the Hub. If you trust the address, pass `retriever=RetroRetriever.from_pretrained(address)`."
+            )
+        logger.warning(f"opening the datastore {name!r}, which the model names")
         return RetroRetriever(RetroDatastore.from_pretrained(name, revision=revision, **hub_kwargs))
 
     def set_retriever(self, retriever: Any) -> None:

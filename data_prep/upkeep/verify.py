@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from data_prep.chunk import chunk_counts, restore_shard
 from data_prep.chunker import control_tokens_inside
@@ -33,9 +33,10 @@ from data_prep.neighbors import find_neighbors
 from data_prep.stage_files import directory_lock, write_manifest
 from data_prep.upkeep.findings import Finding, short
 from data_prep.upkeep.verify_model import verify_model
-from modeling_retro.datastore.checksums import tokenizer_fingerprint, verify_file
+from modeling_retro.datastore.checksums import load_tokenizer, tokenizer_fingerprint, verify_file
 from modeling_retro.datastore.chunks import read_columns
 from modeling_retro.datastore.datastore import RetroDatastore, faiss, read_index
+from modeling_retro.datastore.links import outward_links
 from modeling_retro.datastore.manifest import (
     MANIFEST_NAME,
     TRAIN_SPLIT,
@@ -87,6 +88,11 @@ def verify_datastore(path: str | Path) -> list[Finding]:
         `list[Finding]`: the problems, empty if there are none.
     """
     path = Path(path)
+    links = [
+        (link.relative_to(path).as_posix(), f"is a symbolic link to {target}") for link, target in outward_links(path)
+    ]
+    if links:  # what they lead to is not read
+        return [Finding(link, f"{problem}, outside the datastore", "remove it") for link, problem in links]
     try:
         manifest = read_manifest(path, check_sha256=False)
     except ValueError as error:
@@ -164,7 +170,7 @@ class _DatastoreVerifier:
     def _tokenizer(self) -> Iterator[Finding]:
         folder, expected = self.path / "tokenizer", self.manifest.tokenizer
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = load_tokenizer(folder)
             found = tokenizer_fingerprint(tokenizer)
         except Exception as error:  # libraries raise all kinds of errors for damaged files
             yield self._finding(folder, f"cannot be read ({short(error)})", "tokenizer")

@@ -20,13 +20,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from data_prep.upkeep.findings import Finding, short
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointConfig, RetroJointForCausalLM
 from modeling_retro.added_weights_retro import RETROFIT_WEIGHTS_NAME, checkpoint_sha256
-from modeling_retro.datastore.checksums import tokenizer_fingerprint
+from modeling_retro.datastore.checksums import load_tokenizer, tokenizer_fingerprint
 from modeling_retro.datastore.record import PLAIN_NAME
 from modeling_retro.sharing.model_card import EVALUATION_NAME, weights_sha256
 
@@ -79,7 +78,7 @@ def verify_model(path: str | Path) -> list[Finding]:
         findings += _base_findings(config)
     if (path / "tokenizer.json").is_file() and config.tokenizer_sha256 is not None:
         try:
-            found = tokenizer_fingerprint(AutoTokenizer.from_pretrained(path))["sha256"]
+            found = tokenizer_fingerprint(load_tokenizer(path))["sha256"]
         except Exception as error:
             found = short(error)
         if found != config.tokenizer_sha256:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .manifest import MANIFEST_NAME
 
@@ -43,6 +43,24 @@ def verify_file(path: Path, sha256: str) -> Path:
     if checksum(path) != sha256:
         raise ValueError(f"{path} was altered: its checksum is not the one in {MANIFEST_NAME}")
     return path
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """
+    Loads the tokenizer of a datastore. Code that comes with it is never run, and no question is asked.
+
+    Args:
+        folder (`Path`): Folder of the tokenizer.
+
+    Raises:
+        ValueError: If the tokenizer needs code of its own.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(f"the tokenizer {folder} needs code of its own, which is never run") from error
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -30,11 +30,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 from huggingface_hub import CommitInfo
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..encoder.chunk_encoder import ChunkEncoder
-from .checksums import tokenizer_fingerprint, verify_file
+from .checksums import load_tokenizer, tokenizer_fingerprint, verify_file
 from .chunks import ChunkTable, load_shard
+from .links import check_links
 from .manifest import TRAIN_SPLIT, Bm25Record, IndexRecord, Manifest, check_model, read_manifest
 from .splits import DatastoreSplit, RemovedChunks, split_path
 from .versions import HeldVersion, open_version
@@ -43,6 +45,8 @@ from .versions import HeldVersion, open_version
 if TYPE_CHECKING:
     from ..configuration_retro import RetroConfig
     from .bm25 import Bm25Index
+
+logger = logging.get_logger(__name__)
 
 AnyIndex = TypeVar("AnyIndex", IndexRecord, Bm25Record)
 
@@ -99,6 +103,7 @@ class RetroDatastore:
             from .hub import download_datastore
 
             path = download_datastore(str(name_or_path), revision=revision, **hub_kwargs)
+        check_links(path)
         manifest, held = open_version(path)
         datastore = cls(path, manifest)
         datastore._held = held
@@ -131,7 +136,7 @@ class RetroDatastore:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the chunks."""
-        tokenizer = AutoTokenizer.from_pretrained(self.path / "tokenizer")
+        tokenizer = load_tokenizer(self.path / "tokenizer")
         self.check_tokenizer(tokenizer)
         return tokenizer
 
@@ -330,7 +335,7 @@ class RetroDatastore:
             return str(self.path / "encoder"), None
         if self.manifest.encoder is None:
             raise ValueError(f"{self.path} has no embeddings; run `retro embed`")
-        return self.manifest.encoder.name, self.manifest.encoder.revision
+        return self.manifest.encoder.hub_name, self.manifest.encoder.revision
 
     def open_encoder(
         self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
@@ -343,6 +348,8 @@ class RetroDatastore:
             dtype (`str` or `torch.dtype`, *optional*): Computing type. Defaults to float32.
         """
         name, revision = self.encoder_source()
+        if not Path(name).is_relative_to(self.path):
+            logger.warning_once(f"opening the encoder {name!r}, which {self.path} names")
         options = {key: getattr(self.manifest.encoder, key) for key in ("pooling", "normalize", "truncate_dim")}
         return ChunkEncoder.from_pretrained(name, revision, device=device, dtype=dtype, **options)
 

@@ -94,6 +94,15 @@ class EncoderRecord(Record):
     prompt: str = checked(TEXT, "")
     truncate_dim: int | None = checked(or_null(SIZE), None)
 
+    @property
+    def hub_name(self) -> str:
+        """Its name on the Hub, for a datastore without a copy of it. Raises a `ValueError` if it is not one."""
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.name) or self.name.startswith("."):
+            raise ValueError(
+                f"the datastore names the encoder {self.name!r}; without a copy in it, only an id on the Hub is opened"
+            )
+        return self.name
+
 
 @strict
 @dataclass

@@ -71,9 +71,22 @@ def load_text_encoder(name_or_path: str, revision: str | None = None, **kwargs) 
     Returns:
         `PreTrainedModel`: the encoder (with the loading info, if `kwargs` ask for it).
     """
-    config = AutoConfig.from_pretrained(name_or_path, revision=revision)
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+    except ValueError as error:
+        raise _without_code(name_or_path, error) from error
     auto_class = AutoModelForTextEncoding if config.model_type in ("t5", "mt5", "umt5") else AutoModel
-    return auto_class.from_pretrained(name_or_path, revision=revision, **kwargs)
+    try:
+        return auto_class.from_pretrained(name_or_path, revision=revision, trust_remote_code=False, **kwargs)
+    except ValueError as error:
+        raise _without_code(name_or_path, error) from error
+
+
+def _without_code(name_or_path: str, error: ValueError) -> ValueError:
+    """The error of an encoder that needs code of its own, in one line."""
+    if "trust_remote_code" not in str(error):
+        return error
+    return ValueError(f"the encoder {name_or_path} needs code of its own, which is never run; choose another encoder")
 
 
 def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -202,7 +215,7 @@ class ChunkEncoder:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(
             model.to(device=device, dtype=dtype or torch.float32),
-            AutoTokenizer.from_pretrained(name, revision=revision),
+            AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False),
             pooling=pooling or files.get("pooling", "mean"),
             normalize=files.get("normalize", True) if normalize is None else normalize,
             max_length=files.get("max_length"),

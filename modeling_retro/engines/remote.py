@@ -30,8 +30,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from ..datastore.checksums import load_tokenizer
 from ..datastore.chunks import ChunkTable
 from ..datastore.datastore import RetroDatastore, faiss
 from ..datastore.manifest import FORMAT_VERSION, TRAIN_SPLIT, Manifest
@@ -185,7 +186,7 @@ class RemoteDatastore(RetroDatastore):
         with tempfile.TemporaryDirectory() as folder:
             for name, text in self.header["tokenizer"].items():
                 (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = load_tokenizer(Path(folder))
         self.check_tokenizer(tokenizer)
         return tokenizer
 
@@ -218,7 +219,7 @@ class RemoteDatastore(RetroDatastore):
     def encoder_source(self) -> tuple[str, str | None]:
         if self.engine.encoder is not None:
             return self.engine.encoder, None
-        return self.manifest.encoder.name, self.manifest.encoder.revision
+        return self.manifest.encoder.hub_name, self.manifest.encoder.revision
 
     def open_encoder(
         self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None

@@ -1,0 +1,158 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a stranger's datastore or model names is not opened, followed or run, unless it is harmless."""
+
+import io
+import json
+import shutil
+import socket
+import sys
+
+import pytest
+from test_modeling_retro import make_model
+
+from data_prep.prepare import prepare_datastore
+from data_prep.stage_files import directory_lock
+from data_prep.upkeep.changes import remove_documents
+from data_prep.upkeep.verify import verify_datastore
+from modeling_retro import RetroDatastore, RetroForCausalLM
+from modeling_retro.datastore.manifest import MANIFEST_NAME, read_manifest
+
+
+@pytest.fixture
+def copy(tiny_datastore_dir, tmp_path):
+    return shutil.copytree(tiny_datastore_dir, tmp_path / "copy")
+
+
+@pytest.mark.hostile(
+    "a model whose configuration names the address of a database (`postgresql://…`, `milvus://…`) as its datastore, "
+    'opened with `retriever="auto"`',
+    "refused; nothing is connected to. Only a folder or an id on the Hub is opened, and its name is logged",
+)
+@pytest.mark.parametrize("scheme", ["postgresql", "milvus", "https"])
+def test_a_model_cannot_name_an_address(tmp_path, scheme):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.2)
+        model = make_model()
+        address = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/x?timeout=2"
+        model.config.datastore_name_or_path = address
+        model.save_pretrained(tmp_path / "model")
+        with pytest.raises(ValueError, match="names the address.*only a folder or an id on the Hub"):
+            RetroForCausalLM.from_pretrained(tmp_path / "model", retriever="auto")
+        with pytest.raises(ValueError):
+            RetroDatastore.from_pretrained(address)
+        with pytest.raises(TimeoutError):
+            listener.accept()
+
+
+@pytest.mark.hostile(
+    "a datastore or a collection of a database that names a folder or an address of this machine as its encoder",
+    "refused; without a copy in the datastore only an id on the Hub is opened, and its name is logged",
+)
+@pytest.mark.parametrize("name", ["/etc/models", "../elsewhere", "~/encoder", "https://host/encoder", "a/b/c", "."])
+def test_an_encoder_that_is_named_is_on_the_hub(copy, name):
+    shutil.rmtree(copy / "encoder")
+    manifest = read_manifest(copy)
+    manifest.encoder.name = name
+    manifest.write(copy)
+    with pytest.raises(ValueError, match="only an id on the Hub is opened"):
+        RetroDatastore.from_pretrained(copy).open_encoder()
+
+
+def with_code(folder, ran):
+    """Adds a class to the tokenizer in a folder, as models on the Hub have it."""
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text()) | {
+        "auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]},
+        "tokenizer_class": "T",
+    }
+    file.write_text(json.dumps(config))
+    (folder / "evil.py").write_text(
+        f"open({str(ran)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as T\n"
+    )
+
+
+@pytest.mark.hostile(
+    "a datastore whose tokenizer or encoder brings code, and a `y` on standard input",
+    "the code is not run and nothing is asked; `retro verify` names the folder",
+)
+@pytest.mark.parametrize("part", ["tokenizer", "encoder"])
+def test_code_of_a_datastore_is_never_run(copy, tmp_path, monkeypatch, part):
+    with_code(copy / part, tmp_path / "ran")
+    if part == "encoder":
+        config = json.loads((copy / part / "config.json").read_text())
+        config |= {"auto_map": {"AutoConfig": "evil.T", "AutoModel": "evil.T"}, "model_type": "evil"}
+        (copy / part / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    findings = verify_datastore(copy)
+    assert [finding.where for finding in findings] == [part] and "\n" not in str(findings[0])
+    opened = RetroDatastore.from_pretrained(copy)
+    with pytest.raises(ValueError):
+        opened.tokenizer if part == "tokenizer" else opened.open_encoder()
+    assert not (tmp_path / "ran").exists() and sys.stdin.read() == "y\n" * 9
+
+
+def outside(copy, tmp_path):
+    """Lets a folder of the datastore be a link out of it, and an earlier version name what is behind the link."""
+    victim = tmp_path / "home" / "photos"
+    victim.mkdir(parents=True)
+    (victim / "a.jpg").write_text("precious")
+    values = json.loads((copy / MANIFEST_NAME).read_text())
+    shard = values["splits"]["train"]["chunks"]["shards"][0] | {"name": "photos"}
+    values["splits"]["x"] = {"chunks": values["splits"]["train"]["chunks"] | {"shards": [shard]}}
+    del values["sha256"]
+    (copy / "versions").mkdir()
+    (copy / "versions" / "1.json").write_text(json.dumps(values))
+    (copy / "splits" / "x").mkdir()
+    (copy / "splits" / "x" / "chunks").symlink_to("../../../home")
+    return victim
+
+
+@pytest.mark.hostile(
+    "a datastore with a symbolic link out of it, and an earlier version that names a folder behind the link",
+    "no stage reads, writes or removes anything in it; the error and `retro verify` name the link",
+)
+def test_a_link_out_of_a_datastore_is_not_followed(copy, tmp_path):
+    victim = outside(copy, tmp_path)
+    assert [finding.where for finding in verify_datastore(copy)] == ["splits/x/chunks"]
+    for use in (
+        lambda: remove_documents(copy, [1]),
+        lambda: RetroDatastore.from_pretrained(copy),
+        lambda: directory_lock(copy).__enter__(),
+    ):
+        with pytest.raises(ValueError, match="splits/x/chunks is a symbolic link to .*home, outside the datastore"):
+            use()
+    assert (victim / "a.jpg").read_text() == "precious"
+
+
+def test_links_inside_a_datastore_and_those_of_the_cache_are_followed(copy, tmp_path, monkeypatch):
+    (copy / "neighbors" / "shard-00000").rename(copy / "elsewhere")
+    (copy / "neighbors" / "shard-00000").symlink_to("../elsewhere")
+    RetroDatastore.from_pretrained(copy).verify()
+    snapshot = tmp_path / "datasets--a--b" / "snapshots" / "1"
+    shutil.copytree(copy, snapshot)
+    (snapshot.parent.parent / "blobs").mkdir()
+    (snapshot / "index.faiss").rename(snapshot.parent.parent / "blobs" / "0")
+    (snapshot / "index.faiss").symlink_to("../../blobs/0")
+    RetroDatastore.from_pretrained(snapshot).verify()
+
+
+@pytest.mark.hostile("a recipe in Python with an unknown key", "refused like a file; the error names the key")
+def test_a_recipe_in_python_is_checked_like_a_file(tmp_path):
+    recipe = {"tokenizer": "t", "encoder": "e", "splits": {"train": "x.jsonl"}, "chunk_size": 8}
+    with pytest.raises(ValueError, match="the recipe has unknown keys chunk_size; known are"):
+        prepare_datastore(recipe, tmp_path / "out")
+    with pytest.raises(ValueError, match="the recipe must be a mapping with tokenizer"):
+        prepare_datastore({"splits": {}}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
