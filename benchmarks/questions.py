@@ -149,11 +149,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="Where the packages of apt were unpacked.")
     parser.add_argument("--encoder", required=True, help="Folder or Hub id of the encoder.")
+    parser.add_argument("--dtype", default="float32", help="Type in which the encoder computes.")
     parser.add_argument("--tokenizer", required=True, help="Folder or Hub id of the tokenizer of the chunks.")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", default=["faq", "docstrings", "pages"])
     arguments = parser.parse_args()
-    encoder = ChunkEncoder.from_pretrained(arguments.encoder)
+    encoder = ChunkEncoder.from_pretrained(arguments.encoder, dtype=arguments.dtype)
     for name in arguments.sets:
         folder = arguments.output_dir / name
         if not (folder / "corpus.jsonl").exists():
