@@ -109,7 +109,7 @@ def evaluate_questions(
     Raises:
         `ValueError`: if the documents have no ids, none of them belongs to the set, or an index is missing.
     """
-    if max(recall_at) > DEPTH:
+    if max(recall_at, default=0) > DEPTH:
         raise ValueError(f"recall at {max(recall_at)} needs more than the {DEPTH} chunks that are looked at")
     ids = living_documents(datastore) if (datastore.path / "documents").is_dir() else {}
     numbers = {ids[name]: number for number, name in enumerate(questions.document_names or []) if name in ids}

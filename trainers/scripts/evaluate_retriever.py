@@ -69,7 +69,9 @@ class EvaluateRetrieverArguments:
     split: str = field(default="test", metadata={"help": "Judgements of the BEIR set to use."})
     scored_pairs: str | None = field(default=None, metadata={"help": "File .jsonl of scored pairs."})
     pooling: str | None = field(default=None, metadata={"help": "Overrides the pooling of the saved encoder."})
-    recall_at: list[int] = field(default_factory=lambda: [1, 10, 100], metadata={"help": "Depths k of recall@k."})
+    recall_at: list[int] = field(
+        default_factory=lambda: [1, 10, 100], metadata={"help": "Depths k of recall@k, for a datastore up to 64."}
+    )
     save_beir: str | None = field(default=None, metadata={"help": "Folder to write the pairs to, in BEIR layout."})
     output_file: str | None = field(default=None, metadata={"help": "File .json for the results."})
 
