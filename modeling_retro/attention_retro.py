@@ -32,8 +32,6 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .chunk_layout_retro import take_columns
-
 
 aten = torch.ops.aten
 # What stands in front of the name of the base's attention while a decoder attends in parts.
@@ -148,24 +146,50 @@ class Blocks:
 
     columns: torch.LongTensor
     places: torch.LongTensor
+    _rows: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def _row(self, name: str, num_heads: int) -> torch.LongTensor:
+        """Row numbers for copying at once; they are the same in every layer."""
+        key = f"{name} {num_heads}"
+        if key not in self._rows:
+            (batch_size, num_blocks, size), width = self.columns.shape, self.places.shape[1]
+            heads = torch.arange(num_heads, device=self.columns.device)
+            batch = torch.arange(batch_size, device=self.columns.device)[:, None, None]
+            if name == "take":  # [B, M, H, G] rows of (B W H)
+                rows = (self.columns + batch * width)[:, :, None] * num_heads + heads[:, None]
+            else:  # [B, W, H] rows of (B M H G)
+                places = self.places.clamp(max=num_blocks * size - 1)
+                blocks = batch[..., 0] * num_blocks + places // size
+                rows = (blocks[..., None] * num_heads + heads) * size + (places % size)[..., None]
+            self._rows[key] = rows.flatten()
+        return self._rows[key]
 
     def take(self, states: torch.Tensor) -> torch.Tensor:
-        """The blocks of `states` `(B, W, ...)`: `(B M, G, ...)`."""
-        return take_columns(states, self.columns.flatten(1)).unflatten(1, self.columns.shape[1:]).flatten(0, 1)
+        """The blocks of `states` `(B, W, H, ...)`: `(B M, H, G, ...)`."""
+        num_heads = states.shape[2]
+        blocks = states.flatten(0, 2).index_select(0, self._row("take", num_heads))
+        return blocks.unflatten(0, (-1, num_heads, self.columns.shape[2]))
 
-    def put(self, blocks: torch.Tensor, value: float = 0.0) -> torch.Tensor:
-        """Puts blocks `(B M, G, ...)` back where they were taken, `(B, W, ...)`, with `value` in all other columns."""
-        blocks = blocks.unflatten(0, self.columns.shape[:2]).flatten(1, 2)  # [B, M G, ...]
-        length = blocks.shape[1]
-        states = take_columns(blocks, self.places.clamp(max=length - 1))
-        is_absent = (self.places == length).view(*self.places.shape, *(1,) * (blocks.ndim - 2))
-        return states.masked_fill(is_absent, value)
+    def put(self, blocks: torch.Tensor, absent: float | None = 0.0) -> torch.Tensor:
+        """
+        Puts blocks `(B M, H, G, ...)` back where they were taken, `(B, W, H, ...)`. Columns that stand in no place get
+        the value `absent`; with `None` they get any.
+        """
+        num_heads, num_places = blocks.shape[1], self.columns[0].numel()
+        states = blocks.flatten(0, 2).index_select(0, self._row("put", num_heads))
+        states = states.unflatten(0, (*self.places.shape, num_heads))
+        if absent is None:
+            return states
+        is_absent = self.places == num_places
+        return states.masked_fill(is_absent.view(*self.places.shape, *(1,) * (states.ndim - 2)), absent)
 
     def is_empty(self) -> torch.BoolTensor:
         """Whether a place is empty, `(B M, G)`."""
-        num_places = self.columns[0].numel()
-        filled = self.places.new_zeros(len(self.places), num_places + 1).scatter(1, self.places, 1)
-        return filled[:, :num_places].reshape(-1, self.columns.shape[2]) == 0
+        if "empty" not in self._rows:
+            num_places = self.columns[0].numel()
+            filled = self.places.new_zeros(len(self.places), num_places + 1).scatter(1, self.places, 1)
+            self._rows["empty"] = filled[:, :num_places].reshape(-1, self.columns.shape[2]) == 0
+        return self._rows["empty"]
 
     def to(self, device: torch.device) -> "Blocks":
         """Moves the tensors."""
@@ -260,34 +284,45 @@ class AttentionPart:
             return None
         if (number, dtype) not in self._biases:
             bias = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
-            self._biases[number, dtype] = bias if bias.shape[2] == 1 else bias.repeat(1, 1, repeats, 1)
+            self._biases[number, dtype] = bias if bias.shape[2] == 1 else bias.repeat_interleave(repeats, dim=2)
         return self._biases[number, dtype]
 
-    def take_queries(self, states: torch.Tensor) -> torch.Tensor:
-        """Queries, or what belongs to them, `(B, W, H, ...)` in blocks `(B M, H, G, ...)`."""
-        states = states if self.queries is None else self.queries.take(states)
-        return states.transpose(1, 2)
+    def _take_queries(self, states: torch.Tensor, groups: int) -> torch.Tensor:
+        """
+        Queries, or what belongs to them, `(B, W, H, ...)` in blocks. If heads share keys, their queries become more
+        queries of one head: `(B M, H / groups, G groups, ...)`.
+        """
+        if self.queries is None:
+            return states.transpose(1, 2)
+        shape = states.shape
+        blocks = self.queries.take(states.reshape(*shape[:2], shape[2] // groups, -1))  # [B M, Hkv, G, groups ...]
+        return blocks.unflatten(3, (groups, *shape[3:])).flatten(2, 3)
 
-    def put_queries(self, blocks: torch.Tensor, value: float = 0.0) -> torch.Tensor:
-        """Puts blocks `(B M, H, G, ...)` back: `(B, W, H, ...)`, with `value` for columns without a query."""
-        blocks = blocks.transpose(1, 2)
-        return blocks if self.queries is None else self.queries.put(blocks, value)
+    def _put_queries(self, blocks: torch.Tensor, groups: int, absent: float | None) -> torch.Tensor:
+        """Puts such blocks back: `(B, W, H, ...)` (see [`Blocks.put`])."""
+        if self.queries is None:
+            return blocks.transpose(1, 2)
+        rest = blocks.shape[3:]
+        states = self.queries.put(blocks.unflatten(2, (-1, groups)).flatten(3), absent)  # [B, W, Hkv, groups ...]
+        return states.unflatten(3, (groups, *rest)).flatten(2, 3)
 
-    def take_keys(self, states: torch.Tensor) -> torch.Tensor:
+    def _take_keys(self, states: torch.Tensor) -> torch.Tensor:
         """Keys or values in blocks `(B M, Hkv, K, D)`, of a row `(B, W, Hkv, D)` or of neighbors `(U, Hkv, r, D)`."""
-        if self.neighbors is not None:
-            states = states.index_select(0, self.neighbors.flatten()).unflatten(0, (-1, self.neighbors.shape[2]))
-            return states.transpose(1, 2).flatten(2, 3)  # [B M, Hkv, k r, D]
-        return (states if self.keys is None else self.keys.take(states)).transpose(1, 2)
+        if self.neighbors is None:
+            return states.transpose(1, 2) if self.keys is None else self.keys.take(states)
+        num_heads, k = states.shape[1], self.neighbors.shape[2]
+        heads = torch.arange(num_heads, device=states.device)[:, None]
+        rows = self.neighbors[:, :, None] * num_heads + heads  # [B, M, Hkv, k]
+        states = states.flatten(0, 1).index_select(0, rows.flatten())  # [B M Hkv k, r, D]
+        return states.unflatten(0, (-1, num_heads, k)).flatten(2, 3)
 
-    def put_keys(self, blocks: torch.Tensor, num_neighbors: int) -> torch.Tensor:
-        """Adds up gradients of [`AttentionPart.take_keys`]."""
-        if self.neighbors is not None:
-            blocks = blocks.unflatten(2, (self.neighbors.shape[2], -1)).transpose(1, 2).flatten(0, 1)
-            total = blocks.new_zeros(num_neighbors, *blocks.shape[1:])
-            return total.index_add(0, self.neighbors.flatten(), blocks)
-        blocks = blocks.transpose(1, 2)
-        return blocks if self.keys is None else self.keys.put(blocks)
+    def _put_keys(self, blocks: torch.Tensor, num_neighbors: int) -> torch.Tensor:
+        """Adds up gradients of what [`AttentionPart._take_keys`] has taken."""
+        if self.neighbors is None:
+            return blocks.transpose(1, 2) if self.keys is None else self.keys.put(blocks)
+        blocks = blocks.unflatten(2, (self.neighbors.shape[2], -1)).transpose(1, 2).flatten(0, 1)
+        total = blocks.new_zeros(num_neighbors, *blocks.shape[1:])
+        return total.index_add(0, self.neighbors.flatten(), blocks)
 
     def _calls(self, *blocks: torch.Tensor) -> Iterator[tuple[int | None, slice, list[torch.Tensor]]]:
         """The calls of a kernel: the number of a slice of keys, the slice, and what belongs to its queries."""
@@ -298,36 +333,34 @@ class AttentionPart:
         for number, (start, end) in enumerate(self.slices):
             yield number, slice(start, end), [states[:, number] for states in apart]
 
-    def _folds(self, num_groups: int) -> bool:
+    def _groups(self, query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:
         """
-        Whether the queries of heads that share keys become more queries of one head. Otherwise keys are repeated, so
-        that a mask of many queries is not.
+        How many heads become one with more queries, because they share keys, and how often keys are repeated instead:
+        in causal attention, and so that no mask of many queries is repeated.
         """
+        num_groups = query.shape[2] // (key.shape[2] if self.neighbors is None else key.shape[1])
         is_small = self.mask is None or self.mask.shape[2] == 1
-        return num_groups > 1 and not self.is_causal and is_small
+        folds = self.queries is not None and not self.is_causal and is_small
+        return (num_groups, 1) if folds else (1, num_groups)
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor, list]:
         """
         Output `(B, W, H, D)` and logsumexp `(B, W, H)` of this part, which is -inf for columns without a query.
-        `query` is `(B, W, H, D)`; keys and values are as for [`AttentionPart.take_keys`].
+        `query` is `(B, W, H, D)`; keys and values are those of a row, `(B, W, Hkv, D)`, or of neighbors, `(U, Hkv, r,
+        D)`.
         """
-        query, key, value = self.take_queries(query), self.take_keys(key), self.take_keys(value)
-        groups, length = query.shape[1] // key.shape[1], query.shape[2]
-        folds = self._folds(groups)
-        if folds:
-            query = query.unflatten(1, (-1, groups)).flatten(2, 3)  # [N, Hkv, groups G, D]
-        else:
-            key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        groups, repeats = self._groups(query, key)
+        query = self._take_queries(query, groups)
+        key, value = (repeat_kv(self._take_keys(states), repeats) for states in (key, value))
         found = []
         for number, keys, (one,) in self._calls(query):
-            bias = self._bias(query.dtype, number, groups if folds else 1)
+            bias = self._bias(query.dtype, number, groups)
             found.append(attend(one, key[:, :, keys], value[:, :, keys], bias, self.is_causal, scale))
-        out, lse = (torch.stack([call[i] for call in found], dim=1).flatten(0, 1) for i in (0, 1))
-        if folds:
-            out, lse = (x.unflatten(2, (groups, length)).flatten(1, 2) for x in (out, lse))
-        return self.put_queries(out), self.put_queries(lse, -torch.inf), [call[2] for call in found]
+        out, lse, states = (list(values) for values in zip(*found))
+        out, lse = (x[0] if self.slices is None else torch.stack(x, dim=1).flatten(0, 1) for x in (out, lse))
+        return self._put_queries(out, groups, None), self._put_queries(lse, groups, -torch.inf), states
 
     def attend_backward(
         self,
@@ -342,29 +375,24 @@ class AttentionPart:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The share of this part in the gradients, given the output and the logsumexp of all parts together."""
         num_neighbors = len(key)
-        key, value = self.take_keys(key), self.take_keys(value)
-        query, grad, out, lse = (self.take_queries(x) for x in (query, grad, out, lse))
-        groups, length = query.shape[1] // key.shape[1], query.shape[2]
-        folds = self._folds(groups)
+        groups, repeats = self._groups(query, key)
+        key, value = (repeat_kv(self._take_keys(x), repeats) for x in (key, value))
+        query, grad, out, lse = (self._take_queries(x, groups) for x in (query, grad, out, lse))
         if self.queries is not None:
-            lse = lse.masked_fill(self.queries.is_empty()[:, None], torch.inf)
-        if folds:
-            query, grad, out, lse = (x.unflatten(1, (-1, groups)).flatten(2, 3) for x in (query, grad, out, lse))
-        else:
-            key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+            is_empty = self.queries.is_empty().repeat_interleave(groups, dim=1)[:, None]  # [B M, 1, G groups]
+            lse = lse.masked_fill(is_empty, torch.inf)
         grad_query, grad_key, grad_value = [], torch.zeros_like(key), torch.zeros_like(value)
         for (number, keys, blocks), state in zip(self._calls(query, grad, out, lse), states):
-            bias = self._bias(query.dtype, number, groups if folds else 1)
+            bias = self._bias(query.dtype, number, groups)
             one = attend_backward(*blocks, key[:, :, keys], value[:, :, keys], bias, self.is_causal, scale, state)
             grad_query.append(one[0])
             grad_key[:, :, keys] += one[1]
             grad_value[:, :, keys] += one[2]
-        grad_query = torch.stack(grad_query, dim=1).flatten(0, 1)
-        if folds:
-            grad_query = grad_query.unflatten(2, (groups, length)).flatten(1, 2)
-        else:
-            grad_key, grad_value = (x.unflatten(1, (-1, groups)).sum(2) for x in (grad_key, grad_value))
-        return self.put_queries(grad_query), *(self.put_keys(x, num_neighbors) for x in (grad_key, grad_value))
+        grad_query = grad_query[0] if self.slices is None else torch.stack(grad_query, dim=1).flatten(0, 1)
+        if repeats > 1:
+            grad_key, grad_value = (x.unflatten(1, (-1, repeats)).sum(2) for x in (grad_key, grad_value))
+        grads = (self._put_keys(x, num_neighbors) for x in (grad_key, grad_value))
+        return self._put_queries(grad_query, groups, 0.0), *grads
 
 
 class MergedAttention(torch.autograd.Function):
@@ -390,18 +418,20 @@ class MergedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, parts: list[AttentionPart], scale: float, bias: torch.Tensor | None, query, *states):
-        outputs, scores, ctx.states = [], [], []
+        out, lse, ctx.states = None, None, []
         for part in parts:
             first = 2 * part.source
-            out, lse, state = part.attend(query, states[first], states[first + 1], scale)
+            own, score, state = part.attend(query, states[first], states[first + 1], scale)
             if bias is not None and part.source > 0:
-                lse = lse + bias.to(lse)
-            outputs.append(out)
-            scores.append(lse)
+                score = score + bias.to(score)
             ctx.states.append(state)
-        lse = torch.stack(scores).logsumexp(0)  # [B, W, H]
-        # The weights are float32, and so is the sum.
-        out = sum((score - lse).exp()[..., None] * output for score, output in zip(scores, outputs)).to(query.dtype)
+            if out is None:
+                out, lse = own, score
+                continue
+            total = torch.logaddexp(lse, score)  # [B, W, H]
+            # A query that stands in none of the parts so far has no share.
+            share = (score - total).exp().nan_to_num(0.0)
+            out, lse = out.lerp(own, share[..., None].to(own.dtype)), total
         ctx.parts, ctx.scale = parts, scale
         ctx.save_for_backward(bias, query, out, lse, *states)
         return out

@@ -116,8 +116,8 @@ class RetroJointCache(RetrievalCache):
         """Keeps some of the cached states, which are then those of the row in its order."""
         for layer in self.layers:
             if layer.is_initialized:
-                layer.keys = final.take(layer.keys.transpose(1, 2)).transpose(1, 2)
-                layer.values = final.take(layer.values.transpose(1, 2)).transpose(1, 2)
+                layer.keys = final.take(layer.keys.transpose(1, 2))
+                layer.values = final.take(layer.values.transpose(1, 2))
 
     def replace_columns(
         self,
