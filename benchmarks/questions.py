@@ -66,7 +66,7 @@ def faq(root: Path, generator: random.Random) -> tuple[dict[str, str], dict[str,
             if len(body.strip()) >= 100:
                 key = f"{path.name}-{len(questions)}"
                 questions[key], documents[key] = heading, re.sub(r":[\w:]+:`([^`]*)`", r"\1", body.strip())
-    others = generator.sample(list(dict.fromkeys(others)), 700)
+    others = generator.sample(list(dict.fromkeys(others)), 400)
     return questions, documents | {f"other-{number}": body for number, body in enumerate(others)}
 
 
@@ -124,11 +124,11 @@ def write_set(folder: Path, questions: dict[str, str], documents: dict[str, str]
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows, encoding="utf-8")
 
 
-def measure(folder: Path, encoder: ChunkEncoder, tokenizer: str) -> QuestionEvaluation:
-    """The ways with chunks of 64 tokens, of 128 tokens, and whole documents, compared with `dense` of 64."""
+def measure(folder: Path, encoder: ChunkEncoder, tokenizer: str, sizes: list[int]) -> QuestionEvaluation:
+    """The ways with chunks of each size, and whole documents, compared with `dense` of the first size."""
     questions = RetrievalSet.from_beir(folder)
     metrics = {}
-    for size in (64, 128):
+    for size in sizes:
         path = folder / f"chunks-{size}"
         chunk_documents(folder / "corpus.jsonl", path, tokenizer, chunk_size=size, id_column="_id")
         embed_chunks(path, encoder)
@@ -137,7 +137,7 @@ def measure(folder: Path, encoder: ChunkEncoder, tokenizer: str) -> QuestionEval
             build_bm25_index(path, terms, force=True)
             datastore = RetroDatastore.from_pretrained(path)
             ways = ["dense", "rerank", "bm25", "hybrid"] if terms == "tokens" else ["bm25", "hybrid"]
-            whole = encoder if size == 64 and terms == "tokens" else None
+            whole = encoder if size == sizes[0] and terms == "tokens" else None
             found = evaluate_questions(datastore, questions, ways, whole=whole).metrics
             for way, values in found.items():
                 suffix = f" of {terms}" if way in ("bm25", "hybrid") else ""
@@ -152,6 +152,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="Type in which the encoder computes.")
     parser.add_argument("--tokenizer", required=True, help="Folder or Hub id of the tokenizer of the chunks.")
     parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[64, 128], help="Tokens in a chunk.")
     parser.add_argument("--sets", nargs="+", default=["faq", "docstrings", "pages"])
     arguments = parser.parse_args()
     encoder = ChunkEncoder.from_pretrained(arguments.encoder, dtype=arguments.dtype)
@@ -159,7 +160,7 @@ def main() -> None:
         folder = arguments.output_dir / name
         if not (folder / "corpus.jsonl").exists():
             write_set(folder, *globals()[name](arguments.root, random.Random(0)))
-        evaluation = measure(folder, encoder, arguments.tokenizer)
+        evaluation = measure(folder, encoder, arguments.tokenizer, arguments.sizes)
         (folder / "results.json").write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n", encoding="utf-8")
         print(f"\n{name}\n{evaluation.table()}", flush=True)
 
