@@ -25,6 +25,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -293,6 +294,9 @@ def _fork(finish: Callable[[int], Any], indices: Sequence[int], num_proc: int) -
     context, parent = multiprocessing.get_context("fork"), os.getpid()
 
     def work(part: Sequence[int], sender: Connection) -> None:
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # Ctrl-C reaches the parent, which lets this process end its shard
         for index in part:
             if os.getppid() != parent or stop.is_set():
                 return
