@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +38,11 @@ https://huggingface.co/docs/transformers/main_classes/trainer"""
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of a script's docstring, which holds its runnable example."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.option_strings[:1] == [f"--no_{action.dest}"]:  # transformers repeats the help of the opposite
+            return f"Switch --{action.dest} off."
+        return super()._get_help_string(action)
 
 
 def parse_arguments(
@@ -145,6 +151,18 @@ def _set_defaults_from_file(parser: "HfArgumentParser", path: Path, skip_unknown
         action.default = str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
+# Line breaks and tabs stay. Marks of writing direction reorder what stands beside them.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """
+    Writes control characters of a text out, such as the escape that begins a command to a terminal as `\\x1b`. Text of
+    documents, and errors that may name it, pass through here before they are printed.
+    """
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
 def run_command(main: Callable[[], Any]) -> None:
     """
     Runs a script. A mistake of the user (`ValueError`, `OSError`, `ImportError`) is reported in one line, with exit
@@ -158,7 +176,7 @@ def run_command(main: Callable[[], Any]) -> None:
     try:
         main()
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)

@@ -130,5 +130,9 @@ class RetroJointConfig(PreTrainedConfig):
         """`int`: Size of the decoder's vocabulary."""
         return self.text_config.get_text_config().vocab_size
 
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.text_config.get_text_config().vocab_size = value
+
 
 __all__ = ["RetroJointConfig"]

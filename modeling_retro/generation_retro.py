@@ -302,6 +302,7 @@ class RetroGenerationMixin:
         all_masks[rows, slots] = neighbor_attention_mask.to(all_masks)
         return Neighbors(all_ids, all_masks)
 
+    @torch.compiler.disable  # a search is no part of a graph
     def _look_up(self, chunks: torch.LongTensor) -> list[dict[str, torch.Tensor]]:
         """The neighbors of each of `chunks` `(n, m)`. Chunks that the memory knows are not retrieved again."""
         memory = _active_memory.get()
@@ -324,7 +325,7 @@ class RetroGenerationMixin:
                 known[key] = {name: value[row] for name, value in fields.items() if value is not None}
         return [known[key] for key in keys]
 
-    def generate(self, *args, **kwargs):
+    def generate(self, *args, **kwargs) -> Any:
         """
         Generates as [`~transformers.GenerationMixin.generate`] does. Whenever a row completes a chunk, the neighbors
         of the chunk are looked up, and the token that completed the chunk already uses them. If `neighbor_input_ids`
@@ -335,6 +336,9 @@ class RetroGenerationMixin:
             With `return_dict_in_generate=True` and a retriever that knows them, the output also has
             `retrieved_chunk_ids`, `retrieved_document_ids` (`torch.LongTensor`, -1 where absent) and
             `retrieved_scores` (`torch.FloatTensor`, NaN where absent) of shape `(num_sequences, num_chunks, k)`.
+
+        Raises:
+            ValueError: If a row of the prompt is padded on the right.
         """
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         memory = RetrievalMemory(
@@ -405,6 +409,11 @@ class RetroGenerationMixin:
         )
         memory = _active_memory.get()
         if memory is not None and memory.prompt_mask is None and attention_mask is not None:
+            if attention_mask.ndim == 2 and not attention_mask[:, -1].all():
+                raise ValueError(
+                    "The prompt is padded on the right, so that its next token would be predicted from padding: pad "
+                    "on the left, as with `padding_side='left'` of the tokenizer."
+                )
             memory.prompt_mask = attention_mask[:, : memory.prompt_length]
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             # The cache has the passages of a question.

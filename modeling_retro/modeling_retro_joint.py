@@ -274,6 +274,11 @@ class RetroJointForCausalLM(
         """The decoder's head."""
         return self.decoder.get_output_embeddings()
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Sets the decoder's head."""
+        self.decoder.set_output_embeddings(new_embeddings)
+        new_embeddings.register_forward_pre_hook(make_contiguous)
+
     @can_return_tuple
     @auto_docstring
     def forward(

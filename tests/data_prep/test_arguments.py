@@ -122,3 +122,15 @@ def test_a_terminal_shows_bars():
     shown = os.read(controller, 10_000).decode()
     os.close(controller)
     assert process.returncode == 0 and "work: 100%" in shown
+
+
+@dataclass
+class Switches:
+    keep_it: bool = field(default=True, metadata={"help": "Keep the thing."})
+
+
+def test_an_option_that_switches_off_says_so(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(Switches, argv=["--help"])
+    text = capsys.readouterr().out
+    assert text.count("Keep the thing.") == 1 and "Switch --keep_it off." in text

@@ -564,3 +564,37 @@ def test_steps_that_complete_no_chunk_do_not_wait_for_the_device(kind_of_model, 
         own = row[torch.count_nonzero(row_mask == 0) : -1]  # the last token is not read
         for chunk in own[: len(own) // CHUNK * CHUNK].view(-1, CHUNK).tolist():
             assert tuple(chunk) in found
+
+
+@pytest.mark.parametrize("arguments", [{}, {"use_cache": False}])
+@pytest.mark.parametrize("retrieval", [True, False])
+@pytest.mark.parametrize("make", [make_cross_model, make_joint])
+def test_a_prompt_that_is_padded_on_the_right_is_refused(make, retrieval, arguments):
+    model = make()
+    model.set_retriever(HashRetriever())
+    ids, mask = torch.randint(3, VOCAB, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    mask[1, 4:] = 0
+    arguments = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **arguments}
+    with model.retrieval(retrieval), pytest.raises(ValueError, match="padded on the right"):
+        model.generate(ids, attention_mask=mask, **arguments)
+    with model.retrieval(retrieval), pytest.raises(ValueError, match="padded on the right"):
+        model.generate(ids * mask, **arguments)  # transformers finds the padding by its token
+    with model.retrieval(retrieval):
+        left = model.generate(ids, attention_mask=mask.flip(1), **arguments)
+        alone = model.generate(ids[1:, 3:], attention_mask=torch.ones(1, 4, dtype=torch.long), **arguments)
+    assert left[1, 7:].tolist() == alone[0, 4:].tolist()
+
+
+@pytest.mark.parametrize("make", [make_cross_model, make_joint])
+def test_a_compiled_forward_pass_looks_up_by_itself(make):
+    model = make()
+    model.set_retriever(HashRetriever())
+    ids = torch.randint(3, VOCAB, (2, 3 * CHUNK + 1))
+    with torch.no_grad():
+        expected = model(ids).logits
+        torch._dynamo.reset()
+        found = torch.compile(model, backend="eager")(ids).logits
+    assert model.retriever.calls >= 2
+    assert_close(found, expected, 1e-6)
+    with torch.no_grad(), model.retrieval(False):
+        assert (model(ids).logits - expected).abs().max() > 1e-3

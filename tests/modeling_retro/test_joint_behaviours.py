@@ -20,9 +20,9 @@ import torch
 from test_generation_retro import HashRetriever, left_padded
 from test_modeling_retro import CHUNK, VOCAB, assert_close, make_inputs
 from tiny_joint import make_decoder, make_joint
-from transformers import TextStreamer, pipeline
+from transformers import LlamaConfig, LlamaForCausalLM, TextStreamer, pipeline
 
-from modeling_retro import RetroJointCache, RetroJointForCausalLM
+from modeling_retro import RetroJointCache, RetroJointConfig, RetroJointForCausalLM
 from modeling_retro.sharing.model_card import save_model_card
 
 
@@ -169,3 +169,31 @@ def test_a_quantised_decoder_reads_neighbors(kind):
     model.set_retriever(HashRetriever())
     tokens = model.generate(ids, attention_mask=mask, max_new_tokens=2 * CHUNK, do_sample=False, pad_token_id=0)
     assert tokens.shape[1] <= ids.shape[1] + 2 * CHUNK
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("options", [{}, {"pad_to_multiple_of": 64}])
+def test_tokens_are_added_as_to_the_decoder_alone(tied, options):
+    def make():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=100, tie_word_embeddings=tied, **sizes)).eval()
+
+    base, model = make(), RetroJointForCausalLM.from_decoder(make())
+    for one in (base, model):
+        torch.manual_seed(1)
+        one.resize_token_embeddings(104, mean_resizing=False, **options)
+    rows = base.get_input_embeddings().weight.shape[0]
+    assert model.config.vocab_size == model.decoder.config.vocab_size == rows
+    ids = torch.tensor([[99, 101, 103, 5]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits[..., :100], base(ids).logits[..., :100])
+    assert model(ids).logits.shape[-1] == rows
+    tie = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert tie == tied
+
+
+def test_the_size_of_the_vocabulary_can_be_set():
+    config = RetroJointConfig(text_config=LlamaConfig(vocab_size=100))
+    config.vocab_size = 104
+    assert config.text_config.vocab_size == config.vocab_size == config.to_dict()["text_config"]["vocab_size"] == 104

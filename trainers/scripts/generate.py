@@ -20,7 +20,7 @@ Continues a prompt with a RETRO model and shows the neighbors that each chunk us
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from data_prep.arguments import parse_arguments, run_command
+from data_prep.arguments import parse_arguments, printable, run_command
 
 
 @dataclass
@@ -89,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         do_sample=arguments.do_sample,
         **sampling,
     )
-    print("".join(chunk.text for chunk in chunks))
+    print(printable("".join(chunk.text for chunk in chunks)))
     print()
-    print(format_chunks(chunks))
+    print(printable(format_chunks(chunks)))
 
 
 if __name__ == "__main__":
