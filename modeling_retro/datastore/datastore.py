@@ -264,6 +264,16 @@ class RetroDatastore:
                 return neighbors.options["retriever"]
         return "bm25" if self.manifest.index is None and self.manifest.bm25 is not None else "dense"
 
+    @property
+    def question_retriever(self) -> str:
+        """
+        The default way to look up questions: `hybrid` with both indexes, or else the way that the one index allows.
+        `rerank`, which suits the chunks of a text, finds fewer documents for questions than `dense`.
+        """
+        if self.manifest.index is not None and self.manifest.bm25 is not None:
+            return "hybrid"
+        return "bm25" if self.manifest.index is None and self.manifest.bm25 is not None else "dense"
+
     def as_dataset(self) -> datasets.Dataset:
         """
         Returns the searched chunks as a `Dataset` to which the index is attached as its faiss index `"embeddings"`.

@@ -207,6 +207,10 @@ class RemoteDatastore(RetroDatastore):
     def retriever(self) -> str:
         return "dense"
 
+    @property
+    def question_retriever(self) -> str:
+        return "dense"
+
     def split(self, name: str) -> Any:
         raise ValueError(
             f"{self.path} can be searched, but has no splits to read; open the datastore that was exported for "

@@ -98,8 +98,9 @@ class RetroRetriever:
             Device of the encoder. Defaults to the first GPU, or else the CPU.
         dtype (`str` or `torch.dtype`, *optional*): Computing type of the encoder.
         retriever (`str`, *optional*):
-            How neighbors are found: `"dense"`, `"bm25"`, `"hybrid"` or `"rerank"` (see [`NeighborSearch`]). Defaults
-            to the way in which the stored neighbors were found. `"bm25"` needs no encoder.
+            How neighbors are found: `"dense"`, `"bm25"`, `"hybrid"` or `"rerank"` (see [`NeighborSearch`]). For chunks
+            it defaults to the way in which the stored neighbors were found, and for questions to
+            [`RetroDatastore.question_retriever`]. `"bm25"` needs no encoder.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class RetroRetriever:
         retriever: str | None = None,
     ):
         self.neighbor_search = NeighborSearch(datastore, retriever)
+        self.question_search = self._search_for_questions(datastore, retriever)
         if not self.neighbor_search.needs_embeddings:
             encoder = None
         else:
@@ -119,6 +121,12 @@ class RetroRetriever:
             datastore.check_encoder(encoder)
         self.datastore = datastore
         self.encoder = encoder
+
+    def _search_for_questions(self, datastore: RetroDatastore, retriever: str | None) -> NeighborSearch:
+        if retriever is None and self.neighbor_search.needs_embeddings:
+            retriever = datastore.question_retriever
+        # Without embeddings of chunks there are none of questions.
+        return NeighborSearch(datastore, retriever or self.neighbor_search.retriever)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None, **kwargs) -> "RetroRetriever":
@@ -157,7 +165,9 @@ class RetroRetriever:
         datastore.check_chunk_size(self.datastore.chunk_size)
         search = NeighborSearch(datastore, self.neighbor_search.retriever)
         search.open()
-        self.datastore, self.neighbor_search = datastore, search
+        questions = NeighborSearch(datastore, self.question_search.retriever)
+        questions.open()
+        self.datastore, self.neighbor_search, self.question_search = datastore, search, questions
         return True
 
     def check_model(self, config: RetroConfig) -> None:
@@ -200,7 +210,7 @@ class RetroRetriever:
         embeddings = None
         if self.encoder is not None:
             embeddings = self.encoder.encode_chunks(input_ids, mask, self.datastore.tokenizer)
-        search = self.neighbor_search  # `refresh` may replace it meanwhile
+        search = self.question_search if is_question else self.neighbor_search  # `refresh` may replace it meanwhile
         datastore = search.datastore
         unwanted = removed_filter(datastore)
         if exclude_document_ids is not None:
@@ -216,7 +226,7 @@ class RetroRetriever:
 
     def _check_questions(self, input_ids: np.ndarray, mask: np.ndarray, embeddings: np.ndarray | None) -> None:
         """Raises a `ValueError` for a question [n, m] that nothing can be found with, and names it."""
-        datastore = self.neighbor_search.datastore
+        datastore = self.question_search.datastore
         if embeddings is not None:
             is_known = embeddings.any(axis=1)  # a text without known tokens has zeros
         else:
@@ -283,7 +293,7 @@ class RetroRetriever:
         for number, text in enumerate(texts):
             if not text.strip():
                 raise ValueError(f"text {number} is empty, expected a question or another text to look up")
-        search = self.neighbor_search
+        search = self.question_search
         # Text that spells a special token is looked up as text.
         options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
         rows = search.datastore.tokenizer(list(texts), **options)["input_ids"]

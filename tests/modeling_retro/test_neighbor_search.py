@@ -296,6 +296,36 @@ def test_question_of_any_length_finds_what_its_tokens_and_its_embedding_find(dat
         opened.search(["a", "  "])
 
 
+@pytest.mark.parametrize(
+    ("indexes", "stored", "named", "chunks", "questions"),
+    [
+        ("index", "dense", None, "dense", "dense"),
+        ("index", "rerank", None, "rerank", "dense"),
+        ("index bm25", "dense", None, "dense", "hybrid"),
+        ("index bm25", "rerank", None, "rerank", "hybrid"),
+        ("index bm25", "bm25", None, "bm25", "bm25"),
+        ("index bm25", "rerank", "rerank", "rerank", "rerank"),
+        ("index bm25", "hybrid", "dense", "dense", "dense"),
+        ("bm25", "bm25", None, "bm25", "bm25"),
+    ],
+)
+def test_questions_have_their_own_way_unless_one_is_named(copy, indexes, stored, named, chunks, questions):
+    find_neighbors(copy, 4, "train", stored, force=True)
+
+    def change(manifest):
+        for name in {"index", "bm25"} - set(indexes.split()):
+            del manifest[name]
+
+    edit_manifest(copy, change)
+    retriever = RetroRetriever.from_pretrained(copy, device="cpu", retriever=named)
+    assert retriever.neighbor_search.retriever == chunks
+    assert retriever.question_search.retriever == questions
+    found = retriever.find(QUESTIONS[:1], 3)[0]
+    tokens = torch.tensor([retriever.datastore.tokenizer(QUESTIONS[0])["input_ids"]])
+    again = retriever.retrieve(tokens, 3, attention_mask=torch.ones_like(tokens)).chunk_ids
+    assert again.tolist() == found.tolist()
+
+
 def test_passages_of_the_same_text_count_once(tmp_path, tiny_tokenizer, tiny_encoder_dir):
     texts = ["retro looks up chunks"] * 30 + ["retro", "neighbors of a chunk"]
     path = tmp_path / "datastore"
