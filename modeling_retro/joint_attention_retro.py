@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
@@ -25,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention_retro import PREFIX, AttentionLayout, has_kernels, register_attention
 from .chunk_layout_retro import TokenLocations, take_columns
-from .joint_cache_retro import NeighborPrefix
+from .joint_cache_retro import NeighborPrefix, RetroJointStaticCache
 from .joint_call_retro import Front, JointCall
 from .joint_layout_retro import (
     RowStates,
@@ -91,7 +92,14 @@ class JointAttentionMixin:
             self._reading_cache(inputs["past_key_values"]),
             self.adapters.active(ROW_ADAPTER if gate is not None else None, gate, keep=self.training),
         ):
-            return self.decoder(**inputs)
+            cache = inputs["past_key_values"]
+            if not isinstance(cache, RetroJointStaticCache):
+                return self.decoder(**inputs)
+            # The decoder sees the layers alone, because all else in the cache changes from step to step.
+            inputs["past_key_values"] = Cache(layers=cache.layers)
+            if cache.compile_config is None or inputs["input_ids"] is None or inputs["input_ids"].shape[1] > 1:
+                return self.decoder(**inputs)
+            return self.decoder.get_compiled_call(cache.compile_config)(**inputs)
 
     def _attention_inputs(
         self, call: JointCall, locations: TokenLocations, states: RowStates, fronts: list[Front]
@@ -140,21 +148,25 @@ class JointAttentionMixin:
         given: torch.Tensor | None,
         sees_front: torch.BoolTensor | None = None,
         states: RowStates | None = None,
+        num_columns: int | None = None,
     ) -> torch.Tensor | BlockMask | dict[str, torch.Tensor | BlockMask] | None:
         """
         Makes the masks over the neighbors in front and the row, in the form that the attention of the decoder takes.
         If the decoder has several types of layers, there is a mask for each. A sliding window counts only the tokens
-        of the row. `sees_front` is `(B, W, F)`.
+        of the row. `sees_front` is `(B, W, F)`. If keys of a row have room for `num_columns`, the rest is hidden.
         """
         masks = {}
         for layer_type, window in layer_windows(self.config.text_config).items():
             seen = self._row_mask(locations, window, given)
             if states is not None:
                 seen = mask_of_states(states, seen)
+            is_dynamic = num_columns is None or num_columns == seen.shape[-1]
+            if not is_dynamic:
+                seen = nn.functional.pad(seen, (0, num_columns - seen.shape[-1]))
             if sees_front is not None:
                 seen = torch.cat([sees_front, seen], dim=-1)  # [B, W, F + N]
             seen = seen[:, None]
-            if window is None and self._needs_no_mask(seen):
+            if window is None and is_dynamic and self._needs_no_mask(seen):
                 return None
             masks[layer_type] = self._convert_mask(seen, 0 if sees_front is None else sees_front.shape[-1])
         return masks if len(masks) > 1 else next(iter(masks.values()))

@@ -16,11 +16,13 @@
 from collections.abc import Sequence
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticLayer
+from transformers.generation import CompileConfig
 
 from .attention_retro import Blocks
 from .cache_retro import RetrievalCache
 from .neighbor_memory_retro import LayerStates, compress
+from .neighbors_retro import pad_to_shape
 
 
 class RetroJointCache(RetrievalCache):
@@ -112,6 +114,10 @@ class RetroJointCache(RetrievalCache):
         """Hides the neighbors of the last chunk in the rows `(batch_size,)` that leave what follows it."""
         self.front_mask = self.front_mask & (self.front_stays | ~leaves[:, None])
 
+    def num_columns(self, length: int) -> int:
+        """Number of keys of a row of `length` tokens."""
+        return length
+
     def keep_states(self, final: Blocks) -> None:
         """Keeps some of the cached states, which are then those of the row in its order."""
         for layer in self.layers:
@@ -158,6 +164,115 @@ class RetroJointCache(RetrievalCache):
         if tokens_to_remove != 0:
             self.uncropped_length = max(self.uncropped_length, self.get_seq_length())
         super().crop(tokens_to_remove)
+
+
+class RetroJointStaticCache(RetroJointCache):
+    """
+    A [`RetroJointCache`] of fixed shapes, for which one compiled decoding step serves a whole generation. In every
+    layer there is room for the keys that stand in front and, behind it, for those of the row.
+
+    Args:
+        front_room (`int`):
+            Largest number of keys of neighbors and passages in sight.
+        max_length (`int`):
+            Largest number of tokens of a row.
+        compile_config (`CompileConfig`, *optional*):
+            How decoding steps are compiled. By default they are not.
+    """
+
+    def __init__(self, front_room: int, max_length: int, compile_config: CompileConfig | None = None):
+        super().__init__()
+        self.front_room, self.max_length, self.compile_config = front_room, max_length, compile_config
+
+    @property
+    def is_compileable(self) -> bool:
+        """`bool`: False, because `generate()` must compile the step of the decoder and not what looks up neighbors."""
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of cached tokens of the row."""
+        return 0 if self.input_ids is None else self.input_ids.shape[1]
+
+    def num_columns(self, length: int) -> int:
+        """Number of keys of a row, with the room for later ones."""
+        return self.max_length
+
+    def load(self, cache: RetroJointCache) -> None:
+        """
+        Takes over what the prompt has left in another cache.
+
+        Raises:
+            ValueError: If there is no room for it.
+        """
+        length, front = cache.get_seq_length(), cache.front_length
+        if length > self.max_length or front > self.front_room:
+            raise ValueError(
+                f"the static cache has room for {self.max_length} tokens and {self.front_room} keys of neighbors, but "
+                f"there are {length} and {front}"
+            )
+        for layer in cache.layers:
+            fixed = StaticLayer(self.front_room + self.max_length)
+            if layer.is_initialized:
+                fixed.lazy_initialization(layer.keys, layer.values)
+                for target, states in ((fixed.keys, layer.keys), (fixed.values, layer.values)):
+                    target[..., :front, :] = states[..., :front, :]
+                    target[..., self.front_room : self.front_room + length, :] = states[..., front:, :]
+                fixed.cumulative_length.fill_(self.front_room + length)
+            self.layers.append(fixed)
+        for name in self._row_tensors:
+            setattr(self, name, getattr(cache, name))
+        self.is_packed = cache.is_packed
+        nothing = self.input_ids.new_zeros(len(self.input_ids), 0, dtype=torch.bool)
+        self._set_front_masks(
+            nothing if self.front_mask is None else self.front_mask,
+            nothing if self.front_stays is None else self.front_stays,
+        )
+
+    def _set_front_masks(self, front_mask: torch.BoolTensor, front_stays: torch.BoolTensor) -> None:
+        shape = (len(front_mask), self.front_room)
+        self.front_mask, self.front_stays = pad_to_shape(front_mask, shape), pad_to_shape(front_stays, shape)
+
+    def set_front(
+        self,
+        key_values: list[tuple[torch.Tensor, torch.Tensor] | None],
+        front_mask: torch.BoolTensor,
+        front_stays: torch.BoolTensor,
+    ) -> None:
+        """
+        Replaces the keys and values in front of the row, in place (see [`RetroJointCache.set_front`]).
+
+        Raises:
+            ValueError: If there is no room for them.
+        """
+        length = front_mask.shape[1]
+        if length > self.front_room:
+            raise ValueError(
+                f"the static cache has room for {self.front_room} keys of neighbors, but {length} are in sight"
+            )
+        for layer, states in zip(self.layers, key_values):
+            if states is not None:
+                layer.keys[..., :length, :] = states[0]
+                layer.values[..., :length, :] = states[1]
+        self._set_front_masks(front_mask, front_stays)
+
+    def replace_columns(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layer_idx: int,
+        rows: torch.LongTensor,
+        columns: torch.LongTensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Replaces the keys and values of some tokens in place (see [`RetroJointCache.replace_columns`])."""
+        layer = self.layers[layer_idx]
+        rows, columns = rows.to(keys.device), columns.to(keys.device) + self.front_room
+        for states, new in ((layer.keys, keys), (layer.values, values)):
+            states.transpose(1, 2)[rows[:, None], columns] = new.transpose(1, 2).to(states.dtype)
+        return layer.keys[rows], layer.values[rows]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: what is written behind a row cannot be taken back."""
+        raise ValueError("a static cache cannot be cropped; generate with a dynamic one")
 
 
 class NeighborPrefix(Cache):
@@ -213,4 +328,4 @@ class RereadTokens(Cache):
         return self.cache.get_seq_length(layer_idx), 0
 
 
-__all__ = ["NeighborPrefix", "RereadTokens", "RetroJointCache"]
+__all__ = ["NeighborPrefix", "RereadTokens", "RetroJointCache", "RetroJointStaticCache"]

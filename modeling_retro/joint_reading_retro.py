@@ -177,7 +177,9 @@ class JointReadingMixin:
         outputs = self._decode(
             input_ids=call.input_ids,
             inputs_embeds=call.inputs_embeds,
-            attention_mask=self._make_masks(locations, call.given_mask, front),
+            attention_mask=self._make_masks(
+                locations, call.given_mask, front, num_columns=cache.num_columns(locations.mask.shape[1])
+            ),
             position_ids=locations.document_index,
             past_key_values=cache,
             labels=call.labels,
@@ -246,7 +248,10 @@ class JointReadingMixin:
                 torch.cat(
                     [
                         cache.front_mask[rows, None].expand(-1, columns.shape[1], -1),
-                        make_row_mask(mask, positions, columns, window),
+                        nn.functional.pad(
+                            make_row_mask(mask, positions, columns, window),
+                            (0, cache.num_columns(mask.shape[1]) - mask.shape[1]),
+                        ),
                     ],
                     dim=-1,
                 )[:, None],

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation import CompileConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -31,7 +31,7 @@ from .added_weights_retro import HUB_ARGUMENTS, RetroBaseModelMixin, checkpoint_
 from .configuration_retro_joint import RetroJointConfig
 from .generation_retro import PROVENANCE_FIELDS, RetroGenerationMixin, check_cache, check_neighbors
 from .joint_attention_retro import JointAttentionMixin, layer_windows, tolerance
-from .joint_cache_retro import RetroJointCache
+from .joint_cache_retro import RetroJointCache, RetroJointStaticCache
 from .joint_call_retro import JointCall, check_passages
 from .joint_reading_retro import JointReadingMixin
 from .loss_retro import causal_lm_loss
@@ -262,6 +262,31 @@ class RetroJointForCausalLM(
                     outputs[f"passage_{name}"] = values.repeat_interleave(repeats, dim=0)
         return outputs
 
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ) -> None:
+        is_given = model_kwargs.get("past_key_values") is not None
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        given = model_kwargs.get("neighbor_input_ids")
+        reads = self.is_retrieving or given is not None or model_kwargs.get("passage_input_ids") is not None
+        if is_given or generation_config.cache_implementation != "static" or not reads:
+            return
+        config, passages = self.config, model_kwargs.get("passage_input_ids")
+        room = [config.num_neighbors * config.neighbor_length if self.is_retrieving else 0]
+        room.append(0 if given is None else given.shape[2] * given.shape[3])
+        compile_config = None
+        wanted = generation_config.compile_config
+        compiles_here = self.device.type != "cpu" or (wanted is not None and wanted._compile_all_devices)
+        if compiles_here and not generation_config.disable_compile:
+            compile_config = wanted or CompileConfig()
+        model_kwargs["past_key_values"] = RetroJointStaticCache(
+            front_room=max(room) + (0 if passages is None else passages.shape[1] * passages.shape[2]),
+            max_length=max(max_cache_length, generation_config.max_cache_len or 0),
+            compile_config=compile_config,
+        )
+
     def get_input_embeddings(self) -> nn.Module:
         """The decoder's embedding of tokens."""
         return self.decoder.get_input_embeddings()
@@ -346,6 +371,9 @@ class RetroJointForCausalLM(
             in_order=passages == "in_order",
         )
         neighbors = self._find_neighbors(call, neighbor_input_ids, neighbor_attention_mask)
+        static = past_key_values if isinstance(past_key_values, RetroJointStaticCache) else None
+        if static is not None and call.past_length == 0:
+            call.past_key_values = RetroJointCache()  # a prompt of any length is read as ever
         cache = call.cache
         has_seen = cache is not None and (cache.neighbors is not None or cache.front_length > 0)
         if call.past_length > 0 and (neighbors is not None or has_seen):
@@ -354,8 +382,11 @@ class RetroJointForCausalLM(
             outputs = self._begin(call, neighbors)
         else:
             outputs = self._read_alone(call)
+        if static is not None and cache is not static:
+            static.load(cache)
+            cache = static
         others = {name: value for name, value in outputs.items() if name != "past_key_values"}
-        return type(outputs)(past_key_values=call.past_key_values, **others)
+        return type(outputs)(past_key_values=past_key_values if cache is None else cache, **others)
 
     def _find_neighbors(
         self,
