@@ -267,11 +267,9 @@ class RetroDatastore:
     @property
     def question_retriever(self) -> str:
         """
-        The default way to look up questions: `hybrid` with both indexes, or else the way that the one index allows.
-        `rerank`, which suits the chunks of a text, finds fewer documents for questions than `dense`.
+        The default way to look up questions: `dense`, or `bm25` without an index of embeddings. `rerank` and `hybrid`,
+        which suit the chunks of a text, find fewer documents for the questions that people ask.
         """
-        if self.manifest.index is not None and self.manifest.bm25 is not None:
-            return "hybrid"
         return "bm25" if self.manifest.index is None and self.manifest.bm25 is not None else "dense"
 
     def as_dataset(self) -> datasets.Dataset:

@@ -301,8 +301,8 @@ def test_question_of_any_length_finds_what_its_tokens_and_its_embedding_find(dat
     [
         ("index", "dense", None, "dense", "dense"),
         ("index", "rerank", None, "rerank", "dense"),
-        ("index bm25", "dense", None, "dense", "hybrid"),
-        ("index bm25", "rerank", None, "rerank", "hybrid"),
+        ("index bm25", "hybrid", None, "hybrid", "dense"),
+        ("index bm25", "rerank", None, "rerank", "dense"),
         ("index bm25", "bm25", None, "bm25", "bm25"),
         ("index bm25", "rerank", "rerank", "rerank", "rerank"),
         ("index bm25", "hybrid", "dense", "dense", "dense"),
