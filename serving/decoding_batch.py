@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from modeling_retro import RetroJointForCausalLM
 from modeling_retro.chunk_layout_retro import completed_between
+from modeling_retro.retriever.retriever import QuestionError
 
 from .sampling import ChosenToken, score_tokens
 
@@ -30,11 +32,11 @@ from .sampling import ChosenToken, score_tokens
 @dataclass
 class RetrievedChunk:
     """
-    The neighbors of one chunk of a row.
+    The neighbors of one chunk of a row, or the passages of its question.
 
     Args:
-        index (`int`):
-            Number of the chunk in its row.
+        index (`int`, *optional*):
+            Number of the chunk in its row. A question has none.
         input_ids (`list[list[int]]`):
             Tokens of the neighbors with their continuations, best first, without padding.
         scores (`list[float]`):
@@ -45,7 +47,7 @@ class RetrievedChunk:
             Their global chunk ids, -1 if the retriever does not know them.
     """
 
-    index: int
+    index: int | None
     input_ids: list[list[int]]
     scores: list[float]
     document_ids: list[int]
@@ -68,8 +70,17 @@ class Row:
         num_scored (`int`, *optional*):
             Number of most probable tokens that are reported with each token of the prompt. By default, the tokens of
             the prompt are not scored.
+        query (`list[int]`, *optional*):
+            Tokens of the question, which are looked up in place of the chunks of the prompt. A joint model has the
+            passages in sight of the whole prompt and its answer. For one with cross attention the prompt must end
+            where a chunk ends, and they are the neighbors of this chunk.
+        must_find (`bool`, *optional*, defaults to `False`):
+            Whether a question that nothing can be looked up with is an error. By default the chunks of the prompt are
+            looked up then.
+        passages (`str`, *optional*, defaults to `"apart"`):
+            How a joint model reads the passages: `"apart"`, or `"in_order"`, as one text.
         retrieved (`list[RetrievedChunk]`):
-            The neighbors of each whole chunk.
+            The passages of the question, if there is one, and the neighbors of each whole chunk.
         scored (`list[ChosenToken]`):
             The tokens of the prompt that are not hidden, with their probabilities.
     """
@@ -78,6 +89,9 @@ class Row:
     num_neighbors: int
     num_hidden: int = 0
     num_scored: int | None = None
+    query: list[int] | None = None
+    must_find: bool = False
+    passages: str = "apart"
     retrieved: list[RetrievedChunk] = field(default_factory=list)
     scored: list[ChosenToken] = field(default_factory=list)
 
@@ -165,7 +179,7 @@ class DecodingBatch:
         neighbors = {}
         if chunks:
             found_ids, found_mask = self._look_up(self.rows, chunks)
-            shape, owners = (len(self.rows), 1, *found_ids.shape[1:]), [n for n, _ in chunks]
+            shape, owners = (len(self.rows), 1, *found_ids.shape[1:]), [n for n, _, _ in chunks]
             all_ids, all_masks = found_ids.new_zeros(shape), found_mask.new_zeros(shape)
             all_ids[owners, 0], all_masks[owners, 0] = found_ids, found_mask
             neighbors = {"neighbor_input_ids": all_ids, "neighbor_attention_mask": all_masks}
@@ -203,7 +217,8 @@ class DecodingBatch:
     def _prompt_inputs(self, rows: Sequence[Row]) -> list[dict[str, torch.Tensor]]:
         """Makes the inputs of a forward pass over each row alone. The chunks of all rows are looked up together."""
         device = self.model.device
-        chunks = [chunk for n, row in enumerate(rows) for chunk in self._completed(n, row, 0)]
+        questions = [self._question_inputs(row) for row in rows]
+        chunks = [chunk for n, row in enumerate(rows) if not questions[n] for chunk in self._completed(n, row, 0)]
         found_ids, found_mask = self._look_up(rows, chunks)
         inputs = [{"input_ids": torch.tensor([row.tokens], device=device)} for row in rows]
         for n, row in enumerate(rows):
@@ -211,21 +226,42 @@ class DecodingBatch:
                 positions = torch.arange(len(row.tokens), device=device)[None]
                 mask = (positions >= row.num_hidden).long()
                 inputs[n] |= {"attention_mask": mask, "position_ids": positions * mask}
-            own = [i for i, (owner, _) in enumerate(chunks) if owner == n]
+            inputs[n] |= questions[n]
+            own = [i for i, (owner, _, _) in enumerate(chunks) if owner == n]
             if own:
                 # Other rows may ask for more neighbors, which this row would not have alone.
                 inputs[n]["neighbor_input_ids"] = found_ids[own][None, :, : row.num_neighbors]
                 inputs[n]["neighbor_attention_mask"] = found_mask[own][None, :, : row.num_neighbors]
         return inputs
 
-    def _completed(self, n: int, row: Row, before: int) -> list[tuple[int, list[int]]]:
-        """The chunks that row `n` completed since it had `before` tokens, which are looked up, with its number."""
+    def _question_inputs(self, row: Row) -> dict[str, Any]:
+        """Looks up the question of a row, and makes the inputs of a forward pass that reads its passages, if any."""
+        if row.query is None or row.num_neighbors == 0:
+            return {}
+        query, device = torch.tensor([row.query], dtype=torch.long), self.model.device
+        try:
+            found = self.retriever.retrieve(query, row.num_neighbors, attention_mask=torch.ones_like(query))
+        except QuestionError:
+            if row.must_find:
+                raise
+            return {}
+        ids, mask = found.neighbor_input_ids.to(device), found.neighbor_attention_mask.bool().to(device)  # [1, k, r]
+        row.retrieved.append(_retrieved(None, found, 0, mask[0].cpu()))
+        if isinstance(self.model, RetroJointForCausalLM):
+            return {"passage_input_ids": ids, "passage_attention_mask": mask, "passages": row.passages}
+        shape = (1, len(row.tokens) // self.model.config.chunk_size, *ids.shape[1:])  # [1, L, k, r]
+        neighbor_ids, neighbor_mask = ids.new_zeros(shape), mask.new_zeros(shape)
+        neighbor_ids[:, -1], neighbor_mask[:, -1] = ids, mask
+        return {"neighbor_input_ids": neighbor_ids, "neighbor_attention_mask": neighbor_mask}
+
+    def _completed(self, n: int, row: Row, before: int) -> list[tuple[int, int, list[int]]]:
+        """The chunks that row `n` completed since it had `before` tokens: the row, the number of the chunk, tokens."""
         size = self.model.config.chunk_size
         numbers = completed_between(before, len(row.tokens), size) if row.num_neighbors > 0 else ()
-        return [(n, row.tokens[u * size : (u + 1) * size]) for u in numbers]
+        return [(n, u, row.tokens[u * size : (u + 1) * size]) for u in numbers]
 
     def _look_up(
-        self, rows: Sequence[Row], chunks: Sequence[tuple[int, list[int]]]
+        self, rows: Sequence[Row], chunks: Sequence[tuple[int, int, list[int]]]
     ) -> tuple[torch.LongTensor | None, torch.BoolTensor | None]:
         """
         Looks up chunks, which are given with the numbers of their rows, with one call of the retriever. Returns the
@@ -233,15 +269,19 @@ class DecodingBatch:
         """
         if not chunks:
             return None, None
-        k = max(rows[n].num_neighbors for n, _ in chunks)
-        found = self.retriever.retrieve(torch.tensor([chunk for _, chunk in chunks]), k)
+        k = max(rows[n].num_neighbors for n, _, _ in chunks)
+        found = self.retriever.retrieve(torch.tensor([chunk for _, _, chunk in chunks]), k)
         ids, mask = found.neighbor_input_ids, found.neighbor_attention_mask.bool().clone()
-        for i, (n, _) in enumerate(chunks):
+        for i, (n, index, _) in enumerate(chunks):
             mask[i, rows[n].num_neighbors :] = False
-            present = mask[i].any(-1).nonzero()[:, 0].tolist()
-            names = ("scores", "document_ids", "chunk_ids")
-            values = [getattr(found, name, None) for name in names]
-            known = [[-1] * len(present) if value is None else value[i, present].tolist() for value in values]
-            neighbors = [ids[i, j, mask[i, j]].tolist() for j in present]
-            rows[n].retrieved.append(RetrievedChunk(len(rows[n].retrieved), neighbors, *known))
+            rows[n].retrieved.append(_retrieved(index, found, i, mask[i]))
         return ids.to(self.model.device), mask.to(self.model.device)
+
+
+def _retrieved(index: int | None, found: Any, row: int, mask: torch.BoolTensor) -> RetrievedChunk:
+    """The neighbors of one row of what a retriever found, of which those with a mask `(k, r)` are present."""
+    present = mask.any(-1).nonzero()[:, 0].tolist()
+    values = [getattr(found, name, None) for name in ("scores", "document_ids", "chunk_ids")]
+    known = [[-1] * len(present) if value is None else value[row, present].tolist() for value in values]
+    neighbors = [found.neighbor_input_ids[row, j, mask[j]].tolist() for j in present]
+    return RetrievedChunk(index, neighbors, *known)

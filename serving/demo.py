@@ -17,6 +17,9 @@ from collections.abc import Iterator
 
 import gradio as gr
 
+from modeling_retro import RetroJointForCausalLM
+from trainers.generation import is_short_question
+
 from .load import LoadedModel
 from .page import CSS, legend, plain_html, reading_html
 from .prompts import PromptEncoder
@@ -55,7 +58,7 @@ class Demo:
         self, prompt: str, num_neighbors: int, temperature: float, max_tokens: int, seed: int
     ) -> Iterator[tuple[str, str]]:
         """
-        Continues a prompt with neighbors and without.
+        Continues a prompt with neighbors and without. A question of less than a chunk is looked up by its own text.
 
         Yields:
             `tuple[str, str]`: HTML of the text with neighbors and of the text without.
@@ -65,7 +68,12 @@ class Demo:
         """
         ids = self._encode(prompt)
         sampling = SamplingParameters(temperature=temperature, top_p=0.95, seed=seed)
-        arguments = (ids, num_neighbors, max_tokens, sampling, self.end_tokens)
+        tokenizer, query = self.retriever.datastore.tokenizer, None
+        # A model with cross attention reads neighbors from the next chunk on.
+        reads_jointly = isinstance(self.model, RetroJointForCausalLM)
+        if reads_jointly and is_short_question(prompt, tokenizer, self.model.config.chunk_size):
+            query = self.prompts.encode_query(prompt)
+        arguments = (ids, num_neighbors, max_tokens, sampling, self.end_tokens, query)
         for comparison in continue_both_ways(self.model, self.retriever, *arguments):
             yield reading_html(comparison.on), plain_html(prompt, comparison.off)
 
@@ -122,7 +130,8 @@ def create_page(demo: Demo) -> gr.Blocks:
     with gr.Blocks(title="RETRO: what looking up is worth") as page:
         gr.Markdown(
             f"# What looking up is worth\nThe model looks up each {size} tokens that it has read among "
-            f"{num_chunks:,} chunks of its datastore, and reads the neighbors while it predicts the next {size}."
+            f"{num_chunks:,} chunks of its datastore, and reads the neighbors while it predicts the next {size}. "
+            f"A question of fewer tokens is looked up at once, and its answer reads what was found."
         )
         gr.HTML(f"<style>{CSS}</style>{legend()}")
         with gr.Tab("Continue a prompt"):

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from modeling_retro.retriever.retriever import QuestionError
+
 from .decoding_batch import DecodingBatch, RetrievedChunk, Row
 from .sampling import ChosenToken, Sampler, SamplingParameters
 from .text_stream import TextStream, TextToken
@@ -353,11 +355,13 @@ class Engine:
             logits = self._batch.add([completion.row for completion in joining])
         except torch.AcceleratorError:
             raise
-        except Exception:
+        except Exception as error:
             if len(self._batch.rows) < len(self._running):
                 raise  # the rows that run are lost too
             if len(joining) == 1:
-                joining[0].fail(CompletionError(log_failure("the server failed while it read a prompt")))
+                is_told = isinstance(error, QuestionError)
+                failed = CompletionError(str(error), 400) if is_told else None
+                joining[0].fail(failed or CompletionError(log_failure("the server failed while it read a prompt")))
                 return
             for completion in joining:
                 completion.row.retrieved.clear()

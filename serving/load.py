@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
+from modeling_retro import RetroJointForCausalLM
 from modeling_retro.retriever.retriever import RetroRetriever
 from trainers.load_model import load_retro_model
 
@@ -151,4 +152,5 @@ def load_served_model(
         max_prompt_tokens=max_prompt_tokens,
         max_tokens=max_tokens,
         context_length=getattr(config, "max_position_embeddings", None) or 1 << 30,  # some models have no positions
+        reads_jointly=isinstance(loaded.model, RetroJointForCausalLM),
     )

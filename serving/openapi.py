@@ -38,9 +38,9 @@ class Neighbor(Answered):
 
 
 class ChunkNeighbors(Answered):
-    """The neighbors of one chunk of a prompt and its answer."""
+    """The neighbors of one chunk of a prompt and its answer, or the passages of the question, which has no number."""
 
-    chunk: int
+    chunk: int | None
     neighbors: list[Neighbor]
 
 

@@ -98,7 +98,7 @@ def reading_html(reading: Reading) -> str:
         )
         tokens = "".join(map(_token, stretch.pieces))
         labels.append(f'<label for="{name}-{n}" class="c{n}">{tokens}</label>')
-        panels.append(f'<div class="retro-panel p{n}">{_panel(n, stretch)}</div>')
+        panels.append(f'<div class="retro-panel p{n}">{_panel(n, stretch, reading.is_question)}</div>')
         # The chunk under the cursor has priority over the one that was clicked.
         rules += [
             f"#{name}:not(:has(label:hover)):has(#{name}-{n}:checked) .p{n} {{ display: block; }}",
@@ -127,13 +127,13 @@ def _token(piece: Piece) -> str:
     return f'<span data-worth="{tip}" title="{tip}"{kind}{style}>{escape(piece.text)}</span>'
 
 
-def _panel(number: int, stretch: Stretch) -> str:
-    if number == 0:
-        return "<h4>Chunk 1 read no neighbors: nothing had been looked up before it.</h4>"
+def _panel(number: int, stretch: Stretch, is_question: bool) -> str:
     if not stretch.neighbors:
-        return f"<h4>Chunk {number + 1} read no neighbors.</h4>"
+        before = ": nothing had been looked up before it." if number == 0 else "."
+        return f"<h4>Chunk {number + 1} read no neighbors{before}</h4>"
     worth = sum(piece.worth for piece in stretch.pieces)
-    heading = f"Chunk {number + 1} read the neighbors of chunk {number}, worth {worth:+.1f} bits"
+    what = "what was found for the question" if is_question else f"the neighbors of chunk {number}"
+    heading = f"Chunk {number + 1} read {what}, worth {worth:+.1f} bits"
     return f"<h4>{heading}</h4>" + "".join(map(_neighbor, stretch.neighbors))
 
 

@@ -62,6 +62,10 @@ class PromptEncoder:
             raise ValueError("the prompt is empty; give some text to continue")
         return ids
 
+    def encode_query(self, text: str) -> list[int]:
+        """Tokenizes a text that is to be looked up. It may have no tokens."""
+        return self._plain.encode(text).tolist()
+
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """
         Tokenizes a conversation in the chat template of the tokenizer, up to the beginning of the next answer.

@@ -74,8 +74,8 @@ class Neighbor:
 @dataclass
 class Stretch:
     """
-    The tokens of one chunk, and the neighbors that were read while they were predicted, which are those of the chunk
-    before.
+    The tokens of one chunk, and the neighbors that were read while they were predicted, which are the passages of the
+    question, if there is one, and the neighbors of the chunk before.
 
     Args:
         pieces (`list[Piece]`): The tokens of the chunk.
@@ -99,7 +99,7 @@ class Reading:
         self.stretches: list[Stretch] = []
         self.num_bytes = 0
         self._ids: list[int] = []
-        self._retrieved: list[RetrievedChunk] = []
+        self._retrieved: dict[int | None, RetrievedChunk] = {}  # by the number of the chunk; a question has None
         self._text = TextStream(self.datastore.tokenizer)
         self._pending = (0.0, 0.0)
 
@@ -118,15 +118,20 @@ class Reading:
 
     def look_up(self, retrieved: Sequence[RetrievedChunk]) -> None:
         """Adds the neighbors that were found so far for the chunks of the text."""
-        self._retrieved = list(retrieved)
+        self._retrieved = {chunk.index: chunk for chunk in retrieved}
         size = self.datastore.chunk_size
         for number, stretch in enumerate(self.stretches):
             # The last token of the chunk before predicts the first one of this chunk.
-            seen = seen_chunk(number * size - 1, size)
+            seen = [n for n in (None, seen_chunk(number * size - 1, size)) if n in self._retrieved]
             is_open = number == len(self.stretches) - 1
-            if 0 <= seen < len(self._retrieved) and (is_open or not stretch.neighbors):
+            if is_open or not stretch.neighbors:
                 reader = self._ids[number * size : (number + 1) * size]
-                stretch.neighbors = self._describe(self._retrieved[seen], reader)
+                stretch.neighbors = [each for n in seen for each in self._describe(self._retrieved[n], reader)]
+
+    @property
+    def is_question(self) -> bool:
+        """`bool`: Whether a question was looked up, whose passages all chunks read."""
+        return None in self._retrieved
 
     def bits_per_byte(self) -> tuple[float, float]:
         """Bits per byte with neighbors and without. The first token costs nothing."""
@@ -188,7 +193,13 @@ def split_copied(ids: Sequence[int], copied: Sequence[bool]) -> list[tuple[list[
 
 
 @torch.inference_mode()
-def read_text(model: PreTrainedModel, retriever: RetroRetriever, ids: Sequence[int], num_neighbors: int) -> Reading:
+def read_text(
+    model: PreTrainedModel,
+    retriever: RetroRetriever,
+    ids: Sequence[int],
+    num_neighbors: int,
+    query: list[int] | None = None,
+) -> Reading:
     """
     Measures a given text with neighbors and without.
 
@@ -197,11 +208,12 @@ def read_text(model: PreTrainedModel, retriever: RetroRetriever, ids: Sequence[i
         retriever ([`RetroRetriever`]): Looks up the chunks.
         ids (`Sequence[int]`): Tokens of the text, at least one.
         num_neighbors (`int`): Number of neighbors of each chunk.
+        query (`list[int]`, *optional*): Tokens of a question, which are looked up in place of the chunks.
 
     Returns:
         [`Reading`]
     """
-    row = Row(list(ids), num_neighbors)
+    row = Row(list(ids), num_neighbors, query=query)
     on = DecodingBatch(model, retriever).score(row)
     off = DecodingBatch(model, retriever).score(Row(list(ids), 0))
     reading = Reading(retriever)
@@ -236,6 +248,7 @@ def continue_both_ways(
     max_tokens: int,
     sampling: SamplingParameters,
     end_tokens: Collection[int],
+    query: list[int] | None = None,
 ) -> Iterator[Comparison]:
     """
     Continues a prompt with neighbors and without, side by side in one batch. A third row reads the tokens of the first
@@ -249,13 +262,14 @@ def continue_both_ways(
         max_tokens (`int`): Largest number of tokens to generate.
         sampling ([`SamplingParameters`]): How the tokens are chosen, with the same seed for both.
         end_tokens (`Collection[int]`): Tokens that end a text.
+        query (`list[int]`, *optional*): Tokens of a question, which are looked up in place of the prompt's chunks.
 
     Yields:
         [`Comparison`]: the same object, after each token.
     """
-    comparison = Comparison(read_text(model, retriever, ids, num_neighbors))
+    comparison = Comparison(read_text(model, retriever, ids, num_neighbors, query))
     yield comparison
-    on, follower, off = Row(list(ids), num_neighbors), Row(list(ids), 0), Row(list(ids), 0)
+    on, follower, off = Row(list(ids), num_neighbors, query=query), Row(list(ids), 0), Row(list(ids), 0)
     samplers = Sampler(sampling), Sampler(sampling)
     off_text = TextStream(retriever.datastore.tokenizer)
     batch = DecodingBatch(model, retriever)

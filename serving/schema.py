@@ -102,9 +102,8 @@ class GenerationRequest(Strict):
             Whether chunks are looked up.
         num_neighbors (`int`, *optional*):
             Number of neighbors of each chunk. Defaults to that of the model.
-        pad_to_chunks (`bool`, *optional*, defaults to `False`, and to `True` in conversations):
-            Whether the prompt is padded on the left to whole chunks, so that its end is looked up at once. The model
-            does not see the padding.
+        passages (`str`, *optional*, defaults to `"apart"`):
+            How the passages of a question are read: `"apart"`, each by itself, or `"in_order"`, as one text.
         include_neighbors (`bool`, *optional*, defaults to `True`):
             Whether the answer contains the neighbors.
     """
@@ -129,7 +128,7 @@ class GenerationRequest(Strict):
     store: Literal[False] = False
     retrieval: bool = True
     num_neighbors: int | None = Field(default=None, ge=0, le=64)
-    pad_to_chunks: bool = False
+    passages: Literal["apart", "in_order"] = "apart"
     include_neighbors: bool = True
 
     @field_validator("stop", mode="before")
@@ -147,6 +146,11 @@ class GenerationRequest(Strict):
     def echoes(self) -> bool:
         """`bool`: Whether the answer begins with the prompt."""
         return False
+
+    @property
+    def question(self) -> str | None:
+        """`str`, *optional*: The text that is looked up in place of the chunks of the prompt."""
+        raise NotImplementedError
 
     def sampling(self, number: int) -> SamplingParameters:
         """The parameters of sampling completion `number` of a prompt. Each completion has another seed."""
@@ -170,11 +174,14 @@ class CompletionRequest(GenerationRequest):
             One or several texts to continue, or their tokens.
         logprobs (`int`, *optional*):
             Number of most probable tokens to report with each token. With 0, only the token itself is reported.
+        query (`str`, *optional*):
+            Text that is looked up in place of the chunks of the prompt. The prompt and its answer see what is found.
         echo (`bool`, *optional*, defaults to `False`):
             Whether the answer begins with the prompt. With `logprobs`, the tokens of the prompt are reported too.
     """
 
     prompt: Prompt
+    query: str | None = Field(default=None, min_length=1)
     echo: bool = False
     max_tokens: int = Field(default=16, ge=0, le=MAX_NUMBER)
     logprobs: int | None = Field(default=None, ge=0, le=5)
@@ -196,6 +203,10 @@ class CompletionRequest(GenerationRequest):
     @property
     def echoes(self) -> bool:
         return self.echo
+
+    @property
+    def question(self) -> str | None:
+        return self.query
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -253,7 +264,6 @@ class ChatRequest(GenerationRequest):
         top_logprobs (`int`, *optional*, defaults to 0): Number of most probable tokens to report with each token.
     """
 
-    pad_to_chunks: bool = True
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_NUMBER)
     logprobs: bool = False
@@ -273,6 +283,10 @@ class ChatRequest(GenerationRequest):
             raise ValueError("top_logprobs needs logprobs: true")
         self.max_tokens = self.max_completion_tokens or self.max_tokens
         return self
+
+    @property
+    def question(self) -> str:
+        return self.messages[-1].text
 
     @property
     def num_logprobs(self) -> int:

@@ -66,6 +66,7 @@ class ServedModel:
         max_prompt_tokens (`int`): Largest number of tokens in a prompt.
         max_tokens (`int`): Largest number of tokens in a completion.
         context_length (`int`): Largest number of tokens in a prompt and its completion together.
+        reads_jointly (`bool`): Whether the model has the passages of a question in sight of the whole prompt.
     """
 
     name: str
@@ -77,6 +78,7 @@ class ServedModel:
     max_prompt_tokens: int
     max_tokens: int
     context_length: int
+    reads_jointly: bool
 
     def prepare(self, kind: type[CompletionRequest] | type[ChatRequest], body: bytes) -> PreparedRequest:
         """
@@ -99,12 +101,15 @@ class ServedModel:
             raise RequestError(404, message, "model", "model_not_found")
         self._check_numbers(request)
         rows = [self._make_row(request, prompt) for prompt in self._encode(request)]
-        room = min(self.max_prompt_tokens, self.context_length - 1)
-        longest = max(len(row.tokens) for row in rows)
+        in_front = self._positions_in_front(rows[0])
+        room = min(self.max_prompt_tokens, self.context_length - 1 - in_front)
+        longest = max(max(len(row.tokens), len(row.query or ())) for row in rows)
         if longest > room:
-            message = f"a prompt has {longest} tokens, more than the {room} that this server takes"
+            what = "a prompt or its question" if in_front else "a prompt"
+            message = f"{what} has {longest} tokens, more than the {room} that this server takes"
             raise RequestError(400, message, _param(request), "context_length_exceeded")
-        return PreparedRequest(request, rows, [self._max_new_tokens(request, len(row.tokens)) for row in rows])
+        lengths = [in_front + len(row.tokens) for row in rows]
+        return PreparedRequest(request, rows, [self._max_new_tokens(request, length) for length in lengths])
 
     def _check_numbers(self, request: CompletionRequest | ChatRequest) -> None:
         num_prompts = 1 if isinstance(request, ChatRequest) else len(request.prompts)
@@ -145,13 +150,26 @@ class ServedModel:
 
     def _make_row(self, request: CompletionRequest | ChatRequest, prompt: list[int]) -> Row:
         num_neighbors = self.num_neighbors if request.num_neighbors is None else request.num_neighbors
-        row = Row(list(prompt), num_neighbors if request.retrieval else 0)
-        if request.pad_to_chunks:
-            row.tokens = self.retriever.close_chunks([prompt])["input_ids"][0].tolist()
-            row.num_hidden = len(row.tokens) - len(prompt)
+        row = Row(list(prompt), num_neighbors if request.retrieval else 0, passages=request.passages)
+        if request.question is not None and row.num_neighbors > 0:
+            row.query = self.prompts.encode_query(request.question)
+            # A message such as "Thanks!" may have no known words.
+            row.must_find = isinstance(request, CompletionRequest)
+            if not self.reads_jointly:
+                if row.passages != "apart":
+                    raise RequestError(400, "the model of this server reads passages apart only", "passages")
+                row.tokens = self.retriever.close_chunks([prompt])["input_ids"][0].tolist()
+                row.num_hidden = len(row.tokens) - len(prompt)
         if request.echoes and request.logprobs is not None:
             row.num_scored = request.num_logprobs
         return row
+
+    def _positions_in_front(self, row: Row) -> int:
+        """The number of positions that the passages of a question can take in front of the prompt."""
+        if row.query is None or not self.reads_jointly:
+            return 0
+        length = self.retriever.datastore.neighbor_length
+        return length * row.num_neighbors if row.passages == "in_order" else length
 
     def _max_new_tokens(self, request: CompletionRequest | ChatRequest, prompt_length: int) -> int:
         room = min(self.max_tokens, self.context_length - prompt_length)

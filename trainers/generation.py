@@ -14,13 +14,15 @@
 """Continues a prompt with a RETRO model and reports the neighbors of each chunk"""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_retro.retriever.retriever import RetroRetriever
+from modeling_retro import RetroJointForCausalLM
+from modeling_retro.retriever.retriever import RetrievedNeighbors, RetroRetriever
 
 
 @dataclass
@@ -43,12 +45,91 @@ class GeneratedChunk:
     scores: list[float]
 
 
+def is_short_question(prompt: str, tokenizer: PreTrainedTokenizerBase, chunk_size: int) -> bool:
+    """Whether a prompt asks something and is too short for one of its chunks to be looked up."""
+    return "?" in prompt and len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) < chunk_size
+
+
+def look_up(retriever: RetroRetriever, query: str, num_neighbors: int) -> RetrievedNeighbors:
+    """
+    Looks up a question by its own text.
+
+    Args:
+        retriever ([`RetroRetriever`]):
+            The retriever.
+        query (`str`):
+            Text to look up, of any length.
+        num_neighbors (`int`):
+            Number of passages to find.
+
+    Returns:
+        [`RetrievedNeighbors`]: the passages of one question.
+
+    Raises:
+        ValueError: If the text is empty, or if the datastore knows none of its words.
+    """
+    input_ids = _encode(retriever.datastore.tokenizer, query)
+    return retriever.retrieve(input_ids, num_neighbors, attention_mask=torch.ones_like(input_ids))
+
+
+def question_inputs(
+    model: PreTrainedModel,
+    retriever: RetroRetriever,
+    input_ids: torch.LongTensor,
+    found: RetrievedNeighbors,
+    passages: str = "apart",
+) -> dict[str, Any]:
+    """
+    The arguments of `generate()` for a question that has been looked up. In [`RetroJointForCausalLM`] the passages are
+    in sight of the whole question and of its answer. In [`RetroForCausalLM`] they are the neighbors of a chunk that
+    ends with the question (see [`RetroRetriever.close_chunks`]).
+
+    Args:
+        model ([`RetroForCausalLM`] or [`RetroJointForCausalLM`]):
+            The model.
+        retriever ([`RetroRetriever`]):
+            The retriever.
+        input_ids (`torch.LongTensor` of shape `(1, T)`):
+            The prompt.
+        found ([`RetrievedNeighbors`]):
+            The passages of the question.
+        passages (`str`, *optional*, defaults to `"apart"`):
+            How [`RetroJointForCausalLM`] reads passages: `"apart"`, or `"in_order"`, as one text.
+
+    Returns:
+        `dict`: arguments for `generate()`.
+
+    Raises:
+        ValueError: If a model with cross attention is to read passages in order.
+    """
+    if isinstance(model, RetroJointForCausalLM):
+        return {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "passage_input_ids": found.neighbor_input_ids,
+            "passage_attention_mask": found.neighbor_attention_mask,
+            "passages": passages,
+        }
+    if passages != "apart":
+        raise ValueError(
+            f"passages is {passages!r}, but a {type(model).__name__} encodes each neighbor by itself; passages in "
+            "order are for joint reading"
+        )
+    inputs = retriever.close_chunks(input_ids)
+    num_chunks = inputs["input_ids"].shape[1] // retriever.datastore.chunk_size
+    shape = (1, num_chunks, *found.neighbor_input_ids.shape[1:])  # [1, L, k, r]
+    neighbors, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    neighbors[:, -1], mask[:, -1] = found.neighbor_input_ids, found.neighbor_attention_mask
+    return {**inputs, "neighbor_input_ids": neighbors, "neighbor_attention_mask": mask}
+
+
 @torch.inference_mode()
 def generate_with_neighbors(
     model: PreTrainedModel,
     retriever: RetroRetriever,
-    prompt: str,
-    pad_to_chunks: bool = False,
+    prompt: str | Sequence[int],
+    found: RetrievedNeighbors | None = None,
+    passages: str = "apart",
     allow_control_tokens: bool = False,
     **generate_kwargs,
 ) -> list[GeneratedChunk]:
@@ -60,11 +141,13 @@ def generate_with_neighbors(
             The model.
         retriever ([`RetroRetriever`]):
             The retriever that looks up the neighbors.
-        prompt (`str`):
-            Text to continue. It must not be empty.
-        pad_to_chunks (`bool`, *optional*, defaults to `False`):
-            Whether to pad the prompt on the left to whole chunks, so that its end is looked up at once. The model does
-            not see the padding.
+        prompt (`str` or `Sequence[int]`):
+            Text to continue, or its tokens. It must not be empty.
+        found ([`RetrievedNeighbors`], *optional*):
+            The passages of a question, as [`look_up`] finds them. The chunks of the prompt are then not looked up, but
+            those of the answer are.
+        passages (`str`, *optional*, defaults to `"apart"`):
+            How the passages of a question are read (see [`question_inputs`]).
         allow_control_tokens (`bool`, *optional*, defaults to `False`):
             Whether text of the prompt that spells a special token, such as `<|im_start|>`, becomes that token.
         generate_kwargs:
@@ -72,22 +155,27 @@ def generate_with_neighbors(
 
     Returns:
         `list[GeneratedChunk]`: prompt and continuation, chunk by chunk. An incomplete last chunk has no neighbors.
+
+    Raises:
+        ValueError: If the prompt is empty, or if the prompt of a question is too long for the model.
     """
     datastore, tokenizer = retriever.datastore, retriever.datastore.tokenizer
-    input_ids = tokenizer(
-        prompt, add_special_tokens=False, split_special_tokens=not allow_control_tokens, return_tensors="pt"
-    )["input_ids"]
-    if input_ids.shape[1] == 0:
-        raise ValueError("the prompt is empty; give some text to continue")
-    if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        input_ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), input_ids], dim=1)
+    if isinstance(prompt, str):
+        input_ids = _encode(tokenizer, prompt, allow_control_tokens)
+        if input_ids.shape[1] == 0:
+            raise ValueError("the prompt is empty; give some text to continue")
+        if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+            input_ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), input_ids], dim=1)
+    else:
+        input_ids = torch.tensor([prompt])
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    if pad_to_chunks:
-        inputs = retriever.close_chunks(input_ids)
+    if found is not None:
+        inputs = question_inputs(model, retriever, input_ids, found, passages)
+        _check_room(model, inputs, generate_kwargs.get("max_new_tokens") or 1)
     model.eval()  # nothing is retrieved in training mode
     model.set_retriever(retriever)
     output = model.generate(
-        **{name: values.to(model.device) for name, values in inputs.items()},
+        **{name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()},
         return_dict_in_generate=True,
         **generate_kwargs,
     )
@@ -97,24 +185,61 @@ def generate_with_neighbors(
     for chunk, ids, scores in zip(
         chunks, output.get("retrieved_chunk_ids", [[]])[0], output.get("retrieved_scores", [[]])[0], strict=False
     ):
-        found = ids >= 0
-        neighbors, masks = datastore.take_neighbors(ids[found].numpy())
-        chunk.neighbors = [
-            tokenizer.decode(neighbor[mask], skip_special_tokens=True)
-            for neighbor, mask in zip(neighbors, masks, strict=True)
-        ]
-        chunk.scores = scores[found].tolist()
+        is_found = ids >= 0
+        neighbors, masks = datastore.take_neighbors(ids[is_found].numpy())
+        chunk.neighbors = passage_texts(tokenizer, neighbors, masks)
+        chunk.scores = scores[is_found].tolist()
     return chunks
+
+
+def passage_texts(tokenizer: PreTrainedTokenizerBase, input_ids: Iterable, masks: Iterable) -> list[str]:
+    """The texts of neighbors [n, r], without padding and special tokens."""
+    return [tokenizer.decode(row[mask], skip_special_tokens=True) for row, mask in zip(input_ids, masks, strict=True)]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, allow_control_tokens: bool = False) -> torch.LongTensor:
+    """The tokens [1, T] of a text. T may be 0."""
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=not allow_control_tokens)["input_ids"]
+    return torch.tensor([ids], dtype=torch.long)
+
+
+def _check_room(model: PreTrainedModel, inputs: dict[str, Any], max_new_tokens: int) -> None:
+    """Raises a `ValueError` unless the passages, the prompt of a question and one answer fit into the model."""
+    room = model.config.get_text_config().max_position_embeddings
+    length = inputs["input_ids"].shape[1]
+    in_front = 0
+    if inputs.get("passages") == "in_order":
+        in_front = int(inputs["passage_attention_mask"].sum())
+    elif "passages" in inputs:
+        in_front = inputs["passage_input_ids"].shape[-1]
+    if in_front + length + max_new_tokens > room:
+        raise ValueError(
+            f"the prompt of the question has {length} tokens, its passages take {in_front} positions and the answer "
+            f"{max_new_tokens}, but the model has room for {room}; ask less, or for fewer passages or new tokens"
+        )
 
 
 def format_chunks(chunks: Sequence[GeneratedChunk], width: int = 100) -> str:
     """Formats the chunks for reading, with their neighbors indented below."""
     lines = []
     for number, chunk in enumerate(chunks):
-        lines.append(f"chunk {number}: {_shorten(chunk.text, 4 * width)}")
-        for rank, (neighbor, score) in enumerate(zip(chunk.neighbors, chunk.scores, strict=True), start=1):
-            lines.append(f"    neighbor {rank} ({score:.2f}): {_shorten(neighbor, 2 * width)}")
+        lines += [f"chunk {number}: {_shorten(chunk.text, 4 * width)}", *_format_neighbors("neighbor", chunk, width)]
     return "\n".join(lines)
+
+
+def format_passages(tokenizer: PreTrainedTokenizerBase, found: RetrievedNeighbors, width: int = 100) -> str:
+    """Formats the passages of a question for reading."""
+    is_found = found.chunk_ids[0] >= 0
+    ids, masks = found.neighbor_input_ids[0, is_found].cpu(), found.neighbor_attention_mask[0, is_found].cpu()
+    passages = GeneratedChunk("", passage_texts(tokenizer, ids, masks), found.scores[0, is_found].tolist())
+    return "\n".join(_format_neighbors("passage", passages, width))
+
+
+def _format_neighbors(name: str, chunk: GeneratedChunk, width: int) -> list[str]:
+    return [
+        f"    {name} {rank} ({score:.2f}): {_shorten(neighbor, 2 * width)}"
+        for rank, (neighbor, score) in enumerate(zip(chunk.neighbors, chunk.scores, strict=True), start=1)
+    ]
 
 
 def _shorten(text: str, width: int) -> str:

@@ -69,6 +69,10 @@ def open_datastore(name_or_path: str | Path, revision: str | None = None) -> Ret
     return RemoteDatastore(str(name_or_path))
 
 
+class QuestionError(ValueError):
+    """A question that nothing can be looked up with. The message is for the one who asked."""
+
+
 @dataclass(frozen=True)
 class FoundText:
     """
@@ -197,8 +201,8 @@ class RetroRetriever:
             [`RetrievedNeighbors`]: on the device of `chunk_input_ids`.
 
         Raises:
-            ValueError: If chunks have another length than those of the datastore, or if a question holds no text or no
-                word that the datastore can look up.
+            ValueError: If chunks have another length than those of the datastore.
+            QuestionError: If a question holds no text, or no word that the datastore can look up.
         """
         is_question = attention_mask is not None
         if chunk_input_ids.ndim != 2 or (not is_question and chunk_input_ids.shape[1] != self.datastore.chunk_size):
@@ -217,25 +221,27 @@ class RetroRetriever:
             excluded = np.asarray(exclude_document_ids)
             unwanted["own_document"] = other_document_filter(datastore.chunks, excluded)
         if is_question:
-            self._check_questions(input_ids, mask, embeddings)
+            self._check_questions(search, input_ids, mask, embeddings)
         ids, scores, _ = search(input_ids, mask, embeddings, k, unwanted)
         neighbors, neighbor_mask = datastore.take_neighbors(ids)
         documents = np.where(ids >= 0, datastore.chunks.gather("document_id", ids), -1)
         arrays = (neighbors, neighbor_mask, scores, ids, documents)
         return RetrievedNeighbors(*(torch.from_numpy(array).to(chunk_input_ids.device) for array in arrays))
 
-    def _check_questions(self, input_ids: np.ndarray, mask: np.ndarray, embeddings: np.ndarray | None) -> None:
-        """Raises a `ValueError` for a question [n, m] that nothing can be found with, and names it."""
-        datastore = self.question_search.datastore
-        if embeddings is not None:
+    def _check_questions(
+        self, search: NeighborSearch, input_ids: np.ndarray, mask: np.ndarray, embeddings: np.ndarray | None
+    ) -> None:
+        """Raises a [`QuestionError`] for a question [n, m] that nothing can be found with, and names it."""
+        datastore = search.datastore
+        if search.needs_embeddings:
             is_known = embeddings.any(axis=1)  # a text without known tokens has zeros
         else:
             is_known = (datastore.bm25.queries(input_ids, mask, datastore.tokenizer) >= 0).any(axis=1)
         for row, text in enumerate(decode_chunks(input_ids, mask, datastore.tokenizer)):
             if not text.strip():
-                raise ValueError(f"question {row} is empty, expected some text to look up")
+                raise QuestionError(f"question {row} is empty, expected some text to look up")
             if not is_known[row]:
-                raise ValueError(
+                raise QuestionError(
                     f"question {row}, {text[:80]!r}, has no word that the datastore knows; ask in other words, or "
                     "answer without retrieval"
                 )
@@ -305,28 +311,11 @@ class RetroRetriever:
         ids, scores, _ = search(input_ids, mask, embeddings, k, removed_filter(search.datastore))
         return ids, scores
 
-    def pad_to_chunks(self, prompt_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """
-        Pads a prompt on the left to whole chunks. The prompt then ends where a chunk ends, and is looked up at once.
-
-        Only the text of the query leaves the padding out. With an attention mask of 1 the model reads the padding like
-        other tokens, and a model that was not trained with such prompts does not ignore it.
-        [`RetroRetriever.close_chunks`] hides it.
-
-        Args:
-            prompt_ids (`Sequence[int]` or `torch.LongTensor`): Token ids [T] or [B, T].
-
-        Returns:
-            `torch.LongTensor`: [T'] or [B, T'], where T' is the next multiple of the chunk size.
-        """
-        prompt_ids = torch.as_tensor(prompt_ids, dtype=torch.long)
-        missing = -prompt_ids.shape[-1] % self.datastore.chunk_size
-        return torch.nn.functional.pad(prompt_ids, (missing, 0), value=self._pad_token_id)
-
     def close_chunks(self, prompts: Sequence[Sequence[int] | torch.Tensor]) -> dict[str, torch.LongTensor]:
         """
-        Makes a batch of prompts that all end where a chunk ends, so that their ends are looked up at once. The padding
-        in front of them is hidden from the model and left out of the queries, but the positions count it.
+        Makes a batch of prompts that all end where a chunk ends, so that their ends are looked up at once. This is how
+        a [`RetroForCausalLM`] is asked questions, which reads neighbors one chunk later. The padding in front of the
+        prompts is hidden from the model and left out of the queries, but the positions count it.
 
         Args:
             prompts (`Sequence[Sequence[int]]`): Token ids of each prompt.

@@ -91,11 +91,9 @@ def test_retrieve_without_exclusion_finds_the_chunk_itself(datastore, retriever)
 def test_special_tokens_are_no_part_of_a_query(datastore, retriever):
     tokenizer = datastore.tokenizer
     words = tokenizer("retro in", add_special_tokens=False)["input_ids"][:TINY_CHUNK_SIZE]
-    padded = retriever.pad_to_chunks(words)
-    assert padded.shape == (TINY_CHUNK_SIZE,) and padded[-len(words) :].tolist() == words
-    assert decode_chunks(padded[None], np.ones((1, TINY_CHUNK_SIZE)), tokenizer) == [tokenizer.decode(words)]
-    batch = retriever.pad_to_chunks(torch.ones(3, TINY_CHUNK_SIZE + 1, dtype=torch.long))
-    assert batch.shape == (3, 2 * TINY_CHUNK_SIZE)
+    padded = retriever.close_chunks([words])["input_ids"]
+    assert padded.shape == (1, TINY_CHUNK_SIZE) and padded[0, -len(words) :].tolist() == words
+    assert decode_chunks(padded, np.ones((1, TINY_CHUNK_SIZE)), tokenizer) == [tokenizer.decode(words)]
 
 
 def test_closed_chunks_end_with_their_prompts_and_hide_their_padding(retriever):
@@ -109,9 +107,11 @@ def test_closed_chunks_end_with_their_prompts_and_hide_their_padding(retriever):
         kept = batch["attention_mask"][row].bool()
         assert kept.tolist() == [False] * (2 * size - len(prompt)) + [True] * len(prompt)
         assert batch["input_ids"][row, kept].tolist() == list(prompt)
-        alone = retriever.pad_to_chunks(prompt)
-        assert batch["input_ids"][row, 2 * size - len(alone) :].tolist() == alone.tolist()
-        assert batch["position_ids"][row, kept].tolist() == list(range(len(alone) - len(prompt), len(alone)))
+        num_columns = -(-len(prompt) // size) * size
+        missing = num_columns - len(prompt)
+        padding = batch["input_ids"][row, 2 * size - num_columns : 2 * size - len(prompt)]
+        assert padding.tolist() == [retriever.datastore.tokenizer.pad_token_id] * missing
+        assert batch["position_ids"][row, kept].tolist() == list(range(missing, num_columns))
         assert not batch["position_ids"][row, ~kept].any()
     with pytest.raises(ValueError, match="prompt 1 of the batch is empty"):
         retriever.close_chunks([[1], []])

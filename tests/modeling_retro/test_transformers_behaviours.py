@@ -423,7 +423,7 @@ def test_a_question_padded_to_chunks_is_looked_up_with_itself(tiny_datastore_dir
     model = make_model(chunk_size=chunk_size, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id).float()
     question = tokenizer("retro looks", add_special_tokens=False)["input_ids"]
     assert len(question) % chunk_size != 0
-    prompt = retriever.pad_to_chunks(question)[None]
+    prompt = retriever.close_chunks([question])["input_ids"]
     asked = []
 
     class Recorder:

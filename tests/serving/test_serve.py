@@ -27,6 +27,7 @@ from tiny_server import TEMPLATE, retriever_of, running, save_model
 
 from modeling_retro.generation_retro import RetroGenerationMixin
 from serving.load import load_served_model
+from trainers.generation import look_up, question_inputs
 from trainers.load_model import load_retro_model
 
 
@@ -65,8 +66,11 @@ def reference(folder, tiny_datastore_dir):
     model: RetroGenerationMixin = load_retro_model(str(folder), retriever.datastore)
     model.set_retriever(retriever)
 
-    def generate(ids, max_tokens, retrieval=True, pad_to_chunks=False):
-        prompt = retriever.close_chunks([ids]) if pad_to_chunks else {"input_ids": torch.tensor([ids])}
+    def generate(ids, max_tokens, retrieval=True, query=None, passages="apart"):
+        prompt = {"input_ids": torch.tensor([ids])}
+        if query is not None:
+            found = look_up(retriever, query, model.config.num_neighbors)
+            prompt = question_inputs(model, retriever, prompt["input_ids"], found, passages)
         arguments = {"max_new_tokens": max_tokens, "do_sample": False, "eos_token_id": 0, "pad_token_id": 1}
         with model.retrieval(retrieval), torch.no_grad():
             output = model.generate(**prompt, **arguments)[0, prompt["input_ids"].shape[1] :].tolist()
@@ -149,17 +153,54 @@ def test_neighbors_of_each_chunk_are_told(client, served, tiny_datastore_dir):
         assert client.completions.create(model="tiny", prompt=prompt, extra_body=body).choices[0].neighbors == []
     answer = client.completions.create(model="tiny", prompt=prompt, extra_body={"include_neighbors": False})
     assert "neighbors" not in answer.choices[0].model_dump()
-    # Padded to whole chunks, even a short prompt is looked up. The padding is not counted.
-    arguments = {"model": "tiny", "prompt": "retro", "max_tokens": 9, "temperature": 0}
-    answer = client.completions.create(**arguments, extra_body={"pad_to_chunks": True})
-    assert [chunk["chunk"] for chunk in answer.choices[0].neighbors] == [0, 1]
-    assert answer.usage.prompt_tokens == len(served.prompts.encode_text("retro"))
-    # Without neighbors the padding changes nothing.
-    texts = [
-        client.completions.create(**arguments, extra_body={"retrieval": False, "pad_to_chunks": pads}).choices[0].text
-        for pads in (False, True)
-    ]
-    assert texts[0] == texts[1]
+
+
+def test_a_query_is_looked_up_for_the_prompt(client, served, reference, tiny_datastore_dir):
+    prompt, query = "naïve things up in retro looks?", "things up δέλτα"
+    ids, size = served.prompts.encode_text(prompt), TINY_CHUNK_SIZE
+    assert len(ids) > size
+    arguments = {"model": "tiny", "prompt": prompt, "max_tokens": 2 * size, "temperature": 0}
+    plain = client.completions.create(**arguments).choices[0].text
+    for passages in ("apart", "in_order"):
+        body = {"query": query, "passages": passages}
+        if passages == "in_order" and not served.reads_jointly:
+            with pytest.raises(openai.BadRequestError, match="reads passages apart only"):
+                client.completions.create(**arguments, extra_body=body)
+            continue
+        answer = client.completions.create(**arguments, extra_body=body)
+        expected = reference(ids, 2 * size, query=query, passages=passages)
+        assert answer.choices[0].text == text_of(served, expected) != plain
+    # First come the passages of the question, then the neighbors of the chunks of the answer.
+    first, *others = answer.choices[0].neighbors
+    found = look_up(retriever_of(tiny_datastore_dir), query, 2)
+    assert first["chunk"] is None
+    assert [passage["chunk_id"] for passage in first["neighbors"]] == found.chunk_ids[0].tolist()
+    length = len(ids) if served.reads_jointly else -(-len(ids) // size) * size
+    numbers = range(length // size, (length + answer.usage.completion_tokens - 1) // size)
+    assert [chunk["chunk"] for chunk in others] == list(numbers)
+    for body in ({"retrieval": False}, {"num_neighbors": 0}):
+        answer = client.completions.create(**arguments, extra_body={"query": query, **body})
+        assert answer.choices[0].neighbors == []
+        assert answer.choices[0].text == text_of(served, reference(ids, 2 * size, retrieval=False))
+
+
+def test_a_question_that_cannot_be_answered_is_refused(client, served):
+    arguments = {"model": "tiny", "max_tokens": 1}
+    for query in ("", " "):
+        with pytest.raises(openai.BadRequestError, match="query" if not query else "question 0 is empty"):
+            client.completions.create(**arguments, prompt="up", extra_body={"query": query})
+    if not served.reads_jointly:
+        return
+    length, context = served.retriever.datastore.neighbor_length, served.context_length
+    most = served.max_prompt_tokens
+    for passages, num_neighbors in (("apart", 64), ("in_order", (context - 60) // length)):
+        taken = length * num_neighbors if passages == "in_order" else length
+        room = min(most, context - 1 - taken)
+        assert (room < most) == (passages == "in_order")
+        body = {"query": "up in", "passages": passages, "num_neighbors": num_neighbors}
+        client.completions.create(**arguments, prompt=[5] * room, extra_body=body)
+        with pytest.raises(openai.BadRequestError, match=f"has {room + 1} tokens, more than the {room} that"):
+            client.completions.create(**arguments, prompt=[5] * (room + 1), extra_body=body)
 
 
 def test_sampling_depends_on_its_seed_alone(client):
@@ -188,9 +229,9 @@ def test_chat_speaks_through_the_template(client, served, reference):
     ids = served.prompts.tokenizer("system: retro<eos>user: up<eos>assistant:")["input_ids"]
     arguments = {"model": "tiny", "messages": messages, "max_completion_tokens": 30, "temperature": 0}
     answer = client.chat.completions.create(**arguments, logprobs=True, top_logprobs=2)
-    expected = reference(ids, 30, pad_to_chunks=True)
+    expected = reference(ids, 30, query="up")
     choice = answer.choices[0]
-    assert choice.neighbors[0]["chunk"] == 0
+    assert choice.neighbors[0]["chunk"] is None
     assert choice.message.role == "assistant" and choice.message.content == text_of(served, expected)
     assert answer.usage.prompt_tokens == len(ids)
     content = choice.logprobs.content
@@ -201,8 +242,12 @@ def test_chat_speaks_through_the_template(client, served, reference):
     pieces = list(client.chat.completions.create(**arguments, stream=True))
     assert pieces[0].choices[0].delta.role == "assistant"
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == choice.message.content
-    answer = client.chat.completions.create(**arguments, extra_body={"pad_to_chunks": False})
-    assert answer.choices[0].message.content == text_of(served, reference(ids, 30))
+    # The chunks of the prompt are looked up if the message holds nothing to look up.
+    if served.reads_jointly:
+        messages = [{"role": "user", "content": ""}]
+        answer = client.chat.completions.create(**{**arguments, "messages": messages})
+        ids = served.prompts.tokenizer("user: <eos>assistant:")["input_ids"]
+        assert answer.choices[0].message.content == text_of(served, reference(ids, 30))
 
 
 def test_logprobs_are_those_of_the_model(client, served, folder, tiny_datastore_dir):
@@ -221,23 +266,24 @@ def test_logprobs_are_those_of_the_model(client, served, folder, tiny_datastore_
     assert min(abs(found.token_logprobs[0] - value) for value in logprobs.tolist()) < 1e-4
 
 
-@pytest.mark.parametrize("pad_to_chunks", [False, True])
+@pytest.mark.parametrize("query", [None, "δέλτα up"])
 @pytest.mark.parametrize("retrieval", [True, False])
-def test_an_echo_tells_the_logprobs_of_the_prompt(
-    client, served, folder, tiny_datastore_dir, pad_to_chunks, retrieval
-):
+def test_an_echo_tells_the_logprobs_of_the_prompt(client, served, folder, tiny_datastore_dir, query, retrieval):
     prompt = "retro looks things up in a datastore naïve δέλτα"
     ids = served.prompts.encode_text(prompt)
     assert len(ids) > TINY_CHUNK_SIZE
     retriever = retriever_of(tiny_datastore_dir)
     model = load_retro_model(str(folder), retriever.datastore)
     model.set_retriever(retriever)
-    inputs = retriever.close_chunks([ids]) if pad_to_chunks else {"input_ids": torch.tensor([ids])}
+    inputs = {"input_ids": torch.tensor([ids])}
+    if query is not None and retrieval:
+        found = look_up(retriever, query, model.config.num_neighbors)
+        inputs = question_inputs(model, retriever, inputs["input_ids"], found)
     with torch.no_grad(), model.retrieval(retrieval):
         logprobs = model(**inputs).logits[0, -len(ids) :].log_softmax(-1)
     expected = [float(logprobs[n - 1, id]) for n, id in enumerate(ids) if n]
     arguments = {"model": "tiny", "prompt": ids, "max_tokens": 3, "temperature": 0, "logprobs": 2, "echo": True}
-    body = {"retrieval": retrieval, "pad_to_chunks": pad_to_chunks}
+    body = {"retrieval": retrieval, "query": query}
     answer = client.completions.create(**arguments, extra_body=body)
     choice, found = answer.choices[0], answer.choices[0].logprobs
     assert found.token_logprobs[0] is None and found.top_logprobs[0] is None and found.text_offset[0] == 0

@@ -44,7 +44,7 @@ from trainers.evaluation.harness_tasks import (  # noqa: E402
     score_definition,
     score_line,
 )
-from trainers.evaluation.questions import hidden_questions  # noqa: E402
+from trainers.evaluation.questions import encode_passages, hidden_questions  # noqa: E402
 
 
 QUESTIONS = [
@@ -141,44 +141,61 @@ def test_a_text_costs_what_retro_evaluate_says(folders, datastore, kind, k, retr
     assert found == pytest.approx(-nats, abs=1e-4)
 
 
-def expected_answer(model, retriever, context, answer, k):
-    """
-    The likelihood of an answer behind a context that is padded to whole chunks, by the model with neighbors. The
-    padding is hidden.
-    """
-    prompt = retriever.close_chunks([context])
-    ids = torch.cat([prompt["input_ids"][0], torch.tensor(answer)])
-    whole = ids[: len(ids) // 8 * 8].reshape(-1, 8)
-    found = retriever.retrieve(whole, k)
-    with torch.no_grad(), model.retrieval(False):
-        logits = model(
-            ids[None],
-            attention_mask=torch.cat([prompt["attention_mask"], torch.ones(1, len(answer), dtype=torch.long)], dim=1),
-            position_ids=torch.arange(len(ids))[None],
-            neighbor_input_ids=found.neighbor_input_ids[None],
-            neighbor_attention_mask=found.neighbor_attention_mask[None],
-        ).logits[0]
-    log_probs = logits.log_softmax(-1)[len(ids) - len(answer) - 1 : -1]
+def last_chunk(retriever, tokens):
+    """What is found with the last chunk of a question, or all of a shorter one."""
+    query = torch.tensor([tokens[-8:]])
+    return lambda k: retriever.retrieve(query, k, attention_mask=torch.ones_like(query))
+
+
+def question_inputs(kind, retriever, context, k, passages):
+    """The arguments of a model for a question that was looked up."""
+    if kind == "cross":
+        return retriever.close_chunks([context])
+    found = last_chunk(retriever, context)(k)
+    return {
+        "input_ids": torch.tensor([context]),
+        "passage_input_ids": found.neighbor_input_ids,
+        "passage_attention_mask": found.neighbor_attention_mask,
+        "passages": passages,
+    }
+
+
+def expected_answer(kind, model, retriever, context, answer, k, passages="apart"):
+    """The likelihood of an answer by one forward pass over the question and the answer."""
+    inputs = question_inputs(kind, retriever, context, k, passages)
+    num_context = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([answer])], dim=1)
+    if kind == "cross":
+        length = inputs["input_ids"].shape[1]
+        inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, len(answer)), value=1)
+        inputs["position_ids"] = torch.arange(length)[None]
+        found = retriever.retrieve(inputs["input_ids"][0, : length // 8 * 8].view(-1, 8), k)
+        inputs["neighbor_input_ids"] = found.neighbor_input_ids[None]
+        inputs["neighbor_attention_mask"] = found.neighbor_attention_mask[None]
+    with torch.no_grad():
+        log_probs = model(**inputs).logits[0].log_softmax(-1)[num_context - 1 : -1]
     return log_probs.gather(1, torch.tensor(answer)[:, None]).sum().item()
 
 
-@pytest.mark.parametrize("kind", ["cross", "joint"])
-def test_the_end_of_a_question_is_looked_up_for_its_answer(folders, datastore, kind):
-    model = RetroLM(str(folders / kind), datastore, k=2, batch_size=3)
+@pytest.mark.parametrize(("kind", "passages"), [("cross", "apart"), ("joint", "apart"), ("joint", "in_order")])
+def test_the_end_of_a_question_is_looked_up_for_its_answer(folders, datastore, kind, passages):
+    model = RetroLM(str(folders / kind), datastore, k=2, batch_size=3, passages=passages)
     retriever = RetroRetriever(datastore)
     found = model.loglikelihood(requests("loglikelihood", QUESTIONS[:4]), disable_tqdm=True)
     for (likelihood, _), (context, answer) in zip(found, QUESTIONS):
         context, answer = model._encode_pair(context, answer)
-        expected = expected_answer(model.model, retriever, context, answer, k=2)
+        expected = expected_answer(kind, model.model, retriever, context, answer, 2, passages)
         assert likelihood == pytest.approx(expected, abs=1e-4)
 
-    # A question that is too long loses whole chunks.
-    short = RetroLM(str(folders / kind), datastore, k=2, max_length=40)
+    # A question that is too long loses its beginning: whole chunks, or what the passages leave no room for.
+    length = 40 if kind == "cross" else 48
+    short = RetroLM(str(folders / kind), datastore, k=2, max_length=length, passages=passages)
     context, answer = model._encode_pair(TEXT, " a datastore")
-    assert len(context) > 40
     (found,) = short.loglikelihood(requests("loglikelihood", [(TEXT, " a datastore")]), disable_tqdm=True)
-    kept = (41 - len(answer)) // 8 * 8
-    expected = expected_answer(model.model, retriever, context[-kept:], answer, k=2)
+    room = length + 1 - len(answer)
+    kept = room // 8 * 8 if kind == "cross" else room - 2 * datastore.neighbor_length
+    assert 8 <= kept < len(context)
+    expected = expected_answer(kind, model.model, retriever, context[-kept:], answer, 2, passages)
     assert found[0] == pytest.approx(expected, abs=1e-4)
     with pytest.raises(ValueError, match="max_length is 8"):
         RetroLM(str(folders / kind), datastore, max_length=8).loglikelihood(
@@ -186,19 +203,59 @@ def test_the_end_of_a_question_is_looked_up_for_its_answer(folders, datastore, k
         )
 
 
-@pytest.mark.parametrize("kind", ["cross", "joint"])
-def test_a_prompt_is_padded_to_whole_chunks_before_it_is_continued(folders, datastore, kind):
-    model = RetroLM(str(folders / kind), datastore, k=2, batch_size=4)
+@pytest.mark.parametrize(("kind", "passages"), [("cross", "apart"), ("joint", "apart"), ("joint", "in_order")])
+def test_a_prompt_is_looked_up_before_it_is_continued(folders, datastore, kind, passages):
+    model = RetroLM(str(folders / kind), datastore, k=2, batch_size=4, passages=passages)
     generation = {"until": [], "max_gen_toks": 12, "do_sample": False}
     prompts = [prompt for prompt, _ in QUESTIONS[:4]]
     found = model.generate_until(
         requests("generate_until", [(prompt, generation) for prompt in prompts]), disable_tqdm=True
     )
     for prompt, text in zip(prompts, found):
-        closed = model.retriever.close_chunks([model.tok_encode(prompt)])
-        output = model.model.generate(**closed, max_new_tokens=12, do_sample=False)
-        tokens = output[0, closed["input_ids"].shape[1] :]
+        inputs = question_inputs(kind, model.retriever, model.tok_encode(prompt), 2, passages)
+        output = model.model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        tokens = output[0, inputs["input_ids"].shape[1] :]
         assert text == datastore.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("way", ["apart", "in_order", "in_front", "closed_book"])
+def test_passages_of_a_document_are_read_in_place_of_what_is_found(folders, datastore, way):
+    documents = [
+        {"passages": ["retro looks\n", "in a datastore\n"]},
+        {},
+        {"passages": ["naïve up\n"]},
+        {"passages": ["things up\n", "looks\n", "δέλτα\n"]},
+    ]
+    options = {"in_front": True} if way == "in_front" else {"passages": way}
+    options = {"retrieval": False} if way == "closed_book" else options
+    model = RetroLM(str(folders / "joint"), datastore, k=2, batch_size=4, **options)
+    generation = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
+    asked = [
+        Instance("generate_until", document, ("things up in", generation), number)
+        for number, document in enumerate(documents)
+    ]
+    answers = model.generate_until(asked, disable_tqdm=True)
+    context = model.tok_encode("things up in")
+    for document, answer in zip(documents, answers, strict=True):
+        found = last_chunk(RetroRetriever(datastore), context)(2)
+        ids, mask = found.neighbor_input_ids, found.neighbor_attention_mask
+        if "passages" in document:
+            ids, mask = encode_passages(datastore.tokenizer, [document["passages"]], datastore.neighbor_length)
+        inputs = {"input_ids": torch.tensor([context])}
+        if way == "in_front":
+            inputs["input_ids"] = torch.tensor([ids[mask].tolist() + context])
+        elif way != "closed_book":
+            inputs |= {"passage_input_ids": ids, "passage_attention_mask": mask, "passages": way}
+        length = inputs["input_ids"].shape[1]
+        output = model.model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, length:]
+        assert answer == datastore.tokenizer.decode(output, skip_special_tokens=True).split("\n")[0]
+    if way != "closed_book":
+        assert len(set(answers)) >= 3
+    with pytest.raises(ValueError, match="passage 0 of question 0 has .* tokens, but a neighbor has 16 at most"):
+        long = [Instance("generate_until", {"passages": [TEXT]}, ("up", generation), 0)]
+        RetroLM(str(folders / "joint"), datastore).generate_until(long, disable_tqdm=True)
+    with pytest.raises(ValueError, match="a RetroForCausalLM cannot take"):
+        RetroLM(str(folders / "cross"), datastore).generate_until(asked, disable_tqdm=True)
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -211,7 +268,7 @@ def test_in_front_is_the_base_with_the_neighbors_in_front_of_the_question(folder
         context, answer = model._encode_pair(question, answer)
         fronts = []
         for tokens in (context, model.tok_encode(question)):
-            neighbors = retriever.retrieve(retriever.pad_to_chunks(tokens)[None, -8:], k)
+            neighbors = last_chunk(retriever, tokens)(k)
             fronts.append(neighbors.neighbor_input_ids[neighbors.neighbor_attention_mask].tolist() + tokens)
         ids = torch.tensor([fronts[0] + answer])
         with torch.no_grad():

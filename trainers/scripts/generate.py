@@ -15,8 +15,12 @@
 Continues a prompt with a RETRO model and shows the neighbors that each chunk used.
 
     retro generate --model model --datastore datastore --prompt "Args:" --max_new_tokens 200 --do_sample
+
+A prompt of less than a chunk with a question mark is a question: it is looked up by its own text before it is
+answered. `--query` looks up another text, and `--chat` makes the prompt a message in the chat template of the model.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -46,8 +50,23 @@ class GenerateArguments:
     num_neighbors: int | None = field(
         default=None, metadata={"help": "Number of neighbors of a chunk. Defaults to the model's."}
     )
-    pad_to_chunks: bool = field(
-        default=False, metadata={"help": "Pad the prompt on the left to whole chunks, so that its end is looked up."}
+    query: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text to look up. The prompt and its answer see what is found. Defaults to the prompt, if it is "
+            "a question of less than a chunk or a message."
+        },
+    )
+    chat: bool = field(
+        default=False,
+        metadata={"help": "Make the prompt a user's message in the chat template of the model, and look it up."},
+    )
+    passages: str = field(
+        default="apart",
+        metadata={
+            "help": "How the passages of a question are read: each by itself, or one after the other as one text.",
+            "choices": ["apart", "in_order"],
+        },
     )
     reader: str | None = field(
         default=None,
@@ -69,7 +88,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from modeling_retro import RetroRetriever
 
-    from ..generation import format_chunks, generate_with_neighbors
+    from ..generation import (
+        format_chunks,
+        format_passages,
+        generate_with_neighbors,
+        is_short_question,
+        look_up,
+    )
     from ..load_model import load_retro_model
 
     retriever = RetroRetriever.from_pretrained(arguments.datastore, retriever=arguments.retriever)
@@ -79,11 +104,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.config.num_neighbors = arguments.num_neighbors
     sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p} if arguments.do_sample else {}
     set_seed(arguments.seed)
+    tokenizer = retriever.datastore.tokenizer
+    prompt, found = arguments.prompt, None
+    query = arguments.query
+    if query is None and (arguments.chat or is_short_question(prompt, tokenizer, model.config.chunk_size)):
+        query = prompt
+    if arguments.chat:
+        from serving.prompts import PromptEncoder
+
+        prompt = PromptEncoder(tokenizer).encode_chat([{"role": "user", "content": prompt}])
+    if query is not None:
+        found = look_up(retriever, query, model.config.num_neighbors)
+        number = int((found.chunk_ids >= 0).sum())
+        how = "in order" if arguments.passages == "in_order" else arguments.passages
+        print(f"Looked up {query!r} and found {number} passages, which are read {how}.", file=sys.stderr)
     chunks = generate_with_neighbors(
         model,
         retriever,
-        arguments.prompt,
-        pad_to_chunks=arguments.pad_to_chunks,
+        prompt,
+        found=found,
+        passages=arguments.passages,
         allow_control_tokens=arguments.allow_control_tokens,
         max_new_tokens=arguments.max_new_tokens,
         do_sample=arguments.do_sample,
@@ -91,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(printable("".join(chunk.text for chunk in chunks)))
     print()
+    if found is not None:
+        print(printable(format_passages(tokenizer, found)))
     print(printable(format_chunks(chunks)))
 
 

@@ -45,6 +45,13 @@ class LMEvalArguments:
         default=False,
         metadata={"help": "Put the neighbors of the end of a question in front of it, for a model without retrieval."},
     )
+    passages: str = field(
+        default="apart",
+        metadata={
+            "help": "How the passages of a question are read: each by itself, or one after the other as one text.",
+            "choices": ["apart", "in_order"],
+        },
+    )
     reader: str | None = field(
         default=None,
         metadata={
@@ -93,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         k=arguments.num_neighbors,
         retrieval=arguments.retrieval,
         in_front=arguments.in_context,
+        passages=arguments.passages,
         reader=arguments.reader,
         reread_tokens=arguments.reread_tokens,
         dtype=arguments.dtype,
