@@ -105,7 +105,7 @@ def build_bm25_index(
         folder = path / (f"bm25-{manifest.version}" if manifest.version else "bm25")
         state = process_state()
         _remove_work(path, but=work)
-        tokenizer = load_tokenizer(path / "tokenizer")
+        tokenizer = load_tokenizer(path / "tokenizer", manifest.tokenizer.files)
 
         def count(index: int, temporary: Path) -> dict[str, Any]:
             verify_file(path / "chunks" / shards[index].name, shards[index].sha256)

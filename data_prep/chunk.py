@@ -59,7 +59,7 @@ from data_prep.stage_files import (
     share_settings,
     write_manifest,
 )
-from modeling_retro.datastore.checksums import checksum, load_tokenizer, tokenizer_fingerprint
+from modeling_retro.datastore.checksums import checksum, file_checksums, load_tokenizer, tokenizer_fingerprint
 from modeling_retro.datastore.chunks import read_columns
 from modeling_retro.datastore.manifest import (
     TRAIN_SPLIT,
@@ -69,6 +69,7 @@ from modeling_retro.datastore.manifest import (
     Part,
     SourceRecord,
     SplitRecord,
+    TokenizerRecord,
     check_split_name,
 )
 from modeling_retro.datastore.splits import split_path
@@ -216,14 +217,20 @@ def _set_vocabulary(
                 f"the tokenizer {tokenizer.name_or_path} is not the one {path} was begun with "
                 f"({manifest.tokenizer.name}); use that one, or --force to rebuild"
             )
-        if not _has_tokenizer(path, fingerprint):
-            save_tokenizer(path, tokenizer)
+        if not _has_tokenizer(path, manifest.tokenizer):
+            _save_tokenizer(path, manifest, tokenizer)
         return manifest
     recorded = {"name": public_name(tokenizer.name_or_path), **fingerprint}
     manifest = share_settings(manifest, shared | {"tokenizer": recorded})
     write_manifest(path, manifest)
-    save_tokenizer(path, tokenizer)
+    _save_tokenizer(path, manifest, tokenizer)
     return manifest
+
+
+def _save_tokenizer(path: Path, manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> None:
+    save_tokenizer(path, tokenizer)
+    manifest.tokenizer.files = file_checksums(path / "tokenizer")
+    write_manifest(path, manifest)
 
 
 def save_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -238,10 +245,11 @@ def save_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     state.wait_for_everyone()
 
 
-def _has_tokenizer(path: Path, fingerprint: dict[str, Any]) -> bool:
+def _has_tokenizer(path: Path, record: TokenizerRecord) -> bool:
     """Whether the copy of the tokenizer in the datastore is complete. All processes get the same answer."""
     try:
-        is_whole = tokenizer_fingerprint(load_tokenizer(path / "tokenizer")) == fingerprint
+        found = tokenizer_fingerprint(load_tokenizer(path / "tokenizer", record.files))
+        is_whole = found == {"vocab_size": record.vocab_size, "sha256": record.sha256}
     except Exception:  # libraries raise all kinds of errors for damaged files
         is_whole = False
     process_state().wait_for_everyone()
@@ -409,7 +417,7 @@ def append_documents(
         sources = find_sources(spool_streams(inputs, path, TRAIN_SPLIT))
         record_format = RecordFormat(options["text_column"], options["id_column"], options["max_document_bytes"])
         sources = _plan(path, manifest, TRAIN_SPLIT, sources, record_format, options, True, known_sources)
-        tokenizer = load_tokenizer(path / "tokenizer")
+        tokenizer = load_tokenizer(path / "tokenizer", manifest.tokenizer.files)
         chunker = DocumentChunker(tokenizer, manifest.chunk_size, manifest.allow_control_tokens)
         return _chunk_shards(path, manifest, TRAIN_SPLIT, sources, record_format, chunker, is_known)
 
@@ -447,7 +455,7 @@ def restore_shard(
         raise ValueError(
             f"{root / 'chunks' / name} is made from {wanted.path} ({wanted.bytes} bytes); pass it as an input"
         )
-    tokenizer = load_tokenizer(path / "tokenizer")
+    tokenizer = load_tokenizer(path / "tokenizer", manifest.tokenizer.files)
     chunker = DocumentChunker(tokenizer, manifest.chunk_size, manifest.allow_control_tokens)
     features = chunk_features(chunker.chunk_size, manifest.tokenizer.vocab_size)
     room = None
@@ -462,7 +470,7 @@ def restore_shard(
         if not shard.add(batch):
             break
     with whole(root / "chunks" / name) as temporary:
-        shard.save(temporary, features, options["id_column"] is not None)
+        saved = shard.save(temporary, features, options["id_column"] is not None)
         report, removed = path / "duplicates.jsonl", []
         if stage.deduplicated is not None and report.is_file():
             lines = report.read_text(encoding="utf-8").splitlines()
@@ -481,6 +489,8 @@ def restore_shard(
                 f"{source.path} no longer gives the chunks of {root / 'chunks' / name}; bring back the input as it "
                 "was, or remake the split with `retro chunk --force`"
             )
+    if record.documents_sha256 is not None:
+        record.documents_sha256 = saved["documents_sha256"]  # another release of pyarrow writes other bytes
 
 
 class _ShardWriter:
@@ -542,12 +552,14 @@ class _ShardWriter:
             for name in features
         }
         save_shard(temporary, columns, features)
+        documents = {}
         if with_documents:
             ids, names, chunks = zip(*self.documents, strict=True) if self.documents else ((), (), ())
             types = {"document_id": pa.int64(), "id": pa.string(), "chunks": pa.int64()}
             table = pa.table(dict(zip(types, (ids, names, chunks), strict=True)), schema=pa.schema(types))
             with whole(self.root / "documents" / f"{self.name}.parquet") as file:
                 pq.write_table(table, file)
+                documents["documents_sha256"] = checksum(file)
         if self.dropped.bad:
             with whole(self.root / "quarantine" / f"{self.name}.jsonl") as file:
                 bad = [{**asdict(bad), "file": self.source.public(bad.file)} for bad in self.dropped.bad]
@@ -556,6 +568,7 @@ class _ShardWriter:
             **chunk_counts(columns),
             "dropped": {"bad_records": len(self.dropped.bad), "filtered": self.dropped.filtered},
             "last": self.last,
+            **documents,
         }
 
 

@@ -37,7 +37,7 @@ from data_prep.stage_files import (
     run_shards,
     write_manifest,
 )
-from modeling_retro.datastore.checksums import load_tokenizer, verify_file
+from modeling_retro.datastore.checksums import file_checksums, load_tokenizer, verify_file
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.manifest import (
     TRAIN_SPLIT,
@@ -107,7 +107,7 @@ def embed_chunks(
         record.check_made_of_chunks("embeddings", f"run `retro embed --split {split} --force`")
         write_manifest(path, manifest)
         root = split_path(path, split)
-        tokenizer = load_tokenizer(path / "tokenizer")
+        tokenizer = load_tokenizer(path / "tokenizer", manifest.tokenizer.files)
 
         def make(index: int, temporary: Path) -> dict[str, Any]:
             verify_file(root / "chunks" / chunk_shards[index].name, chunk_shards[index].sha256)
@@ -171,6 +171,8 @@ def _open_encoder(
         with whole(path / "encoder") as temporary:
             copy_encoder(Path(encoder.name), temporary)
     state.wait_for_everyone()
+    if copy.is_dir():
+        manifest.encoder.files = file_checksums(copy, but=".safetensors")
     return encoder
 
 

@@ -270,7 +270,8 @@ def _link_extension(base: Path, path: Path, split: str, source: Manifest, names:
 
 def _split_record(record: SplitRecord, chunks: list[ChunkShard], embeddings: list[EmbeddingShard]) -> SplitRecord:
     stage = ChunksStage(record.chunks.options, record.chunks.sources, record.chunks.parts, shards=[])
-    stage.set_shards(chunks)
+    # The table of the user's ids stays behind.
+    stage.set_shards([replace(shard, documents_sha256=None) for shard in chunks])
     if not embeddings:
         return SplitRecord(chunks=stage)
     return SplitRecord(chunks=stage, embeddings=EmbeddingsStage(record.embeddings.options, embeddings))

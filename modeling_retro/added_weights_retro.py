@@ -28,8 +28,15 @@ from .durable_files_retro import remove, whole_files
 
 
 RETROFIT_WEIGHTS_NAME = "retrofit.safetensors"
+# The checksums of the weights of a saved model, which `retro verify` compares.
+CHECKSUMS_NAME = "weights_sha256.json"
 ADAPTER_SAFE_WEIGHTS_NAME = "adapter_model.safetensors"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def _record_checksums(directory: Path) -> None:
+    checksums = {file.name: _file_sha256(str(file)) for file in sorted(directory.glob("*.safetensors"))}
+    (directory / CHECKSUMS_NAME).write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
 
 
 def checkpoint_sha256(name_or_path: str, gguf_file: str | None = None, **hub_arguments) -> str:
@@ -98,6 +105,7 @@ class RetroBaseModelMixin:
             directory = Path(save_directory)
             with whole_files(directory) as temporary:
                 super().save_pretrained(temporary, **kwargs)
+                _record_checksums(temporary)
                 names = {file.name for file in temporary.iterdir()}
             # Remove the shards of an earlier save: if a folder has both, the earlier weights would be loaded.
             for file in directory.glob("model*.safetensors*"):
@@ -125,6 +133,7 @@ class RetroBaseModelMixin:
             self.config.architectures = [type(self).__name__]
             self.config.save_pretrained(directory)
             save_file(weights, directory / RETROFIT_WEIGHTS_NAME, metadata={"format": "pt"})
+            _record_checksums(directory)
 
     @staticmethod
     def _base_of_adapter(name_or_path: str | os.PathLike | None, **hub_arguments) -> str | None:

@@ -22,7 +22,7 @@ retro verify model
 
 Each finding names the stage that remakes the damaged part. `--repair` remakes only the damaged parts: shards of chunks
 from the inputs that they were made from, and everything else from the chunks. The exit code is 1 if anything is wrong,
-or still wrong after the repair.
+or still wrong after the repair, and 2 if nothing is wrong, but something could not be checked.
 """
 
 import sys
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for finding in findings:
         print(printable(str(finding)))
     if findings:
-        sys.exit(1)
+        sys.exit(2 if all(finding.unchecked for finding in findings) else 1)
     print(f"{arguments.path}: nothing is wrong")
 
 

@@ -354,11 +354,16 @@ def _numbers_of(path: Path, manifest: Manifest, documents: Sequence[int | str]) 
     return numbers[~np.isin(numbers, gone)]
 
 
+def _verified_ids(file: Path, shard: ChunkShard) -> Path:
+    """The table of the user's ids of a shard, compared with its checksum if it has one."""
+    return file if shard.documents_sha256 is None else verify_file(file, shard.documents_sha256)
+
+
 def _own_ids(
     path: Path, shards: Sequence[ChunkShard], names: Collection[str] | None = None
 ) -> tuple[list[str | None], list[int]]:
     """The user's own ids of the documents of some shards, and their numbers; with `names` only those of these ids."""
-    files = [path / "documents" / f"{shard.name}.parquet" for shard in shards]
+    files = [_verified_ids(path / "documents" / f"{shard.name}.parquet", shard) for shard in shards]
     wanted = None if names is None else pc.field("id").isin(list(names))
     tables = [pq.read_table(file, columns=["id", "document_id"], filters=wanted) for file in files]
     ids = [name for table in tables for name in table["id"].to_pylist()]
@@ -445,16 +450,18 @@ def _compact_chunks(
         columns = {key: column[kept[position]] for key, column in opened.chunks.shard(position).items()}
         save_shard(temporary, columns, features)
         documents = np.unique(columns["document_id"])
+        ids = {}
         table = folder / "documents" / f"{old.name}.parquet"
         if table.exists():
-            rows = pq.read_table(table)
+            rows = pq.read_table(_verified_ids(table, old))
             with whole(table.with_name(f"{name}.parquet")) as file:
                 pq.write_table(rows.filter(np.isin(rows["document_id"].to_numpy(), documents)), file)
+                ids["documents_sha256"] = checksum(file)
         bad = folder / "quarantine" / f"{old.name}.jsonl"
         if bad.exists():
             with whole(bad.with_name(f"{name}.jsonl")) as file:
                 file.write_bytes(bad.read_bytes())
-        return {**old.to_dict(), **chunk_counts(columns)}
+        return {**old.to_dict(), **chunk_counts(columns), **ids}
 
     records = run_shards(folder / "chunks", [], list(names.values()), make, description="Folding chunks")
     shards = list(shards)

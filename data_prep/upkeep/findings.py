@@ -28,6 +28,7 @@ class Finding:
         stage (`str`, *optional*): The stage that [`repair_datastore`] runs again, None if it cannot help.
         split (`str`, *optional*): The split of the damaged part.
         shard (`str`, *optional*): The damaged shard, None for the whole stage.
+        unchecked (`bool`, *optional*, defaults to `False`): Whether it could only not be checked.
     """
 
     where: str
@@ -36,6 +37,7 @@ class Finding:
     stage: str | None = None
     split: str | None = None
     shard: str | None = None
+    unchecked: bool = False
 
     def __str__(self) -> str:
         return f"{self.where} {self.problem}; {self.remedy}"

@@ -45,7 +45,7 @@ from data_prep.stage_files import (
     share_settings,
     write_manifest,
 )
-from modeling_retro.datastore.checksums import tokenizer_fingerprint
+from modeling_retro.datastore.checksums import file_checksums, tokenizer_fingerprint
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.manifest import (
     TRAIN_SPLIT,
@@ -346,7 +346,8 @@ def _write_chunks(
         }
         manifest = share_settings(manifest, settings)
         write_manifest(path, manifest)
-    save_tokenizer(path, tokenizer)
+        save_tokenizer(path, tokenizer)
+        manifest.tokenizer.files = file_checksums(path / "tokenizer")
     features = chunk_features(m, fingerprint["vocab_size"])
 
     def make(index: int, temporary: Path) -> dict[str, Any]:
@@ -425,6 +426,7 @@ def _write_embeddings(
     if process_state().is_main_process and Path(encoder.name).is_dir():
         with whole(path / "encoder") as temporary:
             copy_encoder(Path(encoder.name), temporary)
+        manifest.encoder.files = file_checksums(path / "encoder", but=".safetensors")
     write_manifest(path, manifest)
     clear_records(root / "embeddings")
 

@@ -170,7 +170,7 @@ class _DatastoreVerifier:
     def _tokenizer(self) -> Iterator[Finding]:
         folder, expected = self.path / "tokenizer", self.manifest.tokenizer
         try:
-            tokenizer = load_tokenizer(folder)
+            tokenizer = load_tokenizer(folder, expected.files)
             found = tokenizer_fingerprint(tokenizer)
         except Exception as error:  # libraries raise all kinds of errors for damaged files
             yield self._finding(folder, f"cannot be read ({short(error)})", "tokenizer")
@@ -189,7 +189,9 @@ class _DatastoreVerifier:
             self.datastore.check_encoder(self.datastore.open_encoder())
         except Exception as error:
             if not (self.path / "encoder").is_dir() and isinstance(error, OSError):
-                return  # an encoder on the Hub, which cannot be reached
+                problem = f"{self.manifest.encoder.name} could not be checked, because it is out of reach"
+                yield Finding("the encoder", problem, "check it where the Hub is in reach", unchecked=True)
+                return
             yield self._finding(self.path / "encoder", f"is not what was embedded with ({short(error)})", "encoder")
 
     def _chunks(self, split: str) -> Iterator[Finding]:
@@ -209,6 +211,9 @@ class _DatastoreVerifier:
             for problem in problems:
                 self.broken.add((split, "chunks"))
                 yield self._finding(folder, problem, "chunks", split, shard.name)
+            table = split_path(self.path, split) / "documents" / f"{shard.name}.parquet"
+            if shard.documents_sha256 is not None and (problem := _file_problem(table, shard.documents_sha256)):
+                yield self._finding(table, problem, "chunks", split, shard.name)
             for name, found in {} if columns is None or problems else chunk_counts(columns).items():
                 if found != getattr(shard, name):
                     where = f"{field}.shards {shard.name}"

@@ -24,8 +24,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from data_prep.upkeep.findings import Finding, short
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointConfig, RetroJointForCausalLM
-from modeling_retro.added_weights_retro import RETROFIT_WEIGHTS_NAME, checkpoint_sha256
-from modeling_retro.datastore.checksums import load_tokenizer, tokenizer_fingerprint
+from modeling_retro.added_weights_retro import CHECKSUMS_NAME, RETROFIT_WEIGHTS_NAME, checkpoint_sha256
+from modeling_retro.datastore.checksums import checksum, load_tokenizer, tokenizer_fingerprint
 from modeling_retro.datastore.record import PLAIN_NAME
 from modeling_retro.sharing.model_card import EVALUATION_NAME, weights_sha256
 
@@ -54,8 +54,10 @@ def verify_model(path: str | Path) -> list[Finding]:
         return [Finding("config.json", f"is not that of a RETRO model ({short(error)})", save_again)]
     shapes: dict[str, tuple[int, ...]] = {}
     findings = [Finding(name, problem, save_again) for name, problem in _weight_problems(path, shapes)]
+    is_readable = not findings
+    findings += _checksum_findings(path)
     is_retrofit = (path / RETROFIT_WEIGHTS_NAME).is_file()
-    if not findings:
+    if is_readable:
         with torch.device("meta"):
             model = model_class(config)
         expected = {
@@ -89,6 +91,29 @@ def verify_model(path: str | Path) -> list[Finding]:
         if evaluation.get("weights_sha256") != weights_sha256(path):
             findings.append(Finding(EVALUATION_NAME, "is of other weights", "measure these with `retro evaluate`"))
     return findings
+
+
+def _checksum_findings(path: Path) -> Iterator[Finding]:
+    """Compares the weights with the checksums that were recorded when the model was saved."""
+    file, files = path / CHECKSUMS_NAME, {file.name for file in path.glob("*.safetensors")}
+    if not file.is_file():
+        problem = "have no recorded checksums: a value that was changed to another number cannot be noticed"
+        yield Finding("the weights", problem, "save the model again to record them", unchecked=True)
+        return
+    try:
+        recorded = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        yield Finding(file.name, f"cannot be read ({short(error)})", "restore it from a copy")
+        return
+    for name in sorted(files | recorded.keys()):
+        if name not in recorded:
+            yield Finding(name, f"is not named in {CHECKSUMS_NAME}", "remove it, or save the model again")
+        elif name in files and checksum(path / name) != recorded[name]:
+            yield Finding(
+                name, f"was altered: its checksum is not the one in {CHECKSUMS_NAME}", "restore it from a copy"
+            )
+        elif name not in files:
+            yield Finding(name, "is missing", "restore it from a copy")
 
 
 def _base_findings(config: RetroConfig | RetroJointConfig) -> Iterator[Finding]:

@@ -14,6 +14,7 @@
 """Checksums of files and tokenizers"""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,48 @@ def verify_file(path: Path, sha256: str) -> Path:
     return path
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def file_checksums(folder: Path, but: str | None = None) -> dict[str, str]:
+    """
+    The checksums of all files of a folder, by their names relative to it.
+
+    Args:
+        folder (`Path`): The folder.
+        but (`str`, *optional*): Suffix of the files that are left out.
+    """
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix != but)
+    return {file.relative_to(folder).as_posix(): checksum(file) for file in files}
+
+
+def verify_files(folder: Path, files: Mapping[str, str] | None, but: str | None = None) -> None:
+    """
+    Compares the files of a folder with their checksums. Raises a `ValueError` that names the first file that is
+    missing, was altered or was added.
+
+    Args:
+        folder (`Path`): The folder.
+        files (`Mapping[str, str]`, *optional*): The checksums. Those made before there were any have none.
+        but (`str`, *optional*): Suffix of the files that are left out.
+    """
+    if files is None:
+        return
+    for name, sha256 in files.items():
+        verify_file(folder / name, sha256)
+    for name in file_checksums(folder, but).keys() - files.keys():
+        raise ValueError(f"{folder / name} is not one of the files that {MANIFEST_NAME} names; remove it")
+
+
+def load_tokenizer(folder: Path, files: Mapping[str, str] | None = None) -> PreTrainedTokenizerBase:
     """
     Loads the tokenizer of a datastore. Code that comes with it is never run, and no question is asked.
 
     Args:
         folder (`Path`): Folder of the tokenizer.
+        files (`Mapping[str, str]`, *optional*): Checksums of its files.
 
     Raises:
-        ValueError: If the tokenizer needs code of its own.
+        ValueError: If the tokenizer needs code of its own, or a file was altered.
     """
+    verify_files(folder, files)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:

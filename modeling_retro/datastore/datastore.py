@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..encoder.chunk_encoder import ChunkEncoder
-from .checksums import load_tokenizer, tokenizer_fingerprint, verify_file
+from .checksums import load_tokenizer, tokenizer_fingerprint, verify_file, verify_files
 from .chunks import ChunkTable, load_shard
 from .links import check_links
 from .manifest import TRAIN_SPLIT, Bm25Record, IndexRecord, Manifest, check_model, read_manifest
@@ -136,7 +136,7 @@ class RetroDatastore:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the chunks."""
-        tokenizer = load_tokenizer(self.path / "tokenizer")
+        tokenizer = load_tokenizer(self.path / "tokenizer", self.manifest.tokenizer.files)
         self.check_tokenizer(tokenizer)
         return tokenizer
 
@@ -356,6 +356,10 @@ class RetroDatastore:
             dtype (`str` or `torch.dtype`, *optional*): Computing type. Defaults to float32.
         """
         name, revision = self.encoder_source()
+        if Path(name) == Path(self.path, "encoder"):
+            verify_files(
+                self.path / "encoder", self.manifest.encoder.files, but=".safetensors"
+            )  # weights: check_encoder
         if not Path(name).is_relative_to(self.path):
             logger.warning_once(f"opening the encoder {name!r}, which {self.path} names")
         options = {key: getattr(self.manifest.encoder, key) for key in ("pooling", "normalize", "truncate_dim")}

@@ -270,6 +270,8 @@ def _public_manifest(manifest: Manifest) -> Manifest:
     manifest.compacted = None  # removed documents are not published
     for record in manifest.splits.values():
         record.embeddings = None
+        for shard in record.chunk_shards:
+            shard.documents_sha256 = None  # the user's own ids are not published
         for source in record.chunks.sources:
             if Path(source.path).is_absolute():  # older datastores recorded absolute paths
                 source.path = Path(source.path).name

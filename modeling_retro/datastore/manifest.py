@@ -70,6 +70,9 @@ def _is_inside(value: Any) -> bool:
     return isinstance(value, str) and "\\" not in value and not {"", ".", ".."} & set(value.split("/"))
 
 
+_FILES = mapping(rule_of(_is_inside, "a path inside the datastore"), DIGEST)
+
+
 @strict
 @dataclass
 class TokenizerRecord(Record):
@@ -78,6 +81,7 @@ class TokenizerRecord(Record):
     name: str = checked(TEXT)
     vocab_size: int = checked(SIZE)
     sha256: str = checked(DIGEST)
+    files: dict[str, str] | None = checked(_FILES, None)  # checksums of its files
 
 
 @strict
@@ -92,6 +96,7 @@ class EncoderRecord(Record):
     dim: int = checked(SIZE)
     sha256: str = checked(DIGEST)
     prompt: str = checked(TEXT, "")
+    files: dict[str, str] | None = checked(_FILES, None)  # checksums of the files of the copy, but for its weights
     truncate_dim: int | None = checked(or_null(SIZE), None)
 
     @property
@@ -151,6 +156,7 @@ class ChunkShard(Shard):
     bytes: int = checked(COUNT)
     dropped: dict[str, int] = checked(COUNTS)
     last: bool = checked(BOOL, False)  # whether `max_chunks` ended the split in it
+    documents_sha256: str | None = checked(DIGEST, None)  # of the table of the user's ids
 
 
 @dataclass
@@ -428,7 +434,7 @@ class Manifest(Record):
     removed: RemovedDocuments | None = None
     compacted: CompactedDocuments | None = None
     extends: dict[str, str] | None = checked(mapping(NAME, DIGEST), None)
-    files: dict[str, str] | None = checked(mapping(rule_of(_is_inside, "a path inside the datastore"), DIGEST), None)
+    files: dict[str, str] | None = checked(_FILES, None)
     sha256: str | None = checked(DIGEST, None)
 
     @property
@@ -458,12 +464,18 @@ class Manifest(Record):
         found = {}
         for split, record in self.splits.items():
             root = split_root(split)
-            found |= {f"{root}chunks/{shard.name}": shard.sha256 for shard in record.chunk_shards}
+            for shard in record.chunk_shards:
+                found[f"{root}chunks/{shard.name}"] = shard.sha256
+                if shard.documents_sha256 is not None:
+                    found[f"{root}documents/{shard.name}.parquet"] = shard.documents_sha256
             found |= {f"{root}embeddings/{shard.name}.npy": shard.sha256 for shard in record.embedding_shards}
             found |= {f"{root}neighbors/{shard.folder_name}": shard.sha256 for shard in record.neighbor_shards}
         found |= self.index.sha256 if self.index is not None else {}
         if self.bm25 is not None:
             found |= {f"{self.bm25.folder}/{name}": sha256 for name, sha256 in self.bm25.sha256.items()}
+        for folder, part in (("tokenizer", self.tokenizer), ("encoder", self.encoder)):
+            if part is not None:
+                found |= {f"{folder}/{name}": sha256 for name, sha256 in (part.files or {}).items()}
         return found | {record.name: record.sha256 for record in (self.removed, self.compacted) if record is not None}
 
     @property

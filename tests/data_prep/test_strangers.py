@@ -19,13 +19,18 @@ import shutil
 import socket
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from conftest import make_texts
 from test_modeling_retro import make_model
 
+from data_prep.chunk import chunk_documents
 from data_prep.prepare import prepare_datastore
+from data_prep.scripts import verify as verify_script
 from data_prep.stage_files import directory_lock
-from data_prep.upkeep.changes import remove_documents
-from data_prep.upkeep.verify import verify_datastore
+from data_prep.upkeep.changes import compact_datastore, remove_documents
+from data_prep.upkeep.verify import repair_datastore, verify, verify_datastore
 from modeling_retro import RetroDatastore, RetroForCausalLM
 from modeling_retro.datastore.manifest import MANIFEST_NAME, read_manifest
 
@@ -156,3 +161,82 @@ def test_a_recipe_in_python_is_checked_like_a_file(tmp_path):
     with pytest.raises(ValueError, match="the recipe must be a mapping with tokenizer"):
         prepare_datastore({"splits": {}}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def with_ids(tmp_path, tiny_tokenizer):
+    records = [{"id": name, "text": text} for name, text in zip("abcdef", make_texts(6), strict=True)]
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    chunk_documents(file, tmp_path / "own", tiny_tokenizer, chunk_size=8, id_column="id")
+    return tmp_path / "own"
+
+
+@pytest.mark.hostile(
+    "a table of the user's ids (`documents/`) in which two ids have changed places",
+    "`retro verify` names it; `retro remove` and `retro update` refuse it",
+)
+def test_exchanged_ids_are_found_before_the_wrong_document_is_removed(with_ids):
+    (file,) = (with_ids / "documents").glob("*.parquet")
+    table = pq.read_table(file)
+    ids = [{"a": "b", "b": "a"}.get(name, name) for name in table["id"].to_pylist()]
+    pq.write_table(table.set_column(1, table.schema.field("id"), pa.array(ids)), file)
+    assert [finding.where for finding in verify_datastore(with_ids)] == [f"documents/{file.name}"]
+    with pytest.raises(ValueError, match="was altered: its checksum"):
+        remove_documents(with_ids, ["a"])
+    assert repair_datastore(with_ids, with_ids.parent / "own.jsonl") == []
+    assert remove_documents(with_ids, ["a"]).removed.documents == 1
+    compact_datastore(with_ids)
+    assert verify_datastore(with_ids) == []
+    with pytest.raises(ValueError, match="has no document with the id 'z'"):
+        remove_documents(with_ids, ["z"])
+
+
+@pytest.mark.hostile(
+    "a file of the tokenizer or of the encoder's tokenizer and configuration that was altered, removed or added",
+    "`retro verify` names the folder; it is not loaded",
+)
+@pytest.mark.parametrize("part", ["tokenizer", "encoder"])
+def test_files_of_tokenizer_and_encoder_have_checksums(tiny_datastore_dir, tmp_path, part):
+    for number, change in enumerate(
+        (lambda file: file.write_text(file.read_text() + " "), lambda file: file.unlink())
+    ):
+        for file in sorted((tiny_datastore_dir / part).glob("*.json")):
+            copy = shutil.copytree(tiny_datastore_dir, tmp_path / f"{file.name}{number}")
+            change(copy / part / file.name)
+            assert [finding.where for finding in verify_datastore(copy)] == [part], file
+            opened = RetroDatastore.from_pretrained(copy)
+            with pytest.raises(ValueError, match=file.name):
+                opened.tokenizer if part == "tokenizer" else opened.open_encoder()
+    copy = shutil.copytree(tiny_datastore_dir, tmp_path / "added")
+    (copy / part / "chat_template.jinja").write_text("{{ 1 }}")
+    assert [finding.where for finding in verify_datastore(copy)] == [part]
+
+
+def test_what_cannot_be_checked_is_said_with_another_status(copy, tmp_path, capsys):
+    shutil.rmtree(copy / "encoder")
+    (finding,) = verify_datastore(copy)
+    assert finding.unchecked and "could not be checked, because it is out of reach" in str(finding)
+    with pytest.raises(SystemExit) as ended:
+        verify_script.main([str(copy)])
+    assert ended.value.code == 2 and "out of reach" in capsys.readouterr().out
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    assert verify(tmp_path / "model") == []
+    (tmp_path / "model" / "weights_sha256.json").unlink()
+    (finding,) = verify(tmp_path / "model")
+    assert finding.unchecked and "have no recorded checksums" in str(finding)
+
+
+@pytest.mark.hostile(
+    "one bit of the weights of a saved model that is another",
+    "found by `retro verify MODEL`. Without the checksums that saving records, it says that it cannot know",
+)
+def test_a_flipped_bit_in_weights_is_found(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    data = bytearray((tmp_path / "model.safetensors").read_bytes())
+    for place in (len(data) // 3, len(data) // 2, len(data) - 8):
+        altered = bytearray(data)
+        altered[place] ^= 1
+        (tmp_path / "model.safetensors").write_bytes(altered)
+        assert "model.safetensors was altered" in " ".join(map(str, verify(tmp_path)))

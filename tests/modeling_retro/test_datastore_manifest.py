@@ -160,7 +160,7 @@ def stored(tmp_path):
 def test_a_datastore_of_before_opens_and_its_manifest_is_written_as_it_was(stored):
     datastore = RetroDatastore.from_pretrained(stored)
     datastore.verify()
-    assert [str(finding) for finding in verify_datastore(stored) if finding.where != "encoder"] == []
+    assert [str(finding) for finding in verify_datastore(stored) if not finding.unchecked] == []
     assert datastore.removed_documents.tolist() == [1] and len(datastore.chunks) == datastore.index.ntotal == 18
     assert datastore.manifest.encoder.prompt == "" and datastore.manifest.sha256 is None
     assert (datastore.manifest.train.chunks.options["id_column"], datastore.retriever) == ("id", "dense")
