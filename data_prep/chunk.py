@@ -20,7 +20,7 @@ interrupted run. A chunk never crosses the end of a document, and the last chunk
 
 import json
 import os
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import accumulate
@@ -44,7 +44,7 @@ from data_prep.documents import (
     plan_parts,
     record_location,
 )
-from data_prep.sources import SPOOL, Source, find_sources, spool_streams
+from data_prep.sources import SPOOL, Source, describe_sources, find_sources, spool_streams
 from data_prep.stage_files import (
     check_options,
     clear_records,
@@ -78,6 +78,8 @@ from modeling_retro.durable_files_retro import public_name, remove, whole
 
 logger = logging.get_logger(__name__)
 
+# Share of unknown tokens above which a warning is given.
+_MANY_UNKNOWN = 0.01
 _BATCH_CHARACTERS = 1 << 20
 
 
@@ -270,7 +272,7 @@ def _plan(
     Adds the parts of new sources to the manifest, and returns the sources of all parts, in order. The first
     `known_sources` are not compared with the given ones.
     """
-    described = [source.describe() for source in sources]
+    described = describe_sources(sources, path)
     stage = manifest.splits[split].chunks if split in manifest.splits else None
     if stage is not None:
         check_options("chunk", options, stage.options)
@@ -309,18 +311,20 @@ def _plan(
 def _match_sources(recorded: list[SourceRecord], given: list[SourceRecord]) -> list[int | None]:
     """
     Finds the index of each `recorded` source among the `given` ones, or None if it is not given. A file that has moved
-    to another folder is recognized by its name, size and filter.
+    to another folder is recognized by its name, size, contents and filter.
     """
     found: list[int | None] = [None] * len(recorded)
     for name in (str, lambda path: Path(path).name):
-        free = defaultdict(deque)
+        free = defaultdict(list)
         for i, source in enumerate(given):
             if i not in found:
                 free[_identity(source, name)].append(i)
         for position, source in enumerate(recorded):
             same = free[_identity(source, name)]
+            # Older datastores know their sources without checksums.
+            same = [i for i in same if i not in found and source.xxh3 in (None, given[i].xxh3)]
             if found[position] is None and same:
-                found[position] = same.popleft()
+                found[position] = same[0]
     return found
 
 
@@ -382,6 +386,12 @@ def _chunk_shards(
     if process_state().is_main_process:
         for spool in path.glob(f"{SPOOL}{split}-*"):
             spool.unlink()
+    if stage.num_unknown_tokens > _MANY_UNKNOWN * stage.num_tokens:
+        logger.warning(
+            f"{stage.num_unknown_tokens / stage.num_tokens:.1%} of the tokens of {split} are unknown to the "
+            "tokenizer: it cannot tell these texts apart, and bits per byte measured on them are meaningless; use a "
+            "tokenizer that knows the texts"
+        )
     logger.info(f"{split}: {stage.num_chunks} chunks of {stage.num_documents} documents, dropped {stage.dropped}")
     return stage
 
@@ -516,6 +526,7 @@ class _ShardWriter:
         self.dropped = dropped
         self.room = room
         self.last = False
+        self.unknown = 0
         self.columns: list[dict[str, np.ndarray]] = []
         self.documents: list[tuple[int, str | None, int]] = []
 
@@ -542,6 +553,7 @@ class _ShardWriter:
                 record = document.document_id - self.part.first_document_id + self.part.start
                 self.dropped.add(BadRecord(*record_location(self.source, record), "no tokens in the text"))
         self.columns.append(columns)
+        self.unknown += self.chunker.count_unknown(columns["input_ids"], columns["length"])
         return not self.last
 
     def save(self, temporary: Path, features: Features, with_documents: bool) -> dict[str, Any]:
@@ -569,6 +581,7 @@ class _ShardWriter:
             "dropped": {"bad_records": len(self.dropped.bad), "filtered": self.dropped.filtered},
             "last": self.last,
             **documents,
+            **({"unknown_tokens": self.unknown} if self.unknown else {}),
         }
 
 

@@ -99,6 +99,13 @@ class DocumentChunker:
         }
         return columns, chunks
 
+    def count_unknown(self, input_ids: np.ndarray, length: np.ndarray) -> int:
+        """Number of unknown tokens among the tokens of chunks [n, m]."""
+        if self._unknown is None or self._unknown in (*self.prefix, *self.suffix):
+            return 0  # a tokenizer that knows all bytes, whose unknown token is another one too
+        is_unknown = (input_ids == self._unknown) & (np.arange(input_ids.shape[1]) < length[:, None])
+        return int(is_unknown.sum())
+
     def encode(self, text: str) -> np.ndarray:
         """
         Tokenizes a text as a part of a document, without the tokens at the beginning and the end of a document.

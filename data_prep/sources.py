@@ -25,16 +25,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import xxhash
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 
 from data_prep.file_types import file_type
 from data_prep.stage_files import process_state
 from modeling_retro.datastore.manifest import SourceRecord
-from modeling_retro.durable_files_retro import whole
+from modeling_retro.durable_files_retro import whole, write_json
 
 
 # Prefix of the names of copied streams.
 SPOOL = ".stream-"
+_KNOWN = ".inputs.json"
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,14 @@ class Source:
         """A path of this source, relative to the folder that is left out."""
         return path if self.folder is None else os.path.relpath(path, self.folder)
 
-    def describe(self) -> SourceRecord:
-        """The record for the manifest, by which a later run recognizes the input."""
+    def describe(self, known: dict[str, list] | None = None) -> SourceRecord:
+        """
+        The record for the manifest, by which a later run recognizes the input.
+
+        Args:
+            known (`dict`, *optional*):
+                Hashes of files that were read before (see [`describe_sources`]), to which new ones are added.
+        """
         if self.kind == "dataset":
             size = self.dataset.data.nbytes
         else:
@@ -125,12 +134,55 @@ class Source:
         # A copied stream is in the datastore, whose path may change.
         path = "-" if Path(self.path).name.startswith(SPOOL) else self.public(self.path)
         condition = self.filter and str(self.filter)
-        return SourceRecord.from_dict({"kind": self.kind, "path": path, "bytes": size, "filter": condition})
+        record = {"kind": self.kind, "path": path, "bytes": size, "filter": condition}
+        if self.kind != "dataset":  # whose name holds its fingerprint
+            record["xxh3"] = self._hash({} if known is None else known)
+        return SourceRecord.from_dict(record)
+
+    def _hash(self, known: dict[str, list]) -> str:
+        found = []
+        for file in self.files or (self.path,):
+            status = os.stat(file)
+            state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+            key = xxhash.xxh3_128_hexdigest(os.path.abspath(file).encode())  # the datastore names no folders
+            if known.get(key, [None])[:-1] != state:
+                known[key] = [*state, _hash_of_file(file)]
+            found.append(known[key][-1])
+        return found[0] if len(found) == 1 else xxhash.xxh3_128_hexdigest(" ".join(found).encode())
 
     @property
     def seekable(self) -> bool:
         """Whether reading can start at any record without reading those before it."""
         return not (self.kind == "jsonl" and file_type(self.path)[1] is not None)
+
+
+def _hash_of_file(file: str) -> str:
+    """A fast hash of the contents of a file: it tells edits apart, not forgeries."""
+    digest = xxhash.xxh3_128()
+    with open(file, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def describe_sources(sources: Sequence[Source], folder: Path) -> list[SourceRecord]:
+    """
+    Describes sources in the main process. A file is read, for its hash, once: `.inputs.json` in the datastore
+    says what it was, until its size, its inode or the time of its last change is another.
+
+    Args:
+        sources (`Sequence[Source]`): The sources.
+        folder (`Path`): The datastore.
+    """
+    records = []
+    if process_state().is_main_process:
+        file = (folder.parent if folder.name == ".next" else folder) / _KNOWN
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        before = dict(known)
+        records = [source.describe(known).to_dict() for source in sources]
+        if known != before:
+            write_json(file, known)
+    return [SourceRecord.from_dict(record) for record in broadcast_object_list([records])[0]]
 
 
 def find_sources(

@@ -21,7 +21,8 @@ retro add datastore more.jsonl folder_of_texts --refresh_neighbors
 
 A reader keeps the version of the datastore that it opened, and a server switches to the new one by itself. The
 documents are read with the options of the earlier ones (`--text_column` of `retro chunk` and so on). If the run is
-interrupted, the datastore stays as it was, and the same command resumes the run.
+interrupted, the datastore stays as it was, and the same command resumes the run. The same command after a run that
+ended, or was killed at its very end, adds nothing (`--repeat` does), unless the inputs come from standard input.
 """
 
 from collections.abc import Sequence
@@ -32,8 +33,8 @@ from data_prep.memory import keep_freed_memory
 
 
 @dataclass
-class AddArguments:
-    """Options of `retro add` and `retro update`."""
+class UpdateArguments:
+    """Options of `retro update`, and of `retro add` too."""
 
     datastore: str = field(metadata={"help": "The datastore; may be the first word."})
     input: list[str] = field(
@@ -47,6 +48,15 @@ class AddArguments:
     )
 
 
+@dataclass
+class AddArguments(UpdateArguments):
+    """Options of `retro add`."""
+
+    repeat: bool = field(
+        default=False, metadata={"help": "Add the inputs once more, even if the last change added the very same ones."}
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     argv = name_leading_words(argv, "datastore", "input")
     (arguments,) = parse_arguments(AddArguments, argv=argv, description=__doc__, prog="retro add")
@@ -54,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from data_prep.upkeep.changes import add_documents, describe_version
 
     keep_freed_memory()
-    manifest = add_documents(arguments.datastore, arguments.input, arguments.refresh_neighbors)
+    manifest = add_documents(arguments.datastore, arguments.input, arguments.refresh_neighbors, arguments.repeat)
     if process_state().is_main_process:
         print(describe_version(manifest))
 

@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{stage.num_chunks} chunks of {stage.num_documents} documents "
             f"({stage.num_tokens} tokens, {stage.num_bytes} bytes); dropped: "
             + ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in stage.dropped.items())
+            + (f"; {stage.num_unknown_tokens} unknown tokens" if stage.num_unknown_tokens else "")
         )
 
 

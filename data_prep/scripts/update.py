@@ -26,12 +26,12 @@ from collections.abc import Sequence
 
 from data_prep.arguments import name_leading_words, parse_arguments, run_command
 from data_prep.memory import keep_freed_memory
-from data_prep.scripts.add import AddArguments
+from data_prep.scripts.add import UpdateArguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = name_leading_words(argv, "datastore", "input")
-    (arguments,) = parse_arguments(AddArguments, argv=argv, description=__doc__, prog="retro update")
+    (arguments,) = parse_arguments(UpdateArguments, argv=argv, description=__doc__, prog="retro update")
     from data_prep.stage_files import process_state
     from data_prep.upkeep.changes import describe_version, update_documents
 

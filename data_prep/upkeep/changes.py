@@ -37,7 +37,7 @@ from data_prep.documents import Document
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index, read_embeddings
 from data_prep.neighbors import find_neighbors, is_stale, neighbor_features
-from data_prep.sources import find_sources
+from data_prep.sources import describe_sources, find_sources
 from data_prep.stage_files import (
     clear_records,
     directory_lock,
@@ -72,7 +72,9 @@ Input = str | Path | Dataset | IterableDataset | Mapping[str, Any]
 Inputs = Input | Sequence[Input]
 
 
-def add_documents(datastore: str | Path, inputs: Inputs, refresh_neighbors: bool = False) -> Manifest:
+def add_documents(
+    datastore: str | Path, inputs: Inputs, refresh_neighbors: bool = False, repeat: bool = False
+) -> Manifest:
     """
     Adds documents to the searched ones. They are chunked with the options of the datastore, deduplicated if the
     datastore was, embedded and indexed, and they get neighbors if the other documents have neighbors.
@@ -81,10 +83,12 @@ def add_documents(datastore: str | Path, inputs: Inputs, refresh_neighbors: bool
         datastore (`str` or `Path`): The datastore.
         inputs (`str`, `Path`, `datasets.Dataset` or a sequence of them):
             Files, folders, globs, `"-"` for jsonl on standard input, or datasets. All of them are added, even if they
-            were added before.
+            were added before, unless the last change added the very same inputs: then the current version has them.
         refresh_neighbors (`bool`, *optional*, defaults to `False`):
             Whether to search the neighbors of the earlier chunks again. If not, these chunks keep their neighbors,
             which are marked as stale.
+        repeat (`bool`, *optional*, defaults to `False`):
+            Whether to add the inputs once more if the last change added them.
 
     Returns:
         [`Manifest`]: the manifest of the new version.
@@ -93,7 +97,7 @@ def add_documents(datastore: str | Path, inputs: Inputs, refresh_neighbors: bool
         ValueError: If a record is bad, if no document has text, or if the datastore cannot be changed.
     """
     path = Path(datastore)
-    request = {"command": "add", "inputs": _describe(inputs), "refresh_neighbors": refresh_neighbors}
+    request = {"command": "add", "inputs": _describe(inputs, path), "refresh_neighbors": refresh_neighbors}
 
     def make(folder: Path) -> bool:
         before = open_manifest(path)
@@ -101,7 +105,7 @@ def add_documents(datastore: str | Path, inputs: Inputs, refresh_neighbors: bool
         _bring_up_to_date(folder, before, refresh_neighbors)
         return True
 
-    return change_datastore(path, request, make)
+    return change_datastore(path, request, make, repeat)
 
 
 def remove_documents(
@@ -167,7 +171,7 @@ def update_documents(datastore: str | Path, inputs: Inputs, refresh_neighbors: b
             [`add_documents`].
     """
     path = Path(datastore)
-    request = {"command": "update", "inputs": _describe(inputs), "refresh_neighbors": refresh_neighbors}
+    request = {"command": "update", "inputs": _describe(inputs, path), "refresh_neighbors": refresh_neighbors}
 
     def make(folder: Path) -> bool:
         before = open_manifest(path)
@@ -258,14 +262,14 @@ def has_own_ids(manifest: Manifest) -> bool:
 _SIDES = ("left", "right")
 
 
-def _describe(inputs: Inputs) -> list[dict[str, Any]]:
+def _describe(inputs: Inputs, path: Path) -> list[dict[str, Any]]:
     """Describes inputs, so that a resumed run recognizes them. A stream never equals another."""
     entries = [inputs] if isinstance(inputs, (str, Path, Dataset, IterableDataset, Mapping)) else list(inputs)
     streams = [isinstance(entry, Mapping) and entry.get("streaming") for entry in entries]
     streams += [isinstance(entry, IterableDataset) or (isinstance(entry, str) and entry == "-") for entry in entries]
     if any(streams):
         return broadcast_object_list([[{"streamed": time.time_ns()}]])[0]
-    return [source.describe().to_dict() for source in find_sources(entries)]
+    return [record.to_dict() for record in describe_sources(find_sources(entries), path)]
 
 
 def _append(

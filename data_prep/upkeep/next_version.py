@@ -20,6 +20,7 @@ replaced. Until then the old version is complete, and from then on the new one i
 when the same command is run again.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from transformers.utils import logging
 
 from data_prep.stage_files import directory_lock, open_manifest, process_state
 from modeling_retro.datastore.checksums import checksum
@@ -41,6 +43,8 @@ from modeling_retro.datastore.versions import remove_unread, superseding
 from modeling_retro.durable_files_retro import TEMPORARY, make_folder, remove, replace, write_json
 
 
+logger = logging.get_logger(__name__)
+
 _NEXT = ".next"
 _REQUEST = "request.json"
 _READY = "ready.json"
@@ -49,7 +53,9 @@ _SHARED = ("tokenizer", "encoder")
 _REPORT = "duplicates.jsonl"
 
 
-def change_datastore(path: Path, request: dict[str, Any], make: Callable[[Path], bool]) -> Manifest:
+def change_datastore(
+    path: Path, request: dict[str, Any], make: Callable[[Path], bool], repeat: bool = False
+) -> Manifest:
     """
     Makes the next version of a datastore and puts it in the place of the current one.
 
@@ -59,6 +65,9 @@ def change_datastore(path: Path, request: dict[str, Any], make: Callable[[Path],
         make (`Callable`):
             Turns the given folder, which holds the current version, into the new version. Returns whether it changed
             anything.
+        repeat (`bool`, *optional*, defaults to `False`):
+            Whether to make the change once more if it made the current version. If not, nothing is changed: a run that
+            was killed after its version was in place can be repeated.
 
     Returns:
         [`Manifest`]: the manifest of the new version, or of the current one if nothing changed.
@@ -71,6 +80,9 @@ def change_datastore(path: Path, request: dict[str, Any], make: Callable[[Path],
             return open_manifest(path)
         manifest = open_manifest(path)
         check_changeable(path, manifest)
+        if manifest.request == _identity(request) and not repeat:
+            logger.warning(f"{path} is as this very change made it (version {manifest.version}); nothing is changed")
+            return manifest
         begun = _begun(path)
         if begun is None or begun["request"] != request:
             _begin(path, manifest, request)
@@ -127,6 +139,10 @@ def _begun(path: Path) -> dict[str, Any] | None:
     return broadcast_object_list([begun])[0]
 
 
+def _identity(request: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
 def _begin(path: Path, manifest: Manifest, request: dict[str, Any]) -> None:
     state = process_state()
     if state.is_main_process:
@@ -138,7 +154,9 @@ def _begin(path: Path, manifest: Manifest, request: dict[str, Any]) -> None:
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(os.path.relpath(path / name, link.parent))
         version = max(manifest.format_version, CHANGED_FORMAT_VERSION)
-        altered(manifest, version=manifest.version + 1, format_version=version).seal().write(folder)
+        altered(
+            manifest, version=manifest.version + 1, format_version=version, request=_identity(request)
+        ).seal().write(folder)
         write_json(folder / _REQUEST, {"request": request, "manifest": checksum(path / MANIFEST_NAME)})
     state.wait_for_everyone()
 

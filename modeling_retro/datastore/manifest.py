@@ -118,6 +118,7 @@ class SourceRecord(Record):
     path: str = checked(TEXT)
     bytes: int | None = checked(COUNT, None)
     filter: str | None = checked(or_null(TEXT), None)
+    xxh3: str | None = checked(matching(re.compile("[0-9a-f]{32}"), "32 hexadecimal digits"), None)  # of its contents
 
 
 @strict
@@ -157,6 +158,7 @@ class ChunkShard(Shard):
     dropped: dict[str, int] = checked(COUNTS)
     last: bool = checked(BOOL, False)  # whether `max_chunks` ended the split in it
     documents_sha256: str | None = checked(DIGEST, None)  # of the table of the user's ids
+    unknown_tokens: int = checked(COUNT, 0)  # among those that were read; deduplication may have removed some
 
 
 @dataclass
@@ -218,6 +220,7 @@ class ChunksStage(Record):
     num_documents: int | None = checked(COUNT, None)
     num_tokens: int | None = checked(COUNT, None)
     num_bytes: int | None = checked(COUNT, None)
+    num_unknown_tokens: int = checked(COUNT, 0)
     dropped: dict[str, int] | None = checked(COUNTS, None)
     deduplicated: Deduplicated | None = None
 
@@ -233,6 +236,7 @@ class ChunksStage(Record):
     def totals(self) -> dict[str, int]:
         """The totals of the shards, under the names that they have in this record."""
         counts = {"num_chunks": "rows", "num_documents": "documents", "num_tokens": "tokens", "num_bytes": "bytes"}
+        counts["num_unknown_tokens"] = "unknown_tokens"
         return {total: sum(getattr(shard, count) for shard in self.shards) for total, count in counts.items()}
 
     def foreign(self, made: Sequence[MadeShard]) -> MadeShard | None:
@@ -416,6 +420,7 @@ class Manifest(Record):
         compacted ([`CompactedDocuments`], *optional*): Removed documents whose chunks are no longer in the files.
         extends (`dict[str, str]`, *optional*): Fingerprints of the chunks of the datastore that this one extends.
         files (`dict[str, str]`, *optional*): Checksums of all files of a datastore on the Hub.
+        request (`str`, *optional*): Identity of the change that made this version.
         sha256 (`str`, *optional*):
             Checksum of all other fields, so that no field can change unnoticed. Those made before there was one have
             none.
@@ -435,6 +440,7 @@ class Manifest(Record):
     compacted: CompactedDocuments | None = None
     extends: dict[str, str] | None = checked(mapping(NAME, DIGEST), None)
     files: dict[str, str] | None = checked(_FILES, None)
+    request: str | None = checked(DIGEST, None)
     sha256: str | None = checked(DIGEST, None)
 
     @property
