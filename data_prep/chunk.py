@@ -463,7 +463,8 @@ def restore_shard(
             break
     else:
         raise ValueError(
-            f"{root / 'chunks' / name} is made from {wanted.path} ({wanted.bytes} bytes); pass it as an input"
+            f"{root / 'chunks' / name} is made from {wanted.path} ({wanted.bytes} bytes); pass it as an input, "
+            "as it was"
         )
     tokenizer = load_tokenizer(path / "tokenizer", manifest.tokenizer.files)
     chunker = DocumentChunker(tokenizer, manifest.chunk_size, manifest.allow_control_tokens)

@@ -477,11 +477,12 @@ def repair_datastore(
             return verify_datastore(path)
         chunks = dict.fromkeys((found.split, found.shard) for found in findings if found.stage == "chunks")
         manifest = read_manifest(path, check_sha256=False)
+        was_altered = manifest.is_altered
         for split, shard in chunks:
             restore_shard(path, manifest, split, shard, inputs)
         for split in {found.split for found in findings if found.stage == "counts"}:
             _count_anew(path, manifest, split)
-        if manifest.is_altered:
+        if was_altered and manifest.is_altered:
             raise ValueError(
                 f"{path / MANIFEST_NAME} was altered, and not only in its counts; restore it from a copy, or "
                 "remake the datastore with `retro prepare --force`"

@@ -241,11 +241,16 @@ def test_chunks_are_made_of_the_very_input_or_not_at_all(datastore, tiny_datasto
     file = datastore / "chunks" / "shard-00000" / "data-00000-of-00001.arrow"
     flip_a_byte(file)
     damaged = file.read_bytes()
-    with pytest.raises(ValueError, match=r"is made from train.jsonl \(\d+ bytes\); pass it as an input"):
+    with pytest.raises(ValueError, match=r"is made from train.jsonl \(\d+ bytes\); pass it as an input, as it was"):
         repair_datastore(datastore)
     other = tmp_path / "train.jsonl"
     text = (tiny_datastore_dir.parent / "train.jsonl").read_text()
     other.write_text(text.replace("retro", "RETRO"))
+    with pytest.raises(ValueError, match="pass it as an input, as it was"):
+        repair_datastore(datastore, other)
+    manifest = read_manifest(datastore)
+    manifest.train.chunks.sources[0].xxh3 = None  # one of before
+    manifest.write(datastore)
     with pytest.raises(ValueError, match="no longer gives the chunks"):
         repair_datastore(datastore, other)
     assert file.read_bytes() == damaged
