@@ -186,7 +186,9 @@ HEALTH = {"responses": {200: {"model": Health}, 503: {"model": Health, "descript
 def declare(kind: type[CompletionRequest] | type[ChatRequest]) -> dict[str, Any]:
     """The declaration of a path that takes requests of a kind."""
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-    stream = {"text/event-stream": {"schema": {"type": "string"}}}  # with `stream: true`
+    # With `stream: true`; the schema is that of an event, whose data are a piece of the answer in JSON.
+    event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+    stream = {"text/event-stream": {"schema": event}}
     return {
         "responses": {200: {"model": _ANSWERS[kind], "content": stream}, **_FAILURES},
         "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},

@@ -163,5 +163,5 @@ def test_answers_are_those_that_the_server_declares(server):
             statuses[case.path].add(case.call_and_validate(checks=wanted).status_code)
 
         answers_as_declared()
-    assert all(200 in found for found in statuses.values()), statuses
-    assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/health"} <= set(statuses)
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics"):
+        assert 200 in statuses[path], statuses
