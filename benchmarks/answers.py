@@ -15,7 +15,7 @@
 Questions whose answers stand in given passages, answered by the same model in several ways: without the passages,
 with them in front, and with them as neighbors. The facts are hidden in docstrings of an installed package.
 
-    python benchmarks/questions.py --output_dir questions --kinds one_key --num_passages 1 2 4 10
+    python benchmarks/answers.py --output_dir answers --kinds one_key --num_passages 1 2 4 10
 
 The answers are kept, so that the same command run again goes on where it stopped.
 """
