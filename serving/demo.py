@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import gradio as gr
 
 from modeling_retro import RetroJointForCausalLM
-from trainers.generation import is_short_question
+from trainers.generation import short_question
 
 from .load import LoadedModel
 from .page import CSS, legend, plain_html, reading_html
@@ -71,8 +71,9 @@ class Demo:
         tokenizer, query = self.retriever.datastore.tokenizer, None
         # A model with cross attention reads neighbors from the next chunk on.
         reads_jointly = isinstance(self.model, RetroJointForCausalLM)
-        if reads_jointly and is_short_question(prompt, tokenizer, self.model.config.chunk_size):
-            query = self.prompts.encode_query(prompt)
+        question = short_question(prompt, tokenizer, self.model.config.chunk_size) if reads_jointly else None
+        if question is not None:
+            query = self.prompts.encode_query(question)
         arguments = (ids, num_neighbors, max_tokens, sampling, self.end_tokens, query)
         for comparison in continue_both_ways(self.model, self.retriever, *arguments):
             yield reading_html(comparison.on), plain_html(prompt, comparison.off)

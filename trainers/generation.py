@@ -13,6 +13,7 @@
 # limitations under the License.
 """Continues a prompt with a RETRO model and reports the neighbors of each chunk"""
 
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_retro import RetroJointForCausalLM
 from modeling_retro.retriever.retriever import RetrievedNeighbors, RetroRetriever
+
+
+QUESTION = re.compile(r"\s*(?:(?:question|q|user):\s*)?(\S.*\?)", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass
@@ -45,9 +49,14 @@ class GeneratedChunk:
     scores: list[float]
 
 
-def is_short_question(prompt: str, tokenizer: PreTrainedTokenizerBase, chunk_size: int) -> bool:
-    """Whether a prompt asks something and is too short for one of its chunks to be looked up."""
-    return "?" in prompt and len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) < chunk_size
+def short_question(prompt: str, tokenizer: PreTrainedTokenizerBase, chunk_size: int) -> str | None:
+    """
+    What a prompt asks, if it has a question mark and is too short for one of its chunks to be looked up. Words such as
+    "Question:" in front, and what follows the last question mark, are no part of it: they would be looked up too.
+    """
+    asked = QUESTION.match(prompt)
+    is_short = len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) < chunk_size
+    return asked[1] if asked is not None and is_short else None
 
 
 def look_up(retriever: RetroRetriever, query: str, num_neighbors: int) -> RetrievedNeighbors:

@@ -19,8 +19,10 @@ import pytest
 import torch
 from test_generation_retro import HashRetriever
 from test_modeling_retro import CHUNK, VOCAB, assert_close, make_model
+from test_questions_retro import QuestionRetriever
 from tiny_joint import make_joint
 
+from modeling_retro.retriever.retriever import QuestionError
 from serving.decoding_batch import DecodingBatch, Row
 
 
@@ -127,6 +129,53 @@ def test_greedy_rows_equal_generate_in_single_precision(kind):
         assert row.tokens == tokens
         for chunk, ids in zip(row.retrieved, chunk_ids[: len(row.retrieved)], strict=True):
             assert set(chunk.chunk_ids) <= set(ids)
+
+
+def test_rows_with_questions_equal_generate():
+    model = make_joint().float()
+    model.set_retriever(QuestionRetriever())
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+    k = model.config.num_neighbors
+    rows = [
+        Row(make_prompt(2 * CHUNK + 1, 1), k, query=make_prompt(5, 2)),
+        Row(make_prompt(CHUNK - 2, 3), k, query=make_prompt(CHUNK + 3, 4), passages="in_order"),
+        Row(make_prompt(2 * CHUNK, 5), k),
+    ]
+    expected = []
+    for row in rows:
+        question = {} if row.query is None else {"question_input_ids": torch.tensor([row.query])}
+        arguments = {"passages": row.passages, **question, "max_new_tokens": 20, "do_sample": False}
+        arguments = arguments if question else {"max_new_tokens": 20, "do_sample": False}
+        expected.append(model.generate(torch.tensor([row.tokens]), **arguments)[0].tolist())
+    batch = DecodingBatch(model, QuestionRetriever())
+    num_prompt = [len(row.tokens) for row in rows]
+    logits = batch.add(rows)
+    for step in range(20):
+        for row, best in zip(rows, logits.argmax(-1).tolist(), strict=True):
+            row.tokens.append(best)
+        if step < 19:
+            logits = batch.step()
+    assert [row.tokens for row in rows] == expected
+    for row, length in zip(rows, num_prompt, strict=True):
+        first = [None] if row.query else list(range(length // CHUNK))
+        assert [each.index for each in row.retrieved] == [
+            *first,
+            *range(length // CHUNK, (len(row.tokens) - 1) // CHUNK),
+        ]
+
+    # A question that nothing can be looked up with is an error, or else no question.
+    class KnowsNothing(TopRetriever):
+        def retrieve(self, chunk_input_ids, k, attention_mask=None):
+            if attention_mask is not None:
+                raise QuestionError("unknown words")
+            return super().retrieve(chunk_input_ids, k)
+
+    batch = DecodingBatch(model, KnowsNothing())
+    with pytest.raises(QuestionError, match="unknown words"):
+        batch.add([Row(make_prompt(CHUNK, 1), k, query=[3], must_find=True)])
+    asked, plain = Row(make_prompt(CHUNK, 1), k, query=[3]), Row(make_prompt(CHUNK, 1), k)
+    logits = batch.add([asked, plain])
+    assert torch.equal(logits[0], logits[1]) and asked.retrieved == plain.retrieved
 
 
 def test_one_call_of_the_retriever_serves_all_rows():

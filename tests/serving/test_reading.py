@@ -21,6 +21,7 @@ import torch
 from conftest import TINY_CHUNK_SIZE
 from tiny_server import save_model
 
+from modeling_retro import RetroJointForCausalLM
 from serving.load import load_model
 from serving.page import plain_html, reading_html
 from serving.prompts import PromptEncoder
@@ -36,6 +37,7 @@ from serving.reading import (
 )
 from serving.sampling import ChosenToken, SamplingParameters
 from serving.text_stream import TextStream
+from trainers.generation import look_up
 
 
 TEXT = "retro looks things up in a datastore naïve 日本語 👩‍👩‍👧 looks up in a datastore δέλτα retro looks"
@@ -53,6 +55,23 @@ def bits(model, retriever, ids, retrieval):
         logits = model(torch.tensor([ids])).logits[0]
     model.set_retriever(None)
     return [-float(logits[i].log_softmax(-1)[token]) / math.log(2) for i, token in enumerate(ids[1:])]
+
+
+def test_all_chunks_of_a_question_read_its_passages(loaded):
+    if not isinstance(loaded.model, RetroJointForCausalLM):
+        pytest.skip("a model with cross attention reads neighbors from the next chunk on")
+    tokenizer = loaded.retriever.datastore.tokenizer
+    ids, query = PromptEncoder(tokenizer).encode_text(TEXT), tokenizer("δέλτα up")["input_ids"]
+    reading = read_text(loaded.model, loaded.retriever, ids, 2, query)
+    found = look_up(loaded.retriever, "δέλτα up", 2)
+    passages = {"passage_input_ids": found.neighbor_input_ids, "passage_attention_mask": found.neighbor_attention_mask}
+    with torch.no_grad():
+        logprobs = loaded.model(torch.tensor([ids]), **passages).logits[0].log_softmax(-1)
+    on = [-float(logprobs[n, token]) / math.log(2) for n, token in enumerate(ids[1:])]
+    pieces = [piece for stretch in reading.stretches for piece in stretch.pieces]
+    assert sum(piece.bits_on for piece in pieces) == pytest.approx(sum(on), abs=1e-2)
+    assert [len(stretch.neighbors) for stretch in reading.stretches] == [2] * len(reading.stretches)
+    assert "Chunk 1 read what was found for the question" in reading_html(reading)
 
 
 def test_bits_of_a_text_are_those_of_the_model_with_neighbors_and_without(loaded):

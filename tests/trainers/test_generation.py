@@ -115,6 +115,7 @@ def command(folders, datastore, kind="joint", **options):
             {"prompt": "in a", "query": "δέλτα", "passages": "in_order", "num_neighbors": 3},
             "Looked up 'δέλτα' and found 3 passages, which are read in order.\n",
         ),
+        ({"prompt": "Q:up?\nA"}, "Looked up 'up?' and found 2 passages, which are read apart.\n"),
         ({"prompt": "in a"}, ""),
         ({"prompt": "looks things up in a datastore, looks things up?"}, ""),
     ],

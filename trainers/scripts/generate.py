@@ -92,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         format_chunks,
         format_passages,
         generate_with_neighbors,
-        is_short_question,
         look_up,
+        short_question,
     )
     from ..load_model import load_retro_model
 
@@ -107,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = retriever.datastore.tokenizer
     prompt, found = arguments.prompt, None
     query = arguments.query
-    if query is None and (arguments.chat or is_short_question(prompt, tokenizer, model.config.chunk_size)):
-        query = prompt
+    if query is None:
+        query = prompt if arguments.chat else short_question(prompt, tokenizer, model.config.chunk_size)
     if arguments.chat:
         from serving.prompts import PromptEncoder
 
