@@ -44,7 +44,8 @@ class RetroJointConfig(PreTrainedConfig):
         a first token of its own.
     reread_tokens (`int`, *optional*, defaults to 0):
         Number of tokens at the end of each complete chunk that are read again with the neighbors of the chunk in
-        sight, before the text goes on. 0 reads every token once.
+        sight, before the text goes on. 0 reads every token once, as models do that were saved without this field.
+        [`~RetroJointForCausalLM.from_decoder`] makes models that read whole chunks again.
     neighbor_bias (`bool`, *optional*, defaults to `False`):
         Whether a learned scalar is added to the attention scores of all neighbor tokens.
     neighbor_adapter (`dict`, *optional*):

@@ -155,7 +155,8 @@ class RetroJointForCausalLM(
             reader (`str`, *optional*):
                 See [`~RetroJointForCausalLM.from_decoder_pretrained`].
             fields:
-                Fields of [`RetroJointConfig`].
+                Fields of [`RetroJointConfig`]. `reread_tokens` defaults to `chunk_size` here: whole chunks are read
+                again.
 
         Raises:
             `ValueError`: for a model that cannot be wrapped, with the reason.
@@ -177,6 +178,8 @@ class RetroJointForCausalLM(
                 raise ImportError(f"`reader` needs the package ({error}): `pip install retro-transformers`") from error
             reader = Reader(reader)
             fields = {**reader.fields, **fields}
+        # Whole chunks are read again, unless the caller or the reader says otherwise.
+        fields = {"reread_tokens": fields.get("chunk_size", RetroJointConfig.chunk_size), **fields}
         config = RetroJointConfig(text_config=copy.deepcopy(decoder.config), **fields)
         check_decoder(decoder, config)
         model = cls._wrap(config, decoder)
