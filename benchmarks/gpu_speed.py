@@ -32,7 +32,7 @@ from gpu_common import (
     retro_model,
     synchronize,
 )
-from joint_attention import RandomRetriever
+from joint_scaling import RandomRetriever
 from sentence_transformers import SentenceTransformer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel

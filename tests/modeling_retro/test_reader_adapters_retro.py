@@ -65,7 +65,7 @@ def test_without_neighbors_a_reader_is_its_decoder_to_the_bit(fields):
 
 def test_the_neighbor_adapter_changes_how_neighbors_are_encoded_and_nothing_else():
     ids, neighbors = make_inputs()
-    model = make_reader(neighbor_adapter=LORA)
+    model = make_reader(reread_tokens=0, neighbor_adapter=LORA)
     # The slow way: a second decoder with W + alpha / r * B A in place of W encodes, the first one reads.
     merged = make_joint()
     weights = dict(merged.decoder.named_parameters())
@@ -115,7 +115,7 @@ def test_a_reader_with_everything_is_the_same_cached_and_uncached_alone_and_in_a
 
 def test_the_bias_is_added_to_the_scores_of_neighbors():
     ids, neighbors = make_inputs()
-    model, plain = make_reader(neighbor_bias=True), make_joint()
+    model, plain = make_reader(reread_tokens=0, neighbor_bias=True), make_joint()
     expected = plain(ids, neighbor_input_ids=neighbors).logits
     with torch.no_grad():
         torch.testing.assert_close(model(ids, neighbor_input_ids=neighbors).logits, expected, atol=1e-7, rtol=0)

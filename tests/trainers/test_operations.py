@@ -48,7 +48,7 @@ def test_neighbors_in_front_are_read_with_the_whole_window():
 
 
 def test_with_neighbors_these_are_read_and_then_the_chunk_again():
-    model, length = make_model(), 2 * CHUNK
+    model, length = make_model(reread_tokens=0), 2 * CHUNK
     for number in (1, 2):
         operations = operations_per_token(model, number, WINDOW, modes=("on",))["on"]
         row = multiplications(CHUNK, WINDOW * CHUNK + number * length, CHUNK)
