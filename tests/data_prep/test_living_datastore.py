@@ -448,7 +448,7 @@ def changed(datastore_dir, tmp_path):
 
 
 def files_in(path):
-    files = (file for file in sorted(path.rglob("*")) if file.is_file() and file.name != ".lock")
+    files = (file for file in sorted(path.rglob("*")) if file.is_file() and file.name not in (".lock", ".inputs.json"))
     return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 

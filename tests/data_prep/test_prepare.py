@@ -123,7 +123,7 @@ def test_what_is_added_later_is_what_would_have_been_there(tmp_path, tiny_recipe
     main([*options, "--append"])
     after = tree(tmp_path / "out")
     changed = {str(name) for name in before if after[name] != before[name]}
-    assert changed == {"datastore.json", "index.faiss"}
+    assert changed == {"datastore.json", "index.faiss", ".inputs.json"}
     assert "recall@10 1.000" in capsys.readouterr().out
     recipe_file.write_text(yaml.safe_dump(recipe))
     main(["--recipe", str(recipe_file), "--output_dir", str(tmp_path / "both"), "--data_dir", str(tmp_path)])
