@@ -34,7 +34,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from data_prep.chunker import DocumentChunker
+from data_prep.chunker import MANY_UNKNOWN, DocumentChunker, unknown_tokens
 from data_prep.documents import (
     BadRecord,
     Document,
@@ -78,8 +78,6 @@ from modeling_retro.durable_files_retro import public_name, remove, whole
 
 logger = logging.get_logger(__name__)
 
-# Share of unknown tokens above which a warning is given.
-_MANY_UNKNOWN = 0.01
 _BATCH_CHARACTERS = 1 << 20
 
 
@@ -386,7 +384,7 @@ def _chunk_shards(
     if process_state().is_main_process:
         for spool in path.glob(f"{SPOOL}{split}-*"):
             spool.unlink()
-    if stage.num_unknown_tokens > _MANY_UNKNOWN * stage.num_tokens:
+    if stage.num_unknown_tokens > MANY_UNKNOWN * stage.num_tokens:
         logger.warning(
             f"{stage.num_unknown_tokens / stage.num_tokens:.1%} of the tokens of {split} are unknown to the "
             "tokenizer: it cannot tell these texts apart, and bits per byte measured on them are meaningless; use a "
@@ -554,7 +552,8 @@ class _ShardWriter:
                 record = document.document_id - self.part.first_document_id + self.part.start
                 self.dropped.add(BadRecord(*record_location(self.source, record), "no tokens in the text"))
         self.columns.append(columns)
-        self.unknown += self.chunker.count_unknown(columns["input_ids"], columns["length"])
+        unknown = unknown_tokens(self.chunker.tokenizer, columns["input_ids"], columns["length"])
+        self.unknown += int(unknown.sum())
         return not self.last
 
     def save(self, temporary: Path, features: Features, with_documents: bool) -> dict[str, Any]:

@@ -26,6 +26,10 @@ from data_prep.documents import (
 )
 
 
+# Share of unknown tokens above which a warning is given.
+MANY_UNKNOWN = 0.01
+
+
 class DocumentChunker:
     """
     Cuts documents into chunks of token ids, and counts the bytes of the source that each chunk covers.
@@ -55,6 +59,7 @@ class DocumentChunker:
         spelled = [self._backend.encode(token, add_special_tokens=False).ids for token in tokenizer.all_special_tokens]
         spelled = set(chain.from_iterable(spelled)) & set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         self._unwanted = [] if allow_control_tokens else sorted(spelled)
+        self.tokenizer = tokenizer
         self._unknown = tokenizer.unk_token_id
         self._token_bytes = byte_lengths(self._backend)
 
@@ -98,13 +103,6 @@ class DocumentChunker:
             "num_bytes": np.concatenate([np.zeros(0, dtype=np.int64), *num_bytes]),
         }
         return columns, chunks
-
-    def count_unknown(self, input_ids: np.ndarray, length: np.ndarray) -> int:
-        """Number of unknown tokens among the tokens of chunks [n, m]."""
-        if self._unknown is None or self._unknown in (*self.prefix, *self.suffix):
-            return 0  # a tokenizer that knows all bytes, whose unknown token is another one too
-        is_unknown = (input_ids == self._unknown) & (np.arange(input_ids.shape[1]) < length[:, None])
-        return int(is_unknown.sum())
 
     def encode(self, text: str) -> np.ndarray:
         """
@@ -166,6 +164,25 @@ class DocumentChunker:
                 cut += 1
             cuts[i] = cut
         return np.diff(cuts, prepend=0, append=len(data))
+
+
+def unknown_tokens(tokenizer: PreTrainedTokenizerBase, input_ids: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """
+    Counts the unknown tokens of chunks. A tokenizer that knows all bytes has none, even if, as in GPT-2, its unknown
+    token is that of the end of a text.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+        input_ids (`np.ndarray`): Token ids [n, m].
+        length (`np.ndarray`): Number of tokens of each chunk [n].
+
+    Returns:
+        `np.ndarray`: int64 [n].
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id):
+        return np.zeros(len(input_ids), dtype=np.int64)
+    return ((input_ids == unknown) & (np.arange(input_ids.shape[1]) < length[:, None])).sum(axis=1)
 
 
 def control_tokens_inside(

@@ -325,9 +325,11 @@ def _main_table(evaluation: Mapping[str, Any]) -> str:
         references = Way.parse(name).references()
         differences = [_difference(evaluation["differences"], name, str(reference)) for reference in references]
         rows.append([name, _number(bits_per_byte), f"{evaluation['perplexity'][name]:.3f}", *differences])
+    unknown = f" ({evaluation['unknown_tokens']:,} of them unknown)" if evaluation.get("unknown_tokens") else ""
     note = (
         f"{evaluation['num_documents']:,} held-out documents, {evaluation['num_bytes']:,} bytes, "
-        f"{evaluation['num_tokens']:,} tokens; {', '.join(map(str, evaluation['num_neighbors']))} neighbors a chunk; "
+        f"{evaluation['num_tokens']:,} tokens{unknown}; "
+        f"{', '.join(map(str, evaluation['num_neighbors']))} neighbors a chunk; "
         "in brackets 95 % intervals by bootstrap over documents."
     )
     return f"{_table(['retrieval', 'bits per byte', 'perplexity', 'less off', 'less random'], rows)}\n{note}\n"

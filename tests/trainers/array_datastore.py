@@ -59,6 +59,7 @@ class ArraySource:
 class ArrayTokenizer:
     def __init__(self, bos_token_id=None):
         self.bos_token_id = bos_token_id
+        self.unk_token_id = None
 
 
 class ArrayDatastore(ArraySource):

@@ -388,3 +388,18 @@ def test_another_retriever_reads_what_it_would_have_stored(model, tiny_datastore
 def test_shares_that_are_none_are_refused(model, datastore, held_out, shares):
     with pytest.raises(ValueError, match="datastore_shares is"):
         evaluate(model, datastore, held_out, datastore_shares=shares)
+
+
+def test_unknown_tokens_are_counted_in_an_evaluation(model, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("trainers.evaluation.evaluate.logger.warning", warnings.append)
+    documents, neighbors = [[5, 6, 7, 1, 1, 8, 9, 4], [1, 2, 3]], [[-1], [-1], [-1]]
+    store = ArrayDatastore(documents, 4, neighbors)
+    options = {"modes": ["off"], "num_neighbors": 1, "window_chunks": 2, "stride_chunks": 1, "show_progress": False}
+    for unknown, expected in ((1, [1, 1, 1]), (None, [0, 0, 0])):
+        store.tokenizer.unk_token_id, store.tokenizer.eos_token_id, store.tokenizer.sep_token_id = unknown, 4, None
+        evaluation = evaluate_retro(model, store, ArraySource(documents, 4, neighbors), **options)
+        assert evaluation.unknown_tokens.tolist() == expected
+        assert evaluation.to_dict().get("unknown_tokens", 0) == sum(expected)
+        assert ("3 of them unknown" in evaluation.to_markdown()) == (unknown == 1)
+    assert len(warnings) == 1 and warnings[0].startswith("27.3% of the tokens are unknown")

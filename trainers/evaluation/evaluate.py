@@ -24,7 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from data_prep.chunker import MANY_UNKNOWN, unknown_tokens
 from data_prep.index import read_embeddings
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.manifest import TRAIN_SPLIT
@@ -39,6 +41,11 @@ from .options import EvaluationOptions
 from .predictions import token_nats
 from .report import RetroEvaluation
 from .windows import document_offsets, document_windows, summed_over_processes, window_batches
+
+
+logger = logging.get_logger(__name__)
+
+_BLOCK = 1 << 14  # chunks
 
 
 # The paper measures overlap with the ten nearest neighbors (arXiv:2112.04426, section 2.6).
@@ -87,6 +94,7 @@ def evaluate_retro(
         raise ValueError(
             f"there are {len(options.domains)} domains for {num_documents} documents; expected one for each"
         )
+    unknown = _count_unknown(datastore, split, num_chunks)
     retrieved = _retrieved(datastore, split, num_chunks, options)
     overlap = None
     if options.measure_overlap:
@@ -122,9 +130,26 @@ def evaluate_retro(
         domains=None if options.domains is None else list(options.domains),
         seed=options.seed,
         chunk_tokens=num_tokens,
+        unknown_tokens=unknown,
         token_bits=bits_of_tokens,
         seconds=seconds,
     )
+
+
+def _count_unknown(datastore: RetroDatastore, split: DatastoreSplit, num_chunks: int) -> np.ndarray:
+    """Unknown tokens int64 `[chunks]`. Warns if they are many."""
+    counts, total = [np.zeros(0, dtype=np.int64)], 0
+    for start in range(0, num_chunks, _BLOCK):
+        input_ids, mask = split.chunks.take(np.arange(start, min(start + _BLOCK, num_chunks)))
+        counts.append(unknown_tokens(datastore.tokenizer, input_ids, mask.sum(axis=1)))
+        total += int(mask.sum())
+    found = np.concatenate(counts)
+    if found.sum() > MANY_UNKNOWN * total:
+        logger.warning(
+            f"{found.sum() / total:.1%} of the tokens are unknown to the tokenizer: it cannot tell these texts apart, "
+            "so the bits per byte are too low to mean anything"
+        )
+    return found
 
 
 def _ways(options: EvaluationOptions) -> Iterator[tuple[Way, int, float]]:

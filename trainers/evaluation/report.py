@@ -76,6 +76,8 @@ class RetroEvaluation:
             Seed of the bootstrap.
         chunk_tokens (`np.ndarray`, *optional*):
             Number of counted tokens of each chunk, int64 `[chunks]`.
+        unknown_tokens (`np.ndarray`, *optional*):
+            Number of tokens of each chunk that stand for text that the tokenizer does not know, int64 `[chunks]`.
         token_bits (`dict[str, np.ndarray]`, *optional*):
             Bits of the code for each token, float64 `[chunks, m]`, for some ways to retrieve.
         seconds (`dict[str, np.ndarray]`, *optional*):
@@ -95,6 +97,7 @@ class RetroEvaluation:
     domains: list[str] | None = None
     seed: int = 0
     chunk_tokens: np.ndarray | None = None
+    unknown_tokens: np.ndarray | None = None
     token_bits: dict[str, np.ndarray] = field(default_factory=dict)
     seconds: dict[str, np.ndarray] = field(default_factory=dict)
     rivals: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -121,6 +124,7 @@ class RetroEvaluation:
             overlap=None if self.overlap is None else self.overlap[chunks],
             domains=None if self.domains is None else [self.domains[n] for n in np.flatnonzero(documents)],
             chunk_tokens=self.chunk_tokens[chunks],
+            unknown_tokens=None if self.unknown_tokens is None else self.unknown_tokens[chunks],
             token_bits={name: bits[chunks] for name, bits in self.token_bits.items()},
         )
 
@@ -190,6 +194,8 @@ class RetroEvaluation:
                 for reference in names[:i]
             },
         }
+        if self.unknown_tokens is not None and self.unknown_tokens.any():
+            numbers["unknown_tokens"] = int(self.unknown_tokens.sum())
         if self.overlap is not None:
             numbers["overlap"] = self.overlap_curve()
         if self.domains is not None:
