@@ -32,7 +32,8 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
 from modeling_retro.datastore.datastore import RetroDatastore
 from trainers.durable_checkpoints import last_complete_checkpoint
-from trainers.evaluation.evaluate import MODES, evaluate_retro
+from trainers.evaluation.evaluate import evaluate_retro
+from trainers.evaluation.options import MODES
 from trainers.evaluation.report import RetroEvaluation
 from trainers.language_model.collator import DataCollatorForRetro, collator_options
 from trainers.language_model.config import RetroTrainingArguments

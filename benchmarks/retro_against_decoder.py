@@ -25,7 +25,8 @@ from pathlib import Path
 
 from data_prep.arguments import parse_arguments, run_command
 from modeling_retro import RetroDatastore, RetroForCausalLM
-from trainers.evaluation.evaluate import MODES, evaluate_retro
+from trainers.evaluation.evaluate import evaluate_retro
+from trainers.evaluation.options import MODES
 from trainers.quickstart import train_model
 
 

@@ -123,7 +123,7 @@ def test_a_changed_tokenizer_folder_is_refused(datastore_copy, tiny_tokenizer):
     other = PreTrainedTokenizerFast.from_pretrained(datastore_copy / "tokenizer")
     other.add_tokens(["retrospective"])
     other.save_pretrained(datastore_copy / "tokenizer")
-    with pytest.raises(ValueError, match="is not the tokenizer of"):
+    with pytest.raises(ValueError, match=r"tokenizer.json was altered: its checksum is not the one in datastore.json"):
         RetroDatastore.from_pretrained(datastore_copy).tokenizer
 
 

@@ -13,13 +13,11 @@
 # limitations under the License.
 """`retro generate` looks up a question by its own text and answers it with what it found."""
 
-import shutil
-
 import pytest
 import torch
 from tiny_models import tiny_llama
 
-from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
+from modeling_retro import RetroDatastore, RetroForCausalLM, RetroJointForCausalLM
 from trainers.generation import generate_with_neighbors, look_up
 from trainers.scripts import generate
 
@@ -128,12 +126,12 @@ def test_the_command_says_what_it_looked_up(folders, tiny_datastore_dir, capsys,
     assert output.out.count("    passage ") == (options.get("num_neighbors", 2) if said else 0)
 
 
-def test_a_message_is_looked_up_without_its_template(folders, tiny_datastore_dir, tmp_path, capsys):
-    datastore = tmp_path / "datastore"
-    shutil.copytree(tiny_datastore_dir, datastore)
+def test_a_message_is_looked_up_without_its_template(folders, tiny_datastore_dir, monkeypatch, capsys):
     template = "{% for message in messages %}a datastore {{ message.content }}{% endfor %} up"
-    (datastore / "tokenizer" / "chat_template.jinja").write_text(template)
-    command(folders, datastore, prompt="naïve things", chat=True)
+    opened = RetroDatastore.from_pretrained(tiny_datastore_dir)
+    opened.tokenizer.chat_template = template
+    monkeypatch.setattr(RetroDatastore, "tokenizer", opened.tokenizer)
+    command(folders, tiny_datastore_dir, prompt="naïve things", chat=True)
     output = capsys.readouterr()
     assert "Looked up 'naïve things' and found 2 passages" in output.err
     assert output.out.startswith("a datastore naïve things up")
