@@ -203,7 +203,9 @@ class JointReadingMixin:
         Reads the last tokens of chunks again, in the rows `(B,)` that have just completed one. What follows is
         predicted from the state that the last of them has then, so it replaces that in `outputs`.
         """
-        rows = completes.nonzero()[:, 0]
+        # A row that lacks the first tokens of its document may begin with the last of a chunk: nothing is before that.
+        start = (locations.first_row_index - locations.first_document_index)[:, 0].clamp(min=0)
+        rows = (completes & (locations.row_index[:, 0] > start)).nonzero()[:, 0]
         if len(rows) == 0:
             return
         back = torch.arange(self.config.reread_tokens - 1, -1, -1, device=rows.device)
