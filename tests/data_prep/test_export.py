@@ -195,7 +195,7 @@ def test_other_tokenizers_and_encoders_are_refused(
     with pytest.raises(ValueError, match="is not the tokenizer of"):
         _ = remote.tokenizer
     with pytest.raises(ValueError, match="no BM25 index"):
-        RetroRetriever(open_datastore(url), retriever="bm25").search.open()
+        RetroRetriever(open_datastore(url), retriever="bm25").neighbor_search.open()
     with pytest.raises(ValueError, match="no splits to read"):
         remote.split("train")
 

@@ -48,7 +48,7 @@ def test_documents_do_not_control_the_terminal(tiny_tokenizer, tmp_path, capsys)
     write_jsonl(tmp_path / "a.jsonl", texts)
     recipe = {
         "tokenizer": str(tmp_path / "tokenizer"),
-        "chunk_size": 8,
+        "chunk": {"chunk_size": 8},
         "splits": {"train": [str(tmp_path / "a.jsonl")]},
         "neighbors": {"num_neighbors": 2, "retriever": "bm25"},
     }
