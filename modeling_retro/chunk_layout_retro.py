@@ -37,6 +37,11 @@ def seen_chunk(index: Index, chunk_size: int) -> Index:
     return (index + 1) // chunk_size - 1
 
 
+def completes_chunk(index: int | torch.LongTensor, chunk_size: int) -> bool | torch.BoolTensor:
+    """Whether a token is the last of a chunk, from its index in its document: the first that sees its neighbors."""
+    return (index + 1) % chunk_size == 0
+
+
 def completed_between(before: int, after: int, chunk_size: int) -> range:
     """
     Finds the chunks that are completed while a document grows. Only whole chunks are looked up.
@@ -186,7 +191,7 @@ def completed_chunks(
         in its first chunk are in the columns in front of it, which are padding, or negative if there are not enough.
     """
     slots = locations.document_slot + seen_chunk(locations.document_index, chunk_size) - locations.first_slot
-    closing = locations.is_token & ((locations.document_index + 1) % chunk_size == 0) & (slots >= 0)
+    closing = locations.is_token & completes_chunk(locations.document_index, chunk_size) & (slots >= 0)
     rows, closing_columns = closing.nonzero(as_tuple=True)
     back = torch.arange(chunk_size - 1, -1, -1, device=rows.device)
     row_index = locations.row_index[rows, closing_columns][:, None] - back  # [n, m]

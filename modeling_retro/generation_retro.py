@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from .cache_retro import RetrievalCache, RetroCache
-from .chunk_layout_retro import completed_chunks, default_position_ids, locate_call, locate_tokens
+from .chunk_layout_retro import completed_between, completed_chunks, default_position_ids, locate_call, locate_tokens
 from .neighbors_retro import Neighbors, pad_to_shape
 
 
@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
-class RetrievalMemory:
+class LookedUpChunks:
     """
     The neighbors that a call of `generate()` has retrieved so far, found by the tokens of their chunk. With it no
     chunk is retrieved twice, even if beam search reorders rows, if candidates are rejected, or if a prefix is computed
@@ -60,12 +60,12 @@ class RetrievalMemory:
             else:
                 missing = torch.zeros(1) if self.prompt_mask is None else (self.prompt_mask == 0).sum(-1)
             self.missing = missing.long().unique().tolist()
-        lengths = range(past_length + 1, past_length + seq_len + 1)
-        return not any((length - missing) % chunk_size == 0 for length in lengths for missing in self.missing)
+        grown = past_length + seq_len
+        return not any(completed_between(past_length - n, grown - n, chunk_size) for n in self.missing)
 
 
 # One for each thread and task. Contexts nest, because an assistant model generates inside another generation.
-_active_memory: ContextVar[RetrievalMemory | None] = ContextVar("retrieval_memory", default=None)
+_looked_up: ContextVar[LookedUpChunks | None] = ContextVar("looked_up_chunks", default=None)
 
 PROVENANCE_FIELDS = {"chunk_ids": -1, "document_ids": -1, "scores": float("nan")}
 
@@ -245,7 +245,7 @@ class RetroGenerationMixin:
     @staticmethod
     def prompt_length(default: int) -> int:
         """Number of tokens of the prompt inside `generate()`; outside of it, `default`."""
-        memory = _active_memory.get()
+        memory = _looked_up.get()
         return default if memory is None else memory.prompt_length
 
     @torch.no_grad()
@@ -279,7 +279,7 @@ class RetroGenerationMixin:
             return None
         check_cache(past_key_values, self.cache_class)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        memory = _active_memory.get()
+        memory = _looked_up.get()
         if memory is not None and memory.completes_no_chunk(past_length, input_ids.shape[1], self.config.chunk_size):
             return None
         locations = locate_call(input_ids, attention_mask, position_ids, past_length, self.config.chunk_size)
@@ -305,7 +305,7 @@ class RetroGenerationMixin:
     @torch.compiler.disable  # a search is no part of a graph
     def _look_up(self, chunks: torch.LongTensor) -> list[dict[str, torch.Tensor]]:
         """The neighbors of each of `chunks` `(n, m)`. Chunks that the memory knows are not retrieved again."""
-        memory = _active_memory.get()
+        memory = _looked_up.get()
         known = memory.chunks if memory is not None else {}
         keys = [chunk.tobytes() for chunk in chunks.numpy()]
         missing = {key: row for row, key in enumerate(keys) if key not in known}
@@ -341,21 +341,21 @@ class RetroGenerationMixin:
             ValueError: If a row of the prompt is padded on the right.
         """
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        memory = RetrievalMemory(
+        memory = LookedUpChunks(
             prompt_length=prompt.shape[1] if prompt is not None else 0,
             continues_cache=prompt is None or kwargs.get("past_key_values") is not None,
             prompt_positions=kwargs.get("position_ids"),
         )
-        token = _active_memory.set(memory)
+        token = _looked_up.set(memory)
         try:
             outputs = super().generate(*args, **kwargs)
         finally:
-            _active_memory.reset(token)
+            _looked_up.reset(token)
         if not isinstance(outputs, torch.Tensor) and prompt is not None:
             self._add_provenance(outputs, memory)
         return outputs
 
-    def _add_provenance(self, outputs: Any, memory: RetrievalMemory) -> None:
+    def _add_provenance(self, outputs: Any, memory: LookedUpChunks) -> None:
         sequences = outputs.sequences.cpu()
         num_sequences, length = sequences.shape
 
@@ -407,7 +407,7 @@ class RetroGenerationMixin:
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        memory = _active_memory.get()
+        memory = _looked_up.get()
         if memory is not None and memory.prompt_mask is None and attention_mask is not None:
             if attention_mask.ndim == 2 and not attention_mask[:, -1].all():
                 raise ValueError(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from .attention_retro import AttentionPart, Blocks, group_columns
-from .chunk_layout_retro import TokenLocations, find_seen_slots
+from .chunk_layout_retro import TokenLocations, completes_chunk, find_seen_slots
 
 
 @dataclass
@@ -103,7 +103,7 @@ def plan_states(
         again &= (index > 0) & (locations.row_index > 0)
         if is_prompt:
             slot, again = torch.where(again, chunk, slot), torch.zeros_like(again)
-        again = again & ((index + 1) % chunk_size != 0)
+        again = again & ~completes_chunk(index, chunk_size)
         chunk = torch.where(again, chunk, num_slots)
         num_again = int(again.sum(1).max())
     front = (~again).int().argsort(dim=1, stable=True)[:, :num_again]  # [B, R]

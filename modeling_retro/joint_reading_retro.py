@@ -18,7 +18,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .chunk_layout_retro import TokenLocations, take_columns, token_mask
+from .chunk_layout_retro import TokenLocations, completes_chunk, seen_chunk, take_columns, token_mask
 from .joint_attention_retro import gather_gradients, layer_windows
 from .joint_cache_retro import RereadTokens, RetroJointCache
 from .joint_call_retro import Front, JointCall
@@ -130,13 +130,13 @@ class JointReadingMixin:
             return self._step(call, neighbors)
         locations = call.locate(size)
         index = locations.document_index
-        completes = locations.is_token & ((index + 1) % size == 0)  # [B, T]
+        completes = locations.is_token & completes_chunk(index, size)  # [B, T]
         cuts = (completes | (locations.is_token & (index == 0))).any(0)
         # CODEPATH: models that read chunks again do so as soon as a chunk is complete.
         if self.config.reread_tokens > 1:
             cuts[1:] |= completes.any(0)[:-1]
         starts = sorted({0, *cuts.nonzero()[:, 0].tolist()})
-        slots = locations.document_slot + (index + 1) // size - 1 - locations.first_slot  # [B, T]
+        slots = locations.document_slot + seen_chunk(index, size) - locations.first_slot  # [B, T]
         pieces = []
         for start, end in zip(starts, [*starts[1:], length]):
             own = None
@@ -161,7 +161,7 @@ class JointReadingMixin:
         """
         locations, cache, size = call.locate(self.config.chunk_size), call.cache, self.config.chunk_size
         index, is_token = locations.document_index[:, 0], locations.is_token[:, 0]
-        completes = is_token & ((index + 1) % size == 0)  # [B]
+        completes = is_token & completes_chunk(index, size)  # [B]
         if cache.front_mask is None or cache.uncropped_length > 0:
             self._restore_front(call, locations)
         cache.update_neighbors(neighbors, locations.first_slot[:, 0], locations.mask.shape[1] // size)
