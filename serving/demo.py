@@ -19,10 +19,10 @@ import gradio as gr
 
 from modeling_retro import RetroJointForCausalLM
 from trainers.generation import short_question
+from trainers.prompts import PromptEncoder
 
 from .load import LoadedModel
 from .page import CSS, legend, plain_html, reading_html
-from .prompts import PromptEncoder
 from .reading import continue_both_ways, read_text
 from .sampling import SamplingParameters
 

@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 from modeling_retro import RetroJointForCausalLM
 from modeling_retro.retriever.retriever import RetroRetriever
 from trainers.load_model import load_retro_model
+from trainers.prompts import PromptEncoder
 
 from .decoding_batch import DecodingBatch
 from .engine import Engine
-from .prompts import PromptEncoder
 
 
 if TYPE_CHECKING:

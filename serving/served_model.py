@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from modeling_retro import RetroRetriever
+from trainers.prompts import PromptEncoder
 
 from .answers import error_body
 from .decoding_batch import Row
 from .engine import Engine
-from .prompts import PromptEncoder
 from .schema import ChatRequest, CompletionRequest
 
 

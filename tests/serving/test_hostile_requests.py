@@ -27,12 +27,12 @@ import torch
 from tiny_server import TEMPLATE, running, save_model
 
 from serving.app import create_app
-from serving.chat_template import ChatTemplate
 from serving.listening import Server, bind
 from serving.load import load_served_model
 from serving.sampling import Sampler, SamplingParameters
 from serving.schema import ChatRequest
 from serving.scripts import serve
+from trainers.chat_template import ChatTemplate
 
 
 NO_END = {"logit_bias": {"0": -100}}

@@ -24,7 +24,6 @@ from tiny_server import save_model
 from modeling_retro import RetroJointForCausalLM
 from serving.load import load_model
 from serving.page import plain_html, reading_html
-from serving.prompts import PromptEncoder
 from serving.reading import (
     Neighbor,
     Piece,
@@ -38,6 +37,7 @@ from serving.reading import (
 from serving.sampling import ChosenToken, SamplingParameters
 from serving.text_stream import TextStream
 from trainers.generation import look_up
+from trainers.prompts import PromptEncoder
 
 
 TEXT = "retro looks things up in a datastore naïve 日本語 👩‍👩‍👧 looks up in a datastore δέλτα retro looks"

@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if query is None:
         query = prompt if arguments.chat else short_question(prompt, tokenizer, model.config.chunk_size)
     if arguments.chat:
-        from serving.prompts import PromptEncoder
+        from ..prompts import PromptEncoder
 
         prompt = PromptEncoder(tokenizer).encode_chat([{"role": "user", "content": prompt}])
     if query is not None:

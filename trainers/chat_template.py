@@ -93,7 +93,7 @@ class ChatTemplate:
         return answer
 
     def _start(self) -> subprocess.Popen:
-        words = [sys.executable, "-m", "serving.chat_template"]
+        words = [sys.executable, "-m", "trainers.chat_template"]
         paths = os.pathsep.join(path for path in sys.path if path)
         environment = {**os.environ, "PYTHONPATH": paths}
         pipe = subprocess.PIPE
