@@ -17,13 +17,15 @@ import argparse
 import json
 import os
 import pkgutil
-import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from data_prep.terminal import printable_output
 
 
 if TYPE_CHECKING:
@@ -151,33 +153,25 @@ def _set_defaults_from_file(parser: "HfArgumentParser", path: Path, skip_unknown
         action.default = str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
-# Line breaks and tabs stay. Marks of writing direction reorder what stands beside them.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def printable(text: str) -> str:
-    """
-    Writes control characters of a text out, such as the escape that begins a command to a terminal as `\\x1b`. Text of
-    documents, and errors that may name it, pass through here before they are printed.
-    """
-    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
-
-
 def run_command(main: Callable[[], Any]) -> None:
     """
     Runs a script. A mistake of the user (`ValueError`, `OSError`, `ImportError`) is reported in one line, with exit
-    code
-    1. If the output is not a terminal, only long work shows its progress, once a minute.
+    code 1. All that is printed passes through [`printable_output`]. If the output is not a terminal, only long work
+    shows its progress, once a minute.
     """
     if not sys.stderr.isatty():
         # tqdm reads these variables when it is imported, for the bars of all libraries.
         os.environ.setdefault("TQDM_DELAY", "30")
         os.environ.setdefault("TQDM_MININTERVAL", "60")
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)
-        sys.exit(130)
+    with printable_output():
+        try:
+            main()
+        except (ValueError, OSError, ImportError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            print("interrupted; run the same command again to resume", file=sys.stderr)
+            sys.exit(130)
+        except Exception:  # Python would print it after the block
+            traceback.print_exc()
+            sys.exit(1)

@@ -60,7 +60,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, engine: Engine, name: str, grace_period: float):
         last = grace_period + _LAST_SECONDS
-        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=last))
+        super().__init__(uvicorn.Config(app, log_level="warning", use_colors=False, timeout_graceful_shutdown=last))
         self.engine = engine
         self.name = name
         self.grace_period = grace_period

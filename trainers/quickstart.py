@@ -40,7 +40,6 @@ from transformers import (
     set_seed,
 )
 
-from data_prep.arguments import printable
 from data_prep.chunk import chunk_documents
 from data_prep.deduplicate import deduplicate_documents
 from data_prep.docstrings import is_held_out, read_docstrings
@@ -526,7 +525,7 @@ def report(
     write_text(output_dir / "report.json", json.dumps(summary, indent=2) + "\n")
     write_text(output_dir / "generated.txt", generated + "\n")
     times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    print(f"\n{printable(generated)}\n\n{evaluation.to_markdown()}\n{finding}\n")
+    print(f"\n{generated}\n\n{evaluation.to_markdown()}\n{finding}\n")
     if operations is not None:
         counts = ", ".join(f"{name} {count / 1e9:.2f}" for name, count in operations.items())
         print(f"billions of operations for a token: {counts}\n")

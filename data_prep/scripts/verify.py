@@ -29,7 +29,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from data_prep.arguments import parse_arguments, printable, run_command
+from data_prep.arguments import parse_arguments, run_command
 
 
 @dataclass
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--repair is for datastores, {path} is none")
     findings = repair_datastore(path, arguments.input) if arguments.repair else verify(path)
     for finding in findings:
-        print(printable(str(finding)))
+        print(str(finding))
     if findings:
         sys.exit(2 if all(finding.unchecked for finding in findings) else 1)
     print(f"{arguments.path}: nothing is wrong")

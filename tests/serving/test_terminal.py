@@ -13,7 +13,15 @@
 # limitations under the License.
 """What documents and errors can do to a terminal: nothing."""
 
+import contextlib
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
 import unicodedata
+from pathlib import Path
 
 import pytest
 from conftest import write_jsonl
@@ -22,8 +30,43 @@ from hypothesis import strategies as st
 from tiny_server import save_model
 
 from data_prep import prepare_datastore
-from data_prep.arguments import printable, run_command
-from trainers.scripts import generate
+from data_prep.arguments import run_command
+from data_prep.terminal import printable
+from trainers import cli
+
+
+HOSTILE = "\x1b]0;title\x07\x1b[2J\x1b[A\r\x9b5A\u202e\u2066\x00"
+PRINT_IN_ALL_WAYS = """
+import sys
+from data_prep.arguments import run_command
+
+def main():
+    import argparse, logging, threading, warnings
+    import transformers, uvicorn
+    from tqdm.auto import tqdm
+
+    print("<result>", HOSTILE)
+    print(HOSTILE)
+    sys.stdout.writelines(["<lines> " + HOSTILE])
+    print("<error stream>", HOSTILE, file=sys.stderr)
+    uvicorn.Config(None, log_level="warning", use_colors=False)
+    logging.getLogger("uvicorn.error").warning("<server> %s", HOSTILE)
+    logging.getLogger("serving.engine").warning("<engine> %s", HOSTILE)
+    transformers.utils.logging.get_logger("transformers.x").warning("<transformers> " + HOSTILE)
+    warnings.warn("<warning> " + HOSTILE)
+    for _ in tqdm([HOSTILE], desc="<bar> " + HOSTILE):
+        for _ in tqdm([HOSTILE], desc="<inner bar> " + HOSTILE, position=1):
+            tqdm.write("<beside bars> " + HOSTILE)
+    thread = threading.Thread(target=lambda: int("<thread> " + HOSTILE))
+    thread.start()
+    thread.join()
+    try:
+        argparse.ArgumentParser().parse_args(["<parser> " + HOSTILE])
+    except SystemExit:
+        raise RuntimeError("<end> " + HOSTILE)
+
+run_command(main)
+"""
 
 
 @given(st.text())
@@ -56,16 +99,38 @@ def test_documents_do_not_control_the_terminal(tiny_tokenizer, tmp_path, capsys)
     model = save_model("joint", tmp_path / "datastore", tmp_path / "tiny")
     capsys.readouterr()
     words = ["--model", str(model), "--datastore", str(tmp_path / "datastore"), "--max_new_tokens", "9"]
-    generate.main([*words, "--prompt", escapes * 6])
+    cli.main(["generate", *words, "--prompt", escapes * 6])
     printed = capsys.readouterr().out
     assert "\\x1b[2J" in printed and "\\x1b]0;title\\x07" in printed and "neighbor 1" in printed
     assert all(unicodedata.category(c) != "Cc" or c in "\n\t" for c in printed) and "\u202e" not in printed
 
 
 @pytest.mark.hostile(
-    "an error whose text has control sequences, as from a document or the name of a file",
-    "it is printed as text",
+    "control sequences in a result, a warning, a traceback, the log of the server and of libraries, a refused option "
+    "and the name of a progress bar, of a command that prints to a terminal",
+    "they are printed as text",
 )
+def test_nothing_that_a_command_prints_controls_the_terminal():
+    terminal, end = pty.openpty()
+    termios.tcsetwinsize(terminal, (50, 1000))
+    script = f"HOSTILE = {HOSTILE!r}\n{PRINT_IN_ALL_WAYS}"
+    command = subprocess.Popen([sys.executable, "-c", script], stdout=end, stderr=end)
+    os.close(end)
+    printed = b""
+    with contextlib.suppress(OSError):  # the other end was closed
+        while piece := os.read(terminal, 1 << 16):
+            printed += piece
+    os.close(terminal)
+    assert command.wait() == 1
+    text = printed.decode().replace("\r\n", "\n")
+    ways = re.findall(r"<([a-z ]+)>", PRINT_IN_ALL_WAYS)
+    assert [way for way in ways if f"<{way}>" not in text] == []
+    # Only bars may go to the begin of their line and to the lines of others.
+    assert text.count("]0;title") == text.count(printable(HOSTILE)) >= len(ways)
+    assert {c for c in text.replace("\x1b[A", "") if not c.isprintable()} <= {"\n", "\t", "\r"}
+
+
+@pytest.mark.hostile("an error whose text has control sequences", "it is printed as text, in one line")
 def test_errors_do_not_control_the_terminal(capsys):
     def fail():
         raise ValueError("the document \x1b[2J\r is broken")
@@ -73,3 +138,9 @@ def test_errors_do_not_control_the_terminal(capsys):
     with pytest.raises(SystemExit):
         run_command(fail)
     assert capsys.readouterr().err == "error: the document \\x1b[2J\\r is broken\n"
+
+
+def test_each_command_is_run_where_its_output_is_made_printable():
+    for module, _ in cli.COMMANDS.values():
+        script = Path(*module.split(".")).with_suffix(".py")
+        assert script.read_text().endswith('if __name__ == "__main__":\n    run_command(main)\n'), script

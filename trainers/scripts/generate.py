@@ -24,7 +24,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from data_prep.arguments import parse_arguments, printable, run_command
+from data_prep.arguments import parse_arguments, run_command
 
 
 @dataclass
@@ -129,11 +129,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         do_sample=arguments.do_sample,
         **sampling,
     )
-    print(printable("".join(chunk.text for chunk in chunks)))
+    print("".join(chunk.text for chunk in chunks))
     print()
     if found is not None:
-        print(printable(format_passages(tokenizer, found)))
-    print(printable(format_chunks(chunks)))
+        print(format_passages(tokenizer, found))
+    print(format_chunks(chunks))
 
 
 if __name__ == "__main__":
