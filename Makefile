@@ -13,7 +13,7 @@ style:  ## Fix format and lint
 	ruff format .
 
 test:  ## Run the tests
-	python -m pytest tests
+	python -m pytest -n 2 --dist loadfile tests
 
 test-slow:  ## Run the tests that download models or take minutes
 	python -m pytest tests -m slow

