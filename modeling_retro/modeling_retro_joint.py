@@ -15,6 +15,8 @@
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -215,6 +217,18 @@ class RetroJointForCausalLM(
         """Sets the training mode. The adapters of the decoder are switched off until the next forward pass."""
         self.adapters.switch(None)
         return super().train(mode)
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """Inside this context the model reads neighbors untrained, as before it had adapters or a bias."""
+        bias, self.neighbor_bias = self.neighbor_bias, None
+        try:
+            with self.adapters.resting():
+                yield
+        finally:
+            self.neighbor_bias = bias
+            # What was read meanwhile must not be taken for what the adapters read.
+            self.neighbor_memory.clear()
 
     def generate(
         self,

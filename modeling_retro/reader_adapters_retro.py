@@ -123,6 +123,15 @@ class ReaderAdapters:
             if not keep:
                 self.switch(None)
 
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Keeps both adapters off inside the context, in which the model is the one that it was made from."""
+        names, self.names = self.names, []
+        try:
+            yield
+        finally:
+            self.names = names
+
     def _apply_gate(self, module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         gate = self.gate.to(output)[..., None]  # [B, T, 1]
         # The router of experts receives the tokens of all rows in one dimension.

@@ -56,6 +56,7 @@ GROUPS = {
             "trainers.scripts.teach",
             "store the predictions of a model with the neighbor in front, as a teacher",
         ),
+        "lessons": ("trainers.scripts.make_lessons", "make lessons in reading from the texts of a datastore"),
         "evaluate": ("trainers.scripts.evaluate_retro", "measure the gain from retrieval, in bits per byte"),
         "lm-eval": (
             "trainers.scripts.lm_eval_retro",

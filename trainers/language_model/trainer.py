@@ -36,6 +36,7 @@ from trainers.evaluation.evaluate import evaluate_retro
 
 from .collator import ChunkRows, DataCollatorForRetro, EpochRowSampler, collator_options
 from .config import RetroTrainingArguments
+from .lessons import lesson_losses
 from .muon import MuonWithAdamW
 from .teacher import teacher_loss
 
@@ -147,8 +148,11 @@ class RetroTrainer(DurableCheckpointsMixin, Trainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """
         Computes the loss of the model. With a teacher it is the weighted sum of this loss and the divergence from the
-        teacher, both averaged over the same number of tokens.
+        teacher, both averaged over the same number of tokens. Lessons have a teacher of their own: the base, which
+        reads the passages in order.
         """
+        if "passage_input_ids" in inputs:
+            return self._lesson_loss(model, inputs, num_items_in_batch)
         if "teacher_token_ids" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
@@ -158,11 +162,24 @@ class RetroTrainer(DurableCheckpointsMixin, Trainer):
         if num_items_in_batch is None:
             divergence = divergence / num_taught.clamp(min=1)
         else:
-            num_workers = self.accelerator.num_processes // self.get_tp_size()
-            scale = num_workers if self.args.average_tokens_across_devices else 1
-            divergence = divergence * scale / num_items_in_batch
+            divergence = divergence * self._loss_scale() / num_items_in_batch
         loss = self.args.lm_weight * loss + self.args.teacher_weight * divergence
         return (loss, outputs) if return_outputs else loss
+
+    def _lesson_loss(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        base = self.accelerator.unwrap_model(model) if self.args.teacher_weight > 0 else None
+        loss, divergence = lesson_losses(model, base, inputs)
+        loss = self.args.lm_weight * loss + self.args.teacher_weight * divergence
+        if num_items_in_batch is None:
+            return loss / (inputs["labels"] >= 0).sum()
+        return loss * self._loss_scale() / num_items_in_batch
+
+    def _loss_scale(self) -> int:
+        """What a sum over the items of a batch is multiplied with, because processes average their gradients."""
+        num_workers = self.accelerator.num_processes // self.get_tp_size()
+        return num_workers if self.args.average_tokens_across_devices else 1
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.retrofit_only:

@@ -18,6 +18,8 @@ Trains a RETRO language model on a datastore with stored neighbors.
     retro train --datastore datastore --model smollm2-retro --freeze_decoder true --output_dir model
     retro train --datastore datastore --model HuggingFaceTB/SmolLM2-135M --neighbor_adapter_rank 16 \\
         --freeze_decoder true --retrofit_only true --teacher teacher --row_chunks 8 --output_dir reader
+    retro train --datastore datastore --model HuggingFaceTB/SmolLM2-135M --neighbor_adapter_rank 16 \\
+        --freeze_decoder true --retrofit_only true --lessons lessons.jsonl --output_dir reader
     retro train --datastore datastore --model model --lora_rank 16 --output_dir adapter --num_train_epochs 1
     retro train --datastore datastore --train_documents new.jsonl --model model --output_dir out --max_steps 10000
     retro train --accelerate-config ddp --datastore datastore --model_config small.yaml --output_dir model
@@ -70,6 +72,16 @@ class TrainRetroArguments:
             "help": "Documents to train on as they stream by, in place of the datastore's own: file or glob of .jsonl "
             '(key "text"), .parquet or .txt, or Hub id of a dataset. Needs --max_steps.'
         },
+    )
+    lessons: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON lines of passages and questions, as `retro lessons` writes them, to train a reader on in "
+            "place of the chunks of the datastore."
+        },
+    )
+    reader: str | None = field(
+        default=None, metadata={"help": "Reader to start from, for a model that is wrapped; with --freeze_decoder."}
     )
     eval_split: str = field(
         default="validation", metadata={"help": "Split of the datastore that `eval_strategy` evaluates on."}
@@ -131,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from modeling_retro import RetroDatastore, RetroRetriever
     from trainers.durable_checkpoints import last_complete_checkpoint
     from trainers.language_model.collator import ChunkRows, DataCollatorForRetro, collator_options
+    from trainers.language_model.lessons import DataCollatorForLessons, ReaderLessons
     from trainers.language_model.streaming import RetroStreamTrainer, load_document_stream
     from trainers.language_model.teacher import TeacherPredictions
     from trainers.language_model.trainer import RetroTrainer
@@ -142,7 +155,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.eval_datastore is not None:
         eval_datastore = RetroDatastore.from_pretrained(arguments.eval_datastore)
     eval_dataset = eval_datastore.split(arguments.eval_split) if evaluates else None
-    if arguments.train_documents is None:
+    if arguments.lessons is not None:
+        for name in ("train_split", "train_documents"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name} is for training on chunks, not on --lessons")
+        model = load_model(arguments, datastore, training_arguments)
+        trainer = RetroTrainer(
+            model,
+            training_arguments,
+            datastore,
+            eval_dataset,
+            train_dataset=ReaderLessons(arguments.lessons),
+            data_collator=DataCollatorForLessons(datastore.tokenizer, datastore.neighbor_length),
+            eval_datastore=eval_datastore,
+        )
+    elif arguments.train_documents is None:
         datastore.check_compact("training")
         source = datastore if arguments.train_split is None else datastore.split(arguments.train_split)
         row_chunks, teacher = training_arguments.row_chunks, None
@@ -286,6 +313,8 @@ def add_lora(model: "PreTrainedModel", rank: int, layers: str = "decoder") -> "P
 def adapter_fields(arguments: TrainRetroArguments) -> dict[str, Any]:
     """Fields of [`RetroJointConfig`] for the weights to train besides a frozen decoder."""
     fields: dict[str, Any] = {"neighbor_bias": True} if arguments.neighbor_bias else {}
+    if arguments.reader is not None:
+        fields["reader"] = arguments.reader
     for name in ("neighbor_adapter", "row_adapter"):
         rank = getattr(arguments, f"{name}_rank")
         if rank is not None:

@@ -1,0 +1,222 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_texts
+from safetensors.torch import load_file
+from test_reader_adapters_retro import LORA, make_reader
+from tiny_joint import make_decoder
+from tiny_models import tiny_llama
+
+from data_prep.chunk import chunk_documents
+from data_prep.embed import embed_chunks
+from data_prep.index import build_index
+from data_prep.neighbors import find_neighbors
+from modeling_retro import RetroDatastore, RetroJointForCausalLM
+from trainers.evaluation.questions import KINDS, SYLLABLES, encode_passages
+from trainers.language_model.lessons import DataCollatorForLessons, ReaderLessons, lesson_losses
+from trainers.language_model.make_lessons import BEGINNINGS, ENDINGS, FACTS, MIDDLES, TWO_HOPS, UNKNOWN, make_lessons
+from trainers.scripts import train_retro
+from trainers.scripts.make_lessons import main as make_lessons_main
+
+
+LESSON = {
+    "passages": ["red cat sat.\n", "A dog.\n", "blue\n"],
+    "questions": [
+        {"prompt": "Who sat?", "answer": " a red cat"},
+        {"prompt": "Which? It is", "answer": " d"},
+    ],
+}
+
+
+@pytest.fixture
+def collator(tiny_tokenizer):
+    return DataCollatorForLessons(tiny_tokenizer, neighbor_length=16)
+
+
+def write_lessons(path, lessons):
+    path.write_text("".join(json.dumps(lesson) + "\n" for lesson in lessons))
+    return path
+
+
+def test_questions_become_rows_that_end_with_their_answers_and_share_passages(collator, tiny_tokenizer, tmp_path):
+    other = {"passages": ["one\n"], "questions": [{"prompt": "x", "answer": "y"}]}
+    lessons = ReaderLessons(write_lessons(tmp_path / "lessons.jsonl", [LESSON, other]))
+    assert len(lessons) == 2
+    assert lessons[3].data == other  # the second line in the second epoch
+    batch = collator([lessons[0], lessons[1]])
+    questions = LESSON["questions"] + other["questions"]
+    for row, mask, labels, question in zip(
+        batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], questions, strict=True
+    ):
+        prompt, answer = (tiny_tokenizer(question[name])["input_ids"] for name in ("prompt", "answer"))
+        assert row[mask].tolist() == prompt + answer
+        assert mask.tolist() == sorted(mask.tolist())
+        assert labels.tolist() == [-100] * (len(row) - len(answer)) + answer
+    ids, kept = encode_passages(tiny_tokenizer, [LESSON["passages"]] * 2 + [other["passages"]], 16)
+    assert torch.equal(batch["passage_input_ids"], ids)
+    assert torch.equal(batch["passage_attention_mask"], kept)
+
+
+def test_losses_are_those_of_each_answer_with_passages_apart_and_of_the_base_with_them_in_front():
+    fields = {"neighbor_adapter": LORA, "row_adapter": LORA, "neighbor_bias": True}
+    model, base = make_reader(**fields), make_decoder()
+    torch.nn.init.constant_(model.neighbor_bias, 0.7)
+    generator = torch.Generator().manual_seed(0)
+    shape, vocab_size = (2, 7), model.config.vocab_size
+    labels = torch.randint(3, vocab_size, shape, generator=generator)
+    inputs = {
+        "input_ids": labels.clone(),
+        "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]),
+        "labels": labels.masked_fill(torch.tensor([[1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0]]).bool(), -100),
+        "passage_input_ids": torch.randint(3, vocab_size, (2, 3, 6), generator=generator),
+        "passage_attention_mask": torch.ones(2, 3, 6, dtype=torch.bool),
+    }
+    inputs["passage_attention_mask"][0, 1, 4:] = False
+    found_loss, found_divergence = lesson_losses(model, model, inputs)
+    expected_loss, expected_divergence = 0, 0
+    for b, first in enumerate((4, 6)):
+        row = inputs["input_ids"][b][inputs["attention_mask"][b].bool()]
+        passages, mask = inputs["passage_input_ids"][b], inputs["passage_attention_mask"][b]
+        apart = model(row[None], passage_input_ids=passages[None], passage_attention_mask=mask[None]).logits[0]
+        front = passages[mask]
+        in_front = base(torch.cat([front, row])[None]).logits[0, len(front) :]
+        for column in range(first, 7):
+            place = column - (7 - len(row)) - 1
+            log_q, log_p = (logits[place].log_softmax(-1) for logits in (apart, in_front))
+            expected_loss -= log_q[labels[b, column]]
+            expected_divergence += (log_p.exp() * (log_p - log_q)).sum()
+    # The losses are computed in float32.
+    torch.testing.assert_close(found_loss.double(), expected_loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found_divergence.double(), expected_divergence, rtol=1e-4, atol=1e-5)
+    assert expected_divergence > 0.1
+    assert lesson_losses(model, None, inputs)[0] == found_loss
+    assert model.neighbor_bias is not None and len(model.neighbor_memory) == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"passages": [], "questions": [{"prompt": "a", "answer": "b"}]}',
+        '{"passages": ["a"]}',
+        '{"passages": ["a"], "questions": [{"prompt": "a", "answer": ""}]}',
+        '{"passages": [3], "questions": [{"prompt": "a", "answer": "b"}]}',
+    ],
+)
+def test_a_line_that_is_no_lesson_is_refused_by_its_number(line, tmp_path):
+    path = tmp_path / "lessons.jsonl"
+    path.write_text(json.dumps(LESSON) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match="line 2 is no lesson"):
+        ReaderLessons(path)
+    path.write_text("")
+    with pytest.raises(ValueError, match="holds no lessons"):
+        ReaderLessons(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_tokenizer, tiny_encoder_dir):
+    """A datastore with neighbors as long as those of a real one, and a small decoder."""
+    folder = tmp_path_factory.mktemp("lessons")
+    texts = [" ".join(make_texts(4, seed=seed)) + "\n`size` (`int`, defaults to `7`):" for seed in range(12)]
+    write_lessons(folder / "train.jsonl", [{"text": text} for text in texts])
+    chunk_documents(folder / "train.jsonl", folder / "datastore", tiny_tokenizer, chunk_size=64)
+    embed_chunks(folder / "datastore", tiny_encoder_dir)
+    build_index(folder / "datastore")
+    find_neighbors(folder / "datastore", num_neighbors=4)
+    tiny_llama(len(tiny_tokenizer), initializer_range=0.1).save_pretrained(folder / "base")
+    options = ["--datastore", str(folder / "datastore"), "--num_lessons", "40", "--question_share", "0.7"]
+    make_lessons_main([*options, "--output_file", str(folder / "lessons.jsonl")])
+    return folder
+
+
+def test_answers_stand_in_passages_that_fit_and_the_lessons_depend_on_the_seed(folder):
+    datastore = RetroDatastore.from_pretrained(folder / "datastore")
+    lessons = list(make_lessons(datastore, "train", 40, question_share=0.7))
+    assert lessons == [lesson.data for lesson in map(ReaderLessons(folder / "lessons.jsonl").__getitem__, range(40))]
+    assert lessons != list(make_lessons(datastore, "train", 40, question_share=0.7, seed=1))
+    answers = {answer for _, answer in UNKNOWN}
+    num_questions = num_unknown = 0
+    for lesson in lessons:
+        encode_passages(datastore.tokenizer, [lesson["passages"]], datastore.neighbor_length)
+        for question in lesson["questions"]:
+            if "?" not in question["prompt"]:
+                continue
+            num_questions += 1
+            answer = question["answer"].strip().removesuffix(".")
+            is_unknown = any(known.startswith(answer) for known in answers)
+            num_unknown += is_unknown
+            assert is_unknown or any(answer in passage for passage in lesson["passages"])
+    assert num_questions > 50
+    assert 0 < num_unknown < 0.3 * num_questions
+
+
+def test_lessons_share_no_fact_or_name_with_the_questions_that_measure_them():
+    generator = np.random.default_rng(0)
+    facts = [make(generator, 4) for make in KINDS.values()]
+    measured = " ".join(sentence for fact in facts for sentences in fact.sentences for sentence in sentences)
+    taught = " ".join(statement for *statements, _, _ in FACTS + TWO_HOPS for statement in statements)
+    measured, taught = (set(re.findall("[a-z]{4,}", text)) for text in (measured, taught))
+    assert not (measured & taught) - {"that", "year"}
+    names = [f"{one}{two}{end}".lower() for one in BEGINNINGS for two in MIDDLES for end in ENDINGS]
+    assert not [name for name in names if any(name.startswith(s) and name[len(s) :] in SYLLABLES for s in SYLLABLES)]
+
+
+def test_a_reader_learns_from_lessons_stops_and_goes_on_to_the_same_weights(folder, tmp_path):
+    def train(output_dir, **options):
+        if "reader" not in options:
+            options["neighbor_adapter_rank"] = 2
+        options = {
+            "datastore": folder / "datastore",
+            "lessons": folder / "lessons.jsonl",
+            "model": folder / "base",
+            "freeze_decoder": True,
+            "retrofit_only": True,
+            "max_steps": 4,
+            "save_steps": 2,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "output_dir": output_dir,
+            **options,
+        }
+        train_retro.main([word for name, value in options.items() for word in (f"--{name}", str(value))])
+        return load_file(output_dir / "retrofit.safetensors")
+
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "halves", max_steps=2)
+    resumed = train(tmp_path / "halves")
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    # Another run begins with this reader.
+    started = train(tmp_path / "further", reader=tmp_path / "whole", learning_rate=0.0)
+    assert all(torch.equal(started[name], value) for name, value in whole.items())
+    datastore = RetroDatastore.from_pretrained(folder / "datastore")
+    lessons, collator = ReaderLessons(folder / "lessons.jsonl"), DataCollatorForLessons(datastore.tokenizer, 128)
+    losses = []
+    for reader in (None, tmp_path / "whole"):
+        fields = {} if reader is None else {"reader": str(reader)}
+        model = RetroJointForCausalLM.from_decoder_pretrained(str(folder / "base"), **fields)
+        with torch.no_grad():
+            losses.append(sum(float(lesson_losses(model, None, collator([lessons[n]]))[0]) for n in range(10)))
+    assert losses[1] < losses[0]
