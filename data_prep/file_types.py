@@ -42,11 +42,15 @@ def file_type(path: str | Path) -> tuple[str, str | None]:
         `tuple[str, str | None]`: the kind (`"jsonl"` for `.jsonl`, `.json` and `.ndjson`, `"csv"` for `.csv` and
         `.tsv`, `"parquet"`, or `"text"` for any other), and the packing (`"gzip"`, `"zstd"` or None).
     """
+    return _KINDS.get(suffix_of(path), "text"), _PACKINGS.get(Path(path).suffix.lower())
+
+
+def suffix_of(path: str | Path) -> str:
+    """The last suffix of a file, in small letters and without that of its packing: `".rst"` for `"A.RST.gz"`."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    packing = _PACKINGS.get(suffixes[-1]) if suffixes else None
-    if packing is not None:
+    if suffixes and suffixes[-1] in _PACKINGS:
         suffixes.pop()
-    return _KINDS.get(suffixes[-1], "text") if suffixes else "text", packing
+    return suffixes[-1] if suffixes else ""
 
 
 def bare_name(path: str | Path) -> str:

@@ -33,6 +33,7 @@ from transformers.utils import logging
 from data_prep.chunk import chunk_documents, chunk_features
 from data_prep.deduplicate import deduplicate_documents
 from data_prep.embed import embed_chunks
+from data_prep.file_report import files_of_split
 from data_prep.index import build_index, read_embeddings
 from data_prep.memory import return_freed_memory
 from data_prep.neighbors import find_neighbors
@@ -163,6 +164,7 @@ def prepare_datastore(
                     force=force,
                     **recipe.get("chunk", {}),
                 )
+            _print_files(path, split)
         if len(splits) > 1 and recipe.get("deduplicate") is not None:
             with _timed("deduplicate"):
                 deduplicate_documents(path, **recipe["deduplicate"])
@@ -304,6 +306,12 @@ def _resolve(inputs: Any, folder: Path) -> list[Any]:
             entry = str(folder / entry)
         resolved.append(entry)
     return resolved
+
+
+def _print_files(path: Path, split: str) -> None:
+    table = files_of_split(path, split, read_manifest(path).splits[split])
+    if table is not None and process_state().is_main_process:
+        print(table, flush=True)
 
 
 class _timed:

@@ -29,8 +29,9 @@ import xxhash
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 
-from data_prep.file_types import file_type
+from data_prep.file_types import file_type, suffix_of
 from data_prep.stage_files import process_state
+from data_prep.tables import is_json_in_one_piece
 from modeling_retro.datastore.manifest import SourceRecord
 from modeling_retro.durable_files_retro import whole, write_json
 
@@ -100,12 +101,14 @@ class Source:
     One file of records, or a list of text files that hold one document each.
 
     Args:
-        kind (`str`): `"jsonl"`, `"parquet"`, `"text"` or `"dataset"`.
+        kind (`str`): `"jsonl"`, `"json"`, `"csv"`, `"parquet"`, `"text"` or `"dataset"`.
         path (`str`): The file, or the name of a dataset in messages.
         files (`tuple[str, ...]`, *optional*): The files of a `"text"` source.
         dataset (`datasets.Dataset`, *optional*): The data of a `"dataset"` source.
         filter ([`Filter`], *optional*): Condition of the records to keep.
         folder (`str`, *optional*): Folder of this machine that paths in the manifest leave out.
+        is_found (`bool`, *optional*, defaults to `False`):
+            Whether the files were found in a folder or by a glob, and not named.
     """
 
     kind: str
@@ -114,10 +117,16 @@ class Source:
     dataset: Dataset | None = field(default=None, compare=False, repr=False)
     filter: "Filter | None" = None
     folder: str | None = field(default=None, compare=False)
+    is_found: bool = field(default=False, compare=False)
 
     def public(self, path: str) -> str:
         """A path of this source, relative to the folder that is left out."""
         return path if self.folder is None else os.path.relpath(path, self.folder)
+
+    def public_name(self, path: str) -> str | None:
+        """A path that the datastore keeps. A copied stream and a dataset have none."""
+        is_nameless = self.kind == "dataset" or Path(self.path).name.startswith(SPOOL)
+        return None if is_nameless else self.public(path)
 
     def describe(self, known: dict[str, list] | None = None) -> SourceRecord:
         """
@@ -153,7 +162,7 @@ class Source:
     @property
     def seekable(self) -> bool:
         """Whether reading can start at any record without reading those before it."""
-        return not (self.kind == "jsonl" and file_type(self.path)[1] is not None)
+        return self.kind not in ("csv", "json") and not (self.kind == "jsonl" and file_type(self.path)[1] is not None)
 
 
 def _hash_of_file(file: str) -> str:
@@ -278,7 +287,8 @@ def _find_files(entry: str | Path) -> list[Source]:
     # Paths in the manifest begin with the file or folder that was named, or with the first folder of a glob.
     fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
     folder = os.path.dirname(os.path.abspath(Path(*fixed)))
-    if path.is_file():
+    is_found = not path.is_file()
+    if not is_found:
         files = [path]
     elif path.is_dir():
         files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path))]
@@ -290,11 +300,15 @@ def _find_files(entry: str | Path) -> list[Source]:
     sources, texts = [], []
     for file in sorted(files):
         kind = file_type(file)[0]
-        if kind in ("jsonl", "parquet"):
-            sources.append(Source(kind, str(file), folder=folder))
-        else:
+        if kind == "jsonl" and suffix_of(file) == ".json" and is_json_in_one_piece(str(file)):
+            kind = "json"
+        if kind == "text":
             texts.append(str(file))
-    return [*sources, Source("text", str(entry), tuple(texts), folder=folder)] if texts else sources
+        else:
+            sources.append(Source(kind, str(file), folder=folder, is_found=is_found))
+    if texts:
+        sources.append(Source("text", str(entry), tuple(texts), folder=folder, is_found=is_found))
+    return sources
 
 
 def _is_hidden(path: Path) -> bool:

@@ -65,6 +65,7 @@ GROUPS = {
         "lm-eval-tasks": ("trainers.scripts.lm_eval_tasks", "make tasks of the harness from the texts of a datastore"),
     },
     "use it": {
+        "search": ("trainers.scripts.search", "look a text up in a datastore"),
         "generate": ("trainers.scripts.generate", "continue a prompt and show the neighbors used"),
         "serve": ("serving.scripts.serve", "answer requests with the API of OpenAI"),
         "demo": ("serving.scripts.demo", "show what retrieval is worth, in a browser"),

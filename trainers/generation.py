@@ -16,13 +16,15 @@
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_retro import RetroJointForCausalLM
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.documents import DocumentSource
 from modeling_retro.retriever.retriever import RetrievedNeighbors, RetroRetriever
 
 
@@ -42,11 +44,14 @@ class GeneratedChunk:
             them.
         scores (`list[float]`):
             Scores of the neighbors.
+        sources (`list[DocumentSource | None]`):
+            Where the neighbors come from, `None` where the datastore does not say.
     """
 
     text: str
     neighbors: list[str]
     scores: list[float]
+    sources: list[DocumentSource | None] = field(default_factory=list)
 
 
 def short_question(prompt: str, tokenizer: PreTrainedTokenizerBase, chunk_size: int) -> str | None:
@@ -198,6 +203,7 @@ def generate_with_neighbors(
         neighbors, masks = datastore.take_neighbors(ids[is_found].numpy())
         chunk.neighbors = passage_texts(tokenizer, neighbors, masks)
         chunk.scores = scores[is_found].tolist()
+        chunk.sources = datastore.sources(ids[is_found].numpy())
     return chunks
 
 
@@ -236,19 +242,25 @@ def format_chunks(chunks: Sequence[GeneratedChunk], width: int = 100) -> str:
     return "\n".join(lines)
 
 
-def format_passages(tokenizer: PreTrainedTokenizerBase, found: RetrievedNeighbors, width: int = 100) -> str:
-    """Formats the passages of a question for reading."""
+def format_passages(datastore: RetroDatastore, found: RetrievedNeighbors, width: int = 100) -> str:
+    """Formats the passages of a question for reading, with their sources."""
     is_found = found.chunk_ids[0] >= 0
     ids, masks = found.neighbor_input_ids[0, is_found].cpu(), found.neighbor_attention_mask[0, is_found].cpu()
-    passages = GeneratedChunk("", passage_texts(tokenizer, ids, masks), found.scores[0, is_found].tolist())
+    sources = datastore.sources(found.chunk_ids[0, is_found].tolist())
+    texts = passage_texts(datastore.tokenizer, ids, masks)
+    passages = GeneratedChunk("", texts, found.scores[0, is_found].tolist(), sources)
     return "\n".join(_format_neighbors("passage", passages, width))
 
 
 def _format_neighbors(name: str, chunk: GeneratedChunk, width: int) -> list[str]:
-    return [
-        f"    {name} {rank} ({score:.2f}): {_shorten(neighbor, 2 * width)}"
-        for rank, (neighbor, score) in enumerate(zip(chunk.neighbors, chunk.scores, strict=True), start=1)
-    ]
+    lines = []
+    sources = chunk.sources or [None] * len(chunk.neighbors)
+    for rank, (neighbor, score, source) in enumerate(
+        zip(chunk.neighbors, chunk.scores, sources, strict=True), start=1
+    ):
+        place = "" if source is None else f" of {_shorten(str(source), width)}"
+        lines.append(f"    {name} {rank}{place} ({score:.2f}): {_shorten(neighbor, 2 * width)}")
+    return lines
 
 
 def _shorten(text: str, width: int) -> str:

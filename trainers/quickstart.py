@@ -43,8 +43,9 @@ from transformers import (
 from data_prep.chunk import chunk_documents
 from data_prep.deduplicate import deduplicate_documents
 from data_prep.docstrings import is_held_out, read_docstrings
-from data_prep.documents import Dropped, RecordFormat, RecordReader, plan_parts
+from data_prep.documents import Document, Dropped, RecordFormat, RecordReader, plan_parts
 from data_prep.embed import embed_chunks
+from data_prep.file_report import format_files
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
 from data_prep.sources import find_sources
@@ -310,41 +311,54 @@ def split_documents(
         return
     if data is None:
         # Modeling files are generated from modular files, so these hold the same text.
-        text_of = {
-            document["id"]: document["text"]
-            for document in read_docstrings(["transformers"])
+        documents = [
+            Document(document["text"], number, document["id"])
+            for number, document in enumerate(read_docstrings(["transformers"]))
             if not document["id"].split(".")[-1].startswith("modular_")
-        }
-        names, documents = list(text_of), list(text_of.values())
+        ]
     else:
-        documents = list(dict.fromkeys(_read_documents(data, on_bad_record)))
+        text_of = {}
+        for document in _read_documents(data, on_bad_record, output_dir):
+            text_of.setdefault(document.text, document)  # equal texts count once
+        documents = list(text_of.values())
     if len(documents) < 2:
         raise ValueError(f"{data} holds {len(documents)} documents with text; at least 2 are needed, one to hold out")
     order = np.random.default_rng(seed).permutation(len(documents))
     num_held_out = min(NUM_HELD_OUT, -(-len(documents) // 10))
     if by_name:
-        held_out = np.array([is_held_out(name) for name in names])
+        held_out = np.array([is_held_out(document.name) for document in documents])
         order = np.concatenate([order[held_out[order]], order[~held_out[order]]])
         num_held_out = np.count_nonzero(held_out)
-    splits = {
-        "validation": [documents[i][:max_held_out_characters] for i in order[:num_held_out]],
-        "train": [documents[i] for i in order[num_held_out:]],
-    }
+    splits = {"validation": order[:num_held_out], "train": order[num_held_out:]}
     with whole(folder) as temporary:
         temporary.mkdir()
-        for split, texts in splits.items():
-            lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+        for split, chosen in splits.items():
+            longest = max_held_out_characters if split == "validation" else None
+            records = [_record(documents[i], longest) for i in chosen]
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             (temporary / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def _read_documents(data: str | Path, on_bad_record: str) -> Iterator[str]:
-    sources, record_format, dropped = find_sources(data), RecordFormat(), Dropped(on_bad_record)
+def _record(document: Document, max_characters: int | None) -> dict[str, str | None]:
+    """The line of a document. Its name and its title go with it into the datastore."""
+    return {"text": document.text[:max_characters], "id": document.name, "title": document.source.title}
+
+
+def _read_documents(data: str | Path, on_bad_record: str, output_dir: Path) -> Iterator[Document]:
+    """Reads the documents of `data` by the names of their files, and prints what was read and what was left out."""
+    sources, record_format, dropped = find_sources(data), RecordFormat(id_column="path"), Dropped(on_bad_record)
     reader = RecordReader(sources, record_format)
+    taken = []
     for part in plan_parts(sources, record_format, 1 << 25, on_bad_record):
         for document in reader.documents(part, dropped):
-            yield document.text
-    if dropped.bad:
-        print(f"skipped {len(dropped.bad)} records that are no documents, the first: {dropped.bad[0]}")
+            taken.append((document.source.path, document.encoding))
+            yield document
+    bad = [*dropped.bad, *dropped.left_out]
+    if bad:
+        write_text(output_dir / "left_out.txt", "".join(f"{record}\n" for record in bad))
+    table = format_files(taken, [(record.file, record.reason) for record in bad], str(output_dir / "left_out.txt"))
+    if table is not None:
+        print(table)
 
 
 def train_tokenizer(output_dir: Path) -> PreTrainedTokenizerFast:
@@ -397,6 +411,7 @@ def make_datastore(
             continuation_chunks=config.continuation_chunks,
             max_chunks=max_chunks,
             shard_bytes=SHARD_BYTES,
+            id_column="id",
         )
     removed = deduplicate_documents(path)
     print(f"{removed.documents} near-duplicates of held-out documents ({removed.chunks} chunks) removed")

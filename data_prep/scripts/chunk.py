@@ -26,6 +26,7 @@ chunk of a document is padded.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.memory import keep_freed_memory
@@ -39,7 +40,7 @@ class ChunkArguments:
     tokenizer: str = field(metadata={"help": "Folder or Hub id of a fast tokenizer."})
     input: list[str] = field(
         default_factory=list,
-        metadata={"help": "Files, folders or globs of .jsonl[.gz|.zst], .parquet or text; - reads jsonl from stdin."},
+        metadata={"help": "Files, folders or globs, of any kind of document; - reads jsonl from stdin."},
     )
     dataset: str | None = field(default=None, metadata={"help": "A dataset in place of --input: Hub id or folder."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
@@ -49,7 +50,15 @@ class ChunkArguments:
     chunk_size: int = field(default=64, metadata={"help": "Number of tokens in a chunk."})
     continuation_chunks: int = field(default=1, metadata={"help": "Chunks by which a neighbor continues."})
     text_column: str = field(default="text", metadata={"help": "Key of the text in a record; a.b is b inside a."})
-    id_column: str | None = field(default=None, metadata={"help": "Key of your own id of a document."})
+    id_column: str | None = field(
+        default=None, metadata={"help": "Key of your own id of a document; path is the path of its file."}
+    )
+    keep_columns: list[str] = field(
+        default_factory=list, metadata={"help": "Further keys to keep with a document, beside its path and title."}
+    )
+    encoding: str | None = field(
+        default=None, metadata={"help": "Encoding of text that is not UTF-8. By default it is guessed and recorded."}
+    )
     filter: str | None = field(
         default=None, metadata={"help": "Records to keep, such as 'meta.set == \"Wikipedia (en)\"'."}
     )
@@ -73,7 +82,9 @@ class ChunkArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(ChunkArguments, argv=argv, description=__doc__, prog="retro chunk")
     from data_prep.chunk import chunk_documents
+    from data_prep.file_report import files_of_split
     from data_prep.stage_files import process_state
+    from modeling_retro.datastore.manifest import read_manifest
 
     keep_freed_memory()
     options = vars(arguments)
@@ -84,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         inputs = [*inputs, dataset]
     stage = chunk_documents(inputs, **options)
     if process_state().is_main_process:
+        path = Path(arguments.output_dir)
+        table = files_of_split(path, arguments.split, read_manifest(path).splits[arguments.split])
+        print("" if table is None else f"{table}\n", end="")
         print(
             f"{stage.num_chunks} chunks of {stage.num_documents} documents "
             f"({stage.num_tokens} tokens, {stage.num_bytes} bytes); dropped: "

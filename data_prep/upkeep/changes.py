@@ -31,12 +31,13 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
-from data_prep.chunk import append_documents, chunk_counts, chunk_features
+from data_prep.chunk import append_documents, chunk_features
 from data_prep.deduplicate import deduplicate_documents
 from data_prep.documents import Document
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index, read_embeddings
 from data_prep.neighbors import find_neighbors, is_stale, neighbor_features
+from data_prep.shard_writer import chunk_counts
 from data_prep.sources import describe_sources, find_sources
 from data_prep.stage_files import (
     clear_records,

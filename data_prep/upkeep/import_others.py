@@ -31,10 +31,11 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from data_prep.chunk import chunk_counts, chunk_features, save_tokenizer
+from data_prep.chunk import chunk_features, save_tokenizer
 from data_prep.chunker import control_tokens_inside
 from data_prep.embed import copy_encoder
 from data_prep.neighbors import neighbor_features
+from data_prep.shard_writer import chunk_counts
 from data_prep.stage_files import (
     clear_records,
     directory_lock,

@@ -25,11 +25,12 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from data_prep.chunk import chunk_counts, restore_shard
+from data_prep.chunk import restore_shard
 from data_prep.chunker import control_tokens_inside
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
+from data_prep.shard_writer import chunk_counts
 from data_prep.stage_files import directory_lock, write_manifest
 from data_prep.upkeep.findings import Finding, short
 from data_prep.upkeep.verify_model import verify_model

@@ -36,6 +36,7 @@ from transformers.utils import logging
 from ..encoder.chunk_encoder import ChunkEncoder
 from .checksums import load_tokenizer, tokenizer_fingerprint, verify_file, verify_files
 from .chunks import ChunkTable, load_shard
+from .documents import DocumentSource
 from .links import check_links
 from .manifest import TRAIN_SPLIT, Bm25Record, IndexRecord, Manifest, check_model, read_manifest
 from .splits import DatastoreSplit, RemovedChunks, split_path
@@ -177,6 +178,10 @@ class RetroDatastore:
                 split._is_removed = RemovedChunks(chunks, self.path / removed.name, removed.sha256)
             self._splits[name] = split
         return self._splits[name]
+
+    def sources(self, chunk_ids: Any) -> list[DocumentSource | None]:
+        """The sources of searched chunks [n], as [`DatastoreSplit.sources`] says."""
+        return self.split(TRAIN_SPLIT).sources(chunk_ids)
 
     @property
     def removed_documents(self) -> np.ndarray:

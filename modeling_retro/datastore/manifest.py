@@ -157,7 +157,7 @@ class ChunkShard(Shard):
     bytes: int = checked(COUNT)
     dropped: dict[str, int] = checked(COUNTS)
     last: bool = checked(BOOL, False)  # whether `max_chunks` ended the split in it
-    documents_sha256: str | None = checked(DIGEST, None)  # of the table of the user's ids
+    documents_sha256: str | None = checked(DIGEST, None)  # of the table of its documents
     unknown_tokens: int = checked(COUNT, 0)  # among those that were read; deduplication may have removed some
 
 
@@ -230,8 +230,8 @@ class ChunksStage(Record):
         self.fingerprint = chunks_fingerprint(shards)
         for name, total in self.totals().items():
             setattr(self, name, total)
-        reasons = shards[0].dropped
-        self.dropped = {reason: sum(shard.dropped[reason] for shard in shards) for reason in reasons}
+        reasons = dict.fromkeys(reason for shard in shards for reason in shard.dropped)
+        self.dropped = {reason: sum(shard.dropped.get(reason, 0) for shard in shards) for reason in reasons}
 
     def totals(self) -> dict[str, int]:
         """The totals of the shards, under the names that they have in this record."""

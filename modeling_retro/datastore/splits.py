@@ -16,11 +16,13 @@
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .checksums import verify_file
 from .chunks import ChunkTable, read_columns
+from .documents import DocumentSource, DocumentTable
 from .manifest import TRAIN_SPLIT, SplitRecord
 from .versions import HeldVersion
 
@@ -55,6 +57,24 @@ class DatastoreSplit:
         if missing:
             raise ValueError(f"the shard {missing[0]} is missing ({len(missing)} of {len(shards)} shards are)")
         self.chunks = ChunkTable(folders, [shard.rows for shard in shards], chunk_size)
+
+    @cached_property
+    def _documents(self) -> DocumentTable:
+        return DocumentTable([self.path / "documents" / f"{shard.name}.parquet" for shard in self.record.chunk_shards])
+
+    def sources(self, chunk_ids: Any) -> list[DocumentSource | None]:
+        """
+        Says which documents chunks are from.
+
+        Args:
+            chunk_ids (`np.ndarray`): Integers [n], ids of chunks of this split; -1 stands for an absent chunk.
+
+        Returns:
+            `list[DocumentSource | None]`: `None` where nothing is known, as in a datastore of the Hub or of before.
+        """
+        chunk_ids = np.asarray(chunk_ids, dtype=np.int64)
+        shards = np.searchsorted(self.chunks.offsets, chunk_ids, side="right") - 1  # -1 for -1
+        return self._documents.sources(shards.tolist(), self.chunks.gather("document_id", chunk_ids).tolist())
 
     @cached_property
     def _neighbors(self) -> dict[str, np.ndarray]:

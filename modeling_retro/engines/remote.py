@@ -217,6 +217,9 @@ class RemoteDatastore(RetroDatastore):
             "training and evaluation"
         )
 
+    def sources(self, chunk_ids: Any) -> list[None]:
+        return [None] * len(chunk_ids)  # databases hold none
+
     def is_removed(self, chunk_ids: Any) -> np.ndarray:
         return np.zeros(np.shape(chunk_ids), dtype=bool)
 

@@ -27,7 +27,7 @@ retriever.search("how are rows counted?", k=3)[0].text  # the passage that answe
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ import torch
 
 from ..configuration_retro import RetroConfig
 from ..datastore.datastore import RetroDatastore  # if faiss is missing, this import names the extras
+from ..datastore.documents import DocumentSource
 from ..encoder.chunk_encoder import ChunkEncoder, decode_chunks
 from .search import NeighborSearch, other_document_filter, removed_filter
 
@@ -83,12 +84,14 @@ class FoundText:
         score (`float`): Its score, higher is better; see [`NeighborSearch`].
         chunk_id (`int`): Its number in the datastore.
         document_id (`int`): The number of its document.
+        source ([`DocumentSource`], *optional*): Where its document comes from, if the datastore says so.
     """
 
     text: str
     score: float
     chunk_id: int
     document_id: int
+    source: DocumentSource | None = None
 
 
 class RetroRetriever:
@@ -279,7 +282,9 @@ class RetroRetriever:
         found = {}
         for text, *rest in zip(texts, scores.tolist(), ids.tolist(), documents.tolist(), strict=True):
             found.setdefault(text.strip(), FoundText(text, *rest))
-        return list(found.values())[:k]
+        found = list(found.values())[:k]
+        sources = self.datastore.sources([passage.chunk_id for passage in found])
+        return [replace(passage, source=source) for passage, source in zip(found, sources, strict=True)]
 
     def find(self, texts: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """

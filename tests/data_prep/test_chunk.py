@@ -26,11 +26,11 @@ from datasets import Dataset, load_from_disk
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data_prep import chunk as chunk_module
 from data_prep.chunk import chunk_documents
 from data_prep.chunker import DocumentChunker
 from data_prep.documents import Document
 from data_prep.scripts.chunk import main
+from data_prep.shard_writer import ShardWriter
 from data_prep.stage_files import _fork
 from modeling_retro.datastore.datastore import RetroDatastore
 
@@ -334,7 +334,7 @@ def test_an_unfinished_datastore_goes_on_where_it_was_moved(tmp_path, tiny_token
     texts = make_texts(20)
     write_jsonl(old / "a.jsonl", texts[:10])
     write_jsonl(old / "b.jsonl", texts[10:])
-    saved, save = [], chunk_module._ShardWriter.save
+    saved, save = [], ShardWriter.save
 
     def dies_at_the_second(shard, *arguments):
         saved.append(shard)
@@ -343,7 +343,7 @@ def test_an_unfinished_datastore_goes_on_where_it_was_moved(tmp_path, tiny_token
         return save(shard, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(chunk_module._ShardWriter, "save", dies_at_the_second)
+        patch.setattr(ShardWriter, "save", dies_at_the_second)
         chunk_documents(sorted(old.glob("*.jsonl")), old / "out", tiny_tokenizer, chunk_size=8, shard_bytes=500)
     old.rename(new)
     stage = chunk_documents(sorted(new.glob("*.jsonl")), new / "out", tiny_tokenizer, chunk_size=8, shard_bytes=500)

@@ -246,13 +246,17 @@ def test_a_parquet_column_of_the_wrong_type_is_named(tmp_path):
         read_all(path)
 
 
-def test_a_text_file_of_other_bytes_is_named(tmp_path):
+def test_a_file_without_text_is_an_error_if_it_was_named_and_left_out_of_a_folder(tmp_path):
     (tmp_path / "a.txt").write_text("fine")
-    (tmp_path / "b.bin").write_bytes(b"\x89PNG\r\n\xff")
-    with pytest.raises(ValueError, match=r"b\.bin:1: not valid UTF-8 at byte 0"):
-        read_all(tmp_path)
-    documents, dropped, _ = read_all(tmp_path, on_bad_record="skip")
-    assert [document.text for document in documents] == ["fine"] and len(dropped.bad) == 1
+    (tmp_path / "b").write_bytes(b"\x89PNG\r\n\x1a\n\0\xff")
+    (tmp_path / "c.PNG").write_bytes(b"")
+    for name, reason in {"b": "binary data, no text", "c.PNG": "an image; not read"}.items():
+        with pytest.raises(ValueError, match=rf"{name}:1: {reason}"):
+            read_all(tmp_path / name)
+        assert [bad.reason for bad in read_all(tmp_path / name, on_bad_record="skip")[1].bad] == [reason]
+    documents, dropped, _ = read_all(tmp_path)
+    assert [document.text for document in documents] == ["fine"]
+    assert dropped.bad == [] and len(dropped.left_out) == 2
 
 
 def test_text_files_are_unpacked(tmp_path):

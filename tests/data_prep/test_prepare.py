@@ -174,7 +174,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_that_looks_whole(tmp_path, tiny
         save_shard(path, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.chunk.save_shard", full)
+        patch.setattr("data_prep.shard_writer.save_shard", full)
         with pytest.raises(OSError, match="No space left on device"):
             prepare_datastore(recipe, tmp_path / "out")
     with pytest.raises(ValueError, match="has no finished chunks"):

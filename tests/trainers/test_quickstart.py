@@ -14,10 +14,12 @@
 """`retro quickstart`, on a small corpus with a tiny encoder."""
 
 import json
+import re
 
 import pytest
 import torch
 from conftest import make_texts, write_jsonl
+from mixed_folder import mixed_folder, plain_texts
 from tiny_models import tiny_llama
 from transformers import AutoTokenizer
 
@@ -243,6 +245,23 @@ def test_docstrings_are_held_out_by_name_so_that_the_shipped_model_never_saw_the
     train = read_texts(tmp_path / "documents" / "train.jsonl")
     assert len(train) == 200 - len(held_out)
     assert not set(train) & {"a copy", *held_out}
+
+
+def test_a_mixed_folder_is_measured_and_its_sources_are_kept(tmp_path, decoder_dir, tiny_encoder_dir, monkeypatch):
+    monkeypatch.setattr(quickstart, "find_encoder", lambda: tiny_encoder_dir)
+    names, others = mixed_folder(tmp_path / "mine", plain_texts(130))
+    run(tmp_path / "run", tmp_path / "mine", model=decoder_dir)
+    assert len(names) + len(others) == 120
+    retriever = RetroRetriever.from_pretrained(tmp_path / "run" / "datastore")
+    found = retriever.search("Sentence 3 says", k=200)
+    for passage in found:
+        assert not re.search(r"<[a-z/!?]|�|nbformat|PK\x03", passage.text)
+        assert passage.source.id.partition(":")[0].removeprefix("mine/") in names
+    sample = (tmp_path / "run" / "generated.txt").read_text()
+    prompt, read = sample.split("without ")[0], sample[sample.index("chunk 0:") : sample.index("chunk 1:")]
+    assert re.search(r"neighbor 1 of .*mine/", read) and not re.search(r"</|�|nbformat", prompt + read)
+    left_out = (tmp_path / "run" / "left_out.txt").read_text()
+    assert all(name in left_out for name in others) and not any(f"/{name}:" in left_out for name in names)
 
 
 def test_steps_without_training_are_refused(tmp_path, documents):

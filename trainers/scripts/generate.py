@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("".join(chunk.text for chunk in chunks))
     print()
     if found is not None:
-        print(format_passages(tokenizer, found))
+        print(format_passages(retriever.datastore, found))
     print(format_chunks(chunks))
 
 
