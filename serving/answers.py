@@ -16,10 +16,12 @@
 import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from modeling_retro.datastore.documents import DocumentSource
 
 from .decoding_batch import RetrievedChunk
 from .engine import CompletionEvent
@@ -35,6 +37,7 @@ class Answer:
         request ([`CompletionRequest`] or [`ChatRequest`]): The request.
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the model.
         prompt_lengths (`Sequence[int]`): Number of tokens of each prompt.
+        find_sources (`Callable`): Maps a [`RetrievedChunk`] to the sources of its neighbors.
     """
 
     def __init__(
@@ -42,7 +45,9 @@ class Answer:
         request: CompletionRequest | ChatRequest,
         tokenizer: PreTrainedTokenizerBase,
         prompt_lengths: Sequence[int],
+        find_sources: Callable[[RetrievedChunk], list[DocumentSource | None]],
     ):
+        self._find_sources = find_sources
         self.request = request
         self.tokenizer = tokenizer
         self.is_chat = isinstance(request, ChatRequest)
@@ -111,7 +116,17 @@ class Answer:
         choice["logprobs"] = self._logprobs(event.tokens) if _wants_logprobs(self.request) else None
         if self.request.include_neighbors and (event.retrieved or not self.request.stream):
             choice["neighbors"] = [self._neighbors(chunk) for chunk in event.retrieved]
+            choice["sources"] = self._sources(event.retrieved)
         return choice
+
+    def _sources(self, retrieved: Sequence[RetrievedChunk]) -> list[dict[str, Any]]:
+        """The documents of the neighbors, each once, that the datastore says something of."""
+        found = {}
+        for chunk in retrieved:
+            for document, source in zip(chunk.document_ids, self._find_sources(chunk), strict=True):
+                if source is not None:
+                    found.setdefault(document, {"document_id": document, **source.to_dict()})
+        return list(found.values())
 
     def _neighbors(self, chunk: RetrievedChunk) -> dict[str, Any]:
         texts = [

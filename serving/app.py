@@ -54,7 +54,7 @@ class Run:
         self.metrics = metrics
         request = prepared.request
         lengths = [len(row.tokens) - row.num_hidden for row in prepared.rows]
-        self.answer = Answer(request, served.prompts.tokenizer, lengths)
+        self.answer = Answer(request, served.prompts.tokenizer, lengths, served.find_sources)
         self._events: asyncio.Queue[tuple[int, CompletionEvent]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._start_time = time.perf_counter()

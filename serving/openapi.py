@@ -44,12 +44,24 @@ class ChunkNeighbors(Answered):
     neighbors: list[Neighbor]
 
 
+class Source(Answered):
+    """Where a document of the neighbors comes from: what the datastore knows of it."""
+
+    document_id: int
+    path: str | None = None
+    line: int | None = None
+    title: str | None = None
+    id: str | None = None
+    fields: dict[str, Any] = {}
+
+
 class Choice(Answered):
     """One of the answers to a prompt."""
 
     index: int
     finish_reason: Literal["stop", "length"]
     neighbors: list[ChunkNeighbors] = []
+    sources: list[Source] = []
 
 
 class TokenLogprobs(Answered):

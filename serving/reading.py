@@ -151,11 +151,14 @@ class Reading:
         return neighbors
 
     def _source(self, document: int, chunk_id: int) -> str:
-        """The number of the part and its document, and the beginning of the document, because it has no title."""
+        """The number of the part and its document, and its source, or the beginning of the document."""
         if chunk_id < 0:
             return "from outside of the datastore"
         chunks = self.datastore.chunks
         first, end = (int(chunks.document_id.searchsorted(document, side)) for side in ("left", "right"))
+        (source,) = self.datastore.sources([chunk_id])
+        if source is not None:
+            return f"{source} · document {document}, chunk {chunk_id - first + 1} of {end - first}"
         ids, mask = chunks.take([first])
         beginning = " ".join(self._decode(ids[0][mask[0]].tolist()).split())
         beginning = beginning if len(beginning) <= 60 else beginning[:60].rstrip() + "…"

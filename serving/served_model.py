@@ -15,13 +15,15 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 from pydantic import ValidationError
 
 from modeling_retro import RetroRetriever
+from modeling_retro.datastore.documents import DocumentSource
 from trainers.prompts import PromptEncoder
 
 from .answers import error_body
-from .decoding_batch import Row
+from .decoding_batch import RetrievedChunk, Row
 from .engine import Engine
 from .schema import ChatRequest, CompletionRequest
 
@@ -79,6 +81,18 @@ class ServedModel:
     max_tokens: int
     context_length: int
     reads_jointly: bool
+
+    def find_sources(self, chunk: RetrievedChunk) -> list[DocumentSource | None]:
+        """The sources of the neighbors of a chunk. A version of the datastore that has other chunks does not say."""
+        datastore, unknown = self.retriever.datastore, [None] * len(chunk.chunk_ids)
+        if max(chunk.chunk_ids, default=-1) >= len(datastore.chunks):
+            return unknown
+        documents = datastore.chunks.gather("document_id", np.array(chunk.chunk_ids, dtype=np.int64)).tolist()
+        is_same = all(
+            found == document or chunk_id < 0
+            for found, document, chunk_id in zip(documents, chunk.document_ids, chunk.chunk_ids, strict=True)
+        )
+        return datastore.sources(chunk.chunk_ids) if is_same else unknown
 
     def prepare(self, kind: type[CompletionRequest] | type[ChatRequest], body: bytes) -> PreparedRequest:
         """

@@ -93,8 +93,9 @@ def test_bits_of_a_text_are_those_of_the_model_with_neighbors_and_without(loaded
     )
     assert any(abs(piece.worth) > 1e-2 for piece in pieces)
     source = reading.stretches[1].neighbors[0].source
-    number, first, end = map(int, re.match(r"document (\d+), chunk (\d+) of (\d+) · “", source).groups())
-    assert 0 <= number < 40 and 1 <= first <= end
+    pattern = r"train\.jsonl:(\d+) · document (\d+), chunk (\d+) of (\d+)$"
+    line, number, first, end = map(int, re.match(pattern, source).groups())
+    assert 0 <= number < 40 and 1 <= first <= end and line == number + 1
 
 
 def test_a_prompt_is_continued_as_the_model_does_with_neighbors_and_without(loaded):

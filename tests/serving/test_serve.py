@@ -149,6 +149,9 @@ def test_neighbors_of_each_chunk_are_told(client, served, tiny_datastore_dir):
     assert [neighbor["score"] for neighbor in first] == pytest.approx(found.scores[0].tolist())
     real = found.neighbor_input_ids[0, 0][found.neighbor_attention_mask[0, 0]]
     assert first[0]["text"] == text_of(served, real[real != 0].tolist())
+    documents = dict.fromkeys(neighbor["document_id"] for chunk in neighbors for neighbor in chunk["neighbors"])
+    expected = [{"document_id": number, "path": "train.jsonl", "line": number + 1} for number in documents]
+    assert answer.choices[0].sources == expected
     for body in ({"retrieval": False}, {"num_neighbors": 0}):
         assert client.completions.create(model="tiny", prompt=prompt, extra_body=body).choices[0].neighbors == []
     answer = client.completions.create(model="tiny", prompt=prompt, extra_body={"include_neighbors": False})

@@ -25,6 +25,7 @@ from array_datastore import ArrayDatastore, ArraySource, random_datastore
 from data_prep.bm25_index import build_bm25_index
 from data_prep.neighbors import find_neighbors
 from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM
+from trainers.evaluation.closest import closest_documents, format_closest
 from trainers.evaluation.evaluate import (
     NeighborSource,
     evaluate_retro,
@@ -241,6 +242,30 @@ def test_overlap_is_the_longest_substring_shared_with_a_neighbor_and_ignores_pad
     # Two tokens of chunk 0, which go on into its continuation; one token and padding in common; nothing.
     split = ArraySource([[4, 5, 6, 0], [9], [3, 3, 3, 3]], CHUNK_SIZE, [[2, 0], [2, -1], [2, 1]])
     assert neighbor_overlap(datastore, split, 3).tolist() == [3 / 4, 1 / 4, 0]
+
+
+def test_the_closest_documents_are_those_of_the_highest_overlap_with_their_sources(tiny_datastore_dir):
+    datastore = RetroDatastore.from_pretrained(tiny_datastore_dir)
+    split = datastore.split("validation")
+    overlap = neighbor_overlap(datastore, split, len(split.chunks))
+    rows = closest_documents(datastore, split, overlap, number=4)
+    documents = split.chunks.document_id
+    best = {document: overlap[documents == document].max() for document in set(documents.tolist())}
+    assert [row["overlap"] for row in rows] == sorted(best.values(), reverse=True)[:4]
+    for row in rows:
+        sources = split.sources(range(len(documents)))
+        own = [number for number, source in enumerate(sources) if source.to_dict() == row["document"]]
+        chunk = own[int(np.argmax(overlap[own]))]
+        tokens = split.chunks.take([chunk])[0][0]
+        runs = []
+        ids = split.neighbor_ids[chunk]
+        for neighbor, source in zip(ids, datastore.sources(ids), strict=True):
+            text, mask = datastore.take_neighbors([neighbor])
+            runs.append((brute_force_substring(tokens, np.where(mask, text, -2)[0]), source.to_dict()))
+        assert row["neighbor"] == max(runs, key=lambda run: run[0])[1]
+        assert row["overlap"] == max(runs, key=lambda run: run[0])[0] / datastore.chunk_size
+    table = format_closest(rows)
+    assert f"| {rows[0]['overlap']:.0%} | validation.jsonl:{rows[0]['document']['line']} | train.jsonl:" in table
 
 
 def test_overlap_bins_hold_every_chunk_once_and_cumulate_to_the_whole(model, datastore, held_out):

@@ -124,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from modeling_retro import RetroDatastore
     from modeling_retro.datastore.manifest import describe_datastore
     from modeling_retro.sharing.model_card import save_model_card
+    from trainers.evaluation.closest import closest_documents, format_closest
     from trainers.evaluation.evaluate import evaluate_retro, stored_retriever
     from trainers.evaluation.options import EvaluationOptions
     from trainers.evaluation.rivals import evaluate_rivals
@@ -182,7 +183,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "datastore": describe_datastore(datastore.manifest),
             "retriever": arguments.retriever or stored_retriever(split),
         }
-        evaluation.save(arguments.output_dir, facts)
+        closest = closest_documents(datastore, split, evaluation.overlap) if arguments.overlap else []
+        evaluation.save(arguments.output_dir, {**facts, "closest_documents": closest} if closest else facts)
         if (
             arguments.model_card
             and (Path(arguments.model) / "config.json").is_file()
@@ -190,6 +192,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ):
             save_model_card(arguments.model, {**evaluation.to_dict(), **facts})
         print(evaluation.to_markdown())
+        if closest:
+            print(f"The held-out documents that repeat the most of the datastore:\n\n{format_closest(closest)}")
 
 
 if __name__ == "__main__":
