@@ -233,11 +233,15 @@ class RetroCache(RetrievalCache):
             True for the real neighbor tokens of the last complete chunk of each row.
         current_key_values (`dict[int, tuple[torch.Tensor, torch.Tensor]]`):
             Keys and values of these neighbors for each layer with chunked cross attention, each of shape
-            `(batch_size, num_key_value_heads, k * neighbor_length, head_dim)`. Empty after a crop, which may have
-            removed the chunk of these neighbors. The next call then encodes the neighbors of the last chunk again.
+            `(batch_size, num_key_value_heads, k * neighbor_length, head_dim)`.
+        current_slot (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            The slot of these neighbors.
+        is_cropped (`bool`):
+            Whether no call has followed the last crop. If that has removed the chunk of the current neighbors, the
+            next call encodes those of the last complete chunk again.
     """
 
-    _row_tensors = (*RetrievalCache._row_tensors, "chunk_states", "current_attention_mask")
+    _row_tensors = (*RetrievalCache._row_tensors, "chunk_states", "current_attention_mask", "current_slot")
     _column_tensors = (*RetrievalCache._column_tensors, "chunk_states")
 
     def _reset_retrieval(self) -> None:
@@ -245,6 +249,14 @@ class RetroCache(RetrievalCache):
         self.chunk_states: torch.Tensor | None = None
         self.current_attention_mask: torch.BoolTensor | None = None
         self.current_key_values: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.current_slot: torch.LongTensor | None = None
+        self.is_cropped = False
+
+    def drop_outdated(self, last_slot: torch.LongTensor) -> None:
+        """After a crop: drops the current neighbors, unless they are those of `last_slot` `(batch_size,)`."""
+        if self.is_cropped and self.current_key_values and not torch.equal(self.current_slot, last_slot):
+            self.current_attention_mask, self.current_key_values = None, {}
+        self.is_cropped = False
 
     def update_chunk_states(self, states: torch.Tensor) -> torch.Tensor:
         """Appends activations `(batch_size, seq_len, hidden_size)` and returns all of them."""
@@ -314,8 +326,7 @@ class RetroCache(RetrievalCache):
         if tokens_to_remove == 0:
             return
         self.chunk_states = self.chunk_states[:, :tokens_to_remove] if self.chunk_states is not None else None
-        self.current_attention_mask = None
-        self.current_key_values = {}
+        self.is_cropped = True
 
 
 __all__ = ["RetrievalCache", "RetroCache"]

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Retrieval at the ends of chunks, inside `generate()` and inside a plain forward pass"""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,10 +22,13 @@ from typing import Any, Self
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationConfig, GenerationMode, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.utils import logging
 
 from .cache_retro import RetrievalCache, RetroCache
 from .chunk_layout_retro import completed_between, completed_chunks, default_position_ids, locate_call, locate_tokens
+from .drafts_retro import DRAFT_TOKENS, DrawInTurn, NeighborDrafts, why_no_drafts
 from .neighbors_retro import Neighbors, pad_to_shape
 
 
@@ -45,6 +49,8 @@ class LookedUpChunks:
     prompt_mask: torch.Tensor | None = None
     chunks: dict[bytes, dict[str, torch.Tensor]] = field(default_factory=dict)
     missing: list[int] | None = None
+    draft_tokens: int | None = None
+    drafts: NeighborDrafts | None = None
 
     def completes_no_chunk(self, past_length: int, seq_len: int, chunk_size: int) -> bool:
         """
@@ -325,26 +331,38 @@ class RetroGenerationMixin:
                 known[key] = {name: value[row] for name, value in fields.items() if value is not None}
         return [known[key] for key in keys]
 
-    def generate(self, *args, **kwargs) -> Any:
+    def generate(self, *args, draft_tokens: int | None = None, **kwargs) -> Any:
         """
         Generates as [`~transformers.GenerationMixin.generate`] does. Whenever a row completes a chunk, the neighbors
         of the chunk are looked up, and the token that completed the chunk already uses them. If `neighbor_input_ids`
         is given, it holds the neighbors of the chunks of the prompt. The neighbors of later chunks come from the
         retriever, if there is one.
 
+        Args:
+            draft_tokens (`int`, *optional*):
+                Largest number of tokens that are drafted from the neighbors and the row, and confirmed by one step.
+                Drafts change no token of greedy search, and none that a seed draws. With 0 there are none. By default
+                there are up to 8 where they can be had: for one row with neighbors, without beams, and in float32 or
+                float64, because in 16 bits a step of several tokens may round differently.
+
         Returns:
             With `return_dict_in_generate=True` and a retriever that knows them, the output also has
             `retrieved_chunk_ids`, `retrieved_document_ids` (`torch.LongTensor`, -1 where absent) and
-            `retrieved_scores` (`torch.FloatTensor`, NaN where absent) of shape `(num_sequences, num_chunks, k)`.
+            `retrieved_scores` (`torch.FloatTensor`, NaN where absent) of shape `(num_sequences, num_chunks, k)`. If
+            there were drafts, it has `num_steps`, the number of forward passes.
 
         Raises:
-            ValueError: If a row of the prompt is padded on the right.
+            ValueError: If a row of the prompt is padded on the right, and if `draft_tokens` is given where there can
+                be no drafts.
         """
+        if draft_tokens is not None and draft_tokens < 0:
+            raise ValueError(f"`draft_tokens` is {draft_tokens}, expected a number of tokens, 0 for no drafts")
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         memory = LookedUpChunks(
             prompt_length=prompt.shape[1] if prompt is not None else 0,
             continues_cache=prompt is None or kwargs.get("past_key_values") is not None,
             prompt_positions=kwargs.get("position_ids"),
+            draft_tokens=draft_tokens,
         )
         token = _looked_up.set(memory)
         try:
@@ -353,7 +371,53 @@ class RetroGenerationMixin:
             _looked_up.reset(token)
         if not isinstance(outputs, torch.Tensor) and prompt is not None:
             self._add_provenance(outputs, memory)
+        if not isinstance(outputs, torch.Tensor) and memory.drafts is not None:
+            outputs["num_steps"] = memory.drafts.num_steps
         return outputs
+
+    def _sample(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        **kwargs,
+    ) -> Any:
+        """Greedy search and sampling, with drafts where these can be had."""
+        memory, arguments = _looked_up.get(), (input_ids, logits_processor, stopping_criteria, generation_config)
+        wanted = None if memory is None else memory.draft_tokens
+        obstacle = why_no_drafts(*arguments, synced_gpus, kwargs)
+        if wanted and obstacle is not None:
+            raise ValueError(f"`draft_tokens` is {wanted}, but there can be no drafts: {obstacle}")
+        passages = kwargs.get("passage_input_ids")
+        if wanted is None:
+            reads = self.is_retrieving or kwargs.get("neighbor_input_ids") is not None or passages is not None
+            wanted = DRAFT_TOKENS if reads and memory is not None and self.dtype.itemsize >= 4 else 0
+        if not wanted or obstacle is not None:
+            return super()._sample(*arguments, synced_gpus=synced_gpus, **kwargs)
+        memory.drafts = NeighborDrafts(
+            kwargs["past_key_values"],
+            self.config.chunk_size,
+            num_missing=input_ids.shape[1] - 1 - int(kwargs["position_ids"][0, -1]),
+            max_length=generation_config.max_length,
+            longest=wanted,
+            stopping_criteria=stopping_criteria,
+            passages=passages,
+            passage_mask=kwargs.get("passage_attention_mask"),
+        )
+        if generation_config.do_sample:
+            # The last processor draws, and the library takes what it has drawn.
+            logits_processor = LogitsProcessorList([*logits_processor, DrawInTurn()])
+            generation_config = copy.copy(generation_config)
+            generation_config.do_sample = False
+        return self._assisted_decoding(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+
+    def _get_candidate_generator(self, *args, **kwargs) -> CandidateGenerator:
+        memory = _looked_up.get()
+        if memory is not None and memory.drafts is not None:
+            return memory.drafts
+        return super()._get_candidate_generator(*args, **kwargs)
 
     def _add_provenance(self, outputs: Any, memory: LookedUpChunks) -> None:
         sequences = outputs.sequences.cpu()
@@ -461,9 +525,15 @@ class RetroGenerationMixin:
             torch.cat([one.input_ids for one in kept], dim=1), torch.cat([one.attention_mask for one in kept], dim=1)
         )
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs) -> None:
+        memory, modes = _looked_up.get(), (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        if memory is not None and memory.draft_tokens and generation_mode not in modes:
+            raise ValueError(
+                f"`draft_tokens` is {memory.draft_tokens}, but drafts are for greedy search and sampling, and this is "
+                f"{generation_mode.value.replace('_', ' ')}"
+            )
         is_given = model_kwargs.get("past_key_values") is not None
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         if not is_given and generation_config.cache_implementation in (None, "dynamic", "offloaded"):
             offloading = generation_config.cache_implementation == "offloaded"
             if model_kwargs.get("past_key_values") is not None:

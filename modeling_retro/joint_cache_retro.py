@@ -35,19 +35,22 @@ class RetroJointCache(RetrievalCache):
             True for the keys of real neighbor tokens. `None` if there are no keys in front.
         front_stays (`torch.BoolTensor` of shape `(batch_size, front_length)`, *optional*):
             True for the keys of the passages of a question, which stay in sight of all that follows.
+        front_slot (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            The slot of the neighbors in front, counted from the first chunk of the row; -1 if there are none.
         is_packed (`bool`):
             Whether some row holds several documents.
         uncropped_length (`int`):
-            Number of tokens before those crops that no call has followed. The next call puts the neighbors of the last
-            complete chunk in front again.
+            Number of tokens before those crops that no call has followed. If these have removed the end of a chunk,
+            the next call puts the neighbors of the last complete chunk in front again.
     """
 
-    _row_tensors = (*RetrievalCache._row_tensors, "front_mask", "front_stays")
+    _row_tensors = (*RetrievalCache._row_tensors, "front_mask", "front_stays", "front_slot")
 
     def _reset_retrieval(self) -> None:
         super()._reset_retrieval()
         self.front_mask: torch.BoolTensor | None = None
         self.front_stays: torch.BoolTensor | None = None
+        self.front_slot: torch.LongTensor | None = None
         self.is_packed = False
         self.uncropped_length = 0
 

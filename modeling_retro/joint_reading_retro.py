@@ -114,6 +114,7 @@ class JointReadingMixin:
         """Puts in front of the cached row what its next token sees."""
         nothing = next_slot.new_zeros(len(next_slot), 0, dtype=torch.bool)
         cache.set_front([], nothing, nothing)
+        cache.front_slot = next_slot
         if has_passages:
             key_values, mask = fronts[0].read.take(torch.zeros_like(next_slot), fronts[0].seen)
             cache.set_front(key_values, mask, torch.ones_like(mask))
@@ -166,6 +167,8 @@ class JointReadingMixin:
             self._restore_front(call, locations)
         cache.update_neighbors(neighbors, locations.first_slot[:, 0], locations.mask.shape[1] // size)
         cache.leave_chunk(completes | (is_token & (index == 0)))
+        slot = torch.where(index + 1 >= size, locations.document_slot[:, 0] + seen_chunk(index, size), -1)
+        cache.front_slot = torch.where(is_token, slot, cache.front_slot)
         if neighbors is not None:
             seen = neighbors.seen(self.config.hidden_neighbor_tokens) & completes[:, None, None, None]
             read = self.read_neighbors(
@@ -273,19 +276,22 @@ class JointReadingMixin:
 
     def _restore_front(self, call: JointCall, locations: TokenLocations) -> None:
         """
-        After a crop: puts the neighbors of the last complete chunk in front again. If tokens of the incomplete one had
-        been read again, they go back to the state in which they were written.
+        After a crop of the end of a chunk: puts the neighbors of the last complete chunk in front again. If tokens of
+        the incomplete one had been read again, they go back to the state in which they were written.
         """
         cache, size = call.cache, self.config.chunk_size
         removed = max(0, cache.uncropped_length - cache.get_seq_length())
         cache.uncropped_length = 0
+        index = locations.first_document_index[:, 0]
+        slot = torch.where(index >= size, locations.first_slot[:, 0] - 1, -1)
         if cache.front_mask is None:
             cache.set_front([], locations.mask[:, :0], locations.mask[:, :0])
-        if cache.neighbors is None:
+            cache.front_slot = torch.full_like(slot, -1)
+        if cache.neighbors is None or bool((cache.front_slot == slot).all()):
             return
-        index = locations.first_document_index[:, 0]
+        cache.front_slot = slot
         cache.leave_chunk(torch.ones_like(index, dtype=torch.bool))
-        neighbors = cache.neighbors.take(torch.where(index >= size, locations.first_slot[:, 0] - 1, -1))
+        neighbors = cache.neighbors.take(slot)
         seen = neighbors.seen(self.config.hidden_neighbor_tokens)
         cache.add_front(*self.read_neighbors(neighbors).take(torch.zeros_like(index), seen))
         written, missing = index % size, size - index % size

@@ -843,6 +843,8 @@ class RetroModel(RetroPreTrainedModel):
         layout = compute_chunk_layout(locations, chunk_size, num_slots, has_previous_slot)
         if cache is not None:
             cache.update_neighbors(neighbors, layout.first_slot, locations.mask.shape[1] // chunk_size)
+            cache.drop_outdated(layout.first_slot - 1)
+            cache.current_slot = layout.first_slot - int(has_previous_slot) + layout.next_slot
         if has_previous_slot and not cache.current_key_values:
             # After a crop, the neighbors of the last complete chunk are encoded again.
             previous = cache.neighbors.take(layout.first_slot - 1)
