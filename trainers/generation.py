@@ -54,6 +54,24 @@ class GeneratedChunk:
     sources: list[DocumentSource | None] = field(default_factory=list)
 
 
+class GeneratedChunks(list[GeneratedChunk]):
+    """
+    The chunks of a generated text.
+
+    Args:
+        chunks (`Iterable[GeneratedChunk]`):
+            The chunks, prompt and continuation.
+        num_new_tokens (`int`):
+            Number of tokens that were generated.
+        num_steps (`int`):
+            Number of forward passes that generated them, the one over the prompt included.
+    """
+
+    def __init__(self, chunks: Iterable[GeneratedChunk], num_new_tokens: int, num_steps: int):
+        super().__init__(chunks)
+        self.num_new_tokens, self.num_steps = num_new_tokens, num_steps
+
+
 def short_question(prompt: str, tokenizer: PreTrainedTokenizerBase, chunk_size: int) -> str | None:
     """
     What a prompt asks, if it has a question mark and is too short for one of its chunks to be looked up. Words such as
@@ -146,7 +164,7 @@ def generate_with_neighbors(
     passages: str = "apart",
     allow_control_tokens: bool = False,
     **generate_kwargs,
-) -> list[GeneratedChunk]:
+) -> GeneratedChunks:
     """
     Continues a prompt with retrieval.
 
@@ -165,10 +183,10 @@ def generate_with_neighbors(
         allow_control_tokens (`bool`, *optional*, defaults to `False`):
             Whether text of the prompt that spells a special token, such as `<|im_start|>`, becomes that token.
         generate_kwargs:
-            Passed to [`~transformers.GenerationMixin.generate`].
+            Passed to [`~RetroGenerationMixin.generate`].
 
     Returns:
-        `list[GeneratedChunk]`: prompt and continuation, chunk by chunk. An incomplete last chunk has no neighbors.
+        [`GeneratedChunks`]: prompt and continuation, chunk by chunk. An incomplete last chunk has no neighbors.
 
     Raises:
         ValueError: If the prompt is empty, or if the prompt of a question is too long for the model.
@@ -204,7 +222,8 @@ def generate_with_neighbors(
         chunk.neighbors = passage_texts(tokenizer, neighbors, masks)
         chunk.scores = scores[is_found].tolist()
         chunk.sources = datastore.sources(ids[is_found].numpy())
-    return chunks
+    num_new_tokens = len(tokens) - inputs["input_ids"].shape[1]
+    return GeneratedChunks(chunks, num_new_tokens, output.get("num_steps", num_new_tokens))
 
 
 def passage_texts(tokenizer: PreTrainedTokenizerBase, input_ids: Iterable, masks: Iterable) -> list[str]:

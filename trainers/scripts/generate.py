@@ -78,6 +78,13 @@ class GenerateArguments:
     allow_control_tokens: bool = field(
         default=False, metadata={"help": "Turn text of the prompt such as <|im_start|> into the token that it spells."}
     )
+    draft_tokens: int = field(
+        default=8,
+        metadata={
+            "help": "Largest number of tokens that are drafted from the neighbors and the text, and confirmed by one "
+            "step. 0 for none."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Seed of sampling."})
 
 
@@ -127,7 +134,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_control_tokens=arguments.allow_control_tokens,
         max_new_tokens=arguments.max_new_tokens,
         do_sample=arguments.do_sample,
+        draft_tokens=arguments.draft_tokens,
         **sampling,
+    )
+    per_step = chunks.num_new_tokens / chunks.num_steps
+    print(
+        f"Wrote {chunks.num_new_tokens} tokens in {chunks.num_steps} steps, {per_step:.2f} tokens a step.",
+        file=sys.stderr,
     )
     print("".join(chunk.text for chunk in chunks))
     print()
