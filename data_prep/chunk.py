@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from data_prep.chunker import MANY_UNKNOWN, DocumentChunker
@@ -166,7 +166,7 @@ def chunk_documents(
     if append and (max_documents is not None or max_chunks is not None):
         raise ValueError("append takes all of the new inputs; leave out max_documents and max_chunks")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        tokenizer = load_tokenizer(tokenizer)
     if "LOCAL_WORLD_SIZE" in os.environ or num_proc > 1:
         # By default each tokenizer uses all cores, but here several processes share them.
         threads = (os.cpu_count() or 1) // (num_proc * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

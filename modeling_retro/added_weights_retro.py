@@ -13,30 +13,49 @@
 # limitations under the License.
 """Models that are made from a pretrained decoder: the checksum of the decoder, and saving only the added weights"""
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Self
 
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from .durable_files_retro import remove, whole_files
+from .durable_files_retro import remove, whole_files, write_json
 
 
 RETROFIT_WEIGHTS_NAME = "retrofit.safetensors"
-# The checksums of the weights of a saved model, which `retro verify` compares.
-CHECKSUMS_NAME = "weights_sha256.json"
+# The checksums of the files of a saved model, which `retro verify` compares.
+CHECKSUMS_NAME = "checksums.json"
 ADAPTER_SAFE_WEIGHTS_NAME = "adapter_model.safetensors"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
-def _record_checksums(directory: Path) -> None:
-    checksums = {file.name: _file_sha256(str(file)) for file in sorted(directory.glob("*.safetensors"))}
-    (directory / CHECKSUMS_NAME).write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
+# Files that decide what a model computes: weights, adapters, configurations, code, tokenizer and chat templates.
+_DECISIVE = re.compile(
+    r".*\.(safetensors|py|jinja|model)|.*(config|tokenizer|tokens|tokens_map|vocab|merges|index|template)\.(json|txt)"
+)
+
+
+def decisive_files(directory: Path) -> dict[str, Path]:
+    """The files in the folder of a saved model that decide what it computes, by their names."""
+    files = (*directory.glob("*"), *directory.glob("additional_chat_templates/*"))
+    names = {file.relative_to(directory).as_posix(): file for file in sorted(files) if file.is_file()}
+    return {name: file for name, file in names.items() if _DECISIVE.fullmatch(name)}
+
+
+def record_checksums(directory: Path) -> None:
+    """
+    Writes the checksums of a saved model, which `retro verify` compares. `save_pretrained` of the model calls this. If
+    the tokenizer is saved later, it is called again.
+    """
+    write_json(directory / CHECKSUMS_NAME, {n: _file_sha256(str(f)) for n, f in decisive_files(directory).items()})
 
 
 def checkpoint_sha256(name_or_path: str, gguf_file: str | None = None, **hub_arguments) -> str:
@@ -105,12 +124,12 @@ class RetroBaseModelMixin:
             directory = Path(save_directory)
             with whole_files(directory) as temporary:
                 super().save_pretrained(temporary, **kwargs)
-                _record_checksums(temporary)
                 names = {file.name for file in temporary.iterdir()}
             # Remove the shards of an earlier save: if a folder has both, the earlier weights would be loaded.
             for file in directory.glob("model*.safetensors*"):
                 if file.name not in names:
                     remove(file)
+            record_checksums(directory)
             return
         if self.config.base_model_sha256 is None:
             raise ValueError("`retrofit_only=True` is for models made by `from_decoder_pretrained`; this one was not.")
@@ -133,7 +152,7 @@ class RetroBaseModelMixin:
             self.config.architectures = [type(self).__name__]
             self.config.save_pretrained(directory)
             save_file(weights, directory / RETROFIT_WEIGHTS_NAME, metadata={"format": "pt"})
-            _record_checksums(directory)
+        record_checksums(Path(save_directory))
 
     @staticmethod
     def _base_of_adapter(name_or_path: str | os.PathLike | None, **hub_arguments) -> str | None:
@@ -165,7 +184,7 @@ class RetroBaseModelMixin:
         Raises:
             `ValueError`: if the base is not the one that the model was made from.
         """
-        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        own_arguments = hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         weights = None
         if pretrained_model_name_or_path is not None:
             weights = cached_file(
@@ -188,8 +207,10 @@ class RetroBaseModelMixin:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_arguments)
         config.name_or_path = str(pretrained_model_name_or_path)  # PEFT takes it as the base of an adapter
         # These arguments belong to the repository of the model and not to that of the base.
-        for name in ("revision", "subfolder", "_commit_hash", "trust_remote_code", "code_revision"):
+        trusts = kwargs.get("trust_remote_code", False) and base_model_name_or_path is not None
+        for name in ("revision", "subfolder", "_commit_hash", "code_revision"):
             kwargs.pop(name, None)
+        kwargs["trust_remote_code"] = trusts  # the code of the base, if the user names it
         base = base_model_name_or_path or config.base_model_name_or_path
         if base_model_name_or_path is None and config.base_model_revision is not None:
             kwargs["revision"] = config.base_model_revision
@@ -213,5 +234,7 @@ class RetroBaseModelMixin:
         missing = [name for name in model.state_dict() if cls.is_added_weight(name) and name not in retrofit]
         if missing or unexpected:
             raise ValueError(f"{weights} lacks the weights {missing} and has the unknown {unexpected}.")
+        with contextlib.suppress(OSError):  # models that were saved without one have that of the base
+            model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **own_arguments)
         model.freeze_decoder()
         return model

@@ -130,6 +130,7 @@ class RetroJointForCausalLM(
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in RetroJointConfig.__annotations__}
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         gguf_file = kwargs.get("gguf_file")
+        kwargs.setdefault("trust_remote_code", False)
         decoder = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
         return cls.from_decoder(
             decoder,

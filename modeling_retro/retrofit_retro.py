@@ -162,7 +162,8 @@ class RetroRetrofitMixin(RetroBaseModelMixin):
         retro_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in RetroConfig.__annotations__}
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         gguf_file = kwargs.get("gguf_file")
-        base_config = AutoConfig.from_pretrained(name_or_path, gguf_file=gguf_file, **window, **hub_arguments)
+        trust = {"trust_remote_code": kwargs.setdefault("trust_remote_code", False)}
+        base_config = AutoConfig.from_pretrained(name_or_path, gguf_file=gguf_file, **window, **hub_arguments, **trust)
         fields = decoder_fields(base_config)
         fixed = sorted(set(retro_fields) & set(fields))
         if fixed:

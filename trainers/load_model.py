@@ -22,6 +22,7 @@ from transformers.utils import find_adapter_config_file
 
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointConfig, RetroJointForCausalLM
 from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.encoder.chunk_encoder import no_code_of
 
 
 def load_retro_model(name_or_path: str, datastore: RetroDatastore, **kwargs: Any) -> PreTrainedModel:
@@ -46,7 +47,8 @@ def load_retro_model(name_or_path: str, datastore: RetroDatastore, **kwargs: Any
     """
     adapter = find_adapter_config_file(name_or_path)
     base = name_or_path if adapter is None else json.loads(Path(adapter).read_text())["base_model_name_or_path"]
-    config = AutoConfig.from_pretrained(base)
+    with no_code_of(f"the model {base}"):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     for name in ("reader", "reread_tokens"):
         if kwargs.get(name) is None:
             kwargs.pop(name, None)

@@ -53,6 +53,7 @@ from data_prep.stage_files import checksum
 from modeling_retro import RetroConfig, RetroForCausalLM
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.durable_files_retro import whole, write_text
+from modeling_retro.encoder.chunk_encoder import no_code_of
 from modeling_retro.retriever.retriever import RetroRetriever
 from modeling_retro.sharing.model_card import Way
 from trainers.durable_checkpoints import last_complete_checkpoint
@@ -203,7 +204,8 @@ def quickstart(
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a causal language model. The error explains how to get SmolLM2 without the Hub."""
     try:
-        return AutoTokenizer.from_pretrained(name)
+        with no_code_of(f"the model {name}"):
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
         if name != HUB_ID:
             raise

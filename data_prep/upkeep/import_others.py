@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from data_prep.chunk import chunk_features, save_tokenizer
@@ -46,7 +46,7 @@ from data_prep.stage_files import (
     share_settings,
     write_manifest,
 )
-from modeling_retro.datastore.checksums import file_checksums, tokenizer_fingerprint
+from modeling_retro.datastore.checksums import file_checksums, load_tokenizer, tokenizer_fingerprint
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.manifest import (
     TRAIN_SPLIT,
@@ -133,7 +133,7 @@ def import_datastore(
     else:
         raise ValueError(f"format must be 'norlund' or 'retro_pytorch', got {format!r}")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        tokenizer = load_tokenizer(tokenizer)
     check_split_name(split)
     _check_shards(shards, len(tokenizer))
     path = Path(output_dir)

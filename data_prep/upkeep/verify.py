@@ -33,7 +33,7 @@ from data_prep.neighbors import find_neighbors
 from data_prep.shard_writer import chunk_counts
 from data_prep.stage_files import directory_lock, write_manifest
 from data_prep.upkeep.findings import Finding, short
-from data_prep.upkeep.verify_model import verify_model
+from data_prep.upkeep.verify_model import is_adapter, verify_model
 from modeling_retro.datastore.checksums import load_tokenizer, tokenizer_fingerprint, verify_file
 from modeling_retro.datastore.chunks import read_columns
 from modeling_retro.datastore.datastore import RetroDatastore, faiss, read_index
@@ -73,7 +73,7 @@ def verify(path: str | Path) -> list[Finding]:
     path = Path(path)
     if (path / MANIFEST_NAME).is_file():
         return verify_datastore(path)
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or is_adapter(path):
         return verify_model(path)
     raise ValueError(f"{path} is neither a datastore ({MANIFEST_NAME}) nor a model (config.json)")
 

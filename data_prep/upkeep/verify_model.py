@@ -20,32 +20,52 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
+from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from data_prep.upkeep.findings import Finding, short
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointConfig, RetroJointForCausalLM
-from modeling_retro.added_weights_retro import CHECKSUMS_NAME, RETROFIT_WEIGHTS_NAME, checkpoint_sha256
+from modeling_retro.added_weights_retro import (
+    CHECKSUMS_NAME,
+    RETROFIT_WEIGHTS_NAME,
+    checkpoint_sha256,
+    decisive_files,
+)
 from modeling_retro.datastore.checksums import checksum, load_tokenizer, tokenizer_fingerprint
 from modeling_retro.datastore.record import PLAIN_NAME
+from modeling_retro.retrofit_retro import decoder_fields
 from modeling_retro.sharing.model_card import EVALUATION_NAME, weights_sha256
 
+
+# Fields of the configuration of a base that say nothing of what it computes, or that are chosen when it is loaded.
+_FREE_FIELDS = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 
 MODEL_CLASSES = {"retro": (RetroConfig, RetroForCausalLM), "retro_joint": (RetroJointConfig, RetroJointForCausalLM)}
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter of PEFT and no model."""
+    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
+
+
 def verify_model(path: str | Path) -> list[Finding]:
     """
-    Verifies a RETRO model. Its weights must be readable, finite and those of its configuration. Its base, its
-    tokenizer and its evaluation must be the ones that it names.
+    Verifies a RETRO model, or an adapter of one. Its files must be those that were saved, and its weights readable,
+    finite and those of its configuration. Its base, its tokenizer and its evaluation must be the ones that it names.
 
     Args:
-        path (`str` or `Path`): Folder of the model.
+        path (`str` or `Path`): Folder of the model or adapter.
 
     Returns:
         `list[Finding]`: the problems, empty if there are none.
     """
     path = Path(path)
     save_again = "save the model again, or download it again"
+    if is_adapter(path):
+        findings = [Finding(name, problem, save_again) for name, problem in _weight_problems(path, {})]
+        problem = "is not checked with the adapter, which does not record its checksum"
+        findings.append(Finding("the base of the adapter", problem, "run `retro verify` on the base", unchecked=True))
+        return [*findings, *_checksum_findings(path)]
     try:
         model_type = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
         config_class, model_class = MODEL_CLASSES[model_type]
@@ -94,38 +114,48 @@ def verify_model(path: str | Path) -> list[Finding]:
 
 
 def _checksum_findings(path: Path) -> Iterator[Finding]:
-    """Compares the weights with the checksums that were recorded when the model was saved."""
-    file, files = path / CHECKSUMS_NAME, {file.name for file in path.glob("*.safetensors")}
-    if not file.is_file():
-        problem = "have no recorded checksums: a value that was changed to another number cannot be noticed"
-        yield Finding("the weights", problem, "save the model again to record them", unchecked=True)
-        return
+    """Compares the files with the checksums that were recorded when the model was saved."""
+    file, files = path / CHECKSUMS_NAME, decisive_files(path)
+    recorded = {}
     try:
-        recorded = dict(json.loads(file.read_text(encoding="utf-8")))
+        if file.is_file():
+            recorded = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         yield Finding(file.name, f"cannot be read ({short(error)})", "restore it from a copy")
         return
-    for name in sorted(files | recorded.keys()):
-        if name not in recorded:
-            yield Finding(name, f"is not named in {CHECKSUMS_NAME}", "remove it, or save the model again")
-        elif name in files and checksum(path / name) != recorded[name]:
-            yield Finding(
-                name, f"was altered: its checksum is not the one in {CHECKSUMS_NAME}", "restore it from a copy"
-            )
-        elif name not in files:
+    unknown = sorted(files.keys() - recorded.keys())
+    if unknown:
+        problem = f"have no recorded checksum, so that a change in them cannot be noticed: {', '.join(unknown)}"
+        yield Finding("some files", problem, "save the model again to record them", unchecked=True)
+    for name, sha256 in sorted(recorded.items()):
+        if name not in files:
             yield Finding(name, "is missing", "restore it from a copy")
+        elif checksum(files[name]) != sha256:
+            problem = f"was altered: its checksum is not the one in {CHECKSUMS_NAME}"
+            yield Finding(name, problem, "restore it from a copy, or save the model again if the change was meant")
 
 
 def _base_findings(config: RetroConfig | RetroJointConfig) -> Iterator[Finding]:
-    base, expected = config.base_model_name_or_path, config.base_model_sha256
+    base, revision = config.base_model_name_or_path, config.base_model_revision
     remedy = "pass `base_model_name_or_path` with the right one to `from_pretrained`"
+    expected = config.base_model_sha256
     try:
-        found = checkpoint_sha256(base, revision=config.base_model_revision)
+        found = checkpoint_sha256(base, revision=revision)
+        base_config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
+        if isinstance(config, RetroJointConfig):
+            fields, own = base_config.to_dict(), config.text_config.to_dict()
+            fields = {name: value for name, value in fields.items() if name not in _FREE_FIELDS}
+        else:
+            fields, own = decoder_fields(base_config), config.to_dict()
+            fields["sliding_window"] = own["sliding_window"]  # which the user may open
     except (OSError, ValueError) as error:
         yield Finding(f"the base {base}", f"cannot be read ({short(error)})", remedy)
         return
     if found != expected:
         yield Finding(f"the base {base}", f"has weights of sha256 {found[:12]}…, expected {expected[:12]}…", remedy)
+    for name in (name for name, value in fields.items() if own.get(name) != value):
+        problem = f"has {name} {fields[name]!r} in its configuration, expected {own.get(name)!r}"
+        yield Finding(f"the base {base}", problem, remedy)
 
 
 def _weight_problems(path: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, str]]:

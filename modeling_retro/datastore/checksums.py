@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Checksums of files and tokenizers"""
+"""Checksums of files and tokenizers, and tokenizers without code of strangers"""
 
 import hashlib
 from collections.abc import Mapping
@@ -21,6 +21,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..encoder.chunk_encoder import no_code_of
 from .manifest import MANIFEST_NAME
 
 
@@ -76,24 +77,24 @@ def verify_files(folder: Path, files: Mapping[str, str] | None, but: str | None 
         raise ValueError(f"{folder / name} is not one of the files that {MANIFEST_NAME} names; remove it")
 
 
-def load_tokenizer(folder: Path, files: Mapping[str, str] | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str | Path, files: Mapping[str, str] | None = None, revision: str | None = None
+) -> PreTrainedTokenizerBase:
     """
-    Loads the tokenizer of a datastore. Code that comes with it is never run, and no question is asked.
+    Loads a tokenizer. Code that comes with it is never run, and no question is asked.
 
     Args:
-        folder (`Path`): Folder of the tokenizer.
-        files (`Mapping[str, str]`, *optional*): Checksums of its files.
+        name_or_path (`str` or `Path`): Folder or Hub id of the tokenizer.
+        files (`Mapping[str, str]`, *optional*): Checksums of the files in its folder.
+        revision (`str`, *optional*): Revision on the Hub.
 
     Raises:
         ValueError: If the tokenizer needs code of its own, or a file was altered.
     """
-    verify_files(folder, files)
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ValueError(f"the tokenizer {folder} needs code of its own, which is never run") from error
+    if files is not None:
+        verify_files(Path(name_or_path), files)
+    with no_code_of(f"the tokenizer {name_or_path}"):
+        return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

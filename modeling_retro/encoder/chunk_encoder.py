@@ -13,9 +13,10 @@
 # limitations under the License.
 """The encoder that embeds chunks and other texts, for the keys of a datastore and for the queries"""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,23 @@ def tensors_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def no_code_of(what: str) -> Iterator[None]:
+    """
+    Makes the error of transformers a `ValueError` of one line if something inside the block needs code of its own and
+    `trust_remote_code` is `False`.
+
+    Args:
+        what (`str`): The thing that is loaded, and its name.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(f"{what} needs code of its own, which is never run; choose another") from error
+
+
 def load_text_encoder(name_or_path: str, revision: str | None = None, **kwargs) -> Any:
     """
     Loads a text encoder: any model that `AutoModel` loads, or the encoder of a T5.
@@ -71,22 +89,10 @@ def load_text_encoder(name_or_path: str, revision: str | None = None, **kwargs) 
     Returns:
         `PreTrainedModel`: the encoder (with the loading info, if `kwargs` ask for it).
     """
-    try:
+    with no_code_of(f"the encoder {name_or_path}"):
         config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
-    except ValueError as error:
-        raise _without_code(name_or_path, error) from error
-    auto_class = AutoModelForTextEncoding if config.model_type in ("t5", "mt5", "umt5") else AutoModel
-    try:
+        auto_class = AutoModelForTextEncoding if config.model_type in ("t5", "mt5", "umt5") else AutoModel
         return auto_class.from_pretrained(name_or_path, revision=revision, trust_remote_code=False, **kwargs)
-    except ValueError as error:
-        raise _without_code(name_or_path, error) from error
-
-
-def _without_code(name_or_path: str, error: ValueError) -> ValueError:
-    """The error of an encoder that needs code of its own, in one line."""
-    if "trust_remote_code" not in str(error):
-        return error
-    return ValueError(f"the encoder {name_or_path} needs code of its own, which is never run; choose another encoder")
 
 
 def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -359,7 +365,10 @@ def sentence_transformers_config(name: str, revision: str | None = None) -> dict
         return {"kind": "transformer", "prompt": None}
     common = load_json(name, "config_sentence_transformers.json", revision) or {}
     prompt = (common.get("prompts") or {}).get(common.get("default_prompt_name"))
-    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    types = [module["type"] for module in modules]
+    for own in (kind for kind in types if not kind.startswith("sentence_transformers.")):
+        raise ValueError(f"the encoder {name} needs code of its own ({own}), which is never run; choose another")
+    kinds = [kind.rsplit(".", 1)[-1] for kind in types]
     config = {"kind": "transformer", "prompt": prompt, "normalize": kinds[-1] == "Normalize"}
     if kinds[-1] == "Normalize":
         kinds = kinds[:-1]

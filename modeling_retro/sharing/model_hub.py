@@ -22,6 +22,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..added_weights_retro import record_checksums
 from ..datastore.manifest import MANIFEST_NAME, check_model, read_manifest
 from ..durable_files_retro import public_name
 from .model_card import CARD_NAME, CONFIG_CLASSES, EVALUATION_NAME, read_evaluation, save_model_card
@@ -53,7 +54,7 @@ def push_model(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     source = Path(model.name_or_path) if model.name_or_path else None
     if tokenizer is None and source is not None and (source / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     branch = None if create_pr else revision
     present = _root_files(api, repo_id, branch)
     with tempfile.TemporaryDirectory() as folder:
@@ -70,6 +71,7 @@ def push_model(
             (folder / EVALUATION_NAME).unlink(missing_ok=True)
         save_model_card(folder, name=repo_id, license=license, tags=tags)
         _leave_out_folders(folder / "config.json")
+        record_checksums(folder)
         # `upload_folder` may make several commits, but a model must become visible as a whole.
         files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
         stale = {name for name in present if ".safetensors" in name or name == EVALUATION_NAME} - set(files)

@@ -15,6 +15,7 @@
 
 import io
 import json
+import random
 import shutil
 import socket
 import sys
@@ -23,7 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import make_texts
+from peft import LoraConfig, get_peft_model
 from test_modeling_retro import make_model
+from tiny_models import tiny_llama
 
 from data_prep.chunk import chunk_documents
 from data_prep.prepare import prepare_datastore
@@ -31,7 +34,8 @@ from data_prep.scripts import verify as verify_script
 from data_prep.stage_files import directory_lock
 from data_prep.upkeep.changes import compact_datastore, remove_documents
 from data_prep.upkeep.verify import repair_datastore, verify, verify_datastore
-from modeling_retro import RetroDatastore, RetroForCausalLM
+from modeling_retro import RetroDatastore, RetroForCausalLM, RetroJointForCausalLM
+from modeling_retro.added_weights_retro import record_checksums
 from modeling_retro.datastore.manifest import MANIFEST_NAME, read_manifest
 
 
@@ -223,20 +227,74 @@ def test_what_cannot_be_checked_is_said_with_another_status(copy, tmp_path, caps
     model = make_model()
     model.save_pretrained(tmp_path / "model")
     assert verify(tmp_path / "model") == []
-    (tmp_path / "model" / "weights_sha256.json").unlink()
+    (tmp_path / "model" / "checksums.json").unlink()
     (finding,) = verify(tmp_path / "model")
-    assert finding.unchecked and "have no recorded checksums" in str(finding)
+    assert finding.unchecked and "have no recorded checksum" in str(finding) and "config.json" in str(finding)
 
 
 @pytest.mark.hostile(
-    "one bit of the weights of a saved model that is another",
-    "found by `retro verify MODEL`. Without the checksums that saving records, it says that it cannot know",
+    "one bit of any file that decides what a saved model or retrofit computes, or of the weights of the base of a "
+    "retrofit, at random places; a configuration of this base that says something else",
+    "found by `retro verify MODEL`. It ends with another exit status where it can compare nothing: a file that was "
+    "written after the model was saved, a model without recorded checksums, the base of an adapter",
 )
-def test_a_flipped_bit_in_weights_is_found(tmp_path):
-    make_model().save_pretrained(tmp_path)
-    data = bytearray((tmp_path / "model.safetensors").read_bytes())
-    for place in (len(data) // 3, len(data) // 2, len(data) - 8):
-        altered = bytearray(data)
-        altered[place] ^= 1
-        (tmp_path / "model.safetensors").write_bytes(altered)
-        assert "model.safetensors was altered" in " ".join(map(str, verify(tmp_path)))
+@pytest.mark.parametrize("kind", ["whole", "cross", "joint"])
+def test_a_flipped_bit_in_any_file_of_a_model_is_found(tmp_path, tiny_tokenizer, kind):
+    path, base = tmp_path / "model", tmp_path / "base"
+    tiny_llama(300).save_pretrained(base)
+    model_class = RetroJointForCausalLM if kind == "joint" else RetroForCausalLM
+    options = {} if kind == "joint" else {"cross_attention_layers": [0]}
+    model = model_class.from_decoder_pretrained(str(base), chunk_size=8, **options)
+    model.freeze_decoder()
+    tiny_tokenizer.save_pretrained(path)
+    (path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    model.save_pretrained(path, retrofit_only=kind != "whole")
+    (path / "README.md").write_text("a card says what it wants")
+    assert verify(path) == []
+    files = [file for file in sorted(path.rglob("*")) if file.name != "README.md"]
+    files += [base / "model.safetensors"] if kind != "whole" else []
+    expected = {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "checksums.json"}
+    assert expected <= {file.name for file in files}
+    drawn = random.Random(0)
+    for file in files:
+        data = file.read_bytes()
+        for _ in range(3):
+            altered = bytearray(data)
+            altered[drawn.randrange(len(data))] ^= 1 << drawn.randrange(8)
+            file.write_bytes(altered)
+            assert [finding for finding in verify(path) if not finding.unchecked], file
+        file.write_bytes(data)
+    assert verify(path) == []
+    text = (base / "config.json").read_text()
+    for field, value in (("rms_norm_eps", 2e-6), ("num_attention_heads", 1), ("rope_parameters", {"rope_theta": 9.0})):
+        (base / "config.json").write_text(json.dumps(json.loads(text) | {field: value}))
+        assert any(f"has {field}" in str(finding) for finding in verify(path)) == (kind != "whole")
+    (base / "config.json").write_text(text)
+    (path / "tokenizer_config.json").write_text("{}")  # saved again, and not the model
+    assert [finding.where for finding in verify(path)] == ["tokenizer_config.json"]
+    model.save_pretrained(path, retrofit_only=kind != "whole")
+    assert verify(path) == []
+    (path / "added_tokens.json").write_text("{}")
+    (finding,) = verify(path)
+    assert finding.unchecked and "added_tokens.json" in str(finding)
+
+
+def test_an_adapter_is_verified_and_its_base_is_not(tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    record_checksums(tmp_path / "adapter")
+    (finding,) = verify(tmp_path / "adapter")
+    assert finding.unchecked and "does not record" in str(finding)
+    data = bytearray((tmp_path / "adapter" / "adapter_model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(data)
+    assert "adapter_model.safetensors was altered" in " ".join(map(str, verify(tmp_path / "adapter")))
+
+
+def test_a_retrofit_keeps_its_own_generation_config(tmp_path):
+    tiny_llama(300).save_pretrained(tmp_path / "base")
+    model = RetroJointForCausalLM.from_decoder_pretrained(str(tmp_path / "base"), chunk_size=8)
+    model.freeze_decoder()
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(tmp_path / "model", retrofit_only=True)
+    assert RetroJointForCausalLM.from_pretrained(tmp_path / "model").generation_config.max_new_tokens == 7

@@ -27,7 +27,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from modeling_retro import RetroConfig
-from modeling_retro.added_weights_retro import RETROFIT_WEIGHTS_NAME
+from modeling_retro.added_weights_retro import RETROFIT_WEIGHTS_NAME, record_checksums
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.splits import DatastoreSplit
 from modeling_retro.sharing.model_card import save_model_card
@@ -189,6 +189,8 @@ class RetroTrainer(DurableCheckpointsMixin, Trainer):
             self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, retrofit_only=True)
             self.processing_class.save_pretrained(output_dir)
             torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
+        if self.args.should_save:  # the tokenizer was saved after the model
+            record_checksums(Path(self.args.output_dir if output_dir is None else output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         weights = Path(resume_from_checkpoint) / RETROFIT_WEIGHTS_NAME

@@ -16,9 +16,9 @@
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from modeling_retro.datastore.checksums import load_tokenizer
 from modeling_retro.durable_files_retro import whole
 from modeling_retro.encoder.chunk_encoder import load_text_encoder, sentence_transformers_config
 from modeling_retro.encoder.static_encoder import StaticChunkEncoder
@@ -70,7 +70,7 @@ def distill_encoder(
         raise ValueError(f"dim must lie between 1 and the {model.config.hidden_size} dimensions of {name}, got {dim}")
     static = distill_from_model(
         model.float(),
-        AutoTokenizer.from_pretrained(name, revision=revision),
+        load_tokenizer(name, revision=revision),
         pca_dims=dim,
         sif_coefficient=sif_coefficient,
         quantize_to="float32",

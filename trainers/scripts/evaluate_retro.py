@@ -188,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if (
             arguments.model_card
             and (Path(arguments.model) / "config.json").is_file()
-            and AutoConfig.from_pretrained(arguments.model).model_type in ("retro", "retro_joint")
+            and AutoConfig.from_pretrained(arguments.model, trust_remote_code=False).model_type
+            in ("retro", "retro_joint")
         ):
             save_model_card(arguments.model, {**evaluation.to_dict(), **facts})
         print(evaluation.to_markdown())

@@ -100,9 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         training_options=RetrieverTrainingOptions,
         training_arguments="trainers.retriever.config:RetrieverTrainingArguments",
     )
-    from transformers import AutoTokenizer
-
     from data_prep.pairs.pairs import load_pairs
+    from modeling_retro.datastore.checksums import load_tokenizer
     from trainers.durable_checkpoints import last_complete_checkpoint
     from trainers.retriever.trainer import RetrieverTrainer
 
@@ -115,9 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = RetrieverTrainer(
         model=_load_encoder(arguments, training_arguments.seed),
         args=training_arguments,
-        processing_class=AutoTokenizer.from_pretrained(
-            arguments.tokenizer_name_or_path or arguments.model_name_or_path
-        ),
+        processing_class=load_tokenizer(arguments.tokenizer_name_or_path or arguments.model_name_or_path),
         train_dataset=_load_training_pairs(arguments, training_arguments),
         eval_dataset=eval_dataset,
     )

@@ -81,20 +81,25 @@ class SpanCorruptionArguments:
 
 def load_model(args: SpanCorruptionArguments) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The model and its tokenizer, from a checkpoint or new."""
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, T5Config
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM, ByT5Tokenizer, T5Config
+
+    from modeling_retro.datastore.checksums import load_tokenizer
+    from modeling_retro.encoder.chunk_encoder import no_code_of
 
     if args.model_name_or_path is not None:
         if args.model_config is not None or args.config_name_or_path is not None:
             raise ValueError(
                 "--config_name_or_path and --model_config describe a new model: drop --model_name_or_path"
             )
-        model = AutoModelForSeq2SeqLM.from_pretrained(args.model_name_or_path)
-        return model, AutoTokenizer.from_pretrained(args.tokenizer_name_or_path or args.model_name_or_path)
+        with no_code_of(f"the model {args.model_name_or_path}"):
+            model = AutoModelForSeq2SeqLM.from_pretrained(args.model_name_or_path, trust_remote_code=False)
+        return model, load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
     tokenizer = ByT5Tokenizer()
     if args.tokenizer_name_or_path is not None:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path)
+        tokenizer = load_tokenizer(args.tokenizer_name_or_path)
     if args.config_name_or_path is not None:
-        config = AutoConfig.from_pretrained(args.config_name_or_path)
+        with no_code_of(f"the model {args.config_name_or_path}"):
+            config = AutoConfig.from_pretrained(args.config_name_or_path, trust_remote_code=False)
     else:
         config = T5Config(
             vocab_size=len(tokenizer),
@@ -182,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():
-        encoder = AutoModelForTextEncoding.from_pretrained(training_args.output_dir)
+        encoder = AutoModelForTextEncoding.from_pretrained(training_args.output_dir, trust_remote_code=False)
         encoder.save_pretrained(Path(training_args.output_dir, "encoder"))
         tokenizer.save_pretrained(Path(training_args.output_dir, "encoder"))
 
