@@ -83,6 +83,8 @@ class Row:
             The passages of the question, if there is one, and the neighbors of each whole chunk.
         scored (`list[ChosenToken]`):
             The tokens of the prompt that are not hidden, with their probabilities.
+        failure (`Exception`, *optional*):
+            Why its last chunk could not be looked up. The logits of the step mean nothing then.
     """
 
     tokens: list[int]
@@ -94,6 +96,7 @@ class Row:
     passages: str = "apart"
     retrieved: list[RetrievedChunk] = field(default_factory=list)
     scored: list[ChosenToken] = field(default_factory=list)
+    failure: Exception | None = None
 
 
 class DecodingBatch:
@@ -177,8 +180,8 @@ class DecodingBatch:
         device = self.model.device
         chunks = [chunk for n, row in enumerate(self.rows) for chunk in self._completed(n, row, len(row.tokens) - 1)]
         neighbors = {}
+        chunks, found_ids, found_mask = self._look_up_apart(chunks)
         if chunks:
-            found_ids, found_mask = self._look_up(self.rows, chunks)
             shape, owners = (len(self.rows), 1, *found_ids.shape[1:]), [n for n, _, _ in chunks]
             all_ids, all_masks = found_ids.new_zeros(shape), found_mask.new_zeros(shape)
             all_ids[owners, 0], all_masks[owners, 0] = found_ids, found_mask
@@ -259,6 +262,30 @@ class DecodingBatch:
         size = self.model.config.chunk_size
         numbers = completed_between(before, len(row.tokens), size) if row.num_neighbors > 0 else ()
         return [(n, u, row.tokens[u * size : (u + 1) * size]) for u in numbers]
+
+    def _look_up_apart(
+        self, chunks: list[tuple[int, int, list[int]]]
+    ) -> tuple[list[tuple[int, int, list[int]]], torch.LongTensor | None, torch.BoolTensor | None]:
+        """
+        Looks up chunks of the running rows together, or each alone if that fails. A row for which it fails alone gets
+        a `failure`. Returns the other chunks with what was found.
+        """
+        try:
+            return chunks, *self._look_up(self.rows, chunks)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            if len(chunks) == 1:
+                self.rows[chunks[0][0]].failure = error
+                return [], None, None
+        found = [one for chunk in chunks if (one := self._look_up_apart([chunk]))[0]]
+        if not found:
+            return [], None, None
+        k = max(ids.shape[1] for _, ids, _ in found)
+        pads = [(0, 0, 0, k - ids.shape[1]) for _, ids, _ in found]  # [1, k of the row, r] -> [1, k, r]
+        ids = torch.cat([F.pad(ids, pad) for (_, ids, _), pad in zip(found, pads, strict=True)])
+        masks = torch.cat([F.pad(mask, pad) for (_, _, mask), pad in zip(found, pads, strict=True)])
+        return [chunk for one, _, _ in found for chunk in one], ids, masks
 
     def _look_up(
         self, rows: Sequence[Row], chunks: Sequence[tuple[int, int, list[int]]]

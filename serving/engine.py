@@ -51,13 +51,13 @@ class CompletionError(Exception):
         self.status = status
 
 
-def log_failure(what: str) -> str:
+def log_failure(what: str, error: Exception | None = None) -> str:
     """
-    Logs the exception that is being handled under a new id. Returns a message with this id for the client, without the
-    text of the exception, which may name folders of the machine.
+    Logs an exception, by default the one that is being handled, under a new id. Returns a message with this id for the
+    client, without the text of the exception, which may name folders of the machine.
     """
     failure = uuid.uuid4().hex[:12]
-    logger.exception("%s (failure %s)", what, failure)
+    logger.error("%s (failure %s)", what, failure, exc_info=error or True)
     return f"{what}; the log of the server says more under {failure}"
 
 
@@ -375,6 +375,9 @@ class Engine:
         logprobs = logits.log_softmax(-1)
         for completion, row_logits, row_logprobs in zip(completions, logits, logprobs, strict=True):
             if completion.is_cancelled:
+                continue
+            if (error := completion.row.failure) is not None:
+                completion.fail(CompletionError(log_failure("the server failed while it looked up neighbors", error)))
                 continue
             try:
                 completion.advance(row_logits, row_logprobs, self.end_tokens, self.tokenizer)

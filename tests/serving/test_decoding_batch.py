@@ -63,6 +63,36 @@ def logits_alone(model, row):
         return model(torch.tensor([row.tokens]), **inputs).logits[0].float()
 
 
+class BrokenRetriever(TopRetriever):
+    """Fails if one of the chunks holds token 1."""
+
+    def retrieve(self, chunk_input_ids, k):
+        if (chunk_input_ids == 1).any():
+            raise OSError("the index cannot be read")
+        return super().retrieve(chunk_input_ids, k)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("num_broken", [1, 3])
+def test_a_lookup_that_fails_is_the_failure_of_its_row(kind, num_broken):
+    model = MAKERS[kind]()
+    batch = DecodingBatch(model, BrokenRetriever())
+    rows = [Row(make_prompt(2 * CHUNK - 1, n), k) for n, k in enumerate((2, 1, 3))]
+    rows.append(Row(make_prompt(CHUNK - 2, 3), 2))
+    for row in rows:
+        row.tokens = [max(token, 2) for token in row.tokens]
+    batch.add(rows)
+    for n, row in enumerate(rows):
+        row.tokens.append(1 if n < num_broken else 7)
+    logits = batch.step()
+    assert [str(row.failure) for row in rows] == ["the index cannot be read"] * num_broken + ["None"] * (
+        4 - num_broken
+    )
+    for row, found in list(zip(rows, logits, strict=True))[num_broken:]:
+        assert_close(found, logits_alone(model, row)[-1])
+    assert [len(row.retrieved) for row in rows] == [1] * num_broken + [2] * (3 - num_broken) + [0]
+
+
 @pytest.mark.parametrize("kind", MAKERS)
 def test_rows_that_join_and_leave_compute_what_they_compute_alone(kind):
     model = MAKERS[kind]()

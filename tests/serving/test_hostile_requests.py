@@ -414,6 +414,43 @@ def test_a_prompt_that_fails_spares_those_that_join_with_it(own, monkeypatch):
 
 
 @pytest.mark.hostile(
+    "a chunk of one of the running completions that cannot be looked up",
+    "only this one ends with an error; the text of the error stands in the log and not in the answer",
+)
+def test_a_lookup_that_fails_spares_the_others(own, monkeypatch, caplog):
+    served, address = own
+    batch, expected = (
+        served.engine._batch,
+        texts(post(address, prompt="retro looks", max_tokens=20, temperature=0, **NO_END)),
+    )
+    bad = torch.tensor(served.prompts.encode_text("bad bad"))
+    retrieve, step, is_held, release = batch.retriever.retrieve, batch.step, threading.Event(), threading.Event()
+
+    def failing(chunks, *args, **kwargs):
+        if (chunks[:, : len(bad)] == bad).all(-1).any():
+            raise OSError("/home/secret cannot be read")
+        return retrieve(chunks, *args, **kwargs)
+
+    def held_step():
+        is_held.set()
+        release.wait(120)
+        return step()
+
+    monkeypatch.setattr(batch.retriever, "retrieve", failing)
+    monkeypatch.setattr(batch, "step", held_step)
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(post, address, prompt="retro looks", max_tokens=20, temperature=0, **NO_END)
+        assert is_held.wait(60)
+        broken = pool.submit(post, address, prompt="bad bad", max_tokens=20, **NO_END)
+        while served.engine.num_waiting < 1:
+            pass
+        release.set()
+        assert broken.result().status_code == 500 and "secret" not in broken.result().text
+        assert texts(other.result()) == expected
+    assert served.engine.num_restarts == 0 and "/home/secret cannot be read" in caplog.text
+
+
+@pytest.mark.hostile(
     "an error after which the device of the model cannot be used",
     "all clients get an error, `/health` says that the engine has stopped, and the server ends",
 )
