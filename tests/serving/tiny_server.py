@@ -53,9 +53,9 @@ def save_model(kind, datastore_dir, folder):
 
 
 @contextmanager
-def running(served, **options):
+def running(served, port=0, **options):
     """The address of a server that runs inside the block."""
-    config = uvicorn.Config(create_app(served, **options), host="127.0.0.1", port=0, log_level="warning")
+    config = uvicorn.Config(create_app(served, **options), host="127.0.0.1", port=port, log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
