@@ -109,6 +109,11 @@ def visit(tmp_path, datastore_dir, **options):
     return author.report
 
 
+@pytest.mark.hostile(
+    "a page of http://evil.test in Chromium, whose name leads to the server after it was loaded, and which asks the "
+    "server by its address too",
+    "it reads no model, neighbor or answer; the same page reads them with `--allowed_hosts evil.test`",
+)
 def test_a_page_whose_name_leads_to_the_server_reads_nothing(tiny_datastore_dir, tmp_path):
     seen = visit(tmp_path, tiny_datastore_dir)
     assert seen["models"][0] == seen["completion"][0] == 421 and "neighbors" not in seen["completion"][1]

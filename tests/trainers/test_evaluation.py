@@ -428,3 +428,16 @@ def test_unknown_tokens_are_counted_in_an_evaluation(model, monkeypatch):
         assert evaluation.to_dict().get("unknown_tokens", 0) == sum(expected)
         assert ("3 of them unknown" in evaluation.to_markdown()) == (unknown == 1)
     assert len(warnings) == 1 and warnings[0].startswith("27.3% of the tokens are unknown")
+
+
+def test_texts_of_which_most_is_unknown_are_refused(model):
+    documents, neighbors = [[1, 1, 1, 4], [1, 6, 7, 4]], [[-1], [-1]]
+    options = {"modes": ["off"], "num_neighbors": 1, "window_chunks": 2, "stride_chunks": 1, "show_progress": False}
+    store = ArrayDatastore(documents, 4, neighbors)
+    store.tokenizer.unk_token_id, store.tokenizer.eos_token_id, store.tokenizer.sep_token_id = 1, 4, None
+    evaluate_retro(model, store, ArraySource(documents, 4, neighbors), **options)  # just half
+    documents[1][1] = 1
+    source = ArraySource(documents, 4, neighbors)
+    with pytest.raises(ValueError, match="62.5% of the tokens are unknown.*allow_unknown_tokens"):
+        evaluate_retro(model, store, source, **options)
+    evaluate_retro(model, store, source, **options, allow_unknown_tokens=True)

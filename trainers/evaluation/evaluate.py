@@ -82,7 +82,7 @@ def evaluate_retro(
 
     Raises:
         `ValueError`: if an option is out of range, if the model has another chunk size than the datastore, if fewer
-            neighbors are stored, or if the split has no documents.
+            neighbors are stored, if the split has no documents, or if the tokenizer does not know most of its tokens.
     """
     options = replace(options or EvaluationOptions(), **fields)
     datastore.check_chunk_size(model.config.chunk_size)
@@ -94,7 +94,7 @@ def evaluate_retro(
         raise ValueError(
             f"there are {len(options.domains)} domains for {num_documents} documents; expected one for each"
         )
-    unknown = _count_unknown(datastore, split, num_chunks)
+    unknown = _count_unknown(datastore, split, num_chunks, options.allow_unknown_tokens)
     retrieved = _retrieved(datastore, split, num_chunks, options)
     overlap = None
     if options.measure_overlap:
@@ -136,8 +136,8 @@ def evaluate_retro(
     )
 
 
-def _count_unknown(datastore: RetroDatastore, split: DatastoreSplit, num_chunks: int) -> np.ndarray:
-    """Unknown tokens int64 `[chunks]`. Warns if they are many."""
+def _count_unknown(datastore: RetroDatastore, split: DatastoreSplit, num_chunks: int, allows_most: bool) -> np.ndarray:
+    """Unknown tokens int64 `[chunks]`. Warns if they are many, and refuses more than half, unless that is allowed."""
     counts, total = [np.zeros(0, dtype=np.int64)], 0
     for start in range(0, num_chunks, _BLOCK):
         input_ids, mask = split.chunks.take(np.arange(start, min(start + _BLOCK, num_chunks)))
@@ -145,10 +145,13 @@ def _count_unknown(datastore: RetroDatastore, split: DatastoreSplit, num_chunks:
         total += int(mask.sum())
     found = np.concatenate(counts)
     if found.sum() > MANY_UNKNOWN * total:
-        logger.warning(
+        problem = (
             f"{found.sum() / total:.1%} of the tokens are unknown to the tokenizer: it cannot tell these texts apart, "
             "so the bits per byte are too low to mean anything"
         )
+        if 2 * found.sum() > total and not allows_most:
+            raise ValueError(f"{problem}; evaluate other texts, or pass allow_unknown_tokens")
+        logger.warning(problem)
     return found
 
 

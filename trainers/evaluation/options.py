@@ -59,6 +59,9 @@ class EvaluationOptions:
             Seed of the random neighbors, of the shuffling and of the bootstrap.
         keep_token_bits (`bool`, *optional*, defaults to `False`):
             Whether to keep the bits of each token, which all modes except `"in_front"` have.
+        allow_unknown_tokens (`bool`, *optional*, defaults to `False`):
+            Whether to measure texts of which more than half of the tokens are unknown to the tokenizer. Their bits per
+            byte mean nothing, because unknown tokens look the same.
         show_progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
@@ -79,6 +82,7 @@ class EvaluationOptions:
     retriever: str | None = None
     seed: int = 0
     keep_token_bits: bool = False
+    allow_unknown_tokens: bool = False
     show_progress: bool = True
 
     def __post_init__(self):

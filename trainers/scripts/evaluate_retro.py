@@ -105,6 +105,10 @@ class EvaluateRetroArguments:
             "sight, by a model that reads neighbors with its own attention. Defaults to that of the model."
         },
     )
+    allow_unknown_tokens: bool = field(
+        default=False,
+        metadata={"help": "Measure texts of which the tokenizer does not know more than half of the tokens."},
+    )
     model_card: bool = field(
         default=True, metadata={"help": "Also write the numbers into the card of a model in a folder."}
     )
@@ -156,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         domains=domains,
         retriever=arguments.retriever,
         seed=arguments.seed,
+        allow_unknown_tokens=arguments.allow_unknown_tokens,
     )
     reading = {"reader": arguments.reader, "reread_tokens": arguments.reread_tokens}
     model = load_retro_model(arguments.model, datastore, dtype=dtype, **reading).to(state.device)
