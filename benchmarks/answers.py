@@ -13,7 +13,8 @@
 # limitations under the License.
 """
 Questions whose answers stand in given passages, answered by the same model in several ways: without the passages,
-with them in front, and with them as neighbors. The facts are hidden in docstrings of an installed package.
+with them in front, and with them as neighbors. The passages are docstrings of an installed package, in which facts are
+hidden or which hold the answers themselves.
 
     python benchmarks/answers.py --output_dir answers --kinds one_key --num_passages 1 2 4 10
 
@@ -33,7 +34,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.docstrings import read_docstrings
 from modeling_retro import RetroJointForCausalLM
-from trainers.evaluation.questions import KINDS, MAX_ANSWER_TOKENS, encode_passages, hidden_questions, score_question
+from trainers.evaluation.questions import KINDS, MAX_ANSWER_TOKENS, encode_passages, score_question
+from trainers.evaluation.text_questions import TEXT_KINDS, make_questions
 from trainers.smollm2 import find_smollm2
 
 
@@ -178,7 +180,7 @@ def read_table(folder: Path, kinds: Sequence[str], num_passages: Sequence[int]) 
 
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(QuestionsArguments, argv=argv, description=__doc__)
-    for name, chosen, known in (("ways", arguments.ways, WAYS), ("kinds", arguments.kinds, KINDS)):
+    for name, chosen, known in (("ways", arguments.ways, WAYS), ("kinds", arguments.kinds, (*KINDS, *TEXT_KINDS))):
         unknown = sorted(set(chosen) - set(known))
         if unknown:
             raise ValueError(f"--{name} has {', '.join(unknown)}; expected some of {', '.join(known)}")
@@ -192,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts = [document["text"] for document in read_docstrings([arguments.package])]
     for number in arguments.num_passages:
         for kind in arguments.kinds:
-            questions = hidden_questions(kind, texts, tokenizer, number, arguments.num_questions)
+            questions = make_questions(kind, texts, tokenizer, number, arguments.num_questions)
             for way in arguments.ways:
                 path = folder / f"{kind}-{number}-{way}.jsonl"
                 answer(questions, way, path, model, tokenizer, arguments.batch_size)

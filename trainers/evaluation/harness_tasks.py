@@ -14,12 +14,11 @@
 """
 Tasks for the [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness), made from the texts of a
 datastore: the next line of held-out documents, the definitions of terms in the documents that are searched, and
-questions about facts that are hidden in given passages of these documents.
+questions about given passages of these documents: what they say, and facts that are hidden in them.
 """
 
 import difflib
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, product
 from pathlib import Path
@@ -33,18 +32,12 @@ from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.splits import DatastoreSplit
 from modeling_retro.durable_files_retro import write_text
 
-from .questions import KINDS, MAX_ANSWER_TOKENS, hidden_questions
+from .questions import KINDS, MAX_ANSWER_TOKENS
+from .text_questions import ANSWER_WORDS, DEFINITION, TEXT_KINDS, make_questions
 
 
 logger = logging.get_logger(__name__)
 
-# A term at the start of a line, and what it is said to be. Pronouns are no terms, because nobody knows what they mean.
-DEFINITION = re.compile(
-    r"^(?!(?:This|That|These|Those|It|They|There|Here|He|She|We|You|I|What|Who|Which)\b)"
-    r"(?P<term>[A-Z][\w'’()-]*(?: [\w'’()-]+){0,5}) (?P<verb>is|are|was|were) (?P<text>[^.\n]{20,}\.)",
-    re.MULTILINE,
-)
-DEFINITION_WORDS = 5
 SCORING = """\
 from trainers.evaluation.harness_tasks import score_definition, score_line
 from trainers.evaluation.questions import score_no_answer, score_question
@@ -88,7 +81,7 @@ def definition_questions(text: str, generator: np.random.Generator) -> list[dict
     Returns:
         `list[dict[str, str]]`: one `{"question", "answer"}`, or none if the text defines nothing.
     """
-    found = [match for match in DEFINITION.finditer(text) if len(match["text"].split()) >= DEFINITION_WORDS]
+    found = [match for match in DEFINITION.finditer(text) if len(match["text"].split()) >= ANSWER_WORDS]
     if not found:
         return []
     match = found[int(generator.integers(len(found)))]
@@ -104,7 +97,7 @@ def score_line(doc: dict[str, str], results: list[str]) -> dict[str, float]:
 def score_definition(doc: dict[str, str], results: list[str]) -> dict[str, float]:
     """Whether a generated definition begins with the same five words, and how similar it is."""
     found, answer = results[0].strip(), doc["answer"].removesuffix(".")
-    same = found.split()[:DEFINITION_WORDS] == answer.split()[:DEFINITION_WORDS]
+    same = found.split()[:ANSWER_WORDS] == answer.split()[:ANSWER_WORDS]
     return {"exact_match": float(same), "edit_similarity": _similarity(found, answer)}
 
 
@@ -124,12 +117,12 @@ def write_tasks(
     split: str = "validation",
     num_questions: int = 200,
     seed: int = 0,
-    num_passages: Sequence[int] = (1, 2, 4, 10),
+    num_passages: Sequence[int] = (1, 2, 4, 10, 32),
 ) -> dict[str, int]:
     """
-    Writes tasks of the harness. `retro_next_line` is made from the held-out documents, and `retro_definitions` and
-    questions with passages such as `retro_one_key_4` (see [`~trainers.evaluation.questions.hidden_questions`]) from
-    the documents that are searched. A task for which the texts hold no questions is left out.
+    Writes tasks of the harness. `retro_next_line` is made from the held-out documents. From the documents that are
+    searched come `retro_definitions` and questions with passages, such as `retro_one_key_4` and `retro_lookup_4` (see
+    [`~trainers.evaluation.text_questions.make_questions`]). A task for which the texts hold no questions is left out.
 
     Args:
         datastore ([`RetroDatastore`]): The datastore.
@@ -137,7 +130,7 @@ def write_tasks(
         split (`str`, *optional*, defaults to `"validation"`): The held-out documents.
         num_questions (`int`, *optional*, defaults to 200): Largest number of questions of a task, one a document.
         seed (`int`, *optional*, defaults to 0): Seed of the documents and of the places in them.
-        num_passages (`Sequence[int]`, *optional*, defaults to `(1, 2, 4, 10)`):
+        num_passages (`Sequence[int]`, *optional*, defaults to `(1, 2, 4, 10, 32)`):
             Numbers of passages of the questions that have passages. Each is a task.
 
     Returns:
@@ -167,9 +160,9 @@ def write_tasks(
         _write_task(output_dir, name, questions, score, task)
         written[name] = len(questions)
     texts = list(islice(_texts(datastore, datastore.tokenizer, np.random.default_rng(seed)), NUM_TEXTS))
-    for kind, number in product(KINDS, num_passages):
+    for kind, number in product((*KINDS, *TEXT_KINDS), num_passages):
         try:
-            questions = hidden_questions(
+            questions = make_questions(
                 kind, texts, datastore.tokenizer, number, num_questions, seed, datastore.neighbor_length
             )
         except ValueError as error:

@@ -20,9 +20,10 @@ Makes tasks of the lm-evaluation-harness from the texts of a datastore.
 `retro_next_line` asks for the next line of held-out documents, and `retro_definitions` for what a term is said to be
 in a document of the datastore. Both report exact match and edit similarity.
 
-The other tasks ask for invented facts that are hidden in passages of the datastore's documents. Each question comes
-with its passages: `retro_one_key_4` asks for one fact in one of four passages. These tasks report exact match and F1,
-or how often an answer is invented where the passages hold none.
+The questions of the other tasks come with their passages, which are pieces of the datastore's documents.
+`retro_definition_4` and `retro_lookup_4` ask for what one of four passages says: of a term, or of a parameter, a
+function or an option. The others ask for invented facts that are hidden in the passages: `retro_one_key_4` for one
+fact in one of four. These tasks report exact match and F1, or how often an answer is invented where there is none.
 """
 
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ class LMEvalTasksArguments:
     split: str = field(default="validation", metadata={"help": "Split with the held-out documents."})
     num_questions: int = field(default=200, metadata={"help": "Largest number of questions of a task."})
     num_passages: list[int] = field(
-        default_factory=lambda: [1, 2, 4, 10],
+        default_factory=lambda: [1, 2, 4, 10, 32],
         metadata={"help": "Numbers of passages of the questions that have passages."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the documents and of the places in them."})
