@@ -13,10 +13,12 @@
 # limitations under the License.
 """
 Questions whose answers stand in given passages, answered by the same model in several ways: without the passages,
-with them in front, and with them as neighbors. The passages are docstrings of an installed package, in which facts are
-hidden or which hold the answers themselves.
+with all of them or the right ones in front, with them as neighbors, and as rivals do that read passages apart. The
+passages are docstrings of an installed package or other documents. They have hidden facts or hold the answers
+themselves.
 
     python benchmarks/answers.py --output_dir answers --kinds one_key --num_passages 1 2 4 10
+    python benchmarks/answers.py --output_dir read --kinds lookup --package sklearn --reader smollm2-135m-instruct
 
 The answers are kept, so that the same command run again goes on where it stopped.
 """
@@ -34,6 +36,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.docstrings import read_docstrings
 from modeling_retro import RetroJointForCausalLM
+from trainers.evaluation.passage_rivals import RIVALS, answer_by_rival
 from trainers.evaluation.questions import KINDS, MAX_ANSWER_TOKENS, encode_passages, score_question
 from trainers.evaluation.text_questions import TEXT_KINDS, make_questions
 from trainers.smollm2 import find_smollm2
@@ -52,12 +55,15 @@ class QuestionsArguments:
         default=None, metadata={"help": "Folder or Hub id of the decoder. Defaults to SmolLM2-135M-Instruct."}
     )
     reader: str | None = field(default=None, metadata={"help": "Adapters that were trained to read neighbors."})
-    package: str = field(default="transformers", metadata={"help": "Package whose docstrings hide the facts."})
+    package: str = field(default="transformers", metadata={"help": "Package whose docstrings become passages."})
+    documents: str | None = field(
+        default=None, metadata={"help": "JSON lines file whose texts (key `text`) become passages, not docstrings."}
+    )
     kinds: list[str] = field(default_factory=lambda: ["one_key"], metadata={"help": "Kinds of questions."})
     num_passages: list[int] = field(default_factory=lambda: [1, 2, 4, 10], metadata={"help": "Numbers of passages."})
     ways: list[str] = field(
-        default_factory=lambda: list(WAYS),
-        metadata={"help": "Ways to answer. All are in the table as far as they are."},
+        default_factory=lambda: list(ALL_WAYS),
+        metadata={"help": "Ways to answer. All are in the tables as far as they are."},
     )
     num_questions: int = field(default=200, metadata={"help": "Number of questions of each kind."})
     batch_size: int = field(default=8, metadata={"help": "Number of questions in a batch."})
@@ -85,6 +91,16 @@ def in_front(batch: list[dict], tokenizer: PreTrainedTokenizerBase, model: Retro
     rows = prompts(batch, tokenizer)
     passages, mask = encode_passages(tokenizer, [each["passages"] for each in batch], model.config.neighbor_length)
     return pad_left([tokens[kept].tolist() + row for tokens, kept, row in zip(passages, mask, rows, strict=True)])
+
+
+def gold_in_front(batch: list[dict], tokenizer: PreTrainedTokenizerBase, model: RetroJointForCausalLM) -> Inputs:
+    """Only the passages with the answer, as text in front of the question."""
+    gold = [{**each, "passages": [each["passages"][rank] for rank in each["gold"]]} for each in batch]
+    return (
+        in_front(gold, tokenizer, model)
+        if any(each["gold"] for each in batch)
+        else closed_book(batch, tokenizer, model)
+    )
 
 
 def closed_chunk(batch: list[dict], tokenizer: PreTrainedTokenizerBase, model: RetroJointForCausalLM) -> Inputs:
@@ -115,6 +131,7 @@ def passages_of_question(passages: str) -> Callable[..., Inputs]:
 
 WAYS: dict[str, Callable[..., Inputs]] = {
     "closed_book": closed_book,
+    "gold_in_front": gold_in_front,
     "in_front": in_front,
     "closed_chunk": closed_chunk,
     "apart": passages_of_question("apart"),
@@ -122,9 +139,40 @@ WAYS: dict[str, Callable[..., Inputs]] = {
 }
 
 
+ALL_WAYS = list(dict.fromkeys([*WAYS, *RIVALS]))  # the passages in front are the same way twice
+
+
 def prompts(batch: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The tokens of the questions."""
     return tokenizer([PROMPT.format(**each) for each in batch], add_special_tokens=False)["input_ids"]
+
+
+def answer_batch(
+    batch: list[dict], way: str, model: RetroJointForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[str], list[dict]]:
+    """The answers of a batch by `generate()`."""
+    inputs = WAYS[way](batch, tokenizer, model)
+    output = model.generate(
+        **inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id
+    )
+    texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts, [{} for _ in batch]
+
+
+def answer_one(
+    batch: list[dict], way: str, model: RetroJointForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[str], list[dict]]:
+    """The answers of a rival, one question at a time, with their operations and the bytes that it stores."""
+    texts, measured = [], []
+    prefix = tokenizer("Passages:\n", add_special_tokens=False)["input_ids"]
+    for asked, row in zip(batch, prompts(batch, tokenizer), strict=True):
+        passages, mask = encode_passages(tokenizer, [asked["passages"]], model.config.neighbor_length)
+        ids = [tokens[kept].tolist() for tokens, kept in zip(passages[0], mask[0], strict=True)]
+        found = answer_by_rival(model.decoder, ids, row, way, MAX_ANSWER_TOKENS, prefix)
+        texts.append(tokenizer.decode(found.tokens, skip_special_tokens=True))
+        names = ("operations", "stored_operations", "stored_bytes")
+        measured.append({name: getattr(found, name) for name in names})
+    return texts, measured
 
 
 @torch.inference_mode()
@@ -140,16 +188,12 @@ def answer(
     done = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
     for start in range(done, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        inputs = WAYS[way](batch, tokenizer, model)
         begin = time.perf_counter()
-        output = model.generate(
-            **inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id
-        )
+        texts, measured = (answer_batch if way in WAYS else answer_one)(batch, way, model, tokenizer)
         seconds = (time.perf_counter() - begin) / len(batch)
-        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         lines = [
-            {"answer": text, **score_question(asked, [text]), "seconds": seconds}
-            for asked, text in zip(batch, texts, strict=True)
+            {"answer": text, **score_question(asked, [text]), "seconds": seconds, **more}
+            for asked, text, more in zip(batch, texts, measured, strict=True)
         ]
         with open(path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
@@ -157,17 +201,17 @@ def answer(
 
 def read_table(folder: Path, kinds: Sequence[str], num_passages: Sequence[int]) -> list[str]:
     """Lines of a Markdown table: exact match of each way, and its share of the passages in front."""
-    lines = [f"| questions | passages | {' | '.join(WAYS)} |", "|---" * (len(WAYS) + 2) + "|"]
+    lines = [f"| questions | passages | {' | '.join(ALL_WAYS)} |", "|---" * (len(ALL_WAYS) + 2) + "|"]
     for kind in kinds:
         for number in num_passages:
             found = {}
-            for way in WAYS:
+            for way in ALL_WAYS:
                 path = folder / f"{kind}-{number}-{way}.jsonl"
                 if path.exists():
                     scores = [json.loads(line)["exact_match"] for line in path.read_text("utf-8").splitlines()]
                     found[way] = (np.mean(scores), len(scores))
             cells = []
-            for way in WAYS:
+            for way in ALL_WAYS:
                 cell = f"{found[way][0]:.3f}" if way in found else "–"
                 if way in found and found.get("in_front", (0, 0))[0] and way not in ("closed_book", "in_front"):
                     cell += f" ({found[way][0] / found['in_front'][0]:.0%})"
@@ -180,7 +224,7 @@ def read_table(folder: Path, kinds: Sequence[str], num_passages: Sequence[int]) 
 
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(QuestionsArguments, argv=argv, description=__doc__)
-    for name, chosen, known in (("ways", arguments.ways, WAYS), ("kinds", arguments.kinds, (*KINDS, *TEXT_KINDS))):
+    for name, chosen, known in (("ways", arguments.ways, ALL_WAYS), ("kinds", arguments.kinds, (*KINDS, *TEXT_KINDS))):
         unknown = sorted(set(chosen) - set(known))
         if unknown:
             raise ValueError(f"--{name} has {', '.join(unknown)}; expected some of {', '.join(known)}")
@@ -191,7 +235,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     reader = {} if arguments.reader is None else {"reader": arguments.reader}
     model = RetroJointForCausalLM.from_decoder_pretrained(source, dtype=getattr(torch, arguments.dtype), **reader)
     model.eval()
-    texts = [document["text"] for document in read_docstrings([arguments.package])]
+    if arguments.documents is None:
+        texts = [document["text"] for document in read_docstrings([arguments.package])]
+    else:
+        texts = [json.loads(line)["text"] for line in Path(arguments.documents).read_text("utf-8").splitlines()]
     for number in arguments.num_passages:
         for kind in arguments.kinds:
             questions = make_questions(kind, texts, tokenizer, number, arguments.num_questions)
