@@ -32,6 +32,8 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .neighbor_memory_retro import LayerStates
+
 
 aten = torch.ops.aten
 # What stands in front of the name of the base's attention while a decoder attends in parts.
@@ -428,10 +430,9 @@ class MergedAttention(torch.autograd.Function):
             if out is None:
                 out, lse = own, score
                 continue
-            total = torch.logaddexp(lse, score)  # [B, W, H]
             # A query that stands in none of the parts so far has no share.
-            share = (score - total).exp().nan_to_num(0.0)
-            out, lse = out.lerp(own, share[..., None].to(own.dtype)), total
+            share = (score - lse).sigmoid().nan_to_num(0.0)  # [B, W, H]
+            out, lse = out.lerp(own, share[..., None].to(own.dtype)), torch.logaddexp(lse, score)
         ctx.parts, ctx.scale = parts, scale
         ctx.save_for_backward(bias, query, out, lse, *states)
         return out
@@ -479,7 +480,7 @@ class AttentionLayout:
 
     parts: dict[int | None, list[AttentionPart]]
     windows: list[int | None]
-    key_values: list[list[tuple[torch.Tensor, torch.Tensor] | None]]
+    key_values: list[LayerStates]
     bias: torch.Tensor | None = None
 
     def to(self, device: torch.device, *args, **kwargs) -> "AttentionLayout":

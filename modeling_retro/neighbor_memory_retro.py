@@ -14,14 +14,14 @@
 """Keys and values of neighbors that a decoder has read, kept for the next time that they are retrieved"""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 
 # Keys and values of one or more neighbors in each layer; None for a layer without keys and values of its own.
-LayerStates = list[tuple[torch.Tensor, torch.Tensor] | None]
+LayerStates = Sequence[tuple[torch.Tensor, torch.Tensor] | None]
 
 
 def compress(
@@ -42,13 +42,30 @@ def compress(
     return key_values, *(tensor.gather(1, columns) for tensor in (mask, *others))
 
 
+class _Stacked(Sequence):
+    """
+    The states of several neighbors. Those of a layer are stacked when it asks for them, because copies of all layers at
+    once would have left the processor's cache before they are read.
+    """
+
+    def __init__(self, neighbors: list[LayerStates]):
+        self.neighbors = neighbors
+
+    def __len__(self) -> int:
+        return len(self.neighbors[0])
+
+    def __getitem__(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        pairs = [states[layer_idx] for states in self.neighbors]
+        return None if pairs[0] is None else tuple(map(torch.stack, zip(*pairs)))
+
+
 @dataclass
 class NeighborStates:
     """
     The keys and values of the neighbors of a call in each layer of a decoder.
 
     Args:
-        key_values (`list`):
+        key_values (`Sequence`):
             Keys and values `(U, num_key_value_heads, neighbor_length, head_dim)` of the U different neighbors of the
             call, for each layer.
         index (`torch.LongTensor` of shape `(batch_size, num_slots, k)`):
@@ -90,8 +107,11 @@ class NeighborStates:
         known = (slots >= 0) & (slots < seen.shape[1])
         rows, slots = torch.arange(len(slots), device=slots.device), torch.where(known, slots, 0)
         mask = seen[rows, slots].flatten(1) & known[:, None]  # [B, k r]
-        one = NeighborStates(self.key_values, self.index[rows, slots][:, None])
-        return compress(one.gather(), mask)
+        states, numbers = self.key_values, self.index[rows, slots][:, None]  # [B, 1, k]
+        if isinstance(states, _Stacked):
+            states = _Stacked([states.neighbors[number] for number in numbers.flatten().tolist()])
+            numbers = torch.arange(numbers.numel(), device=numbers.device).view_as(numbers)
+        return compress(NeighborStates(states, numbers).gather(), mask)
 
 
 class NeighborMemory:
@@ -164,11 +184,7 @@ class NeighborMemory:
             found |= {key: _take_one(encoded, row) for row, key in enumerate(missing)}
         for key in first_rows:
             self._keep(key, found[key])
-        stacked = [
-            None if pair is None else tuple(torch.stack([found[key][layer][i] for key in first_rows]) for i in (0, 1))
-            for layer, pair in enumerate(found[next(iter(first_rows))])
-        ]
-        return NeighborStates(stacked, index)
+        return NeighborStates(_Stacked([found[key] for key in first_rows]), index)
 
     def _keep(self, key: bytes, states: LayerStates) -> None:
         if key in self._states:
