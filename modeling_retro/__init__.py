@@ -24,9 +24,9 @@ from .auto_classes import register_auto_classes
 
 
 if TYPE_CHECKING:
-    from .cache_retro import RetroCache as RetroCache
     from .configuration_retro import RetroConfig as RetroConfig
     from .configuration_retro_joint import RetroJointConfig as RetroJointConfig
+    from .cross_cache_retro import RetroCache as RetroCache
     from .datastore.bm25 import Bm25Index as Bm25Index
     from .datastore.checksums import tokenizer_fingerprint as tokenizer_fingerprint
     from .datastore.chunks import ChunkTable as ChunkTable
@@ -81,7 +81,7 @@ _MODULES = {
     "NeighborMemory": "neighbor_memory_retro",
     "NeighborSearch": "retriever.search",
     "RetrievedNeighbors": "retriever.retriever",
-    "RetroCache": "cache_retro",
+    "RetroCache": "cross_cache_retro",
     "RetroConfig": "configuration_retro",
     "RetroDatastore": "datastore.datastore",
     "RetroForCausalLM": "modeling_retro",

@@ -11,27 +11,16 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Caches of RETRO decoders, which hold the keys and values of the decoder and the state of its retrieval"""
+"""What the caches of all RETRO models share: keys and values of the decoder, and the state of its retrieval"""
 
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticLayer
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import CompileConfig
 
 from .neighbors_retro import Neighbors, pad_to_shape
-
-
-def prepend_slot(first: torch.Tensor, others: torch.Tensor | None, dim: tuple[int, ...]) -> torch.Tensor:
-    """
-    Puts `first` `(B, ...)` in front of `others` `(B, L, ...)`. The dimensions `dim`, in which the two may differ, are
-    padded with zeros.
-    """
-    first = first.unsqueeze(1)
-    if others is None:
-        return first
-    length = [max(sizes) if i in dim else 0 for i, sizes in enumerate(zip(first.shape, others.shape))]
-    return torch.cat([pad_to_shape(first, length), pad_to_shape(others, length)], dim=1)
 
 
 def _insert_zeros(tensor: torch.Tensor, dim: int, index: int, number: int) -> torch.Tensor:
@@ -42,7 +31,7 @@ def _insert_zeros(tensor: torch.Tensor, dim: int, index: int, number: int) -> to
     return torch.cat([before, tensor.new_zeros(shape), after], dim)
 
 
-def _stack_rows(tensors: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> torch.Tensor | None:
+def stack_rows(tensors: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> torch.Tensor | None:
     """
     Concatenates tensors `(sizes[i], ...)` along the rows, and pads them with zeros at the end to the largest shape. A
     `None` becomes rows of zeros. If all are `None`, so is the result.
@@ -194,7 +183,7 @@ class RetrievalCache(DynamicCache):
             if name in self._column_tensors:
                 merged = torch.cat([_insert_zeros(tensor, 1, 0, length - tensor.shape[1]) for tensor in tensors])
             else:
-                merged = _stack_rows(tensors, sizes)
+                merged = stack_rows(tensors, sizes)
             setattr(self, name, merged)
 
     def drop_columns(self, num_columns: int) -> None:
@@ -222,111 +211,60 @@ class RetrievalCache(DynamicCache):
         self._reset_retrieval()
 
 
-class RetroCache(RetrievalCache):
+class StaticCacheMixin:
     """
-    The cache of [`RetroForCausalLM`].
+    Fixed shapes for a [`RetrievalCache`], for which one compiled decoding step serves a whole generation. A prompt is
+    read with a cache that grows, from which this one takes over what the prompt has left.
 
-    Attributes:
-        chunk_states (`torch.Tensor` of shape `(batch_size, past_length, hidden_size)`, *optional*):
-            Activations at the first layer with chunked cross attention, which the neighbor encoder attends to.
-        current_attention_mask (`torch.BoolTensor` of shape `(batch_size, k * neighbor_length)`, *optional*):
-            True for the real neighbor tokens of the last complete chunk of each row.
-        current_key_values (`dict[int, tuple[torch.Tensor, torch.Tensor]]`):
-            Keys and values of these neighbors for each layer with chunked cross attention, each of shape
-            `(batch_size, num_key_value_heads, k * neighbor_length, head_dim)`.
-        current_slot (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-            The slot of these neighbors.
-        is_cropped (`bool`):
-            Whether no call has followed the last crop. If that has removed the chunk of the current neighbors, the
-            next call encodes those of the last complete chunk again.
+    Args:
+        front_room (`int`):
+            Largest number of keys of neighbors and passages in sight.
+        max_length (`int`):
+            Largest number of tokens of a row.
+        compile_config (`CompileConfig`, *optional*):
+            How decoding steps are compiled. By default they are not.
     """
 
-    _row_tensors = (*RetrievalCache._row_tensors, "chunk_states", "current_attention_mask", "current_slot")
-    _column_tensors = (*RetrievalCache._column_tensors, "chunk_states")
+    def __init__(self, front_room: int, max_length: int, compile_config: CompileConfig | None = None):
+        super().__init__()
+        self.front_room, self.max_length, self.compile_config = front_room, max_length, compile_config
 
-    def _reset_retrieval(self) -> None:
-        super()._reset_retrieval()
-        self.chunk_states: torch.Tensor | None = None
-        self.current_attention_mask: torch.BoolTensor | None = None
-        self.current_key_values: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.current_slot: torch.LongTensor | None = None
-        self.is_cropped = False
+    @property
+    def is_compileable(self) -> bool:
+        """`bool`: False, because `generate()` must compile the step of the decoder and not what looks up neighbors."""
+        return False
 
-    def drop_outdated(self, last_slot: torch.LongTensor) -> None:
-        """After a crop: drops the current neighbors, unless they are those of `last_slot` `(batch_size,)`."""
-        if self.is_cropped and self.current_key_values and not torch.equal(self.current_slot, last_slot):
-            self.current_attention_mask, self.current_key_values = None, {}
-        self.is_cropped = False
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of cached tokens of the row."""
+        return 0 if self.input_ids is None else self.input_ids.shape[1]
 
-    def update_chunk_states(self, states: torch.Tensor) -> torch.Tensor:
-        """Appends activations `(batch_size, seq_len, hidden_size)` and returns all of them."""
-        self.chunk_states = states if self.chunk_states is None else torch.cat([self.chunk_states, states], dim=1)
-        return self.chunk_states
-
-    def update_current_mask(
-        self, attention_mask: torch.BoolTensor | None, next_slot: torch.LongTensor
-    ) -> torch.BoolTensor:
-        """
-        Puts the mask of the current neighbors in front of the mask of new slots, `(batch_size, num_new, K)` or `None`,
-        and returns the result. The mask of `next_slot` `(batch_size,)` becomes that of the current neighbors. Rows
-        whose `next_slot` is none of these slots have no current neighbors.
-        """
-        if self.current_key_values:
-            attention_mask = prepend_slot(self.current_attention_mask, attention_mask, dim=(2,))
-        rows = torch.arange(next_slot.shape[0], device=next_slot.device)
-        known = (next_slot >= 0) & (next_slot < attention_mask.shape[1])
-        self.current_attention_mask = attention_mask[rows, torch.where(known, next_slot, 0)] & known[:, None]
-        return attention_mask
-
-    def update_current(
-        self,
-        keys: torch.Tensor | None,
-        values: torch.Tensor | None,
-        next_slot: torch.LongTensor,
-        layer_idx: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Puts the keys and values of the current neighbors in front of those of new slots, each of shape `(batch_size,
-        num_new, num_key_value_heads, K, head_dim)` or `None`, and returns the result. Those of `next_slot` become the
-        keys and values of the current neighbors.
-        """
-        if layer_idx in self.current_key_values:
-            current_keys, current_values = self.current_key_values[layer_idx]
-            if keys is None:
-                return current_keys.unsqueeze(1), current_values.unsqueeze(1)
-            keys, values = prepend_slot(current_keys, keys, dim=(3,)), prepend_slot(current_values, values, dim=(3,))
-        rows = torch.arange(next_slot.shape[0], device=keys.device)
-        slots = next_slot.to(keys.device).clamp(0, keys.shape[1] - 1)
-        self.current_key_values[layer_idx] = (keys[rows, slots], values[rows, slots])
-        return keys, values
-
-    def _map_retrieval(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super()._map_retrieval(function)
-        self.current_key_values = {
-            layer_idx: (function(keys), function(values))
-            for layer_idx, (keys, values) in self.current_key_values.items()
-        }
-
-    def _add_retrieval(self, others: "Sequence[RetroCache]", length: int) -> None:
-        caches = [self, *others]
-        sizes = [cache.input_ids.shape[0] for cache in caches]
-        super()._add_retrieval(others, length)
-        layers = {layer_idx: None for cache in caches for layer_idx in cache.current_key_values}
-        self.current_key_values = {
-            layer_idx: tuple(
-                _stack_rows([cache.current_key_values.get(layer_idx, (None, None))[i] for cache in caches], sizes)
-                for i in (0, 1)
+    def check_room(self, num_tokens: int, num_keys: int) -> None:
+        """Raises a `ValueError` if a row of so many tokens, with so many keys of neighbors in sight, has no room."""
+        if num_tokens > self.max_length or num_keys > self.front_room:
+            raise ValueError(
+                f"the static cache has room for {self.max_length} tokens and {self.front_room} keys of neighbors, but "
+                f"there are {num_tokens} and {num_keys}: give it more, or generate with a dynamic one"
             )
-            for layer_idx in layers
-        }
+
+    def _load_layers(self, cache: RetrievalCache, room: int) -> None:
+        """Takes over the layers of another cache, with room for so many keys in front of the row."""
+        length, front = cache.get_seq_length(), cache.front_length
+        self.check_room(length, front)
+        for layer in cache.layers:
+            fixed = StaticLayer(room + self.max_length)
+            if layer.is_initialized:
+                fixed.lazy_initialization(layer.keys, layer.values)
+                for target, states in ((fixed.keys, layer.keys), (fixed.values, layer.values)):
+                    target[..., :front, :] = states[..., :front, :]
+                    target[..., room : room + length, :] = states[..., front:, :]
+                fixed.cumulative_length.fill_(room + length)
+            self.layers.append(fixed)
+        for name in cache._row_tensors:
+            setattr(self, name, getattr(cache, name))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last `-tokens_to_remove` tokens (a negative number), across ends of chunks too."""
-        super().crop(tokens_to_remove)
-        if tokens_to_remove == 0:
-            return
-        self.chunk_states = self.chunk_states[:, :tokens_to_remove] if self.chunk_states is not None else None
-        self.is_cropped = True
+        """Refused: what is written behind a row cannot be taken back."""
+        raise ValueError("a static cache cannot be cropped; generate with a dynamic one")
 
 
-__all__ = ["RetrievalCache", "RetroCache"]
+__all__ = ["RetrievalCache", "StaticCacheMixin", "stack_rows"]

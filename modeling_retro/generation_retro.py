@@ -22,11 +22,17 @@ from typing import Any, Self
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig, GenerationMode, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import (
+    CompileConfig,
+    GenerationConfig,
+    GenerationMode,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.utils import logging
 
-from .cache_retro import RetrievalCache, RetroCache
+from .cache_retro import RetrievalCache, StaticCacheMixin
 from .chunk_layout_retro import completed_between, completed_chunks, default_position_ids, locate_call, locate_tokens
 from .drafts_retro import DRAFT_TOKENS, DrawInTurn, NeighborDrafts, why_no_drafts
 from .neighbors_retro import Neighbors, pad_to_shape
@@ -157,10 +163,11 @@ class RetroGenerationMixin:
     object with `neighbor_input_ids` (`torch.LongTensor` of shape `(n, k, neighbor_length)`) and
     `neighbor_attention_mask` of the same shape. If they are known, the object also has `scores`, `chunk_ids` and
     `document_ids` of shape `(n, k)`. The retriever may have a method `check_model(config)` that raises a `ValueError`
-    for a model that cannot use it.
+    for a model that cannot use it. A model names its classes of caches.
     """
 
-    cache_class: type[RetrievalCache] = RetroCache
+    cache_class: type[RetrievalCache]
+    static_cache_class: type[StaticCacheMixin]
 
     @classmethod
     def from_pretrained(cls, *args, retriever: Any = None, **kwargs) -> Self:
@@ -525,7 +532,9 @@ class RetroGenerationMixin:
             torch.cat([one.input_ids for one in kept], dim=1), torch.cat([one.attention_mask for one in kept], dim=1)
         )
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ) -> None:
         memory, modes = _looked_up.get(), (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
         if memory is not None and memory.draft_tokens and generation_mode not in modes:
             raise ValueError(
@@ -533,11 +542,27 @@ class RetroGenerationMixin:
                 f"{generation_mode.value.replace('_', ' ')}"
             )
         is_given = model_kwargs.get("past_key_values") is not None
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-        if not is_given and generation_config.cache_implementation in (None, "dynamic", "offloaded"):
-            offloading = generation_config.cache_implementation == "offloaded"
-            if model_kwargs.get("past_key_values") is not None:
-                model_kwargs["past_key_values"] = self.cache_class(config=self.config, offloading=offloading)
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        if is_given or model_kwargs.get("past_key_values") is None:
+            return
+        implementation = generation_config.cache_implementation
+        if implementation in (None, "dynamic", "offloaded"):
+            offloading = implementation == "offloaded"
+            model_kwargs["past_key_values"] = self.cache_class(config=self.config, offloading=offloading)
+        neighbors, passages = (model_kwargs.get(f"{kind}_input_ids") for kind in ("neighbor", "passage"))
+        room = self.config.num_neighbors * self.config.neighbor_length if self.is_retrieving else 0
+        room = max(room, 0 if neighbors is None else neighbors.shape[2] * neighbors.shape[3])
+        room += 0 if passages is None else passages.shape[1] * passages.shape[2]
+        if implementation != "static" or room == 0:
+            return
+        wanted, compile_config = generation_config.compile_config, None
+        compiles_here = self.device.type != "cpu" or (wanted is not None and wanted._compile_all_devices)
+        if compiles_here and not generation_config.disable_compile:
+            compile_config = wanted or CompileConfig()
+        max_length = max(max_cache_length, generation_config.max_cache_len or 0)
+        model_kwargs["past_key_values"] = self.static_cache_class(room, max_length, compile_config)
 
 
 __all__ = ["RetroGenerationMixin"]

@@ -16,11 +16,10 @@
 from collections.abc import Sequence
 
 import torch
-from transformers.cache_utils import Cache, StaticLayer
-from transformers.generation import CompileConfig
+from transformers.cache_utils import Cache
 
 from .attention_retro import Blocks
-from .cache_retro import RetrievalCache
+from .cache_retro import RetrievalCache, StaticCacheMixin
 from .neighbor_memory_retro import LayerStates, compress
 from .neighbors_retro import pad_to_shape
 
@@ -169,32 +168,11 @@ class RetroJointCache(RetrievalCache):
         super().crop(tokens_to_remove)
 
 
-class RetroJointStaticCache(RetroJointCache):
+class RetroJointStaticCache(StaticCacheMixin, RetroJointCache):
     """
-    A [`RetroJointCache`] of fixed shapes, for which one compiled decoding step serves a whole generation. In every
-    layer there is room for the keys that stand in front and, behind it, for those of the row.
-
-    Args:
-        front_room (`int`):
-            Largest number of keys of neighbors and passages in sight.
-        max_length (`int`):
-            Largest number of tokens of a row.
-        compile_config (`CompileConfig`, *optional*):
-            How decoding steps are compiled. By default they are not.
+    A [`RetroJointCache`] of fixed shapes. In every layer there is room for the keys that stand in front and, behind
+    it, for those of the row.
     """
-
-    def __init__(self, front_room: int, max_length: int, compile_config: CompileConfig | None = None):
-        super().__init__()
-        self.front_room, self.max_length, self.compile_config = front_room, max_length, compile_config
-
-    @property
-    def is_compileable(self) -> bool:
-        """`bool`: False, because `generate()` must compile the step of the decoder and not what looks up neighbors."""
-        return False
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of cached tokens of the row."""
-        return 0 if self.input_ids is None else self.input_ids.shape[1]
 
     def num_columns(self, length: int) -> int:
         """Number of keys of a row, with the room for later ones."""
@@ -207,23 +185,7 @@ class RetroJointStaticCache(RetroJointCache):
         Raises:
             ValueError: If there is no room for it.
         """
-        length, front = cache.get_seq_length(), cache.front_length
-        if length > self.max_length or front > self.front_room:
-            raise ValueError(
-                f"the static cache has room for {self.max_length} tokens and {self.front_room} keys of neighbors, but "
-                f"there are {length} and {front}"
-            )
-        for layer in cache.layers:
-            fixed = StaticLayer(self.front_room + self.max_length)
-            if layer.is_initialized:
-                fixed.lazy_initialization(layer.keys, layer.values)
-                for target, states in ((fixed.keys, layer.keys), (fixed.values, layer.values)):
-                    target[..., :front, :] = states[..., :front, :]
-                    target[..., self.front_room : self.front_room + length, :] = states[..., front:, :]
-                fixed.cumulative_length.fill_(self.front_room + length)
-            self.layers.append(fixed)
-        for name in self._row_tensors:
-            setattr(self, name, getattr(cache, name))
+        self._load_layers(cache, self.front_room)
         self.is_packed = cache.is_packed
         nothing = self.input_ids.new_zeros(len(self.input_ids), 0, dtype=torch.bool)
         self._set_front_masks(
@@ -248,10 +210,7 @@ class RetroJointStaticCache(RetroJointCache):
             ValueError: If there is no room for them.
         """
         length = front_mask.shape[1]
-        if length > self.front_room:
-            raise ValueError(
-                f"the static cache has room for {self.front_room} keys of neighbors, but {length} are in sight"
-            )
+        self.check_room(self.get_seq_length(), length)
         for layer, states in zip(self.layers, key_values):
             if states is not None:
                 layer.keys[..., :length, :] = states[0]
@@ -272,10 +231,6 @@ class RetroJointStaticCache(RetroJointCache):
         for states, new in ((layer.keys, keys), (layer.values, values)):
             states.transpose(1, 2)[rows[:, None], columns] = new.transpose(1, 2).to(states.dtype)
         return layer.keys[rows], layer.values[rows]
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refused: what is written behind a row cannot be taken back."""
-        raise ValueError("a static cache cannot be cropped; generate with a dynamic one")
 
 
 class NeighborPrefix(Cache):

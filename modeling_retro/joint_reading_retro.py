@@ -127,6 +127,12 @@ class JointReadingMixin:
         change.
         """
         length, size = call.inputs.shape[1], self.config.chunk_size
+        reads_again = neighbors is not None or call.cache.uncropped_length > 0
+        if call.given_mask is not None and reads_again and self.config.reread_tokens > 1:
+            raise ValueError(
+                f"the attention mask of shape {tuple(call.given_mask.shape)} says nothing of what cached tokens see, "
+                "but those of a chunk are read again: give a mask of two dimensions, or set `reread_tokens` to 0"
+            )
         if length == 1:
             return self._step(call, neighbors)
         locations = call.locate(size)
@@ -233,10 +239,6 @@ class JointReadingMixin:
                 become the second.
         """
         cache = call.cache
-        if call.given_mask is not None:
-            raise ValueError(
-                "a 4-D mask says nothing of cached tokens, which are read again: set `reread_tokens` to 0"
-            )
         index, first = locations.first_document_index[rows], locations.first_row_index[rows]
         row_index = torch.maximum(row_index, (first - index).clamp(min=0) + 1)
         columns = locations.column_of[rows].gather(1, row_index)  # [n, b]

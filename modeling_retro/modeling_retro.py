@@ -21,7 +21,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation import CompileConfig, GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -35,7 +35,6 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_retro import RetroCache
 from .chunk_layout_retro import (
     ChunkLayout,
     TokenLocations,
@@ -46,10 +45,11 @@ from .chunk_layout_retro import (
     token_mask,
 )
 from .configuration_retro import RetroConfig
+from .cross_cache_retro import RetroCache, RetroStaticCache
 from .generation_retro import RetroGenerationMixin, check_neighbors
 from .loss_retro import causal_lm_loss
 from .model_hub_retro import RetroSharingMixin
-from .neighbors_retro import Neighbors
+from .neighbors_retro import Neighbors, pad_to_shape
 from .retrofit_retro import RetroRetrofitMixin
 
 
@@ -691,6 +691,7 @@ class RetroModel(RetroPreTrainedModel):
         self.neighbor_encoder = RetroNeighborEncoder(config)
         self.neighbor_rotary_emb = RetroNeighborRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self._compiled_decode: tuple[CompileConfig, Callable] | None = None
 
         # Initialize weights and apply final processing
         self.post_init()
@@ -760,13 +761,45 @@ class RetroModel(RetroPreTrainedModel):
             unknown = position_ids.new_full(inputs_embeds.shape[:2], -1)
             cache.update_input_ids(unknown if input_ids is None else input_ids)
 
-        hidden_states = inputs_embeds
         neighbor_states = None
         if neighbors is not None and neighbors.input_ids is not None:
             neighbor_states = self.embed_tokens(neighbors.input_ids)  # [B, L, k, r, d]
             # CODEPATH: as for the row.
             if self.config.embedding_multiplier != 1:
                 neighbor_states = neighbor_states * self.config.embedding_multiplier
+        decode = self._decode
+        is_step = isinstance(cache, RetroStaticCache) and inputs_embeds.shape[1] == 1 and neighbor_states is None
+        if is_step and cache.compile_config is not None:
+            decode = self._compile(cache.compile_config)
+        hidden_states = decode(
+            inputs_embeds,
+            neighbor_states,
+            neighbors=neighbors,
+            attention_mask=causal_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden_states, past_key_values=past_key_values
+        )
+
+    def _compile(self, config: CompileConfig) -> Callable:
+        """The compiled layers for decoding steps of fixed shapes. Encoding neighbors is no part of them."""
+        if self._compiled_decode is None or self._compiled_decode[0] != config:
+            self._compiled_decode = config, torch.compile(self._decode, **config.to_dict())
+        return self._compiled_decode[1]
+
+    def _decode(
+        self,
+        hidden_states: torch.Tensor,
+        neighbor_states: torch.Tensor | None,
+        neighbors: NeighborInputs | None,
+        position_ids: torch.LongTensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """Embeddings `(batch_size, seq_len, hidden_size)` through all layers."""
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         position_embeddings = (position_embeddings[0].unsqueeze(1), position_embeddings[1].unsqueeze(1))
         for layer_idx, decoder_layer in enumerate(self.layers):
@@ -776,17 +809,11 @@ class RetroModel(RetroPreTrainedModel):
                 neighbor_states,
                 neighbors=neighbors,
                 neighbor_encoder=self.neighbor_encoder if is_first else None,
-                attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
                 **kwargs,
             )
-        hidden_states = self.norm(hidden_states)
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states, past_key_values=past_key_values
-        )
+        return self.norm(hidden_states)
 
     def _create_causal_mask(
         self,
@@ -810,6 +837,8 @@ class RetroModel(RetroPreTrainedModel):
             "attention_mask": attention_mask,
             "past_key_values": None if is_dynamic and past_length == 0 else past_key_values,
             "position_ids": position_ids,
+            # Behind the row, a cache of fixed shapes has keys that no token sees.
+            "allow_is_causal_skip": not isinstance(past_key_values, RetroStaticCache),
         }
         is_prepared = not is_dynamic or (attention_mask is not None and attention_mask.ndim == 4)
         if is_prepared or position_ids is None or (attention_mask is None and past_length == 0):
@@ -823,6 +852,8 @@ class RetroModel(RetroPreTrainedModel):
         if seq_len == 1:
             mask_inputs["attention_mask"] = mask & (row_index >= document_start)
             return create_mask(**mask_inputs)
+        if isinstance(past_key_values, RetroStaticCache):
+            row_index = pad_to_shape(row_index, (len(row_index), past_key_values.max_length))
 
         def same_document(batch_idx: int, head_idx: int, q_idx: int, kv_idx: int) -> torch.BoolTensor:
             return row_index[batch_idx, kv_idx] >= document_start[batch_idx, q_idx - past_length]
@@ -878,6 +909,8 @@ class RetroForCausalLM(
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    cache_class = RetroCache
+    static_cache_class = RetroStaticCache
 
     def __init__(self, config: RetroConfig):
         super().__init__(config)
@@ -931,17 +964,21 @@ class RetroForCausalLM(
             neighbors = self.retrieve_neighbors(input_ids, attention_mask, position_ids, past_key_values)
             if neighbors is not None:
                 neighbor_input_ids, neighbor_attention_mask = neighbors.input_ids, neighbors.attention_mask
+        static = past_key_values if isinstance(past_key_values, RetroStaticCache) else None
+        is_prompt = static is not None and static.get_seq_length() == 0
         outputs: BaseModelOutputWithPastAndCrossAttentions = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=RetroCache(config=self.config) if is_prompt else past_key_values,
             inputs_embeds=inputs_embeds,
             neighbor_input_ids=neighbor_input_ids,
             neighbor_attention_mask=neighbor_attention_mask,
             use_cache=use_cache,
             **kwargs,
         )
+        if is_prompt:
+            static.load(outputs.past_key_values, self.config.cross_attention_layers)
 
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.lm_head(hidden_states)  # [B, T, V]
@@ -956,7 +993,7 @@ class RetroForCausalLM(
         return CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            past_key_values=static if is_prompt else outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache
-from transformers.generation import CompileConfig, GenerationMixin
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -76,6 +76,7 @@ class RetroJointForCausalLM(
 ):
     _auto_class = "AutoModelForCausalLM"  # saving copies the code along
     cache_class = RetroJointCache
+    static_cache_class = RetroJointStaticCache
 
     def __init__(self, config: RetroJointConfig, decoder: PreTrainedModel | None = None):
         r"""
@@ -279,31 +280,6 @@ class RetroJointForCausalLM(
                 if (values := getattr(found, name, None)) is not None:
                     outputs[f"passage_{name}"] = values.repeat_interleave(repeats, dim=0)
         return outputs
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ) -> None:
-        is_given = model_kwargs.get("past_key_values") is not None
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-        given = model_kwargs.get("neighbor_input_ids")
-        reads = self.is_retrieving or given is not None or model_kwargs.get("passage_input_ids") is not None
-        if is_given or generation_config.cache_implementation != "static" or not reads:
-            return
-        config, passages = self.config, model_kwargs.get("passage_input_ids")
-        room = [config.num_neighbors * config.neighbor_length if self.is_retrieving else 0]
-        room.append(0 if given is None else given.shape[2] * given.shape[3])
-        compile_config = None
-        wanted = generation_config.compile_config
-        compiles_here = self.device.type != "cpu" or (wanted is not None and wanted._compile_all_devices)
-        if compiles_here and not generation_config.disable_compile:
-            compile_config = wanted or CompileConfig()
-        model_kwargs["past_key_values"] = RetroJointStaticCache(
-            front_room=max(room) + (0 if passages is None else passages.shape[1] * passages.shape[2]),
-            max_length=max(max_cache_length, generation_config.max_cache_len or 0),
-            compile_config=compile_config,
-        )
 
     def get_input_embeddings(self) -> nn.Module:
         """The decoder's embedding of tokens."""

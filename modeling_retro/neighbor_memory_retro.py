@@ -44,8 +44,8 @@ def compress(
 
 class _Stacked(Sequence):
     """
-    The states of several neighbors. Those of a layer are stacked when it asks for them, because copies of all layers at
-    once would have left the processor's cache before they are read.
+    The states of several neighbors. Those of a layer are stacked when it asks for them, because copies of all layers
+    at once would have left the processor's cache before they are read.
     """
 
     def __init__(self, neighbors: list[LayerStates]):

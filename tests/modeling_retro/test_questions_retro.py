@@ -16,10 +16,12 @@
 import pytest
 import torch
 from test_generation_retro import HashRetriever, left_padded
-from test_modeling_retro import CHUNK, LENGTH, VOCAB, assert_close
+from test_modeling_retro import CHUNK, LENGTH, VOCAB, assert_close, make_inputs
 from tiny_joint import FAMILIES, make_joint
+from transformers import DynamicCache
 
 from modeling_retro import RetroJointCache
+from modeling_retro.joint_cache_retro import RetroJointStaticCache
 
 
 SLIDING = {"mistral-sliding", "gemma2", "gemma3"}
@@ -221,6 +223,43 @@ def test_no_passages_are_none():
     with torch.no_grad():
         found = model(ids, passage_input_ids=passages, passage_attention_mask=torch.zeros_like(mask)).logits
         assert torch.equal(found, model(ids).logits)
+
+
+def test_a_mask_that_says_nothing_of_cached_tokens_is_refused_when_they_are_read_again():
+    model = make_joint(reread_tokens=CHUNK)
+    ids, neighbors, neighbor_mask = make_inputs(1, 2 * CHUNK)
+    given = {"neighbor_input_ids": neighbors[:, 1:], "neighbor_attention_mask": neighbor_mask[:, 1:]}
+    seen = torch.ones(2 * CHUNK, 2 * CHUNK, dtype=torch.bool).tril()[None, None, -1:]
+    cache = RetroJointCache()
+    with torch.no_grad():
+        model(ids[:, :-1], neighbor_input_ids=neighbors[:, :1], past_key_values=cache)
+        with pytest.raises(ValueError, match=r"mask of shape \(1, 1, 1, 8\) says nothing of what cached tokens see"):
+            model(ids[:, -1:], attention_mask=seen, past_key_values=cache, **given)
+        # Nothing was done: the same call without the mask goes on.
+        assert cache.get_seq_length() == 2 * CHUNK - 1
+        logits = model(ids[:, -1:], past_key_values=cache, **given).logits[0, -1]
+        expected = model(
+            ids,
+            neighbor_input_ids=neighbors,
+            neighbor_attention_mask=torch.cat([torch.ones_like(neighbor_mask[:, :1]), neighbor_mask[:, 1:]], dim=1),
+        ).logits[0, -1]
+    assert_close(logits, expected, 1e-10)
+
+
+def test_caches_without_room_for_read_states_are_refused_before_anything_is_done():
+    model = make_joint(reread_tokens=CHUNK)
+    ids, neighbors, _ = make_inputs(1, 2 * CHUNK)
+    passages, mask = make_passages(1)
+    questions = {"passage_input_ids": passages, "passage_attention_mask": mask}
+    for cache, given, message in [
+        (DynamicCache(), {"neighbor_input_ids": neighbors}, "DynamicCache, which cannot hold the state of retrieval"),
+        (DynamicCache(), questions, "pass a `RetroJointCache`"),
+        (RetroJointStaticCache(3, 9), questions, "room for 9 tokens and 3 keys of neighbors, but there are 8"),
+        (RetroJointStaticCache(2 * LENGTH, 7), {"neighbor_input_ids": neighbors}, "room for 7 tokens"),
+    ]:
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            model(ids, past_key_values=cache, **given)
+        assert cache.get_seq_length() == 0
 
 
 def test_bad_questions_are_named():

@@ -99,7 +99,12 @@ SHIPPED_BY_BOTH = {
     "model_hub_retro.py",
     "neighbors_retro.py",
 }
-SHIPPED_BY_RETRO = SHIPPED_BY_BOTH | {"configuration_retro.py", "modeling_retro.py", "retrofit_retro.py"}
+SHIPPED_BY_RETRO = SHIPPED_BY_BOTH | {
+    "configuration_retro.py",
+    "cross_cache_retro.py",
+    "modeling_retro.py",
+    "retrofit_retro.py",
+}
 SHIPPED_BY_JOINT = SHIPPED_BY_BOTH | {
     "attention_retro.py",
     "configuration_retro_joint.py",
