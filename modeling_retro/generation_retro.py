@@ -551,10 +551,12 @@ class RetroGenerationMixin:
         if implementation in (None, "dynamic", "offloaded"):
             offloading = implementation == "offloaded"
             model_kwargs["past_key_values"] = self.cache_class(config=self.config, offloading=offloading)
-        neighbors, passages = (model_kwargs.get(f"{kind}_input_ids") for kind in ("neighbor", "passage"))
+        kinds = ("neighbor", "passage", "passage_prefix")
+        neighbors, passages, prefix = (model_kwargs.get(f"{kind}_input_ids") for kind in kinds)
         room = self.config.num_neighbors * self.config.neighbor_length if self.is_retrieving else 0
         room = max(room, 0 if neighbors is None else neighbors.shape[2] * neighbors.shape[3])
         room += 0 if passages is None else passages.shape[1] * passages.shape[2]
+        room += 0 if prefix is None else prefix.shape[1]
         if implementation != "static" or room == 0:
             return
         wanted, compile_config = generation_config.compile_config, None

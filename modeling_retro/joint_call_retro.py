@@ -20,6 +20,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from .chunk_layout_retro import TokenLocations, locate_call
+from .configuration_retro_joint import RetroJointConfig
 from .joint_cache_retro import RetroJointCache
 from .neighbor_memory_retro import NeighborStates
 from .neighbors_retro import Neighbors
@@ -51,6 +52,25 @@ class Front:
 
 
 @dataclass
+class Passages:
+    """
+    The passages of a question as they are read.
+
+    Args:
+        texts ([`Neighbors`]):
+            The texts that are read, each by itself, `(batch_size, 1, n, L)`.
+        seen (`torch.BoolTensor` of shape `(batch_size, 1, n, L)`):
+            True for the tokens that the row sees.
+        by_first (`bool`):
+            Whether the first token of the row sees them too, because it continues the texts.
+    """
+
+    texts: Neighbors
+    seen: torch.BoolTensor
+    by_first: bool
+
+
+@dataclass
 class JointCall:
     """The arguments of a forward pass."""
 
@@ -62,8 +82,7 @@ class JointCall:
     labels: torch.LongTensor | None  # [B, T]
     logits_to_keep: int | torch.Tensor
     options: dict[str, Any]
-    passages: Neighbors | None = None  # [B, 1, k, r], of a question
-    in_order: bool = False  # whether the passages are one text
+    passages: Passages | None = None  # of a question
 
     @property
     def inputs(self) -> torch.Tensor:
@@ -122,10 +141,16 @@ class JointCall:
 
 
 def check_passages(
-    input_ids: torch.LongTensor | None, attention_mask: torch.Tensor | None, passages: str, neighbor_length: int
-) -> Neighbors | None:
+    input_ids: torch.LongTensor | None,
+    attention_mask: torch.Tensor | None,
+    before: tuple[torch.LongTensor | None, torch.Tensor | None],
+    passages: str,
+    config: RetroJointConfig,
+) -> Passages | None:
     """
-    Checks the passages of a question `(batch_size, k, passage_length)`.
+    Checks the passages of a question `(batch_size, k, passage_length)`, and arranges them as they are read: each by
+    itself, or as one text. If tokens `(batch_size, P)` of the prompt stand before the passages, each passage is read
+    behind these, and the row sees these once.
 
     Raises:
         ValueError: For other shapes, for passages longer than a neighbor, and for an unknown way to read them.
@@ -133,22 +158,54 @@ def check_passages(
     if passages not in ("apart", "in_order"):
         raise ValueError(f"`passages` is {passages!r}, expected 'apart' or 'in_order'")
     if input_ids is None:
+        if before[0] is not None:
+            raise ValueError("`passage_prefix_input_ids` are given without passages: make them the start of the row")
         return None
-    if input_ids.ndim != 3 or input_ids.shape[2] > neighbor_length:
+    if input_ids.ndim != 3 or input_ids.shape[2] > config.neighbor_length:
         raise ValueError(
             f"`passage_input_ids` has shape {tuple(input_ids.shape)}, expected (batch_size, k, passage_length) with "
-            f"at most {neighbor_length} tokens in a passage, the length of a neighbor: give longer ones in parts"
+            f"at most {config.neighbor_length} tokens in a passage, the length of a neighbor; split longer ones"
         )
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    if attention_mask.shape != input_ids.shape:
+    mask = _check_mask("passage", input_ids, attention_mask)[:, None]  # [B, 1, k, r]
+    if before[0] is None:
+        if not mask.any():
+            return None
+        texts = Neighbors(input_ids[:, None], mask)
+        if passages == "in_order":
+            texts = texts.in_order()
+            return Passages(texts, texts.attention_mask, True)
+        return Passages(texts, texts.seen(config.hidden_neighbor_tokens), False)
+    if before[0].ndim != 2 or len(before[0]) != len(input_ids) or input_ids.numel() == 0:
         raise ValueError(
-            f"`passage_attention_mask` has shape {tuple(attention_mask.shape)}, expected that of `passage_input_ids`, "
+            f"`passage_prefix_input_ids` has shape {tuple(before[0].shape)} and `passage_input_ids` "
+            f"{tuple(input_ids.shape)}, expected (batch_size, prefix_length) and (batch_size, k, passage_length)"
+        )
+    before_mask = _check_mask("passage_prefix", *before)
+    if passages == "in_order":
+        ids, mask = (
+            torch.cat([before[0], input_ids.flatten(1)], dim=1),
+            torch.cat([before_mask, mask.flatten(1)], dim=1),
+        )
+        texts = Neighbors(ids[:, None, None], mask[:, None, None]).in_order()
+        return Passages(texts, texts.attention_mask, True)
+    k = input_ids.shape[1]
+    ids, before_mask = (x[:, None, None].expand(-1, -1, k, -1) for x in (before[0], before_mask))
+    texts = Neighbors(torch.cat([ids, input_ids[:, None]], dim=-1), torch.cat([before_mask, mask], dim=-1))
+    # Each passage has a copy of the tokens before it, and all copies have the same states.
+    seen = texts.attention_mask.clone()
+    seen[:, :, 1:, : ids.shape[-1]] = False
+    return Passages(texts, seen, True)
+
+
+def _check_mask(name: str, input_ids: torch.LongTensor, mask: torch.Tensor | None) -> torch.BoolTensor:
+    if mask is None:
+        mask = torch.ones_like(input_ids)
+    if mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`{name}_attention_mask` has shape {tuple(mask.shape)}, expected that of `{name}_input_ids`, "
             f"{tuple(input_ids.shape)}"
         )
-    if input_ids.numel() == 0 or not attention_mask.any():
-        return None
-    return Neighbors(input_ids[:, None], attention_mask[:, None].bool())
+    return mask.bool()
 
 
-__all__ = ["Front", "JointCall", "check_passages"]
+__all__ = ["Front", "JointCall", "Passages", "check_passages"]

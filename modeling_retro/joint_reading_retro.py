@@ -99,14 +99,13 @@ class JointReadingMixin:
         return outputs
 
     def _read_passages(self, call: JointCall, locations: TokenLocations, states: RowStates) -> Front:
-        """Reads the passages of a question, which all tokens see but the first of the document."""
-        passages = call.passages.in_order() if call.in_order else call.passages
-        seen = passages.seen(0 if call.in_order else self.config.hidden_neighbor_tokens)  # [B, 1, k, r]
-        sees = locations.is_token & seen.flatten(1).any(-1, keepdim=True)
-        if not call.in_order:
+        """Reads the passages of a question, which all tokens see, or all but the first of the document."""
+        passages = call.passages
+        sees = locations.is_token & passages.seen.flatten(1).any(-1, keepdim=True)
+        if not passages.by_first:
             sees &= (locations.document_index > 0) & (locations.row_index > 0)
         sees = sees.gather(1, states.columns) & ~states.is_filler
-        return Front(self.read_neighbors(passages), seen, torch.where(sees, 0, 1))
+        return Front(self.read_neighbors(passages.texts), passages.seen, torch.where(sees, 0, 1))
 
     def _keep_in_sight(
         self, cache: RetroJointCache, fronts: list[Front], has_passages: bool, next_slot: torch.LongTensor

@@ -253,8 +253,9 @@ class RetroJointForCausalLM(
             num_passages (`int`, *optional*):
                 Number of passages of a question. Defaults to `num_neighbors` of the configuration.
             kwargs:
-                Also `passages` (`"apart"` or `"in_order"`), see [`~RetroJointForCausalLM.forward`]. A caller that has
-                looked up the question itself passes `passage_input_ids` and `passage_attention_mask`.
+                Also `passages` (`"apart"` or `"in_order"`) and `passage_prefix_input_ids`, see
+                [`~RetroJointForCausalLM.forward`]. A caller that has looked up the question itself passes
+                `passage_input_ids` and `passage_attention_mask`.
 
         Returns:
             With `return_dict_in_generate=True` and a retriever that knows them, the output also has
@@ -311,6 +312,8 @@ class RetroJointForCausalLM(
         neighbor_attention_mask: torch.Tensor | None = None,
         passage_input_ids: torch.LongTensor | None = None,
         passage_attention_mask: torch.Tensor | None = None,
+        passage_prefix_input_ids: torch.LongTensor | None = None,
+        passage_prefix_attention_mask: torch.Tensor | None = None,
         passages: str = "apart",
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -331,6 +334,11 @@ class RetroJointForCausalLM(
             neighbors of its chunks. The chunks of such a row are looked up only from the end of a prompt on.
         passage_attention_mask (`torch.Tensor` of the same shape, *optional*):
             1 (or True) for real tokens of passages. By default all tokens are real.
+        passage_prefix_input_ids (`torch.LongTensor` of shape `(batch_size, prefix_length)`, *optional*):
+            Tokens of the prompt that stand before its passages, such as those of a chat template before the text of a
+            message. The row holds what follows the passages.
+        passage_prefix_attention_mask (`torch.Tensor` of the same shape, *optional*):
+            1 (or True) for real tokens. Padding stands on the left. By default all tokens are real.
         passages (`str`, *optional*, defaults to `"apart"`):
             How passages are read: `"apart"`, each by itself like a neighbor, or `"in_order"`, as one text. The model
             then computes what its decoder computes with the passages in front of the row, whose first token sees them
@@ -361,8 +369,13 @@ class RetroJointForCausalLM(
             labels=labels,
             logits_to_keep=logits_to_keep,
             options={"use_cache": use_cache, **kwargs},
-            passages=check_passages(passage_input_ids, passage_attention_mask, passages, self.config.neighbor_length),
-            in_order=passages == "in_order",
+            passages=check_passages(
+                passage_input_ids,
+                passage_attention_mask,
+                (passage_prefix_input_ids, passage_prefix_attention_mask),
+                passages,
+                self.config,
+            ),
         )
         neighbors = self._find_neighbors(call, neighbor_input_ids, neighbor_attention_mask)
         static = past_key_values if isinstance(past_key_values, RetroJointStaticCache) else None
@@ -419,10 +432,9 @@ class RetroJointForCausalLM(
     def _check_place_of_passages(self, call: JointCall) -> None:
         """Raises a `ValueError` for passages that do not stand in front of one document."""
         batch_size = call.inputs.shape[0]
-        if call.passages.input_ids.shape[0] != batch_size:
+        if len(call.passages.seen) != batch_size:
             raise ValueError(
-                f"`passage_input_ids` has {call.passages.input_ids.shape[0]} rows, expected those of the call, "
-                f"{batch_size}"
+                f"`passage_input_ids` has {len(call.passages.seen)} rows, expected those of the call, {batch_size}"
             )
         if call.past_length > 0:
             raise ValueError(

@@ -53,7 +53,7 @@ class Run:
     def __init__(self, served: ServedModel, metrics: Metrics, prepared: PreparedRequest):
         self.metrics = metrics
         request = prepared.request
-        lengths = [len(row.tokens) - row.num_hidden for row in prepared.rows]
+        lengths = [len(row.before) + len(row.tokens) - row.num_hidden for row in prepared.rows]
         self.answer = Answer(request, served.prompts.tokenizer, lengths, served.find_sources)
         self._events: asyncio.Queue[tuple[int, CompletionEvent]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()

@@ -77,6 +77,9 @@ class Row:
         must_find (`bool`, *optional*, defaults to `False`):
             Whether a question that nothing can be looked up with is an error. By default the chunks of the prompt are
             looked up then.
+        before (`list[int]`):
+            Tokens of the prompt that stand before the passages of a question, in a joint model. They are none of
+            `tokens`.
         passages (`str`, *optional*, defaults to `"apart"`):
             How a joint model reads the passages: `"apart"`, or `"in_order"`, as one text.
         retrieved (`list[RetrievedChunk]`):
@@ -93,6 +96,7 @@ class Row:
     num_scored: int | None = None
     query: list[int] | None = None
     must_find: bool = False
+    before: list[int] = field(default_factory=list)
     passages: str = "apart"
     retrieved: list[RetrievedChunk] = field(default_factory=list)
     scored: list[ChosenToken] = field(default_factory=list)
@@ -247,11 +251,13 @@ class DecodingBatch:
         except QuestionError:
             if row.must_find:
                 raise
+            row.tokens, row.before = row.before + row.tokens, []
             return {}
         ids, mask = found.neighbor_input_ids.to(device), found.neighbor_attention_mask.bool().to(device)  # [1, k, r]
         row.retrieved.append(_retrieved(None, found, 0, mask[0].cpu()))
         if isinstance(self.model, RetroJointForCausalLM):
-            return {"passage_input_ids": ids, "passage_attention_mask": mask, "passages": row.passages}
+            before = {"passage_prefix_input_ids": torch.tensor([row.before], device=device)} if row.before else {}
+            return {"passage_input_ids": ids, "passage_attention_mask": mask, "passages": row.passages, **before}
         shape = (1, len(row.tokens) // self.model.config.chunk_size, *ids.shape[1:])  # [1, L, k, r]
         neighbor_ids, neighbor_mask = ids.new_zeros(shape), mask.new_zeros(shape)
         neighbor_ids[:, -1], neighbor_mask[:, -1] = ids, mask

@@ -114,15 +114,15 @@ class ServedModel:
             message = f"the model {request.model[:100]!r} does not exist here; this server has {self.name!r}"
             raise RequestError(404, message, "model", "model_not_found")
         self._check_numbers(request)
-        rows = [self._make_row(request, prompt) for prompt in self._encode(request)]
+        rows = [self._make_row(request, *parts) for parts in self._encode(request)]
         in_front = self._positions_in_front(rows[0])
         room = min(self.max_prompt_tokens, self.context_length - 1 - in_front)
-        longest = max(max(len(row.tokens), len(row.query or ())) for row in rows)
+        longest = max(max(len(row.before) + len(row.tokens), len(row.query or ())) for row in rows)
         if longest > room:
             what = "a prompt or its question" if in_front else "a prompt"
             message = f"{what} has {longest} tokens, more than the {room} that this server takes"
             raise RequestError(400, message, _param(request), "context_length_exceeded")
-        lengths = [in_front + len(row.tokens) for row in rows]
+        lengths = [in_front + len(row.before) + len(row.tokens) for row in rows]
         return PreparedRequest(request, rows, [self._max_new_tokens(request, length) for length in lengths])
 
     def _check_numbers(self, request: CompletionRequest | ChatRequest) -> None:
@@ -140,12 +140,15 @@ class ServedModel:
             message = f"token {unknown[0]} is not of the vocabulary, 0 to {self.vocab_size - 1}"
             raise RequestError(400, message, "logit_bias")
 
-    def _encode(self, request: CompletionRequest | ChatRequest) -> list[list[int]]:
+    def _encode(self, request: CompletionRequest | ChatRequest) -> list[tuple[list[int], list[int]]]:
+        """The tokens of each prompt before the passages of its question and behind them."""
         try:
             if isinstance(request, ChatRequest):
                 messages = [{"role": message.role, "content": message.text} for message in request.messages]
-                return [self.prompts.encode_chat(messages)]
-            prompts = [self._encode_prompt(prompt) for prompt in request.prompts]
+                if self.reads_jointly and self._num_neighbors(request) > 0 and request.question.strip():
+                    return [self.prompts.encode_question(messages)]
+                return [([], self.prompts.encode_chat(messages))]
+            prompts = [([], self._encode_prompt(prompt)) for prompt in request.prompts]
             if not prompts:
                 raise ValueError("there is no prompt; give at least one")
             return prompts
@@ -162,9 +165,13 @@ class ServedModel:
             raise ValueError(f"token {unknown[0]} of the prompt is not of the vocabulary, 0 to {self.vocab_size - 1}")
         return prompt
 
-    def _make_row(self, request: CompletionRequest | ChatRequest, prompt: list[int]) -> Row:
-        num_neighbors = self.num_neighbors if request.num_neighbors is None else request.num_neighbors
-        row = Row(list(prompt), num_neighbors if request.retrieval else 0, passages=request.passages)
+    def _num_neighbors(self, request: CompletionRequest | ChatRequest) -> int:
+        if not request.retrieval:
+            return 0
+        return self.num_neighbors if request.num_neighbors is None else request.num_neighbors
+
+    def _make_row(self, request: CompletionRequest | ChatRequest, before: list[int], prompt: list[int]) -> Row:
+        row = Row(list(prompt), self._num_neighbors(request), before=before, passages=request.passages)
         if request.question is not None and row.num_neighbors > 0:
             row.query = self.prompts.encode_query(request.question)
             # A message such as "Thanks!" may have no known words.

@@ -110,6 +110,7 @@ def question_inputs(
     input_ids: torch.LongTensor,
     found: RetrievedNeighbors,
     passages: str = "apart",
+    before: Sequence[int] = (),
 ) -> dict[str, Any]:
     """
     The arguments of `generate()` for a question that has been looked up. In [`RetroJointForCausalLM`] the passages are
@@ -127,6 +128,8 @@ def question_inputs(
             The passages of the question.
         passages (`str`, *optional*, defaults to `"apart"`):
             How [`RetroJointForCausalLM`] reads passages: `"apart"`, or `"in_order"`, as one text.
+        before (`Sequence[int]`, *optional*):
+            Tokens of the prompt that stand before the passages, in front of `input_ids`.
 
     Returns:
         `dict`: arguments for `generate()`.
@@ -135,19 +138,20 @@ def question_inputs(
         ValueError: If a model with cross attention is to read passages in order.
     """
     if isinstance(model, RetroJointForCausalLM):
-        return {
+        inputs = {
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
             "passage_input_ids": found.neighbor_input_ids,
             "passage_attention_mask": found.neighbor_attention_mask,
             "passages": passages,
         }
+        return inputs | ({"passage_prefix_input_ids": torch.tensor([list(before)])} if before else {})
     if passages != "apart":
         raise ValueError(
             f"passages is {passages!r}, but a {type(model).__name__} encodes each neighbor by itself; passages in "
             "order are for joint reading"
         )
-    inputs = retriever.close_chunks(input_ids)
+    inputs = retriever.close_chunks([[*before, *input_ids[0].tolist()]])
     num_chunks = inputs["input_ids"].shape[1] // retriever.datastore.chunk_size
     shape = (1, num_chunks, *found.neighbor_input_ids.shape[1:])  # [1, L, k, r]
     neighbors, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
@@ -162,6 +166,7 @@ def generate_with_neighbors(
     prompt: str | Sequence[int],
     found: RetrievedNeighbors | None = None,
     passages: str = "apart",
+    before: Sequence[int] = (),
     allow_control_tokens: bool = False,
     **generate_kwargs,
 ) -> GeneratedChunks:
@@ -180,6 +185,8 @@ def generate_with_neighbors(
             those of the answer are.
         passages (`str`, *optional*, defaults to `"apart"`):
             How the passages of a question are read (see [`question_inputs`]).
+        before (`Sequence[int]`, *optional*):
+            Tokens of the prompt that stand before the passages of a question, in front of `prompt`.
         allow_control_tokens (`bool`, *optional*, defaults to `False`):
             Whether text of the prompt that spells a special token, such as `<|im_start|>`, becomes that token.
         generate_kwargs:
@@ -202,7 +209,7 @@ def generate_with_neighbors(
         input_ids = torch.tensor([prompt])
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if found is not None:
-        inputs = question_inputs(model, retriever, input_ids, found, passages)
+        inputs = question_inputs(model, retriever, input_ids, found, passages, before)
         _check_room(model, inputs, generate_kwargs.get("max_new_tokens") or 1)
     model.eval()  # nothing is retrieved in training mode
     model.set_retriever(retriever)
@@ -213,6 +220,8 @@ def generate_with_neighbors(
     )
     tokens = output.sequences[0].cpu()
     texts = [tokenizer.decode(chunk, skip_special_tokens=True) for chunk in tokens.split(datastore.chunk_size)]
+    if "passage_prefix_input_ids" in inputs:
+        texts[0] = tokenizer.decode(list(before), skip_special_tokens=True) + texts[0]
     chunks = [GeneratedChunk(text, [], []) for text in texts]
     for chunk, ids, scores in zip(
         chunks, output.get("retrieved_chunk_ids", [[]])[0], output.get("retrieved_scores", [[]])[0], strict=False
@@ -246,6 +255,8 @@ def _check_room(model: PreTrainedModel, inputs: dict[str, Any], max_new_tokens: 
         in_front = int(inputs["passage_attention_mask"].sum())
     elif "passages" in inputs:
         in_front = inputs["passage_input_ids"].shape[-1]
+    if "passage_prefix_input_ids" in inputs:
+        in_front += inputs["passage_prefix_input_ids"].shape[1]
     if in_front + length + max_new_tokens > room:
         raise ValueError(
             f"the prompt of the question has {length} tokens, its passages take {in_front} positions and the answer "

@@ -79,6 +79,31 @@ class PromptEncoder:
         Raises:
             ValueError: If the tokenizer has no chat template, or the template refuses the messages or does not end.
         """
+        (ids,) = self._encode_chat(messages, None)
+        return ids
+
+    def encode_question(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[int]]:
+        """
+        Tokenizes a conversation as [`PromptEncoder.encode_chat`] does, in two parts. Between them is the place for
+        passages: inside the last message, in front of its text, with a blank line behind them.
+
+        Args:
+            messages (`Sequence[Mapping[str, str]]`): The messages, each with a `role` and a `content`.
+
+        Returns:
+            `tuple[list[int], list[int]]`: the ids before the passages and behind them. The first part is empty if the
+            template does not write the last message as it is.
+
+        Raises:
+            ValueError: If the tokenizer has no chat template, or the template refuses the messages or does not end.
+        """
+        place = secrets.token_hex(16)
+        last = {**messages[-1], "content": f"{place}\n\n{messages[-1]['content'].lstrip()}"}
+        parts = self._encode_chat([*messages[:-1], last], place)
+        return tuple(parts) if len(parts) == 2 else ([], self.encode_chat(messages))
+
+    def _encode_chat(self, messages: Sequence[Mapping[str, str]], place: str | None) -> list[list[int]]:
+        """The ids of a conversation, in parts that `place` separates."""
         # Text that spells a control token is replaced by a random word while the template is applied.
         word, spelled = secrets.token_hex(16), []
 
@@ -88,13 +113,16 @@ class PromptEncoder:
 
         hidden = [{**message, "content": self._control.sub(hide, message["content"])} for message in messages]
         text = self.template.render(hidden)
-        ids = []
-        for number, piece in enumerate(re.split(rf"{word}(\d+)\.", text)):
-            if number % 2:
-                ids += self._plain.encode(spelled[int(piece)]).tolist()
-            else:
-                ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
-        # A normalizer may turn text that does not spell a control token into one.
-        if sum(id in self._control_ids for id in ids) != len(self._control.findall(text)):
-            raise ValueError("a message makes a control token of the model's tokenizer; leave such text out")
-        return ids
+        parts = []
+        for part in [text] if place is None else text.split(place):
+            ids = []
+            for number, piece in enumerate(re.split(rf"{word}(\d+)\.", part)):
+                if number % 2:
+                    ids += self._plain.encode(spelled[int(piece)]).tolist()
+                else:
+                    ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+            # A normalizer may turn text that does not spell a control token into one.
+            if sum(id in self._control_ids for id in ids) != len(self._control.findall(part)):
+                raise ValueError("a message makes a control token of the model's tokenizer; leave such text out")
+            parts.append(ids)
+        return parts

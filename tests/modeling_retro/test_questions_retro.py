@@ -117,6 +117,73 @@ def test_passages_apart_are_seen_by_all_tokens_but_the_first(family):
     assert_close(found, torch.stack(expected), 1e-7 if family != "gemma2" else 5e-6)
 
 
+def prefix_inputs(lengths, seed=9):
+    ids, mask = left_padded(lengths, seed)
+    return {"passage_prefix_input_ids": ids, "passage_prefix_attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in SLIDING])
+def test_passages_in_order_inside_a_prompt_are_the_base_with_the_passages_at_their_place(family):
+    """The prompt is a conversation: what stands before the text of its last message, and the rest."""
+    model = make_joint(family, reread_tokens=CHUNK)
+    row, _ = left_padded([3 * CHUNK + 1, 3 * CHUNK + 1])
+    inputs = passage_inputs(2, "in_order", k=3) | prefix_inputs([2 * LENGTH + 3, 2])
+    with torch.no_grad():
+        found = model(row, **inputs).logits
+        for n in range(2):
+            prefix = inputs["passage_prefix_input_ids"][n][inputs["passage_prefix_attention_mask"][n].bool()]
+            front = torch.cat([prefix, inputs["passage_input_ids"][n][inputs["passage_attention_mask"][n]]])
+            expected = model.decoder(torch.cat([front, row[n]])[None]).logits[0, len(front) :]
+            assert_close(found[n], expected, 1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "smollm3", "gpt_neox"])
+def test_passages_apart_inside_a_prompt_are_each_read_behind_what_stands_before_them(family):
+    model = make_joint(family)
+    row, _ = left_padded([3 * CHUNK + 1])
+    passages, mask = make_passages(1, k=3)
+    mask[0, 1] = False  # one is absent
+    prefix = prefix_inputs([5])["passage_prefix_input_ids"]
+    given = {"passage_input_ids": passages, "passage_attention_mask": mask, "passage_prefix_input_ids": prefix}
+    # One sequence [prefix | passages | row]: a passage sees the prefix and itself, the row sees all.
+    lengths = [int(n) for n in mask[0].sum(-1)]
+    sequence = torch.cat([prefix[0], passages[mask], row[0]])
+    start, seen = 5, torch.ones(len(sequence), len(sequence), dtype=torch.bool).tril()
+    positions = [torch.arange(-LENGTH - 5, -LENGTH)]
+    for length in lengths:
+        seen[start : start + length, 5:start] = False
+        positions.append(torch.arange(length) - LENGTH)
+        start += length
+    positions.append(torch.arange(len(row[0])))
+    with torch.no_grad():
+        expected = model.decoder(
+            sequence[None],
+            attention_mask=torch.zeros(1, 1, *seen.shape, dtype=torch.float64).masked_fill(~seen, -1e300),
+            position_ids=torch.cat(positions)[None],
+            use_cache=False,
+        ).logits[0, start:]
+        assert_close(model(row, **given).logits[0], expected, 1e-7)
+
+
+@pytest.mark.parametrize("passages", ["apart", "in_order"])
+def test_conversations_of_a_batch_are_answered_as_each_alone(passages):
+    model = make_joint(reread_tokens=CHUNK)
+    model.set_retriever(QuestionRetriever())
+    ids, mask = left_padded([CHUNK + 1, 3])
+    inputs = passage_inputs(2, passages) | prefix_inputs([LENGTH + 2, 1])
+    options = {"max_new_tokens": 2 * CHUNK, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    together = model.generate(ids, attention_mask=mask, **inputs, **options)
+    static = model.generate(ids, attention_mask=mask, **inputs, **options, cache_implementation="static")
+    assert torch.equal(static, together)
+    for n in range(2):
+        own = {name: x if isinstance(x, str) else x[n : n + 1] for name, x in inputs.items()}
+        kept = own["passage_prefix_attention_mask"][0].bool()
+        own |= {name: own[name][:, kept] for name in prefix_inputs([1])}
+        row = ids[n : n + 1, mask[n].bool()]
+        alone = model.generate(row, **own, **options)
+        assert torch.equal(alone[0, row.shape[1] :], together[n, ids.shape[1] :])
+
+
 @pytest.mark.parametrize("passages", ["apart", "in_order"])
 @pytest.mark.parametrize("reread_tokens", [0, CHUNK])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -275,6 +342,8 @@ def test_bad_questions_are_named():
         ({"passage_input_ids": passages, "passages": "together"}, "'together', expected 'apart' or 'in_order'"),
         ({"passage_input_ids": longer}, f"at most {LENGTH} tokens in a passage"),
         ({"passage_input_ids": passages, "passage_attention_mask": mask[:, :1]}, "passage_attention_mask"),
+        ({"passage_prefix_input_ids": ids}, "are given without passages"),
+        ({"passage_input_ids": passages, "passage_prefix_input_ids": ids[:1]}, "passage_prefix_input_ids"),
         ({"passage_input_ids": passages[:1]}, "has 1 rows, expected those of the call, 2"),
         ({"passage_input_ids": passages, "past_key_values": filled}, "8 of its tokens are cached"),
         ({"passage_input_ids": passages, "position_ids": documents}, "several documents"),

@@ -66,11 +66,11 @@ def reference(folder, tiny_datastore_dir):
     model: RetroGenerationMixin = load_retro_model(str(folder), retriever.datastore)
     model.set_retriever(retriever)
 
-    def generate(ids, max_tokens, retrieval=True, query=None, passages="apart"):
+    def generate(ids, max_tokens, retrieval=True, query=None, passages="apart", before=()):
         prompt = {"input_ids": torch.tensor([ids])}
         if query is not None:
             found = look_up(retriever, query, model.config.num_neighbors)
-            prompt = question_inputs(model, retriever, prompt["input_ids"], found, passages)
+            prompt = question_inputs(model, retriever, prompt["input_ids"], found, passages, before)
         arguments = {"max_new_tokens": max_tokens, "do_sample": False, "eos_token_id": 0, "pad_token_id": 1}
         with model.retrieval(retrieval), torch.no_grad():
             output = model.generate(**prompt, **arguments)[0, prompt["input_ids"].shape[1] :].tolist()
@@ -229,14 +229,19 @@ def test_stop_sequences_end_the_text_and_do_not_belong_to_it(client):
 
 def test_chat_speaks_through_the_template(client, served, reference):
     messages = [{"role": "system", "content": "retro"}, {"role": "user", "content": [{"type": "text", "text": "up"}]}]
-    ids = served.prompts.tokenizer("system: retro<eos>user: up<eos>assistant:")["input_ids"]
+    before, ids = (), served.prompts.tokenizer("system: retro<eos>user: up<eos>assistant:")["input_ids"]
+    if served.reads_jointly:  # the passages stand inside the message
+        before, ids = (
+            served.prompts.tokenizer(part)["input_ids"]
+            for part in ("system: retro<eos>user: ", "\n\nup<eos>assistant:")
+        )
     arguments = {"model": "tiny", "messages": messages, "max_completion_tokens": 30, "temperature": 0}
     answer = client.chat.completions.create(**arguments, logprobs=True, top_logprobs=2)
-    expected = reference(ids, 30, query="up")
+    expected = reference(ids, 30, query="up", before=before)
     choice = answer.choices[0]
     assert choice.neighbors[0]["chunk"] is None
     assert choice.message.role == "assistant" and choice.message.content == text_of(served, expected)
-    assert answer.usage.prompt_tokens == len(ids)
+    assert answer.usage.prompt_tokens == len(before) + len(ids)
     content = choice.logprobs.content
     assert len(content) == len(expected)
     for token in content:
@@ -348,11 +353,14 @@ def test_a_user_cannot_speak_as_somebody_else(client, served):
     ids = served.prompts.encode_chat([{"role": "user", "content": poisoned}])
     assert ids.count(eos) == harmless.count(eos) == 1
     assert text_of(served, ids).count("<eos>") == 3  # two of them as text
+    before, behind = served.prompts.encode_question([{"role": "user", "content": poisoned}])
+    assert text_of(served, before) == "user: " and text_of(served, behind) == f"\n\n{poisoned}<eos>assistant:"
+    assert before.count(eos) == 0 and behind.count(eos) == 1
     assert eos not in served.prompts.encode_text(poisoned)
     answer = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": poisoned}], max_tokens=1
     )
-    assert answer.usage.prompt_tokens == len(ids)
+    assert answer.usage.prompt_tokens == (len(before) + len(behind) if served.reads_jointly else len(ids))
 
 
 def error_of(function, **arguments):

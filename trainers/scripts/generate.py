@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
     from transformers import set_seed
 
-    from modeling_retro import RetroRetriever
+    from modeling_retro import RetroJointForCausalLM, RetroRetriever
 
     from ..generation import (
         format_chunks,
@@ -112,14 +112,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p} if arguments.do_sample else {}
     set_seed(arguments.seed)
     tokenizer = retriever.datastore.tokenizer
-    prompt, found = arguments.prompt, None
+    prompt, found, before = arguments.prompt, None, ()
     query = arguments.query
     if query is None:
         query = prompt if arguments.chat else short_question(prompt, tokenizer, model.config.chunk_size)
     if arguments.chat:
         from ..prompts import PromptEncoder
 
-        prompt = PromptEncoder(tokenizer).encode_chat([{"role": "user", "content": prompt}])
+        prompts, messages = PromptEncoder(tokenizer), [{"role": "user", "content": prompt}]
+        if isinstance(model, RetroJointForCausalLM):
+            before, prompt = prompts.encode_question(messages)
+        else:
+            prompt = prompts.encode_chat(messages)
     if query is not None:
         found = look_up(retriever, query, model.config.num_neighbors)
         number = int((found.chunk_ids >= 0).sum())
@@ -131,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prompt,
         found=found,
         passages=arguments.passages,
+        before=before,
         allow_control_tokens=arguments.allow_control_tokens,
         max_new_tokens=arguments.max_new_tokens,
         do_sample=arguments.do_sample,
