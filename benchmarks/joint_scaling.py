@@ -21,6 +21,9 @@ and with the neighbor in front of a window that is read again at every chunk.
 
     python benchmarks/joint_scaling.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 
+With `--cross_attention`, the same decoder is retrofitted with the cross attention of the paper, and only prefill is
+measured. It encodes the neighbors of every row anew; the table says which share its parts have.
+
 Neighbors are random tokens. Searching is not measured.
 """
 
@@ -33,7 +36,7 @@ import torch
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.memory import keep_freed_memory
-from modeling_retro import RetroJointForCausalLM
+from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
 
 
 @dataclass
@@ -52,6 +55,7 @@ class JointScalingArguments:
     new_tokens: int = field(default=448, metadata={"help": "Tokens to generate. 0 leaves generation out."})
     window_chunks: int = field(default=8, metadata={"help": "Chunks in the window that is read again."})
     repeats: int = field(default=3, metadata={"help": "Runs of each measurement, of which the median counts."})
+    cross_attention: bool = field(default=False, metadata={"help": "Measure the cross attention of the paper."})
     dtype: str = field(default="bfloat16", metadata={"help": "Torch dtype of the weights in prefill and generation."})
     threads: int = field(default=1, metadata={"help": "Threads."})
 
@@ -128,6 +132,47 @@ def measure_prefill(model: RetroJointForCausalLM, arguments: JointScalingArgumen
         rows[length] = median_seconds(functions, arguments.repeats)
         print_ratios("prefill of tokens", {length: rows[length]})
         model.neighbor_memory.clear()
+    print_ratios("prefill of tokens", rows)
+
+
+class Clock:
+    """Seconds of the processor inside some modules, which do not contain each other."""
+
+    def __init__(self, modules: Sequence[torch.nn.Module]):
+        self.seconds, self._start_time = 0.0, 0.0
+        for module in modules:
+            module.register_forward_pre_hook(self._start)
+            module.register_forward_hook(self._stop)
+
+    def _start(self, *_) -> None:
+        self._start_time = time.process_time()
+
+    def _stop(self, *_) -> None:
+        self.seconds += time.process_time() - self._start_time
+
+
+def measure_cross_attention(arguments: JointScalingArguments) -> None:
+    """Rows whose neighbors are encoded, and of which the next token alone is predicted."""
+    model = RetroForCausalLM.from_decoder_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
+    clocks = {
+        "in the encoder": Clock([model.model.neighbor_encoder]),
+        "in cross attention": Clock([layer.cross_attn for layer in model.model.layers if layer.has_cross_attention]),
+    }
+    rows = {}
+    for length in arguments.prefill:
+        row = torch.randint(model.config.vocab_size, (1, length))
+        neighbors = random_neighbors(model, length, arguments.num_neighbors)
+
+        def read(row=row, **neighbors: torch.LongTensor) -> None:
+            with torch.inference_mode():
+                model(row, logits_to_keep=1, use_cache=False, **neighbors)
+
+        for clock in clocks.values():
+            clock.seconds = 0.0
+        functions = {"OFF": read, "ON": lambda read=read, neighbors=neighbors: read(**neighbors)}
+        rows[length] = median_seconds(functions, arguments.repeats)
+        rows[length] |= {name: clock.seconds / arguments.repeats for name, clock in clocks.items()}
+        print_ratios("prefill of tokens", {length: rows[length]})
     print_ratios("prefill of tokens", rows)
 
 
@@ -224,6 +269,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    if arguments.cross_attention:
+        measure_cross_attention(arguments)
+        return
     model = RetroJointForCausalLM.from_decoder_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     measure_prefill(model, arguments)
     if arguments.new_tokens > 0:

@@ -16,7 +16,7 @@
 import pytest
 import torch
 from test_generation_retro import HashRetriever, left_padded
-from test_modeling_retro import CHUNK, VOCAB, assert_close, make_inputs
+from test_modeling_retro import CHUNK, VOCAB, assert_close, make_inputs, make_model
 from tiny_joint import FAMILIES, make_joint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -180,6 +180,16 @@ def test_nothing_grows_with_tokens_times_neighbors(reread_tokens):
         largest.append(shapes.largest)
     tokens_of_neighbors = neighbors.numel()
     assert largest[0] < length * tokens_of_neighbors // 2 <= largest[1]
+
+
+def test_no_tensor_of_cross_attention_grows_faster_than_the_row():
+    model, largest = make_model(), []
+    for length in (12 * CHUNK, 24 * CHUNK):
+        ids, neighbors, mask = make_inputs(1, length)
+        with torch.no_grad(), Shapes() as shapes:
+            model(ids, neighbor_input_ids=neighbors, neighbor_attention_mask=mask, use_cache=False)
+        largest.append(shapes.largest)
+    assert largest[1] == 2 * largest[0]
 
 
 def slow_attend(query, key, value, mask, is_causal, scale):
