@@ -18,6 +18,7 @@ passages are docstrings of an installed package or other documents. They have hi
 themselves.
 
     python benchmarks/answers.py --output_dir answers --kinds one_key --num_passages 1 2 4 10
+    python benchmarks/answers.py --output_dir hotpot --dataset hotpotqa/hotpot_qa --dataset_config distractor
     python benchmarks/answers.py --output_dir read --kinds lookup --package sklearn --reader smollm2-135m-instruct
 
 The answers are kept, so that the same command run again goes on where it stopped.
@@ -35,8 +36,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.docstrings import read_docstrings
-from modeling_retro import RetroJointForCausalLM
+from modeling_retro import RetroJointForCausalLM, RetroRetriever
 from trainers.evaluation.passage_rivals import RIVALS, answer_by_rival
+from trainers.evaluation.public_questions import public_questions
 from trainers.evaluation.questions import KINDS, MAX_ANSWER_TOKENS, encode_passages, score_question
 from trainers.evaluation.text_questions import TEXT_KINDS, make_questions
 from trainers.smollm2 import find_smollm2
@@ -58,6 +60,16 @@ class QuestionsArguments:
     package: str = field(default="transformers", metadata={"help": "Package whose docstrings become passages."})
     documents: str | None = field(
         default=None, metadata={"help": "JSON lines file whose texts (key `text`) become passages, not docstrings."}
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id of a public set, such as hotpotqa/hotpot_qa, whose questions take the place of kinds."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Its config, such as distractor."})
+    datastore: str | None = field(
+        default=None, metadata={"help": "Datastore to look up the passages of a public set that brings none."}
     )
     kinds: list[str] = field(default_factory=lambda: ["one_key"], metadata={"help": "Kinds of questions."})
     num_passages: list[int] = field(default_factory=lambda: [1, 2, 4, 10], metadata={"help": "Numbers of passages."})
@@ -144,7 +156,7 @@ ALL_WAYS = list(dict.fromkeys([*WAYS, *RIVALS]))  # the passages in front are th
 
 def prompts(batch: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The tokens of the questions."""
-    return tokenizer([PROMPT.format(**each) for each in batch], add_special_tokens=False)["input_ids"]
+    return tokenizer([PROMPT.format(**each).rstrip() for each in batch], add_special_tokens=False)["input_ids"]
 
 
 def answer_batch(
@@ -235,13 +247,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     reader = {} if arguments.reader is None else {"reader": arguments.reader}
     model = RetroJointForCausalLM.from_decoder_pretrained(source, dtype=getattr(torch, arguments.dtype), **reader)
     model.eval()
-    if arguments.documents is None:
-        texts = [document["text"] for document in read_docstrings([arguments.package])]
+    if arguments.dataset is not None:
+        retriever = None if arguments.datastore is None else RetroRetriever.from_pretrained(arguments.datastore)
+        arguments.kinds = [arguments.dataset.replace("/", "--")]
+
+        def make(kind: str, number: int) -> list[dict]:
+            return public_questions(
+                arguments.dataset,
+                tokenizer,
+                number,
+                arguments.num_questions,
+                config=arguments.dataset_config,
+                retriever=retriever,
+            )
     else:
-        texts = [json.loads(line)["text"] for line in Path(arguments.documents).read_text("utf-8").splitlines()]
+        if arguments.documents is None:
+            texts = [document["text"] for document in read_docstrings([arguments.package])]
+        else:
+            texts = [json.loads(line)["text"] for line in Path(arguments.documents).read_text("utf-8").splitlines()]
+
+        def make(kind: str, number: int) -> list[dict]:
+            return make_questions(kind, texts, tokenizer, number, arguments.num_questions)
+
     for number in arguments.num_passages:
         for kind in arguments.kinds:
-            questions = make_questions(kind, texts, tokenizer, number, arguments.num_questions)
+            questions = make(kind, number)
             for way in arguments.ways:
                 path = folder / f"{kind}-{number}-{way}.jsonl"
                 answer(questions, way, path, model, tokenizer, arguments.batch_size)
