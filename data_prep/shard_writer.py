@@ -13,6 +13,8 @@
 # limitations under the License.
 """Collects the chunks of a shard, and writes them with the table of their documents and the list of bad records"""
 
+import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -111,9 +113,7 @@ class ShardWriter:
             for name in features
         }
         save_shard(temporary, columns, features)
-        with whole(self.root / "documents" / f"{self.name}.parquet") as file:
-            pq.write_table(self._table(), file)
-            documents_sha256 = checksum(file)
+        documents_sha256 = self._save_documents(self.root / "documents" / f"{self.name}.parquet")
         dropped, left_out = self.dropped, self.dropped.left_out
         if dropped.bad or left_out:
             with whole(self.root / "quarantine" / f"{self.name}.jsonl") as file:
@@ -127,6 +127,16 @@ class ShardWriter:
             "documents_sha256": documents_sha256,
             **({"unknown_tokens": self.unknown} if self.unknown else {}),
         }
+
+    def _save_documents(self, file: Path) -> str:
+        """Writes the table of the documents, unless the file holds it already. Returns its checksum."""
+        buffer = io.BytesIO()
+        pq.write_table(self._table(), buffer)
+        sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
+        if not file.is_file() or checksum(file) != sha256:
+            with whole(file) as temporary:
+                temporary.write_bytes(buffer.getvalue())
+        return sha256
 
     def _table(self) -> pa.Table:
         rows = [
