@@ -36,12 +36,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.docstrings import read_docstrings
+from data_prep.shipped_models import find_smollm2
 from modeling_retro import RetroJointForCausalLM, RetroRetriever
 from trainers.evaluation.passage_rivals import RIVALS, answer_by_rival
 from trainers.evaluation.public_questions import public_questions
 from trainers.evaluation.questions import KINDS, MAX_ANSWER_TOKENS, encode_passages, score_question
 from trainers.evaluation.text_questions import TEXT_KINDS, make_questions
-from trainers.smollm2 import find_smollm2
 
 
 PROMPT = "Question: {question}\nAnswer: {prefix}"

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
+from data_prep.shipped_models import find_smollm2
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointForCausalLM
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.durable_files_retro import whole
 from trainers.language_model.collator import DataCollatorForRetro
 from trainers.language_model.trainer import config_for_datastore
 from trainers.quickstart import MAX_CHUNKS, make_datastore, split_documents, train_tokenizer
-from trainers.smollm2 import find_smollm2
 
 
 Shape = dict[str, int]

@@ -42,6 +42,7 @@ from data_prep.docstrings import is_held_out, read_docstrings
 from data_prep.embed import embed_chunks
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
+from data_prep.shipped_models import find_encoder, find_smollm2
 from modeling_retro import RetroDatastore, RetroForCausalLM, RetroJointForCausalLM
 from trainers.durable_checkpoints import last_complete_checkpoint
 from trainers.evaluation.evaluate import evaluate_retro
@@ -49,8 +50,6 @@ from trainers.evaluation.operations import operations_per_token
 from trainers.evaluation.report import RetroEvaluation
 from trainers.language_model.config import RetroTrainingArguments
 from trainers.language_model.trainer import RetroTrainer
-from trainers.quickstart import find_encoder
-from trainers.smollm2 import find_smollm2
 
 
 @dataclass

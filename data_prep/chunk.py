@@ -42,6 +42,7 @@ from data_prep.documents import (
     plan_parts,
 )
 from data_prep.shard_writer import ShardWriter, in_batches
+from data_prep.shipped_models import find_model, naming_the_ways
 from data_prep.sources import SPOOL, Source, describe_sources, find_sources, spool_streams
 from data_prep.stage_files import (
     check_options,
@@ -166,7 +167,8 @@ def chunk_documents(
     if append and (max_documents is not None or max_chunks is not None):
         raise ValueError("append takes all of the new inputs; leave out max_documents and max_chunks")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer = load_tokenizer(tokenizer)
+        with naming_the_ways(tokenizer, "tokenizer"):
+            tokenizer = load_tokenizer(find_model(tokenizer))
     if "LOCAL_WORLD_SIZE" in os.environ or num_proc > 1:
         # By default each tokenizer uses all cores, but here several processes share them.
         threads = (os.cpu_count() or 1) // (num_proc * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from data_prep.shipped_models import find_model, naming_the_ways
 from data_prep.stage_files import (
     check_options,
     clear_records,
@@ -160,7 +161,9 @@ def _open_encoder(
     if encoder is None:
         encoder = datastore.open_encoder(device, dtype)
     elif not isinstance(encoder, ChunkEncoder):
-        encoder = ChunkEncoder.from_pretrained(encoder, revision, pooling, normalize, device, dtype, truncate_dim)
+        with naming_the_ways(encoder, "encoder"):
+            name = find_model(encoder)
+            encoder = ChunkEncoder.from_pretrained(name, revision, pooling, normalize, device, dtype, truncate_dim)
     if manifest.encoder is not None and any(record.embeddings is not None for record in manifest.splits.values()):
         datastore.check_encoder(encoder)
     else:

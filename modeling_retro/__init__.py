@@ -17,6 +17,7 @@ when it is used for the first time, with torch, transformers or faiss if it need
 """
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,20 @@ if TYPE_CHECKING:
 
 
 __version__ = "0.1.0"
+
+
+def refuse_windows(package: str) -> None:
+    """
+    Raises an `ImportError` on Windows, for a package that writes datastores or starts limited processes.
+
+    Args:
+        package (`str`): Name of the package.
+    """
+    if sys.platform == "win32":
+        raise ImportError(
+            f"{package} needs Linux or macOS: it locks and flushes folders and limits processes in ways that Windows "
+            "lacks. Use it in the Windows Subsystem for Linux; `modeling_retro` itself reads models on Windows too"
+        )
 
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:

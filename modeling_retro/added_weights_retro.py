@@ -93,6 +93,23 @@ def _file_sha256(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _name_base_relative(config: Path, folder: Path) -> None:
+    """Names the base in a config, if it is a folder, relative to the folder that the config is for."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    base = values["base_model_name_or_path"]
+    if os.path.isdir(base):
+        relative = os.path.relpath(os.path.realpath(base), os.path.realpath(folder))
+        values["base_model_name_or_path"] = relative if relative.startswith("..") else f"./{relative}"
+        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _find_base(name: str | None, folder: str | os.PathLike) -> str | None:
+    """The base that a config in a folder names: a folder, relative to that one if it begins with a dot, or an id."""
+    if name is not None and name.startswith(".") and os.path.isdir(folder):
+        return os.path.normpath(os.path.join(folder, name))
+    return name
+
+
 class RetroBaseModelMixin:
     """
     Saves and loads only the weights that a model adds to the decoder that it was made from. The class of the model
@@ -115,8 +132,18 @@ class RetroBaseModelMixin:
             retrofit_only (`bool`, *optional*, defaults to `False`):
                 Whether to save only the weights that RETRO adds to the decoder it was made from, with the name, the
                 revision and the checksum of that decoder. `from_pretrained` loads both and refuses another decoder.
-                The decoder must have been frozen (see `freeze_decoder`).
+                The decoder must have been frozen (see `freeze_decoder`). A decoder in a folder is named relative to
+                `save_directory`, so that both can be moved together.
+
+        Raises:
+            `ValueError`: if the decoder was trained or is unknown, or if a `datastore` is named, which only
+                `push_to_hub` records.
         """
+        if "datastore" in kwargs:
+            raise ValueError(
+                f"`save_pretrained(datastore={kwargs['datastore']!r})` would not be recorded: a folder names no "
+                "datastore. Pass it to `push_to_hub`, or a retriever to `from_pretrained`."
+            )
         if not retrofit_only and (kwargs.get("push_to_hub") or not kwargs.get("is_main_process", True)):
             super().save_pretrained(save_directory, **kwargs)
             return
@@ -151,6 +178,7 @@ class RetroBaseModelMixin:
             self.generation_config.save_pretrained(directory)
             self.config.architectures = [type(self).__name__]
             self.config.save_pretrained(directory)
+            _name_base_relative(directory / "config.json", Path(save_directory))
             save_file(weights, directory / RETROFIT_WEIGHTS_NAME, metadata={"format": "pt"})
         record_checksums(Path(save_directory))
 
@@ -211,6 +239,7 @@ class RetroBaseModelMixin:
         for name in ("revision", "subfolder", "_commit_hash", "code_revision"):
             kwargs.pop(name, None)
         kwargs["trust_remote_code"] = trusts  # the code of the base, if the user names it
+        config.base_model_name_or_path = _find_base(config.base_model_name_or_path, pretrained_model_name_or_path)
         base = base_model_name_or_path or config.base_model_name_or_path
         if base_model_name_or_path is None and config.base_model_revision is not None:
             kwargs["revision"] = config.base_model_revision

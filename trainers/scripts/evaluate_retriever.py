@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         EvaluateRetrieverArguments, argv=argv, description=__doc__, prog="retro evaluate-retriever"
     )
     from data_prep.pairs.pairs import load_pairs
+    from data_prep.shipped_models import find_model
     from modeling_retro import ChunkEncoder
     from trainers.retriever.evaluation import RetrievalSet, evaluate_retriever, read_scored_pairs, spearman
 
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sets["beir"] = RetrievalSet.from_beir(arguments.beir, arguments.split, arguments.exclude_same_id)
     encoder = None
     if arguments.encoder is not None:
-        encoder = ChunkEncoder.from_pretrained(arguments.encoder, pooling=arguments.pooling)
+        encoder = ChunkEncoder.from_pretrained(find_model(arguments.encoder), pooling=arguments.pooling)
     if arguments.datastore is not None:
         _measure_datastore(arguments, sets, encoder)
         return

@@ -147,7 +147,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"Wrote {chunks.num_new_tokens} tokens in {chunks.num_steps} steps, {per_step:.2f} tokens a step.",
         file=sys.stderr,
     )
-    print("".join(chunk.text for chunk in chunks))
+    text = "".join(chunk.text for chunk in chunks)
+    if arguments.chat:  # the answer alone
+        text = text.removeprefix(tokenizer.decode(prompt, skip_special_tokens=True)).strip()
+    print(text)
     print()
     if found is not None:
         print(format_passages(retriever.datastore, found))

@@ -52,6 +52,7 @@ class MineNegativesArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(MineNegativesArguments, argv=argv, description=__doc__, prog="retro mine-negatives")
     from data_prep.pairs.pairs import load_pairs
+    from data_prep.shipped_models import find_model
     from modeling_retro import ChunkEncoder
     from modeling_retro.durable_files_retro import whole
     from trainers.retriever.hard_negatives import mine_negatives
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs = load_pairs(arguments.pairs, columns=arguments.columns, num_negatives=0)
     mined = mine_negatives(
         pairs,
-        ChunkEncoder.from_pretrained(arguments.encoder),
+        ChunkEncoder.from_pretrained(find_model(arguments.encoder)),
         num_negatives=arguments.num_negatives,
         depth=arguments.depth,
         max_relative_score=arguments.max_relative_score,

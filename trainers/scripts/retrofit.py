@@ -75,6 +75,7 @@ class RetrofitArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(RetrofitArguments, argv=argv, description=__doc__, prog="retro retrofit")
+    from data_prep.shipped_models import find_model
     from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
     from modeling_retro.datastore.checksums import load_tokenizer, tokenizer_fingerprint
     from modeling_retro.encoder.chunk_encoder import no_code_of
@@ -88,18 +89,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         name: getattr(arguments, name)
         for name in ("revision", "dtype", "chunk_size", "continuation_chunks", "num_neighbors")
     }
-    with no_code_of(f"the decoder {arguments.base}"):
+    base = find_model(arguments.base)
+    with no_code_of(f"the decoder {base}"):
         if arguments.attention == "joint":
-            model = RetroJointForCausalLM.from_decoder_pretrained(arguments.base, reader=arguments.reader, **options)
+            model = RetroJointForCausalLM.from_decoder_pretrained(base, reader=arguments.reader, **options)
         else:
             model = RetroForCausalLM.from_decoder_pretrained(
-                arguments.base,
+                base,
                 warm_start=arguments.warm_start,
                 cross_attention_layers=arguments.cross_attention_layers,
                 neighbor_encoder_num_hidden_layers=arguments.neighbor_encoder_num_hidden_layers,
                 **options,
             )
-    tokenizer = load_tokenizer(arguments.base, revision=arguments.revision)
+    tokenizer = load_tokenizer(base, revision=arguments.revision)
     if tokenizer.is_fast:
         model.config.tokenizer_sha256 = tokenizer_fingerprint(tokenizer)["sha256"]
     model.freeze_decoder()
