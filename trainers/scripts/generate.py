@@ -149,7 +149,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     text = "".join(chunk.text for chunk in chunks)
     if arguments.chat:  # the answer alone
-        text = text.removeprefix(tokenizer.decode(prompt, skip_special_tokens=True)).strip()
+        given = "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (list(before), prompt))
+        text = text.removeprefix(given).strip()
     print(text)
     print()
     if found is not None:
