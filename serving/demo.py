@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import gradio as gr
 
 from modeling_retro import RetroJointForCausalLM
+from modeling_retro.durable_files_retro import public_name
 from trainers.generation import short_question
 from trainers.prompts import PromptEncoder
 
@@ -37,9 +38,13 @@ class Demo:
 
     Args:
         loaded ([`LoadedModel`]): Model and datastore.
+        model (`str`, *optional*): Name of the model on the page.
+        datastore (`str`, *optional*): Name of the datastore on the page.
     """
 
-    def __init__(self, loaded: LoadedModel):
+    def __init__(self, loaded: LoadedModel, model: str = "The model", datastore: str = "its datastore"):
+        # Only the last part of a folder is shown.
+        self.model_name, self.datastore_name = public_name(model), public_name(datastore)
         self.model = loaded.model
         self.retriever = loaded.retriever
         self.end_tokens = loaded.end_tokens
@@ -90,8 +95,9 @@ class Demo:
         """
         reading = read_text(self.model, self.retriever, self._encode(text), num_neighbors)
         on, off = reading.bits_per_byte()
-        return f"**{on:.3f}** bits per byte with neighbors, **{off:.3f}** without: {on - off:+.3f}", reading_html(
-            reading
+        return (
+            f"**{on:.3f}** bits per byte with neighbors, **{off:.3f}** without: neighbors saved {off - on:+.3f}",
+            reading_html(reading),
         )
 
     def _encode(self, text: str) -> list[int]:
@@ -130,8 +136,9 @@ def create_page(demo: Demo) -> gr.Blocks:
     example = demo.example()
     with gr.Blocks(title="RETRO: what looking up is worth") as page:
         gr.Markdown(
-            f"# What looking up is worth\nThe model looks up each {size} tokens that it has read among "
-            f"{num_chunks:,} chunks of its datastore, and reads the neighbors while it predicts the next {size}. "
+            f"# What looking up is worth\n{demo.model_name} looks up each {size} tokens that it has read among "
+            f"{num_chunks:,} chunks of {demo.datastore_name}, and reads the neighbors while it predicts the next "
+            f"{size}. "
             f"A question of fewer tokens is looked up at once, and its answer reads what was found."
         )
         gr.HTML(f"<style>{CSS}</style>{legend()}")

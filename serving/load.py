@@ -50,7 +50,9 @@ class LoadedModel:
     end_tokens: frozenset[int]
 
 
-def load_model(model: str, datastore: str, dtype: str = "auto", retriever: str | None = None) -> LoadedModel:
+def load_model(
+    model: str, datastore: str, dtype: str = "auto", retriever: str | None = None, reader: str | None = None
+) -> LoadedModel:
     """
     Loads a model and its datastore. The model goes to the first GPU if there is one.
 
@@ -62,6 +64,9 @@ def load_model(model: str, datastore: str, dtype: str = "auto", retriever: str |
             CPUs are slow in half precision.
         retriever (`str`, *optional*):
             How neighbors are found. Defaults to the way in which the stored ones were found.
+        reader (`str`, *optional*):
+            Adapters that were trained to read neighbors, for a model that is wrapped: the name of some that come with
+            the package, or folder or Hub id.
 
     Returns:
         [`LoadedModel`]
@@ -75,7 +80,7 @@ def load_model(model: str, datastore: str, dtype: str = "auto", retriever: str |
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
     opened = RetroRetriever.from_pretrained(datastore, retriever=retriever)
-    loaded = load_retro_model(model, opened.datastore, dtype=dtype).to(device).eval()
+    loaded = load_retro_model(model, opened.datastore, dtype=dtype, reader=reader).to(device).eval()
     end_tokens = loaded.generation_config.eos_token_id
     end_tokens = [end_tokens] if isinstance(end_tokens, int) else end_tokens or []
     end_tokens = frozenset([*end_tokens, opened.datastore.tokenizer.eos_token_id]) - {None}
@@ -87,6 +92,7 @@ def load_served_model(
     datastore: str,
     *,
     retriever: str | None = None,
+    reader: str | None = None,
     served_model_name: str | None = None,
     num_neighbors: int | None = None,
     max_batch_size: int = 16,
@@ -102,6 +108,7 @@ def load_served_model(
         model (`str`): See [`load_model`].
         datastore (`str`): See [`load_model`].
         retriever (`str`, *optional*): See [`load_model`].
+        reader (`str`, *optional*): See [`load_model`].
         served_model_name (`str`, *optional*): Name of the model in requests. Defaults to the last part of `model`.
         num_neighbors (`int`, *optional*):
             Neighbors of a chunk unless a request names another number. Defaults to the model's.
@@ -125,7 +132,7 @@ def load_served_model(
             raise ValueError(f"--{name} is {limit}, expected at least 1")
     if max_waiting < 0 or (num_neighbors or 0) < 0:
         raise ValueError("--max_waiting and --num_neighbors cannot be negative")
-    loaded = load_model(model, datastore, dtype, retriever)
+    loaded = load_model(model, datastore, dtype, retriever, reader)
     opened, tokenizer = loaded.retriever.datastore, loaded.retriever.datastore.tokenizer
     if opened.manifest.allow_control_tokens:
         print(

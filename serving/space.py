@@ -32,7 +32,8 @@ from serving.demo import Demo, create_page
 from serving.load import load_model
 
 
-page = create_page(Demo(load_model("{model}", "{datastore}")))
+MODEL, DATASTORE = "{model}", "{datastore}"
+page = create_page(Demo(load_model(MODEL, DATASTORE, reader={reader!r}), MODEL, DATASTORE))
 
 if __name__ == "__main__":
     page.queue(default_concurrency_limit=1).launch()
@@ -59,7 +60,7 @@ prompt with neighbors and without, and colors each token by the bits that its ne
 """
 
 
-def export_space(folder: str | Path, model: str, datastore: str) -> str:
+def export_space(folder: str | Path, model: str, datastore: str, reader: str | None = None) -> str:
     """
     Writes the page as a folder that runs by itself. It contains the code, and the model and the datastore if they are
     folders of this machine. A model or datastore on the Hub is loaded from there.
@@ -68,6 +69,7 @@ def export_space(folder: str | Path, model: str, datastore: str) -> str:
         folder (`str` or `Path`): Folder to write to, which must be new or empty.
         model (`str`): Folder or Hub id of the model.
         datastore (`str`): Folder or Hub id of the datastore.
+        reader (`str`, *optional*): Adapters that were trained to read neighbors, as `load_model` takes them.
 
     Returns:
         `str`: a summary of the folder, and how to upload it.
@@ -79,7 +81,7 @@ def export_space(folder: str | Path, model: str, datastore: str) -> str:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already and not empty; choose a new folder for --export")
     opened = RetroDatastore.from_pretrained(datastore)
-    loaded = load_retro_model(model, opened)
+    loaded = load_retro_model(model, opened, reader=reader)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -88,7 +90,7 @@ def export_space(folder: str | Path, model: str, datastore: str) -> str:
         # The whole model is saved, because the Space could not load a base that only this machine has.
         loaded.save_pretrained(partial / "model")
         opened.tokenizer.save_pretrained(partial / "model")
-        model = "model"
+        model, reader = "model", None  # it has the adapters now
     else:
         links += f"models:\n- {model}\n"
     if Path(datastore).is_dir():
@@ -99,7 +101,7 @@ def export_space(folder: str | Path, model: str, datastore: str) -> str:
     for package in PACKAGES:
         source = Path(__file__).parents[1] / package
         shutil.copytree(source, partial / package, ignore=shutil.ignore_patterns("__pycache__", "retro_tiny"))
-    (partial / "app.py").write_text(APP.format(model=model, datastore=datastore), encoding="utf-8")
+    (partial / "app.py").write_text(APP.format(model=model, datastore=datastore, reader=reader), encoding="utf-8")
     (partial / "requirements.txt").write_text("\n".join(_requirements()) + "\n", encoding="utf-8")
     license = metadata(DISTRIBUTION).get("License-Expression") or metadata(DISTRIBUTION).get("License")
     card = README.format(gradio=version("gradio"), license=license.lower(), links=links)

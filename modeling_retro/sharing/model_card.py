@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from transformers.utils import logging
 
 from ..configuration_retro import RetroConfig
@@ -35,6 +36,7 @@ CONFIG_CLASSES = {config_class.model_type: config_class for config_class in (Ret
 
 CARD_NAME = "README.md"
 EVALUATION_NAME = "evaluation.json"
+EVAL_RESULTS = Path(".eval_results") / "retro.yaml"
 MARKER = "<!-- Written anew at each evaluation and push. Remove this line to keep the card as it is. -->"
 
 CARD = """{marker}
@@ -146,8 +148,10 @@ def save_model_card(
     tags: list[str] | None = None,
 ) -> None:
     """
-    Writes the model card, `README.md`, into the folder of a saved model. A card without the line that says that it was
-    generated counts as written by hand. It keeps its text, and only its license is set if one is given.
+    Writes the model card, `README.md`, into the folder of a saved model. The results are also written to
+    `.eval_results/retro.yaml`, which the Hub shows on the page of the model, if the datastore is on the Hub. A card
+    without the line that says that it was generated counts as written by hand. It keeps its text, and only its license
+    is set if one is given.
 
     Args:
         folder (`str` or `Path`):
@@ -186,6 +190,30 @@ def save_model_card(
                 card.data[key] = value
     with whole(file) as temporary:
         card.save(temporary)
+    _save_eval_results(folder / EVAL_RESULTS, config, evaluation)
+
+
+def _save_eval_results(
+    file: Path, config: RetroConfig | RetroJointConfig, evaluation: Mapping[str, Any] | None
+) -> None:
+    """Writes the results in the form that the Hub shows on the page of the model, if the datastore is on the Hub."""
+    datastore = _hub_id(config.datastore_name_or_path)
+    if evaluation is None or datastore is None:
+        file.unlink(missing_ok=True)
+        return
+    entries = [
+        EvalResultEntry(
+            dataset_id=datastore,
+            task_id=f"{evaluation.get('split', 'validation')}_bits_per_byte",
+            value=round(value, 4),
+            dataset_revision=config.datastore_revision,
+            notes=f"retrieval {retrieval}",
+        )
+        for retrieval, value in evaluation["bits_per_byte"].items()
+    ]
+    file.parent.mkdir(exist_ok=True)
+    with whole(file) as temporary:
+        temporary.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
 
 
 def create_model_card(

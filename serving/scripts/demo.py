@@ -45,6 +45,13 @@ class DemoArguments:
     datastore: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of another datastore than the one in --folder."}
     )
+    reader: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapters that were trained to read neighbors, for a model that is wrapped: the name of some that "
+            "come with the package, or folder or Hub id."
+        },
+    )
     export: str | None = field(
         default=None, metadata={"help": "Write a Space of the Hub to this new folder, instead of showing the page."}
     )
@@ -72,9 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         model, datastore = model or str(folder / "model"), datastore or str(folder / "datastore")
     if arguments.export is not None:
-        print(export_space(arguments.export, model, datastore))
+        print(export_space(arguments.export, model, datastore, arguments.reader))
         return
-    page = create_page(Demo(load_model(model, datastore)))
+    page = create_page(Demo(load_model(model, datastore, reader=arguments.reader), model, datastore))
     page.queue(default_concurrency_limit=1).launch(server_name=arguments.host, server_port=arguments.port)
 
 

@@ -53,6 +53,13 @@ class ServeArguments:
             "choices": ["dense", "bm25", "hybrid", "rerank"],
         },
     )
+    reader: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapters that were trained to read neighbors, for a model that is wrapped: the name of some that "
+            "come with the package, or folder or Hub id."
+        },
+    )
     served_model_name: str | None = field(
         default=None, metadata={"help": "Name of the model in requests. Defaults to the last part of --model."}
     )

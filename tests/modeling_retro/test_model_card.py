@@ -17,9 +17,11 @@ import json
 
 import numpy as np
 import pytest
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from test_modeling_retro import make_model
 
+from modeling_retro import RetroConfig
 from modeling_retro.sharing.model_card import Way, create_model_card, evaluation_tables, save_model_card
 from trainers.evaluation.report import RetroEvaluation
 
@@ -146,3 +148,23 @@ def test_metadata_is_kept_and_a_card_written_by_hand_is_left_alone(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n\nMy own words.\n")
     save_model_card(tmp_path, random_evaluation().to_dict(), license="apache-2.0")
     assert (tmp_path / "README.md").read_text() == "---\nlicense: apache-2.0\n---\n\nMy own words.\n"
+
+
+def test_results_on_a_datastore_of_the_hub_are_written_for_its_pages(tmp_path):
+    config = RetroConfig(datastore_name_or_path="alice/docstrings", datastore_revision="a" * 40)
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    evaluation = random_evaluation().to_dict()
+    save_model_card(tmp_path, {**evaluation, "split": "validation"})
+    file = tmp_path / ".eval_results" / "retro.yaml"
+    entries = parse_eval_result_entries(yaml.safe_load(file.read_text()))
+    assert {entry.notes: entry.value for entry in entries} == {
+        f"retrieval {name}": round(value, 4) for name, value in evaluation["bits_per_byte"].items()
+    }
+    assert {(entry.dataset_id, entry.task_id, entry.dataset_revision) for entry in entries} == {
+        ("alice/docstrings", "validation_bits_per_byte", "a" * 40)
+    }
+    # Of other weights, or on a datastore of this machine, nothing is said.
+    (tmp_path / "model.safetensors").write_bytes(b"others")
+    save_model_card(tmp_path)
+    assert not file.exists()
