@@ -28,6 +28,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ from trainers.evaluation.passage_rivals import RIVALS, answer_by_rival
 from trainers.evaluation.public_questions import public_questions
 from trainers.evaluation.questions import KINDS, MAX_ANSWER_TOKENS, encode_passages, score_question
 from trainers.evaluation.text_questions import TEXT_KINDS, make_questions
+from trainers.prompts import PromptEncoder
 
 
 PROMPT = "Question: {question}\nAnswer: {prefix}"
@@ -141,6 +143,36 @@ def passages_of_question(passages: str) -> Callable[..., Inputs]:
     return inputs
 
 
+@lru_cache(maxsize=1)
+def prompt_encoder(tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
+    """The encoder of conversations, whose chat template has a process of its own."""
+    return PromptEncoder(tokenizer)
+
+
+def conversation(way: str) -> Callable[..., Inputs]:
+    """
+    The question as a message in the chat template, whose answer has begun. The passages stand in front of the template
+    (`pasted_in_front`), or inside the message, as text (`pasted`) or in sight, `apart` or `in_order`.
+    """
+
+    def inputs(batch: list[dict], tokenizer: PreTrainedTokenizerBase, model: RetroJointForCausalLM) -> Inputs:
+        texts = [each["passages"] for each in batch]
+        input_ids, mask = encode_passages(tokenizer, texts, model.config.neighbor_length)
+        messages = [[{"role": "user", "content": each["question"]}] for each in batch]
+        before, rows = zip(*map(prompt_encoder(tokenizer).encode_question, messages))
+        begun = tokenizer([each["prefix"] for each in batch], add_special_tokens=False)["input_ids"]
+        rows = [row + first for row, first in zip(rows, begun, strict=True)]
+        if way in ("apart", "in_order"):
+            prefix = {f"passage_prefix_{name}": x for name, x in pad_left(before).items()}
+            given = {"passage_input_ids": input_ids, "passage_attention_mask": mask, "passages": way}
+            return {**pad_left(rows), **given, **prefix}
+        front = [tokens[kept].tolist() for tokens, kept in zip(input_ids, mask, strict=True)]
+        parts = zip(before, front, rows) if way == "pasted" else zip(front, before, rows)
+        return pad_left([sum(part, []) for part in parts])
+
+    return inputs
+
+
 WAYS: dict[str, Callable[..., Inputs]] = {
     "closed_book": closed_book,
     "gold_in_front": gold_in_front,
@@ -149,6 +181,7 @@ WAYS: dict[str, Callable[..., Inputs]] = {
     "apart": passages_of_question("apart"),
     "in_order": passages_of_question("in_order"),
 }
+WAYS |= {f"chat_{way}": conversation(way) for way in ("pasted_in_front", "pasted", "apart", "in_order")}
 
 
 ALL_WAYS = list(dict.fromkeys([*WAYS, *RIVALS]))  # the passages in front are the same way twice

@@ -246,6 +246,11 @@ class RetroGenerationMixin:
             self.retrieval_enabled = before
 
     @property
+    def default_passages(self) -> str:
+        """`str`: How the passages of a question are read by default, which is each apart."""
+        return "apart"
+
+    @property
     def is_retrieving(self) -> bool:
         """`bool`: Whether a forward pass without neighbors looks them up. In training it never does."""
         return (

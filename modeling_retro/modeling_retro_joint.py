@@ -232,6 +232,14 @@ class RetroJointForCausalLM(
             # What was read meanwhile must not be taken for what the adapters read.
             self.neighbor_memory.clear()
 
+    @property
+    def default_passages(self) -> str:
+        """
+        `str`: How the passages of a question are read by default: in order, or apart if adapters were trained to read
+        neighbors, which stand apart.
+        """
+        return "in_order" if self.config.neighbor_adapter is None and self.config.row_adapter is None else "apart"
+
     def generate(
         self,
         *args,
@@ -253,9 +261,9 @@ class RetroJointForCausalLM(
             num_passages (`int`, *optional*):
                 Number of passages of a question. Defaults to `num_neighbors` of the configuration.
             kwargs:
-                Also `passages` (`"apart"` or `"in_order"`) and `passage_prefix_input_ids`, see
-                [`~RetroJointForCausalLM.forward`]. A caller that has looked up the question itself passes
-                `passage_input_ids` and `passage_attention_mask`.
+                Also `passages` (`"apart"` or `"in_order"`, by default [`~RetroJointForCausalLM.default_passages`]) and
+                `passage_prefix_input_ids` (see [`~RetroJointForCausalLM.forward`]). A caller that has looked up the
+                question itself passes `passage_input_ids` and `passage_attention_mask`.
 
         Returns:
             With `return_dict_in_generate=True` and a retriever that knows them, the output also has
@@ -264,6 +272,9 @@ class RetroJointForCausalLM(
         Raises:
             ValueError: If a question is given to a model that looks up nothing.
         """
+        is_question = question_input_ids is not None or kwargs.get("passage_input_ids") is not None
+        if is_question and kwargs.get("passages") is None:
+            kwargs["passages"] = self.default_passages
         if question_input_ids is None:
             return super().generate(*args, **kwargs)
         if not self.is_retrieving:

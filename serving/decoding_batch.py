@@ -80,8 +80,8 @@ class Row:
         before (`list[int]`):
             Tokens of the prompt that stand before the passages of a question, in a joint model. They are none of
             `tokens`.
-        passages (`str`, *optional*, defaults to `"apart"`):
-            How a joint model reads the passages: `"apart"`, or `"in_order"`, as one text.
+        passages (`str`, *optional*):
+            How a joint model reads the passages: `"apart"`, or `"in_order"`, as one text. Defaults to the model's way.
         retrieved (`list[RetrievedChunk]`):
             The passages of the question, if there is one, and the neighbors of each whole chunk.
         scored (`list[ChosenToken]`):
@@ -97,7 +97,7 @@ class Row:
     query: list[int] | None = None
     must_find: bool = False
     before: list[int] = field(default_factory=list)
-    passages: str = "apart"
+    passages: str | None = None
     retrieved: list[RetrievedChunk] = field(default_factory=list)
     scored: list[ChosenToken] = field(default_factory=list)
     failure: Exception | None = None
@@ -257,7 +257,8 @@ class DecodingBatch:
         row.retrieved.append(_retrieved(None, found, 0, mask[0].cpu()))
         if isinstance(self.model, RetroJointForCausalLM):
             before = {"passage_prefix_input_ids": torch.tensor([row.before], device=device)} if row.before else {}
-            return {"passage_input_ids": ids, "passage_attention_mask": mask, "passages": row.passages, **before}
+            how = row.passages or self.model.default_passages
+            return {"passage_input_ids": ids, "passage_attention_mask": mask, "passages": how, **before}
         shape = (1, len(row.tokens) // self.model.config.chunk_size, *ids.shape[1:])  # [1, L, k, r]
         neighbor_ids, neighbor_mask = ids.new_zeros(shape), mask.new_zeros(shape)
         neighbor_ids[:, -1], neighbor_mask[:, -1] = ids, mask

@@ -102,8 +102,9 @@ class GenerationRequest(Strict):
             Whether chunks are looked up.
         num_neighbors (`int`, *optional*):
             Number of neighbors of each chunk. Defaults to that of the model.
-        passages (`str`, *optional*, defaults to `"apart"`):
-            How the passages of a question are read: `"apart"`, each by itself, or `"in_order"`, as one text.
+        passages (`str`, *optional*):
+            How the passages of a question are read: `"apart"`, each by itself, or `"in_order"`, as one text. Defaults
+            to the model's way.
         include_neighbors (`bool`, *optional*, defaults to `True`):
             Whether the answer contains the neighbors.
     """
@@ -128,7 +129,7 @@ class GenerationRequest(Strict):
     store: Literal[False] = False
     retrieval: bool = True
     num_neighbors: int | None = Field(default=None, ge=0, le=64)
-    passages: Literal["apart", "in_order"] = "apart"
+    passages: Literal["apart", "in_order"] | None = None
     include_neighbors: bool = True
 
     @field_validator("stop", mode="before")

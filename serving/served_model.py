@@ -177,7 +177,7 @@ class ServedModel:
             # A message such as "Thanks!" may have no known words.
             row.must_find = isinstance(request, CompletionRequest)
             if not self.reads_jointly:
-                if row.passages != "apart":
+                if row.passages == "in_order":
                     raise RequestError(400, "the model of this server reads passages apart only", "passages")
                 row.tokens = self.retriever.close_chunks([prompt])["input_ids"][0].tolist()
                 row.num_hidden = len(row.tokens) - len(prompt)
@@ -190,7 +190,7 @@ class ServedModel:
         if row.query is None or not self.reads_jointly:
             return 0
         length = self.retriever.datastore.neighbor_length
-        return length * row.num_neighbors if row.passages == "in_order" else length
+        return length if row.passages == "apart" else length * row.num_neighbors
 
     def _max_new_tokens(self, request: CompletionRequest | ChatRequest, prompt_length: int) -> int:
         room = min(self.max_tokens, self.context_length - prompt_length)

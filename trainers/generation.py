@@ -109,7 +109,7 @@ def question_inputs(
     retriever: RetroRetriever,
     input_ids: torch.LongTensor,
     found: RetrievedNeighbors,
-    passages: str = "apart",
+    passages: str | None = None,
     before: Sequence[int] = (),
 ) -> dict[str, Any]:
     """
@@ -126,8 +126,9 @@ def question_inputs(
             The prompt.
         found ([`RetrievedNeighbors`]):
             The passages of the question.
-        passages (`str`, *optional*, defaults to `"apart"`):
-            How [`RetroJointForCausalLM`] reads passages: `"apart"`, or `"in_order"`, as one text.
+        passages (`str`, *optional*):
+            How [`RetroJointForCausalLM`] reads passages: `"apart"`, or `"in_order"`, as one text. Defaults to the
+            model's way.
         before (`Sequence[int]`, *optional*):
             Tokens of the prompt that stand before the passages, in front of `input_ids`.
 
@@ -143,10 +144,10 @@ def question_inputs(
             "attention_mask": torch.ones_like(input_ids),
             "passage_input_ids": found.neighbor_input_ids,
             "passage_attention_mask": found.neighbor_attention_mask,
-            "passages": passages,
+            "passages": passages or model.default_passages,
         }
         return inputs | ({"passage_prefix_input_ids": torch.tensor([list(before)])} if before else {})
-    if passages != "apart":
+    if passages == "in_order":
         raise ValueError(
             f"passages is {passages!r}, but a {type(model).__name__} encodes each neighbor by itself; passages in "
             "order are for joint reading"
@@ -165,7 +166,7 @@ def generate_with_neighbors(
     retriever: RetroRetriever,
     prompt: str | Sequence[int],
     found: RetrievedNeighbors | None = None,
-    passages: str = "apart",
+    passages: str | None = None,
     before: Sequence[int] = (),
     allow_control_tokens: bool = False,
     **generate_kwargs,
@@ -183,7 +184,7 @@ def generate_with_neighbors(
         found ([`RetrievedNeighbors`], *optional*):
             The passages of a question, as [`look_up`] finds them. The chunks of the prompt are then not looked up, but
             those of the answer are.
-        passages (`str`, *optional*, defaults to `"apart"`):
+        passages (`str`, *optional*):
             How the passages of a question are read (see [`question_inputs`]).
         before (`Sequence[int]`, *optional*):
             Tokens of the prompt that stand before the passages of a question, in front of `prompt`.

@@ -65,6 +65,7 @@ def test_all_chunks_of_a_question_read_its_passages(loaded):
     reading = read_text(loaded.model, loaded.retriever, ids, 2, query)
     found = look_up(loaded.retriever, "δέλτα up", 2)
     passages = {"passage_input_ids": found.neighbor_input_ids, "passage_attention_mask": found.neighbor_attention_mask}
+    passages["passages"] = "in_order"
     with torch.no_grad():
         logprobs = loaded.model(torch.tensor([ids]), **passages).logits[0].log_softmax(-1)
     on = [-float(logprobs[n, token]) / math.log(2) for n, token in enumerate(ids[1:])]

@@ -66,7 +66,7 @@ def reference(folder, tiny_datastore_dir):
     model: RetroGenerationMixin = load_retro_model(str(folder), retriever.datastore)
     model.set_retriever(retriever)
 
-    def generate(ids, max_tokens, retrieval=True, query=None, passages="apart", before=()):
+    def generate(ids, max_tokens, retrieval=True, query=None, passages=None, before=()):
         prompt = {"input_ids": torch.tensor([ids])}
         if query is not None:
             found = look_up(retriever, query, model.config.num_neighbors)

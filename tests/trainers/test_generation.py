@@ -110,12 +110,12 @@ def command(folders, datastore, kind="joint", **options):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"prompt": "in up?"}, "Looked up 'in up?' and found 2 passages, which are read apart.\n"),
+        ({"prompt": "in up?"}, "Looked up 'in up?' and found 2 passages, which are read in order.\n"),
         (
-            {"prompt": "in a", "query": "δέλτα", "passages": "in_order", "num_neighbors": 3},
-            "Looked up 'δέλτα' and found 3 passages, which are read in order.\n",
+            {"prompt": "in a", "query": "δέλτα", "passages": "apart", "num_neighbors": 3},
+            "Looked up 'δέλτα' and found 3 passages, which are read apart.\n",
         ),
-        ({"prompt": "Q:up?\nA"}, "Looked up 'up?' and found 2 passages, which are read apart.\n"),
+        ({"prompt": "Q:up?\nA"}, "Looked up 'up?' and found 2 passages, which are read in order.\n"),
         ({"prompt": "in a"}, ""),
         ({"prompt": "looks things up in a datastore, looks things up?"}, ""),
     ],

@@ -61,10 +61,11 @@ class GenerateArguments:
         default=False,
         metadata={"help": "Make the prompt a user's message in the chat template of the model, and look it up."},
     )
-    passages: str = field(
-        default="apart",
+    passages: str | None = field(
+        default=None,
         metadata={
-            "help": "How the passages of a question are read: each by itself, or one after the other as one text.",
+            "help": "How the passages of a question are read: each by itself, or one after the other as one text. The "
+            "latter is the default of models that read jointly and were not trained for it.",
             "choices": ["apart", "in_order"],
         },
     )
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if query is not None:
         found = look_up(retriever, query, model.config.num_neighbors)
         number = int((found.chunk_ids >= 0).sum())
-        how = "in order" if arguments.passages == "in_order" else arguments.passages
+        how = (arguments.passages or model.default_passages).replace("_", " ")
         print(f"Looked up {query!r} and found {number} passages, which are read {how}.", file=sys.stderr)
     chunks = generate_with_neighbors(
         model,
