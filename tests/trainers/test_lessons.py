@@ -94,7 +94,12 @@ def test_losses_are_those_of_each_answer_with_passages_apart_and_of_the_base_wit
     for b, first in enumerate((4, 6)):
         row = inputs["input_ids"][b][inputs["attention_mask"][b].bool()]
         passages, mask = inputs["passage_input_ids"][b], inputs["passage_attention_mask"][b]
-        apart = model(row[None], passage_input_ids=passages[None], passage_attention_mask=mask[None]).logits[0]
+        apart = model(
+            row[None],
+            passage_input_ids=passages[None],
+            passage_attention_mask=mask[None],
+            passages="apart",
+        ).logits[0]
         front = passages[mask]
         in_front = base(torch.cat([front, row])[None]).logits[0, len(front) :]
         for column in range(first, 7):

@@ -161,15 +161,15 @@ def lesson_losses(
     labels = labels[:, -num_columns:]
     is_answer = labels >= 0
 
-    def log_probs(reader: PreTrainedModel, **options: str) -> torch.Tensor:
-        return F.log_softmax(reader(**inputs, **options).logits[:, :-1][is_answer].float(), dim=-1)  # [N, V]
+    def log_probs(reader: PreTrainedModel, passages: str) -> torch.Tensor:
+        return F.log_softmax(reader(**inputs, passages=passages).logits[:, :-1][is_answer].float(), dim=-1)  # [N, V]
 
     expected = None
     if base is not None:
         # First, because checkpointed layers of the model run again with the adapters that ran last.
         with torch.no_grad(), base.as_base():
-            expected = log_probs(base, passages="in_order")
-    found = log_probs(model)
+            expected = log_probs(base, "in_order")
+    found = log_probs(model, "apart")
     loss = F.nll_loss(found, labels[is_answer], reduction="sum")
     if expected is None:
         return loss, torch.zeros_like(loss)
