@@ -39,8 +39,9 @@ from the tests.
   cannot, the next run finds the old folder or the new one.
 - **Damage is found.** `retro verify` computes everything again, and `--repair` remakes only the damaged parts. [From
   documents to a report](data_flow.md) describes the manifest and its versions, and what is recorded of a model.
-- **Nobody is asked.** No command runs the code of a model, tokenizer or encoder, or asks on standard input whether it may.
-- **Printed text is text.** All that a command prints passes through one place, where control characters are written out.
+- **Nobody is asked.** No command runs the code of a model, tokenizer or encoder, or asks whether it
+  may.
+- **Printed text is text.** Control characters in all that a command prints are written out.
 
 `trust_remote_code=True` runs the code of a repository, and faiss trusts an index whose checksum is right. Load both
 only from people whom you trust.

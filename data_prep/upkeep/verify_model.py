@@ -77,9 +77,14 @@ def verify_model(path: str | Path) -> list[Finding]:
     is_readable = not findings
     findings += _checksum_findings(path)
     is_retrofit = (path / RETROFIT_WEIGHTS_NAME).is_file()
+    model = None
     if is_readable:
-        with torch.device("meta"):
-            model = model_class(config)
+        try:
+            with torch.device("meta"):
+                model = model_class(config)
+        except Exception as error:
+            findings.append(Finding("config.json", f"describes no model ({short(error)})", save_again))
+    if model is not None:
         expected = {
             name: tuple(tensor.shape)
             for name, tensor in model.state_dict().items()

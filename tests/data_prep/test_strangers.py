@@ -255,6 +255,10 @@ def test_a_flipped_bit_in_any_file_of_a_model_is_found(tmp_path, tiny_tokenizer,
     files += [base / "model.safetensors"] if kind != "whole" else []
     expected = {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "checksums.json"}
     assert expected <= {file.name for file in files}
+    config = (path / "config.json").read_text()
+    (path / "config.json").write_text(config.replace('"default"', '"dEfault"'))  # of the rotary embedding
+    assert any("describes no model" in str(finding) for finding in verify(path))
+    (path / "config.json").write_text(config)
     drawn = random.Random(0)
     for file in files:
         data = file.read_bytes()

@@ -588,8 +588,11 @@ def test_a_prompt_that_is_padded_on_the_right_is_refused(make, retrieval, argume
 @pytest.mark.parametrize("make", [make_cross_model, make_joint])
 def test_a_compiled_forward_pass_looks_up_by_itself(make):
     class Search(HashRetriever):
+        is_traced = False
+
         def retrieve(self, chunks, k):
-            assert not torch.compiler.is_compiling()
+            # An error would not be seen: Dynamo runs what it cannot compile as it stands.
+            self.is_traced = self.is_traced or torch.compiler.is_compiling()
             return super().retrieve(chunks, k)
 
     model = make()
@@ -599,7 +602,7 @@ def test_a_compiled_forward_pass_looks_up_by_itself(make):
         expected = model(ids).logits
         torch._dynamo.reset()
         found = torch.compile(model, backend="eager")(ids).logits
-    assert model.retriever.calls >= 2
+    assert model.retriever.calls >= 2 and not model.retriever.is_traced
     assert_close(found, expected, 1e-6)
     with torch.no_grad(), model.retrieval(False):
         assert (model(ids).logits - expected).abs().max() > 1e-3
