@@ -103,7 +103,7 @@ def _name_base_relative(config: Path, folder: Path) -> None:
         config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _find_base(name: str | None, folder: str | os.PathLike) -> str | None:
+def find_base(name: str | None, folder: str | os.PathLike) -> str | None:
     """The base that a config in a folder names: a folder, relative to that one if it begins with a dot, or an id."""
     if name is not None and name.startswith(".") and os.path.isdir(folder):
         return os.path.normpath(os.path.join(folder, name))
@@ -239,7 +239,7 @@ class RetroBaseModelMixin:
         for name in ("revision", "subfolder", "_commit_hash", "code_revision"):
             kwargs.pop(name, None)
         kwargs["trust_remote_code"] = trusts  # the code of the base, if the user names it
-        config.base_model_name_or_path = _find_base(config.base_model_name_or_path, pretrained_model_name_or_path)
+        config.base_model_name_or_path = find_base(config.base_model_name_or_path, pretrained_model_name_or_path)
         base = base_model_name_or_path or config.base_model_name_or_path
         if base_model_name_or_path is None and config.base_model_revision is not None:
             kwargs["revision"] = config.base_model_revision

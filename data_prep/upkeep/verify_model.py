@@ -30,6 +30,7 @@ from modeling_retro.added_weights_retro import (
     RETROFIT_WEIGHTS_NAME,
     checkpoint_sha256,
     decisive_files,
+    find_base,
 )
 from modeling_retro.datastore.checksums import checksum, load_tokenizer, tokenizer_fingerprint
 from modeling_retro.datastore.record import PLAIN_NAME
@@ -102,7 +103,7 @@ def verify_model(path: str | Path) -> list[Finding]:
             if names:
                 findings.append(Finding("the weights", f"{problem} {names[0]} ({len(names)} in all)", save_again))
     if is_retrofit:
-        findings += _base_findings(config)
+        findings += _base_findings(config, path)
     if (path / "tokenizer.json").is_file() and config.tokenizer_sha256 is not None:
         try:
             found = tokenizer_fingerprint(load_tokenizer(path))["sha256"]
@@ -140,8 +141,8 @@ def _checksum_findings(path: Path) -> Iterator[Finding]:
             yield Finding(name, problem, "restore it from a copy, or save the model again if the change was meant")
 
 
-def _base_findings(config: RetroConfig | RetroJointConfig) -> Iterator[Finding]:
-    base, revision = config.base_model_name_or_path, config.base_model_revision
+def _base_findings(config: RetroConfig | RetroJointConfig, path: Path) -> Iterator[Finding]:
+    base, revision = find_base(config.base_model_name_or_path, path), config.base_model_revision
     remedy = "pass `base_model_name_or_path` with the right one to `from_pretrained`"
     expected = config.base_model_sha256
     try:

@@ -414,7 +414,7 @@ def test_damaged_models(models, tmp_path):
     assert "has no weights in safetensors files" in found(empty)
 
     stranger = copy("cross-retrofit")
-    content = json.loads((stranger / "config.json").read_text())
+    content = json.loads((stranger / "config.json").read_text()) | {"base_model_name_or_path": str(models / "base")}
     (stranger / "config.json").write_text(json.dumps(content | {"base_model_sha256": "0" * 64}))
     assert "expected 000000000000" in found(stranger)
     (stranger / "config.json").write_text(json.dumps(content | {"base_model_name_or_path": str(tmp_path / "gone")}))
