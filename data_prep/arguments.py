@@ -17,9 +17,11 @@ import argparse
 import json
 import os
 import pkgutil
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +46,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.option_strings[:1] == [f"--no_{action.dest}"]:  # transformers repeats the help of the opposite
             return f"Switch --{action.dest} off."
+        if action.default is None:
+            return action.help
         return super()._get_help_string(action)
 
 
@@ -81,6 +85,10 @@ def parse_arguments(
     Returns:
         `tuple`: one instance for each class, in order, and the training arguments last.
     """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    has_datastore = any(field.name == "datastore" for kind in argument_classes for field in fields(kind))
+    if has_datastore and argv and not argv[0].startswith("-"):
+        argv = ["--datastore", *argv]  # `retro evaluate datastore` is `retro evaluate --datastore datastore`
     if training_arguments is not None:
         classes = argument_classes if training_options is None else (*argument_classes, training_options)
         _parser(classes, argv, True, description=description, prog=prog, epilog=_EPILOG).parse_known_args(argv)
@@ -153,6 +161,12 @@ def _set_defaults_from_file(parser: "HfArgumentParser", path: Path, skip_unknown
         action.default = str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
+def _from_a_clone(message: str) -> str:
+    """Says of an extra of this package how pip finds it: it is installed from a clone until it is published."""
+    hint, number = re.subn(r'pip install "?retro-transformers\[([\w-]+)\]"?', r'pip install ".[\1]"', message)
+    return f"{hint} (in a clone of the repository of retro-transformers)" if number else message
+
+
 def run_command(main: Callable[[], Any]) -> None:
     """
     Runs a script. A mistake of the user (`ValueError`, `OSError`, `ImportError`) is reported in one line, with exit
@@ -166,8 +180,12 @@ def run_command(main: Callable[[], Any]) -> None:
     with printable_output():
         try:
             main()
+            sys.stdout.flush()
+        except BrokenPipeError:  # what read the output, such as `head`, has ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
         except (ValueError, OSError, ImportError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_from_a_clone(str(error))}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted; run the same command again to resume", file=sys.stderr)

@@ -28,6 +28,7 @@ from typing import Any
 
 import yaml
 from accelerate.utils import gather_object
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from data_prep.chunk import chunk_documents, chunk_features
@@ -37,6 +38,8 @@ from data_prep.file_report import files_of_split
 from data_prep.index import build_index, read_embeddings
 from data_prep.memory import return_freed_memory
 from data_prep.neighbors import find_neighbors
+from data_prep.shipped_models import find_model, naming_the_ways
+from data_prep.sources import find_sources
 from data_prep.stage_files import (
     clear_records,
     directory_lock,
@@ -47,6 +50,7 @@ from data_prep.stage_files import (
     save_shard,
     write_manifest,
 )
+from modeling_retro.datastore.checksums import load_tokenizer
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.manifest import (
     INDEXES,
@@ -61,6 +65,7 @@ from modeling_retro.datastore.manifest import (
 )
 from modeling_retro.datastore.splits import split_path
 from modeling_retro.durable_files_retro import whole
+from modeling_retro.encoder.chunk_encoder import sentence_transformers_config
 
 
 logger = logging.get_logger(__name__)
@@ -114,6 +119,43 @@ def _indexes(recipe: Mapping[str, Any]) -> set[str]:
     return {*INDEXES[retriever], *(index for index, key in named.items() if key in recipe)}
 
 
+def check_needs(recipe: Mapping[str, Any], data_dir: Path) -> None:
+    """
+    Looks for all that the stages of a recipe need, before the first one begins: the inputs, the tokenizer, the encoder
+    and the libraries.
+
+    Args:
+        recipe (`Mapping`): The recipe.
+        data_dir (`Path`): Folder of the inputs with relative paths.
+
+    Raises:
+        ValueError: If an input does not exist or holds no files.
+        OSError: If the tokenizer or the encoder cannot be loaded.
+        ImportError: If a library is missing.
+    """
+    for inputs in recipe["splits"].values():
+        # Streams and datasets are opened once, when they are read.
+        files = [entry for entry in _resolve(inputs, data_dir) if _is_file_input(entry)]
+        if files:
+            find_sources(files)
+    if "bm25" in _indexes(recipe):
+        import data_prep.bm25_index  # noqa: F401 -- its error names the extra
+    tokenizer = recipe["tokenizer"]
+    if isinstance(tokenizer, (str, Path)):
+        with naming_the_ways(tokenizer, "tokenizer"):
+            load_tokenizer(find_model(tokenizer))
+    encoder = recipe.get("encoder")
+    if "index" in _indexes(recipe) and isinstance(encoder, (str, Path)):
+        with naming_the_ways(encoder, "encoder"):
+            name, revision = find_model(encoder), recipe.get("embed", {}).get("revision")
+            if sentence_transformers_config(name, revision) == {"kind": "transformer", "prompt": None}:
+                AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+
+
+def _is_file_input(entry: Any) -> bool:
+    return "path" in entry if isinstance(entry, Mapping) else isinstance(entry, (str, Path)) and entry != "-"
+
+
 def _build_indexes(path: Path, recipe: Mapping[str, Any]) -> None:
     if "index" in _indexes(recipe):
         build_index(path, **recipe.get("index", {}))
@@ -152,6 +194,7 @@ def prepare_datastore(
     splits = list(recipe["splits"])
     neighbors = recipe.get("neighbors", {})
     indexes = _indexes(recipe)
+    check_needs(recipe, Path(data_dir))
     with directory_lock(path):
         for split, inputs in recipe["splits"].items():
             with _timed(f"chunk {split}"):

@@ -136,3 +136,39 @@ def test_an_option_that_switches_off_says_so(capsys):
         parse_arguments(Switches, argv=["--help"])
     text = capsys.readouterr().out
     assert text.count("Keep the thing.") == 1 and "Switch --keep_it off." in text
+
+
+@dataclass
+class OnADatastore:
+    """The datastore may stand first."""
+
+    datastore: str = field(metadata={"help": "The datastore."})
+    name: str | None = field(default=None, metadata={"help": "A name."})
+
+
+def test_the_datastore_may_stand_first_and_no_default_is_no_news(capsys):
+    assert parse_arguments(OnADatastore, argv=["a/folder", "--name", "x"])[0] == OnADatastore("a/folder", "x")
+    assert parse_arguments(OnADatastore, argv=["--name", "x", "--datastore", "b"])[0] == OnADatastore("b", "x")
+    with pytest.raises(SystemExit):
+        parse_arguments(OnADatastore, argv=["--help"])
+    assert "default: None" not in capsys.readouterr().out
+
+
+RUN = "from data_prep.arguments import run_command\n"
+
+
+def test_a_broken_pipe_is_no_traceback():
+    program = RUN + "run_command(lambda: [print('line') for _ in range(100_000)])"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"line\n"
+    process.stdout.close()
+    assert process.wait(60) == 141 and process.stderr.read() == b""
+
+
+def test_a_missing_extra_is_named_as_pip_finds_it_in_a_clone():
+    program = (
+        RUN
+        + "def main():\n    raise ImportError('needs x: `pip install retro-transformers[bm25]`')\nrun_command(main)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 1 and '`pip install ".[bm25]"` (in a clone' in ended.stderr

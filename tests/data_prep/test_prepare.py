@@ -134,6 +134,22 @@ def test_what_is_added_later_is_what_would_have_been_there(tmp_path, tiny_recipe
     np.testing.assert_array_equal(added.neighbor_ids[first_new:], both.neighbor_ids[first_new:])
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"encoder": "nobody/none"}, OSError, "the encoder 'nobody/none' is no folder here"),
+        ({"tokenizer": "nobody/none"}, OSError, "the tokenizer 'nobody/none' is no folder here"),
+        ({"splits": {"train": "a.jsonl", "validation": "nowhere.jsonl"}}, ValueError, "nowhere.jsonl: no such file"),
+    ],
+)
+def test_what_a_later_stage_lacks_is_named_before_the_first(tmp_path, tiny_recipe, change, error, message):
+    write_jsonl(tmp_path / "a.jsonl", make_texts(4))
+    recipe = tiny_recipe({"splits": {"train": "a.jsonl"}}) | change
+    with pytest.raises(error, match=message):
+        prepare_datastore(recipe, tmp_path / "out", data_dir=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_runs_cannot_write_to_one_directory(tmp_path, tiny_recipe):
     recipe = tiny_recipe({"splits": {"train": str(write_jsonl(tmp_path / "a.jsonl", ["abc"]))}})
     (tmp_path / "out").mkdir()
