@@ -23,7 +23,7 @@ from transformers.utils import find_adapter_config_file
 from data_prep.shipped_models import find_model, naming_the_ways
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroJointConfig, RetroJointForCausalLM
 from modeling_retro.datastore.datastore import RetroDatastore
-from modeling_retro.encoder.chunk_encoder import no_code_of
+from modeling_retro.encoder.own_code import no_code_of
 
 
 def load_retro_model(name_or_path: str, datastore: RetroDatastore, **kwargs: Any) -> PreTrainedModel:

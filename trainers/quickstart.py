@@ -53,7 +53,7 @@ from data_prep.sources import find_sources
 from modeling_retro import RetroConfig, RetroForCausalLM
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.durable_files_retro import whole, write_text
-from modeling_retro.encoder.chunk_encoder import no_code_of
+from modeling_retro.encoder.own_code import no_code_of
 from modeling_retro.retriever.retriever import RetroRetriever
 from modeling_retro.sharing.model_card import Way
 from trainers.durable_checkpoints import last_complete_checkpoint

@@ -21,7 +21,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..encoder.chunk_encoder import no_code_of
+from ..encoder.own_code import no_code_of
 from .manifest import MANIFEST_NAME
 
 

@@ -13,10 +13,9 @@
 # limitations under the License.
 """The encoder that embeds chunks and other texts, for the keys of a datastore and for the queries"""
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file, logging
+
+from .own_code import no_code_of
 
 
 logger = logging.get_logger(__name__)
@@ -58,23 +59,6 @@ def tensors_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def no_code_of(what: str) -> Iterator[None]:
-    """
-    Makes the error of transformers a `ValueError` of one line if something inside the block needs code of its own and
-    `trust_remote_code` is `False`.
-
-    Args:
-        what (`str`): The thing that is loaded, and its name.
-    """
-    try:
-        yield
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ValueError(f"{what} needs code of its own, which is never run; choose another") from error
 
 
 def load_text_encoder(name_or_path: str, revision: str | None = None, **kwargs) -> Any:

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from data_prep.shipped_models import find_model
     from modeling_retro import RetroForCausalLM, RetroJointForCausalLM
     from modeling_retro.datastore.checksums import load_tokenizer, tokenizer_fingerprint
-    from modeling_retro.encoder.chunk_encoder import no_code_of
+    from modeling_retro.encoder.own_code import no_code_of
 
     if arguments.reader is not None and arguments.attention != "joint":
         raise ValueError(f"--reader {arguments.reader} is for --attention joint; cross attention has no such adapters")

@@ -84,7 +84,7 @@ def load_model(args: SpanCorruptionArguments) -> "tuple[PreTrainedModel, PreTrai
     from transformers import AutoConfig, AutoModelForSeq2SeqLM, ByT5Tokenizer, T5Config
 
     from modeling_retro.datastore.checksums import load_tokenizer
-    from modeling_retro.encoder.chunk_encoder import no_code_of
+    from modeling_retro.encoder.own_code import no_code_of
 
     if args.model_name_or_path is not None:
         if args.model_config is not None or args.config_name_or_path is not None:
