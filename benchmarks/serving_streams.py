@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Tokens per second of one stream and of eight that run together, in one run.
+Tokens per second of one stream and of eight that run together, with drafts and without, in one run.
 
     python benchmarks/serving_streams.py --model retro-quickstart/model --datastore retro-quickstart/datastore
 
@@ -30,7 +30,7 @@ from serving.sampling import SamplingParameters
 
 
 def run(engine, prompts, num_neighbors, max_tokens):
-    """Seconds until all completions are there."""
+    """Seconds until all completions are there, and the number of their steps."""
     left, done = [len(prompts)], threading.Event()
 
     def emit(event):
@@ -43,9 +43,10 @@ def run(engine, prompts, num_neighbors, max_tokens):
 
     start_time = time.perf_counter()
     parameters = SamplingParameters(temperature=0)
-    engine.submit([Completion(Row(list(ids), num_neighbors), max_tokens, parameters, (), emit) for ids in prompts])
+    completions = [Completion(Row(list(ids), num_neighbors), max_tokens, parameters, (), emit) for ids in prompts]
+    engine.submit(completions)
     done.wait()
-    return time.perf_counter() - start_time
+    return time.perf_counter() - start_time, sum(one.num_steps for one in completions)
 
 
 def main():
@@ -61,19 +62,21 @@ def main():
     chunks = loaded.retriever.datastore.split("validation").chunks
     starts = [i for i in range(len(chunks)) if chunks.length[i] == chunks.chunk_size][: arguments.num_streams]
     prompts = [chunks.take([i])[0][0].tolist()[: arguments.prompt_tokens] for i in starts]
-    engine = Engine(DecodingBatch(loaded.model, loaded.retriever), loaded.retriever.datastore.tokenizer, ())
+    batch = DecodingBatch(loaded.model, loaded.retriever)
+    engine = Engine(batch, loaded.retriever.datastore.tokenizer, ())
     run(engine, prompts[:1], 0, 8)
-    print("| neighbors | streams | tokens/s | ratio |\n|---|---|---|---|")
-    for num_neighbors in (0, loaded.model.config.num_neighbors):
-        speeds = []
+    print("| neighbors | drafts | streams | tokens/s | ratio | tokens a step |\n|---|---|---|---|---|---|")
+    k = loaded.model.config.num_neighbors
+    for num_neighbors, draft_tokens in ((0, 0), (k, 0), (k, 8)):
+        batch.draft_tokens, speeds = draft_tokens, []
         for count in (1, len(prompts)):
             if hasattr(loaded.model, "neighbor_memory"):
                 loaded.model.neighbor_memory.clear()
-            speeds.append(
-                count * arguments.max_tokens / run(engine, prompts[:count], num_neighbors, arguments.max_tokens)
-            )
-            ratio = f"{speeds[-1] / speeds[0]:.2f}"
-            print(f"| {num_neighbors} | {count} | {speeds[-1]:.1f} | {ratio} |", flush=True)
+            seconds, num_steps = run(engine, prompts[:count], num_neighbors, arguments.max_tokens)
+            speeds.append(count * arguments.max_tokens / seconds)
+            columns = (num_neighbors, draft_tokens, count, f"{speeds[-1]:.1f}", f"{speeds[-1] / speeds[0]:.2f}")
+            per_step = count * arguments.max_tokens / num_steps
+            print("|", *(f"{column} |" for column in columns), f"{per_step:.2f} |", flush=True)
     engine.close()
 
 

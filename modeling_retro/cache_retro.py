@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache, StaticLayer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import CompileConfig
 
+from .chunk_layout_retro import take_columns
 from .neighbors_retro import Neighbors, pad_to_shape
 
 
@@ -158,7 +159,8 @@ class RetrievalCache(DynamicCache):
 
         Args:
             others (`Sequence[RetrievalCache]`):
-                Filled caches of the same model, from which no tokens were cropped since their last call.
+                Filled caches of the same model, from which no tokens were cropped since their last call. (From this
+                one tokens may have been cropped that complete no chunk.)
         """
         caches = [self, *others]
         length = max(cache.get_seq_length() for cache in caches)
@@ -198,6 +200,22 @@ class RetrievalCache(DynamicCache):
         for name in self._column_tensors:
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, tensor[:, num_columns:])
+
+    def take_columns(self, columns: torch.LongTensor) -> None:
+        """
+        Keeps some columns of each row, `(batch_size, n)`. Those that are left out must be padding or the last tokens,
+        and complete no chunk.
+        """
+        for layer in self.layers:
+            if layer.is_initialized:
+                rows = columns.to(layer.keys.device)[:, None, :, None]
+                for name in ("keys", "values"):
+                    front, row = getattr(layer, name).tensor_split([self.front_length], dim=-2)
+                    row = row.gather(2, rows.expand(-1, row.shape[1], -1, row.shape[3]))
+                    setattr(layer, name, torch.cat([front, row], dim=-2))
+        for name in self._column_tensors:
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, take_columns(tensor, columns.to(tensor.device)))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens (a negative number), across ends of chunks too."""

@@ -105,8 +105,10 @@ class NeighborDrafts(CandidateGenerator):
         max_length (`int`): Largest number of tokens of prompt and continuation.
         longest (`int`): Largest number of tokens in a draft.
         stopping_criteria (`StoppingCriteriaList`): What ends the text.
-        passages (`torch.LongTensor` of shape `(1, k, r)`, *optional*), passage_mask (`torch.Tensor`, *optional*):
-            The passages of a question, and which of their tokens are real. By default all are.
+        passages (`torch.LongTensor` of shape `(1, k, r)`, *optional*):
+            The passages of a question.
+        passage_mask (`torch.Tensor` of the same shape, *optional*):
+            1 (or True) for their real tokens. By default all are real.
 
     Attributes:
         num_steps (`int`): Number of forward passes so far.

@@ -140,7 +140,7 @@ class JointReadingMixin:
         cuts = (completes | (locations.is_token & (index == 0))).any(0)
         # CODEPATH: models that read chunks again do so as soon as a chunk is complete.
         if self.config.reread_tokens > 1:
-            cuts[1:] |= completes.any(0)[:-1]
+            cuts[1:] |= (completes[:, :-1] & locations.is_token[:, 1:]).any(0)
         starts = sorted({0, *cuts.nonzero()[:, 0].tolist()})
         slots = locations.document_slot + seen_chunk(index, size) - locations.first_slot  # [B, T]
         pieces = []
@@ -219,7 +219,9 @@ class JointReadingMixin:
         back = torch.arange(self.config.reread_tokens - 1, -1, -1, device=rows.device)
         again = self._read_again(call, locations, rows, locations.row_index[rows, :1] - back)
         logits = outputs.logits.clone()
-        logits[rows, -1] = again.logits[:, -1].to(logits)
+        column = logits.shape[1] - call.inputs.shape[1]  # of the first token, behind which these rows have padding
+        if column >= 0:
+            logits[rows, column] = again.logits[:, -1].to(logits)
         outputs.logits = logits
 
     def _read_again(

@@ -96,6 +96,9 @@ class Run:
             for completion in self.completions:
                 completion.cancel()
             self.metrics.generated_tokens.inc(sum(completion.num_tokens for completion in self.completions))
+            self.metrics.steps.inc(sum(completion.num_steps for completion in self.completions))
+            self.metrics.drafted_tokens.inc(sum(completion.num_drafted for completion in self.completions))
+            self.metrics.confirmed_tokens.inc(sum(completion.num_confirmed for completion in self.completions))
             self.metrics.duration.observe(time.perf_counter() - self._start_time)
 
     async def whole(self) -> Response:

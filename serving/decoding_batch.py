@@ -18,15 +18,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from modeling_retro import RetroJointForCausalLM
 from modeling_retro.chunk_layout_retro import completed_between
+from modeling_retro.drafts_retro import DRAFT_TOKENS, DraftLength, find_draft, join_texts
+from modeling_retro.joint_attention_retro import layer_windows
 from modeling_retro.retriever.retriever import QuestionError
 
 from .sampling import ChosenToken, score_tokens
+
+
+# Drafts of all rows together have about so many tokens: more of them make a step on one core noticeably slower.
+DRAFTED_AT_ONCE = 16
+# Columns of tokens that were not confirmed are masked, and moved out of the cache when there are so many.
+MAX_HOLES = 64
 
 
 @dataclass
@@ -88,6 +97,9 @@ class Row:
             The tokens of the prompt that are not hidden, with their probabilities.
         failure (`Exception`, *optional*):
             Why its last chunk could not be looked up. The logits of the step mean nothing then.
+        draft (`list[int]`):
+            What the last step read behind the last token, and which the caller confirms as far as it chooses the same
+            tokens.
     """
 
     tokens: list[int]
@@ -101,26 +113,37 @@ class Row:
     retrieved: list[RetrievedChunk] = field(default_factory=list)
     scored: list[ChosenToken] = field(default_factory=list)
     failure: Exception | None = None
+    draft: list[int] = field(default_factory=list)
 
 
 class DecodingBatch:
     """
-    Rows of a RETRO model that are decoded together, with one forward pass for each token. A row joins after the model
-    has read its prompt alone, and it can leave at any time. Its result does not depend on the other rows.
+    Rows of a RETRO model that are decoded together, with one forward pass for each token, or for several that were
+    drafted. A row joins after the model has read its prompt alone, and it can leave at any time. Its result does not
+    depend on the other rows.
 
     Args:
         model ([`RetroForCausalLM`] or [`RetroJointForCausalLM`]):
             The model, in evaluation mode.
         retriever:
             Looks up neighbors (see [`RetroGenerationMixin`]).
+        draft_tokens (`int`, *optional*):
+            Largest number of tokens in the draft of a row (see [`~RetroGenerationMixin.generate`]); 0 for no drafts.
+            Defaults to 8 in float32 and float64, and to 0 in 16 bits.
     """
 
-    def __init__(self, model: PreTrainedModel, retriever: Any):
+    def __init__(self, model: PreTrainedModel, retriever: Any, draft_tokens: int | None = None):
         self.model = model
         self.retriever = retriever
+        if draft_tokens is None:
+            draft_tokens = DRAFT_TOKENS if model.dtype.itemsize >= 4 else 0
+        self.draft_tokens = draft_tokens
         self.rows: list[Row] = []
+        self._lengths: list[DraftLength] = []
         self._cache = None
-        self._cached: list[int] = []  # number of tokens of each row in the cache, whose rows are padded on the left
+        self._mask: torch.BoolTensor | None = None  # of the tokens in the cache: rows have padding and holes
+        windows = layer_windows(model.config.get_text_config()).values()
+        self._max_holes = MAX_HOLES if all(window is None for window in windows) else 0  # windows count columns
 
     @torch.inference_mode()
     def add(self, rows: Sequence[Row]) -> torch.Tensor:
@@ -133,6 +156,7 @@ class DecodingBatch:
         Returns:
             `torch.FloatTensor` of shape `(len(rows), vocab_size)`: logits of the next token of each row.
         """
+        self._settle()
         caches, logits = [], []
         for row, inputs in zip(rows, self._prompt_inputs(rows), strict=True):
             caches.append(self.model.cache_class(config=self.model.config))
@@ -152,7 +176,8 @@ class DecodingBatch:
             raise
         self._cache = caches[0]
         self.rows += rows
-        self._cached += [len(row.tokens) for row in rows]
+        self._lengths += [DraftLength(self.draft_tokens) for _ in rows]
+        self._mask = self._join_masks(rows)
         return torch.cat(logits).float()
 
     @torch.inference_mode()
@@ -176,11 +201,32 @@ class DecodingBatch:
     @torch.inference_mode()
     def step(self) -> torch.Tensor:
         """
-        Reads the last token of each row, which was appended after the previous call.
+        Reads the last token of each row, which was appended after the previous call, and a draft behind it,
+        `row.draft`, which may be empty. The caller chooses the tokens of a row one after the other and appends them to
+        `row.tokens`, as long as they are those of the draft, and one more.
 
         Returns:
-            `torch.FloatTensor` of shape `(len(self.rows), vocab_size)`: logits of the next token of each row.
+            `torch.FloatTensor` of shape `(len(self.rows), n, vocab_size)`: logits of the next token of each row and of
+            those that follow each token of its draft. Rows with shorter drafts have meaningless ones at the end.
         """
+        self._settle()
+        longest = DRAFTED_AT_ONCE // len(self.rows)
+        for row, length in zip(self.rows, self._lengths, strict=True):
+            row.draft = self._draft(row, min(longest, length.current))
+        return self._read()
+
+    def _draft(self, row: Row, longest: int) -> list[int]:
+        """The draft of a row, which does not reach the last token of a chunk."""
+        size = self.model.config.chunk_size
+        index = len(row.tokens) % size
+        longest = min(longest, size - 1 - index, self.draft_tokens)
+        if longest < 1 or index == 0:
+            return []
+        texts = join_texts(text for chunk in row.retrieved for text in chunk.input_ids)
+        return find_draft(texts, np.array(row.tokens), longest)
+
+    def _read(self) -> torch.Tensor:
+        """Logits `(B, 1 + longest draft, vocab_size)` of the last token of each row and of its draft."""
         device = self.model.device
         chunks = [chunk for n, row in enumerate(self.rows) for chunk in self._completed(n, row, len(row.tokens) - 1)]
         neighbors = {}
@@ -190,36 +236,75 @@ class DecodingBatch:
             all_ids, all_masks = found_ids.new_zeros(shape), found_mask.new_zeros(shape)
             all_ids[owners, 0], all_masks[owners, 0] = found_ids, found_mask
             neighbors = {"neighbor_input_ids": all_ids, "neighbor_attention_mask": all_masks}
-        self._cached = [length + 1 for length in self._cached]
-        lengths = torch.tensor(self._cached, device=device)
-        num_seen = lengths - torch.tensor([row.num_hidden for row in self.rows], device=device)
-        columns = torch.arange(max(self._cached), device=device)
+        num_read = torch.tensor([1 + len(row.draft) for row in self.rows], device=device)
+        columns = torch.arange(int(num_read.max()), device=device)
+        tokens = [(row.tokens[-1:] + row.draft + [0] * len(columns))[: len(columns)] for row in self.rows]
+        positions = torch.tensor([len(row.tokens) - 1 for row in self.rows], device=device)[:, None] + columns
+        self._mask = torch.cat([self._mask, columns < num_read[:, None]], dim=1)
         with self.model.retrieval(False):
             outputs = self.model(
-                input_ids=torch.tensor([row.tokens[-1:] for row in self.rows], device=device),
-                attention_mask=(columns >= len(columns) - num_seen[:, None]).long(),
-                position_ids=lengths[:, None] - 1,
+                input_ids=torch.tensor(tokens, device=device),
+                attention_mask=self._mask.long(),
+                position_ids=positions,
                 past_key_values=self._cache,
                 use_cache=True,
                 **neighbors,
             )
-        return outputs.logits[:, -1].float()
+        self._num_read = [len(row.tokens) + len(row.draft) for row in self.rows]
+        return outputs.logits.float()
+
+    def _settle(self) -> None:
+        """Takes what was drafted and not confirmed out of the cache."""
+        drafts = [len(row.draft) for row in self.rows]
+        if not any(drafts):
+            return
+        width, refused = 1 + max(drafts), []
+        for row, length, num_drafted, num_read in zip(self.rows, self._lengths, drafts, self._num_read, strict=True):
+            refused.append(min(num_drafted, max(0, num_read - len(row.tokens) + 1)))
+            if num_drafted > 0:
+                length.update(num_drafted, num_drafted - refused[-1])
+            row.draft = []
+        kept = [1 + num_drafted - n for num_drafted, n in zip(drafts, refused, strict=True)]
+        device = self._mask.device
+        is_kept = torch.arange(width, device=device) < torch.tensor(kept, device=device)[:, None]
+        self._mask = torch.cat([self._mask[:, :-width], self._mask[:, -width:] & is_kept], dim=1)
+        if (removed := width - max(kept)) > 0:
+            self._cache.crop(-removed)
+            self._mask = self._mask[:, :-removed]
+        num_tokens = self._mask.sum(-1)
+        if int(((self._mask.cumsum(-1) > 0).sum(-1) - num_tokens).max()) > self._max_holes:
+            # Those of tokens come last, in their order.
+            columns = self._mask.int().argsort(dim=1, stable=True)[:, -int(num_tokens.max()) :]
+            self._cache.take_columns(columns)
+            self._mask = self._mask.gather(1, columns)
+
+    def _join_masks(self, rows: Sequence[Row]) -> torch.BoolTensor:
+        """The mask of the rows so far and of new ones, which are padded on the left as in the cache."""
+        length = self._cache.get_seq_length()
+        columns = torch.arange(length, device=self.model.device)
+        new = [(columns >= length - len(row.tokens) + row.num_hidden)[None] for row in rows]
+        old = [] if self._mask is None else [F.pad(self._mask, (length - self._mask.shape[1], 0))]
+        return torch.cat([*old, *new])
 
     @torch.inference_mode()
     def keep(self, indices: Sequence[int]) -> None:
         """Keeps the rows `indices` and removes the others, together with padding that is no longer needed."""
-        longest = max(self._cached, default=0)
+        self._settle()
         self.rows = [self.rows[n] for n in indices]
-        self._cached = [self._cached[n] for n in indices]
+        self._lengths = [self._lengths[n] for n in indices]
         if not self.rows:
             self.clear()
             return
-        self._cache.batch_select_indices(torch.tensor(indices, device=self.model.device))
-        self._cache.drop_columns(longest - max(self._cached))
+        indices = torch.tensor(indices, device=self.model.device)
+        self._cache.batch_select_indices(indices)
+        self._mask = self._mask[indices]
+        num_columns = int(self._mask.any(0).int().argmax())
+        self._cache.drop_columns(num_columns)
+        self._mask = self._mask[:, num_columns:]
 
     def clear(self) -> None:
         """Removes all rows, whatever state an error has left them in."""
-        self.rows, self._cached, self._cache = [], [], None
+        self.rows, self._lengths, self._cache, self._mask = [], [], None, None
 
     def _prompt_inputs(self, rows: Sequence[Row]) -> list[dict[str, torch.Tensor]]:
         """Makes the inputs of a forward pass over each row alone. The chunks of all rows are looked up together."""

@@ -94,6 +94,12 @@ class Completion:
         stop (`Sequence[str]`): Sequences that end the text.
         emit (`Callable[[CompletionEvent], None]`): Called with each piece, in the thread of the engine.
         echo (`bool`, *optional*, defaults to `False`): Whether the text begins with that of the prompt.
+
+    Attributes:
+        num_tokens (`int`): Number of tokens so far.
+        num_steps (`int`): Number of forward passes that chose them.
+        num_drafted (`int`): Number of tokens that were drafted.
+        num_confirmed (`int`): Number of these that were confirmed.
     """
 
     def __init__(
@@ -114,6 +120,9 @@ class Completion:
         self.is_cancelled = False
         self.is_finished = False
         self.num_tokens = 0
+        self.num_steps = 0
+        self.num_drafted = 0
+        self.num_confirmed = 0
         self._sampler = Sampler(parameters)
         self._num_retrieved = 0
         self._text: TextStream | None = None
@@ -122,14 +131,27 @@ class Completion:
         """Frees the row as soon as the running forward pass has ended."""
         self.is_cancelled = True
 
-    def advance(
+    def advance(self, logits: torch.Tensor, end_tokens: Collection[int], tokenizer: PreTrainedTokenizerBase) -> None:
+        """
+        Chooses the next token, and as many more as the draft of the row says the same, from logits `(n, vocab_size)`
+        that follow the last token and those of the draft. Sends the text that is certain.
+        """
+        draft = list(self.row.draft)
+        self.num_steps += 1
+        self.num_drafted += len(draft)
+        for number, logits_of_token in enumerate(logits[: 1 + len(draft)]):
+            self._advance_one(logits_of_token, logits_of_token.log_softmax(-1), end_tokens, tokenizer)
+            if self.is_finished or self.is_cancelled or self.row.tokens[-1:] != draft[number : number + 1]:
+                break
+            self.num_confirmed += 1
+
+    def _advance_one(
         self,
         logits: torch.Tensor,
         logprobs: torch.Tensor,
         end_tokens: Collection[int],
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        """Chooses the next token from logits `(vocab_size,)` and sends the text that is certain."""
         event = CompletionEvent()
         if self._text is None:
             event.text, event.tokens = self._echoed(tokenizer) if self.echo else ("", [])
@@ -191,7 +213,7 @@ class Completion:
 
 class Engine:
     """
-    Runs completions on a model in its own thread. After each token, waiting completions join the running ones. The
+    Runs completions on a model in its own thread. After each step, waiting completions join the running ones. The
     result of a completion does not depend on the others, and an error in the computation of one row ends only this
     one. After any other error the engine starts again without rows. If the device of the model is lost, the engine
     stops.
@@ -368,19 +390,17 @@ class Engine:
                 self._join([completion])
             return
         self._running += joining
-        self._advance(joining, logits)
+        self._advance(joining, logits[:, None])
 
     def _advance(self, completions: Sequence[Completion], logits: torch.Tensor) -> None:
-        logits = logits.cpu()
-        logprobs = logits.log_softmax(-1)
-        for completion, row_logits, row_logprobs in zip(completions, logits, logprobs, strict=True):
+        for completion, row_logits in zip(completions, logits.cpu(), strict=True):
             if completion.is_cancelled:
                 continue
             if (error := completion.row.failure) is not None:
                 completion.fail(CompletionError(log_failure("the server failed while it looked up neighbors", error)))
                 continue
             try:
-                completion.advance(row_logits, row_logprobs, self.end_tokens, self.tokenizer)
+                completion.advance(row_logits, self.end_tokens, self.tokenizer)
             except Exception:
                 completion.fail(CompletionError(log_failure("the server failed while it chose a token")))
 

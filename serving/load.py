@@ -99,6 +99,7 @@ def load_served_model(
     max_waiting: int = 64,
     max_prompt_tokens: int = 4096,
     max_tokens: int = 1024,
+    draft_tokens: int | None = None,
     dtype: str = "auto",
 ) -> "ServedModel":
     """
@@ -116,6 +117,7 @@ def load_served_model(
         max_waiting (`int`, *optional*, defaults to 64): Completions that may wait.
         max_prompt_tokens (`int`, *optional*, defaults to 4096): Longest prompt in tokens.
         max_tokens (`int`, *optional*, defaults to 1024): Longest completion in tokens.
+        draft_tokens (`int`, *optional*): Largest number of tokens in a draft (see [`DecodingBatch`]).
         dtype (`str`, *optional*, defaults to `"auto"`): See [`load_model`].
 
     Returns:
@@ -130,8 +132,8 @@ def load_served_model(
     for name, limit in limits.items():
         if limit < 1:
             raise ValueError(f"--{name} is {limit}, expected at least 1")
-    if max_waiting < 0 or (num_neighbors or 0) < 0:
-        raise ValueError("--max_waiting and --num_neighbors cannot be negative")
+    if max_waiting < 0 or (num_neighbors or 0) < 0 or (draft_tokens or 0) < 0:
+        raise ValueError("--max_waiting, --num_neighbors and --draft_tokens cannot be negative")
     loaded = load_model(model, datastore, dtype, retriever, reader)
     opened, tokenizer = loaded.retriever.datastore, loaded.retriever.datastore.tokenizer
     if opened.manifest.allow_control_tokens:
@@ -142,7 +144,7 @@ def load_served_model(
         )
     config = loaded.model.config.get_text_config()
     engine = Engine(
-        DecodingBatch(loaded.model, loaded.retriever),
+        DecodingBatch(loaded.model, loaded.retriever, draft_tokens),
         tokenizer,
         loaded.end_tokens,
         max_batch_size=max_batch_size,

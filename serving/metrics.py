@@ -34,6 +34,11 @@ class Metrics:
         self.requests = self._make(Counter, "retro_requests", "Requests", ["path", "status"])
         self.prompt_tokens = self._make(Counter, "retro_prompt_tokens", "Tokens of prompts")
         self.generated_tokens = self._make(Counter, "retro_generated_tokens", "Tokens generated")
+        self.steps = self._make(
+            Counter, "retro_decoding_steps", "Forward passes that chose generated tokens, counted for each completion"
+        )
+        self.drafted_tokens = self._make(Counter, "retro_drafted_tokens", "Tokens drafted from neighbors and text")
+        self.confirmed_tokens = self._make(Counter, "retro_confirmed_tokens", "Drafted tokens that were confirmed")
         self.retrieved_chunks = self._make(Counter, "retro_retrieved_chunks", "Chunks looked up")
         self.cancelled = self._make(Counter, "retro_cancelled_requests", "Requests whose client left")
         self.first_token = self._make(

@@ -275,7 +275,7 @@ def continue_both_ways(
     on, follower, off = Row(list(ids), num_neighbors, query=query), Row(list(ids), 0), Row(list(ids), 0)
     samplers = Sampler(sampling), Sampler(sampling)
     off_text = TextStream(retriever.datastore.tokenizer)
-    batch = DecodingBatch(model, retriever)
+    batch = DecodingBatch(model, retriever, draft_tokens=0)
     logits = batch.add([on, follower, off])
     for number in range(max_tokens):
         logits = logits.cpu()
@@ -302,6 +302,6 @@ def continue_both_ways(
         batch.keep([n for n, row in enumerate(batch.rows) if not any(row is one for one in ended)])
         if not batch.rows or number == max_tokens - 1:
             break
-        logits = batch.step()
+        logits = batch.step()[:, 0]
     comparison.is_finished = True
     yield comparison

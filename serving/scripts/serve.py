@@ -86,6 +86,13 @@ class ServeArguments:
     max_waiting: int = field(default=64, metadata={"help": "Completions that may wait; others get status 429."})
     max_prompt_tokens: int = field(default=4096, metadata={"help": "Longest prompt in tokens."})
     max_tokens: int = field(default=1024, metadata={"help": "Longest completion in tokens."})
+    draft_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Largest number of tokens that are drafted from the neighbors and the text of a completion, and "
+            "confirmed by one step. 0 for none. Defaults to 8 in float32, and to 0 in 16 bits."
+        },
+    )
     dtype: str = field(
         default="auto",
         metadata={"help": "float32, bfloat16, …; auto is float32 on a CPU, and the type of the checkpoint on a GPU."},

@@ -22,15 +22,8 @@ from test_generation_retro import HashRetriever
 from test_modeling_retro import CHUNK, VOCAB, make_model
 from test_questions_retro import passage_inputs
 from tiny_joint import make_joint
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerFast,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextStreamer,
-)
+from tiny_models import letter_tokenizer
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from modeling_retro import drafts_retro
 from modeling_retro.drafts_retro import DraftLength, find_draft, join_texts
@@ -200,10 +193,7 @@ def test_a_text_ends_where_it_ends_without_drafts(model, guesses):
 
 @pytest.fixture(scope="module")
 def letters():
-    """A tokenizer that writes each token as one letter."""
-    tokenizer = Tokenizer(models.WordLevel({chr(ord("A") + n): n for n in range(VOCAB)}, unk_token="A"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return letter_tokenizer(VOCAB)
 
 
 def test_stop_strings_end_a_text_at_the_same_token(model, guesses, letters):

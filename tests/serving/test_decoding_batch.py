@@ -21,14 +21,19 @@ from test_generation_retro import HashRetriever
 from test_modeling_retro import CHUNK, VOCAB, assert_close, make_model
 from test_questions_retro import QuestionRetriever
 from tiny_joint import make_joint
+from tiny_models import letter_tokenizer
 
 from modeling_retro.retriever.retriever import QuestionError
+from serving import decoding_batch
 from serving.decoding_batch import DecodingBatch, Row
+from serving.engine import Completion
+from serving.sampling import SamplingParameters
 
 
 MAKERS = {
     "cross": make_model,
     "joint": make_joint,
+    "joint-reread": lambda: make_joint(reread_tokens=CHUNK),
     "joint-sliding": lambda: make_joint("gemma3"),
 }
 
@@ -76,7 +81,7 @@ class BrokenRetriever(TopRetriever):
 @pytest.mark.parametrize("num_broken", [1, 3])
 def test_a_lookup_that_fails_is_the_failure_of_its_row(kind, num_broken):
     model = MAKERS[kind]()
-    batch = DecodingBatch(model, BrokenRetriever())
+    batch = DecodingBatch(model, BrokenRetriever(), draft_tokens=0)
     rows = [Row(make_prompt(2 * CHUNK - 1, n), k) for n, k in enumerate((2, 1, 3))]
     rows.append(Row(make_prompt(CHUNK - 2, 3), 2))
     for row in rows:
@@ -84,7 +89,7 @@ def test_a_lookup_that_fails_is_the_failure_of_its_row(kind, num_broken):
     batch.add(rows)
     for n, row in enumerate(rows):
         row.tokens.append(1 if n < num_broken else 7)
-    logits = batch.step()
+    logits = batch.step()[:, 0]
     assert [str(row.failure) for row in rows] == ["the index cannot be read"] * num_broken + ["None"] * (
         4 - num_broken
     )
@@ -96,7 +101,7 @@ def test_a_lookup_that_fails_is_the_failure_of_its_row(kind, num_broken):
 @pytest.mark.parametrize("kind", MAKERS)
 def test_rows_that_join_and_leave_compute_what_they_compute_alone(kind):
     model = MAKERS[kind]()
-    batch = DecodingBatch(model, TopRetriever())
+    batch = DecodingBatch(model, TopRetriever(), draft_tokens=0)
     generator = random.Random(0)
     # (step at which a row joins, length of its prompt, its neighbors, tokens until it leaves)
     plans = [(0, 3, 2, 9), (0, 2 * CHUNK, 2, 30), (0, 5, 0, 20), (2, 21, 1, 6), (2, 1, 3, 26), (11, 7, 2, 14)]
@@ -120,7 +125,7 @@ def test_rows_that_join_and_leave_compute_what_they_compute_alone(kind):
         if len(kept) < len(active):
             batch.keep(kept)
         if batch.rows:
-            logits = batch.step()
+            logits = batch.step()[:, 0]
             advance([rows.index(row) for row in batch.rows], logits)
         joining = [n for n, plan in enumerate(plans) if plan[0] == step]
         if joining:
@@ -148,13 +153,13 @@ def test_greedy_rows_equal_generate_in_single_precision(kind):
         inputs = {"input_ids": torch.tensor([row.tokens]), "attention_mask": mask, "position_ids": columns * mask}
         output = model.generate(**inputs, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
         expected.append((output.sequences[0].tolist(), output.retrieved_chunk_ids[0].tolist()))
-    batch = DecodingBatch(model, TopRetriever())
+    batch = DecodingBatch(model, TopRetriever(), draft_tokens=0)
     logits = batch.add(rows)
     for step in range(20):
         for row, best in zip(rows, logits.argmax(-1).tolist(), strict=True):
             row.tokens.append(best)
         if step < 19:
-            logits = batch.step()
+            logits = batch.step()[:, 0]
     for row, (tokens, chunk_ids) in zip(rows, expected, strict=True):
         assert row.tokens == tokens
         for chunk, ids in zip(row.retrieved, chunk_ids[: len(row.retrieved)], strict=True):
@@ -177,14 +182,14 @@ def test_rows_with_questions_equal_generate():
         arguments = {"passages": row.passages, **question, "max_new_tokens": 20, "do_sample": False}
         arguments = arguments if question else {"max_new_tokens": 20, "do_sample": False}
         expected.append(model.generate(torch.tensor([row.tokens]), **arguments)[0].tolist())
-    batch = DecodingBatch(model, QuestionRetriever())
+    batch = DecodingBatch(model, QuestionRetriever(), draft_tokens=0)
     num_prompt = [len(row.tokens) for row in rows]
     logits = batch.add(rows)
     for step in range(20):
         for row, best in zip(rows, logits.argmax(-1).tolist(), strict=True):
             row.tokens.append(best)
         if step < 19:
-            logits = batch.step()
+            logits = batch.step()[:, 0]
     assert [row.tokens for row in rows] == expected
     for row, length in zip(rows, num_prompt, strict=True):
         first = [None] if row.query else list(range(length // CHUNK))
@@ -230,3 +235,89 @@ def test_a_batch_is_as_wide_as_its_longest_row(kind):
     assert cache.get_seq_length() == 7 and cache.input_ids.shape == (2, 7)
     batch.keep([])
     assert batch._cache is None and batch.rows == []
+
+
+class Guesses:
+    """Drafts that often say what comes next in one of some texts, and are often wrong."""
+
+    def __init__(self):
+        self.texts, self.generator, self.num_made = {}, random.Random(0), 0
+
+    def __call__(self, texts, row, length):
+        text = self.texts[tuple(row[:3].tolist())]
+        rest = text[len(row) : len(row) + self.generator.randint(0, length)]
+        self.num_made += len(rest)
+        return [token if self.generator.random() < 0.8 else (token + 1) % VOCAB for token in rest]
+
+
+class TopQuestions(QuestionRetriever, TopRetriever):
+    """Finds the same first neighbors and passages however many are asked for."""
+
+
+def run(model, plans, draft_tokens, parameters):
+    """The events of completions, of which `plans` gives step at which each joins, prompt, number of tokens and k."""
+    batch, events = DecodingBatch(model, TopQuestions(), draft_tokens), [[] for _ in plans]
+    letters = letter_tokenizer(VOCAB)
+    completions = [
+        Completion(
+            Row(list(prompt), k, query=prompt if n % 5 == 4 and hasattr(model, "decoder") else None),
+            max_tokens,
+            parameters(n),
+            (chr(ord("A") + n),) if n % 3 == 0 else (),
+            events[n].append,
+        )
+        for n, (_, prompt, max_tokens, k) in enumerate(plans)
+    ]
+    running, step = [], 0
+    while running or step <= max(plan[0] for plan in plans):
+        joining = [one for one, plan in zip(completions, plans, strict=True) if plan[0] == step]
+        if joining:
+            logits = batch.add([one.row for one in joining])[:, None]
+            running += joining
+            for completion, row_logits in zip(joining, logits, strict=True):
+                completion.advance(row_logits, (0,), letters)
+        kept = [n for n, completion in enumerate(running) if not completion.is_finished]
+        batch.keep(kept)
+        running = [running[n] for n in kept]
+        if running:
+            for completion, row_logits in zip(running, batch.step(), strict=True):
+                completion.advance(row_logits, (0,), letters)
+        kept = [n for n, completion in enumerate(running) if not completion.is_finished]
+        batch.keep(kept)
+        running = [running[n] for n in kept]
+        step += 1
+    return completions, events
+
+
+@pytest.mark.parametrize("max_holes", [0, 3])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_completions_are_equal_with_drafts_and_without(kind, max_holes, monkeypatch):
+    model, guesses, generator = MAKERS[kind](), Guesses(), random.Random(1)
+    monkeypatch.setattr(decoding_batch, "find_draft", guesses)
+    if kind != "joint-sliding":
+        monkeypatch.setattr(decoding_batch, "MAX_HOLES", max_holes)
+    plans = [
+        (n // 4 * 2, make_prompt(generator.randint(3, 3 * CHUNK), n), generator.randint(1, 5 * CHUNK), n % 3)
+        for n in range(36)
+    ]
+
+    def parameters(n):
+        options = {"temperature": 0.0 if n % 4 == 0 else 0.9, "top_p": 0.9, "seed": n, "num_logprobs": 2}
+        return SamplingParameters(**options, presence_penalty=n % 2, frequency_penalty=0.1, logit_bias={3: 1.0})
+
+    plain, plain_events = run(model, plans, 0, parameters)
+    assert guesses.num_made == 0 and all(one.num_steps == one.num_tokens for one in plain)
+    guesses.texts = {tuple(one.row.tokens[:3]): one.row.tokens for one in plain}
+    drafted, events = run(model, plans, 8, parameters)
+    for one, other in zip(drafted, plain, strict=True):
+        assert one.row.tokens == other.row.tokens and one.num_tokens == other.num_tokens
+        assert one.row.retrieved == other.row.retrieved
+    assert sum(one.num_steps for one in drafted) < 0.9 * sum(one.num_tokens for one in drafted)
+    assert 0.3 < sum(one.num_confirmed for one in drafted) / sum(one.num_drafted for one in drafted) < 0.9
+    for own, others in zip(events, plain_events, strict=True):
+        assert [event.text for event in own] == [event.text for event in others]
+        assert [event.finish_reason for event in own] == [event.finish_reason for event in others]
+        for event, other in zip(own, others, strict=True):
+            for token, other_token in zip(event.tokens, other.tokens, strict=True):
+                assert (token.chosen.id, token.offset) == (other_token.chosen.id, other_token.offset)
+                assert abs(token.chosen.logprob - other_token.chosen.logprob) < 1e-5

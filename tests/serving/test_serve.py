@@ -441,6 +441,9 @@ def test_models_health_and_metrics(client, address):
     for line in (
         'retro_requests_total{path="/v1/completions",status="200"}',
         "retro_generated_tokens_total",
+        "retro_decoding_steps_total",
+        "retro_drafted_tokens_total",
+        "retro_confirmed_tokens_total",
         "retro_running_completions 0.0",
         "retro_waiting_completions 0.0",
         "retro_time_to_first_token_seconds_bucket",
