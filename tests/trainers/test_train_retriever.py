@@ -49,12 +49,16 @@ def run(folder, *options, output="encoder"):
 
 def test_command_trains_on_a_mixture_and_writes_an_encoder_with_its_card(folder):
     evaluation = ["--eval_pairs", str(folder / "pairs.jsonl"), "--eval_on_start", "true", "--eval_strategy", "epoch"]
-    recipe = ["--recipe", str(folder / "recipe.tsv"), "--num_train_epochs", "1"]
+    recipe = ["--recipe", str(folder / "recipe.tsv"), "--num_train_epochs", "1", "--learning_rate", "0.01"]
     run(folder, "--model_name_or_path", str(folder / "start"), *recipe, *evaluation)
     assert SentenceTransformer(str(folder / "encoder"), device="cpu").encode(["w1 w2"]).shape == (1, 16)
     state = json.loads((folder / "encoder" / "trainer_state.json").read_text())
     assert state["global_step"] == (64 + 48) // 8
-    assert "| recall@10 |" in (folder / "encoder" / "README.md").read_text()
+    measured = [f"{entry['eval_mrr@10']:.3f}" for entry in state["log_history"] if "eval_mrr@10" in entry]
+    assert measured[0] != measured[-1]
+    card = (folder / "encoder" / "README.md").read_text()
+    assert "| metric | before training | step 14 |" in card
+    assert f"| mrr@10 | {measured[0]} | {measured[-1]} |" in card
 
 
 def test_same_command_again_goes_on_from_the_last_checkpoint(folder):

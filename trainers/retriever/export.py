@@ -99,11 +99,12 @@ def model_card_text(
     ]
     if metrics:
         first, last = evaluations[0], evaluations[-1]
+        start = f"step {first['step']}" if first["step"] else "before training"
         lines += [
             "",
             "## Retrieval on held-out pairs",
             "",
-            f"| metric | step {first['step']} | step {last['step']} |",
+            f"| metric | {start} | step {last['step']} |",
             "|---|---|---|",
             *(f"| {key.removeprefix('eval_')} | {first[key]:.3f} | {last[key]:.3f} |" for key in metrics),
         ]
