@@ -124,7 +124,7 @@ def test_an_adapter_is_trained_evaluated_generated_with_and_merged(
     capsys.readouterr()
     prompt = ["--prompt", "retro looks things up in a", "--max_new_tokens", "12"]
     generate.main([*options, str(tmp_path / "adapter"), *prompt])
-    assert "neighbor 1 (" in capsys.readouterr().out
+    assert "neighbor 1 of " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("base", ["cross-reference", "joint-reference"])

@@ -197,8 +197,8 @@ def test_generation_shows_the_neighbors_of_each_whole_chunk(trained, tiny_datast
     output = capsys.readouterr().out
     assert output.startswith("retro looks things up in a")
     assert "chunk 0: retro looks" in output
-    assert "neighbor 1 (" in output
-    assert "neighbor 2 (" in output
+    assert "neighbor 1 of " in output
+    assert "neighbor 2 of " in output
 
 
 @pytest.mark.parametrize(
