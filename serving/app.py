@@ -28,16 +28,17 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from .answers import Answer, error_body
+from .embeddings import Embedder
 from .engine import Completion, CompletionError, CompletionEvent, QueueFullError, log_failure
 from .metrics import Metrics
 from .middleware import Guard
 from .openapi import HEALTH, MODEL, MODELS, declare, declare_requests
-from .schema import ChatRequest, CompletionRequest
+from .schema import ChatRequest, CompletionRequest, EmbeddingRequest
 from .served_model import PreparedRequest, RequestError, ServedModel
 
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-COUNTED_PATHS = frozenset([COMPLETIONS, CHAT, "/v1/models", "/health", "/metrics"])
+COMPLETIONS, CHAT, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
+COUNTED_PATHS = frozenset([COMPLETIONS, CHAT, EMBEDDINGS, "/v1/models", "/health", "/metrics"])
 
 
 class Run:
@@ -134,6 +135,13 @@ def _server_sent(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"
 
 
+async def _json_body(request: Request) -> bytes:
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":  # a page of any origin may send other types without being asked
+        raise RequestError(415, "send the request as JSON, with `Content-Type: application/json`")
+    return await request.body()
+
+
 async def _until_disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -192,10 +200,7 @@ def create_app(
 
 def _add_generation(app: FastAPI, served: ServedModel, metrics: Metrics) -> None:
     async def answer(kind: type[CompletionRequest] | type[ChatRequest], request: Request) -> Response:
-        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media_type != "application/json":  # a page of any origin may send other types without being asked
-            raise RequestError(415, "send the request as JSON, with `Content-Type: application/json`")
-        body = await request.body()
+        body = await _json_body(request)
         run = Run(served, metrics, await run_in_threadpool(served.prepare, kind, body))
         if run.answer.request.stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -218,6 +223,12 @@ def _add_generation(app: FastAPI, served: ServedModel, metrics: Metrics) -> None
     @app.post(CHAT, **declare(ChatRequest))
     async def chat(request: Request) -> Response:
         return await answer(ChatRequest, request)
+
+    embedder = Embedder(served)
+
+    @app.post(EMBEDDINGS, **declare(EmbeddingRequest))
+    async def embeddings(request: Request) -> Response:
+        return await embedder.answer(await _json_body(request))
 
 
 def _add_state(app: FastAPI, served: ServedModel, metrics: Metrics) -> None:

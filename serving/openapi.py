@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
-from .schema import ChatRequest, CompletionRequest
+from .schema import ChatRequest, CompletionRequest, EmbeddingRequest
 
 
 class Answered(BaseModel):
@@ -145,6 +145,30 @@ class ChatAnswer(Answered):
     usage: Usage
 
 
+class Embedding(Answered):
+    """The embedding of one text: its numbers, or in base64 the bytes of its numbers in float32, little-endian."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(Answered):
+    """Numbers of tokens of the encoder."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingAnswer(Answered):
+    """The answer of `/v1/embeddings`."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
 class Failure(Answered):
     """What went wrong."""
 
@@ -188,21 +212,24 @@ _FAILURES = {
     "4XX": {"model": FailureAnswer, "description": "The request is refused."},
     "5XX": {"model": FailureAnswer, "description": "The server failed."},
 }
-_ANSWERS = {CompletionRequest: CompletionAnswer, ChatRequest: ChatAnswer}
+_ANSWERS = {CompletionRequest: CompletionAnswer, ChatRequest: ChatAnswer, EmbeddingRequest: EmbeddingAnswer}
 
 MODELS = {"responses": {200: {"model": ModelList}, **_FAILURES}}
 MODEL = {"responses": {200: {"model": ModelCard}, **_FAILURES}}
 HEALTH = {"responses": {200: {"model": Health}, 503: {"model": Health, "description": "The engine has stopped."}}}
 
 
-def declare(kind: type[CompletionRequest] | type[ChatRequest]) -> dict[str, Any]:
+def declare(kind: type[BaseModel]) -> dict[str, Any]:
     """The declaration of a path that takes requests of a kind."""
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-    # With `stream: true`; the schema is that of an event, whose data are a piece of the answer in JSON.
+    # For a request with `stream: true`; the schema is that of an event, whose data are a piece of the answer in JSON.
     event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
     stream = {"text/event-stream": {"schema": event}}
     return {
-        "responses": {200: {"model": _ANSWERS[kind], "content": stream}, **_FAILURES},
+        "responses": {
+            200: {"model": _ANSWERS[kind], "content": stream if "stream" in kind.model_fields else {}},
+            **_FAILURES,
+        },
         "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
     }
 

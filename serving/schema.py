@@ -216,6 +216,31 @@ class CompletionRequest(GenerationRequest):
         return [self.prompt] if is_one else self.prompt
 
 
+class EmbeddingRequest(Strict):
+    """
+    A request to `/v1/embeddings`.
+
+    Args:
+        input (`str` or `list[str]`): One text, or at most 2048 of them.
+        encoding_format (`str`, *optional*, defaults to `"float"`):
+            `"float"`, a list of numbers, or `"base64"`, the bytes of these numbers in float32, little-endian.
+    """
+
+    model: str
+    input: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[list[str], Field(min_length=1, max_length=2048, fail_fast=True), Tag("texts")],
+        Discriminator(lambda texts: "texts" if isinstance(texts, list) else "text"),
+    ]
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """`list`: The texts as a list, even if there is only one."""
+        return [self.input] if isinstance(self.input, str) else self.input
+
+
 Nothing = Annotated[list[Any], Field(max_length=0)]
 
 

@@ -14,6 +14,7 @@
 """What a server answers with: checks requests and turns them into the rows of a model"""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from pydantic import ValidationError
@@ -25,7 +26,10 @@ from trainers.prompts import PromptEncoder
 from .answers import error_body
 from .decoding_batch import RetrievedChunk, Row
 from .engine import Engine
-from .schema import ChatRequest, CompletionRequest
+from .schema import ChatRequest, CompletionRequest, EmbeddingRequest
+
+
+AnyRequest = TypeVar("AnyRequest", CompletionRequest, ChatRequest, EmbeddingRequest)
 
 
 class RequestError(Exception):
@@ -94,6 +98,17 @@ class ServedModel:
         )
         return datastore.sources(chunk.chunk_ids) if is_same else unknown
 
+    def read(self, kind: type[AnyRequest], body: bytes) -> AnyRequest:
+        """Reads a request of a kind in JSON. Raises a [`RequestError`] if it is none, or names another model."""
+        try:
+            request = kind.model_validate_json(body)
+        except ValidationError as error:
+            raise _invalid(error) from error
+        if request.model != self.name:
+            message = f"the model {request.model[:100]!r} does not exist here; this server has {self.name!r}"
+            raise RequestError(404, message, "model", "model_not_found")
+        return request
+
     def prepare(self, kind: type[CompletionRequest] | type[ChatRequest], body: bytes) -> PreparedRequest:
         """
         Reads a request. This may take long, so that it has no place on the event loop.
@@ -106,13 +121,7 @@ class ServedModel:
             RequestError: If the request does not follow its schema, names another model, asks for too many completions
                 or too many tokens, or if a prompt is empty, too long or has unknown tokens.
         """
-        try:
-            request = kind.model_validate_json(body)
-        except ValidationError as error:
-            raise _invalid(error) from error
-        if request.model != self.name:
-            message = f"the model {request.model[:100]!r} does not exist here; this server has {self.name!r}"
-            raise RequestError(404, message, "model", "model_not_found")
+        request = self.read(kind, body)
         self._check_numbers(request)
         rows = [self._make_row(request, *parts) for parts in self._encode(request)]
         in_front = self._positions_in_front(rows[0])

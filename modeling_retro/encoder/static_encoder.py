@@ -18,6 +18,7 @@ them.
 """
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -34,6 +35,7 @@ from .chunk_encoder import ChunkEncoder, kept_dimensions, tensors_fingerprint
 # The white space that ends a word for the tokenizers of `_cuts_at_spaces`. Python's own has characters that do not.
 _SPACES = str.maketrans(dict.fromkeys("\t\n\r", " "))
 _MOST_WORDS = 1_000_000
+_LOOKING_UP = threading.Lock()  # of all encoders, because an encoder with a lock could not be pickled
 
 
 class StaticChunkEncoder(ChunkEncoder):
@@ -147,7 +149,8 @@ class StaticChunkEncoder(ChunkEncoder):
         """Token ids of all texts one after another, int64 [tokens], and the number of tokens of each, int64 [n]."""
         if self._word_ids is not None:
             words = [text.translate(_SPACES).split(" ") for text in texts]  # at least one for each text, possibly ""
-            ids, counts = self._word_ids.look_up(list(chain.from_iterable(words)))
+            with _LOOKING_UP:
+                ids, counts = self._word_ids.look_up(list(chain.from_iterable(words)))
             sizes = np.fromiter(map(len, words), dtype=np.int64, count=len(words))
             lengths = np.add.reduceat(counts, np.cumsum(sizes) - sizes)
         else:
@@ -219,6 +222,7 @@ class ModulesChunkEncoder(ChunkEncoder):
     ):
         self.model = model.eval()
         self.tokenizer = model.tokenizer
+        self.max_length = model.max_seq_length
         self.pooling = "modules"
         self.normalize = normalize
         self.prompt = model.prompts.get(model.default_prompt_name) or ""

@@ -15,6 +15,7 @@
 
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -181,3 +182,13 @@ def test_transformer_with_prompt_and_fewer_dimensions(tmp_path, tiny_encoder_dir
     assert type(encoder) is ChunkEncoder and encoder.prompt == "retro: "
     reference = expected(tmp_path, texts, truncate_dim=6, normalize_embeddings=True)
     np.testing.assert_allclose(encoder.encode(texts), reference, atol=1e-5)
+
+
+def test_threads_that_share_a_static_encoder_get_what_each_gets_alone(tmp_path, texts, word_tokenizer):
+    folder = save_static(tmp_path, word_tokenizer)
+    parts = [[f"{text} own{number}x{row}" for row, text in enumerate(texts)] for number in range(16)]
+    alone = [ChunkEncoder.from_pretrained(folder).encode(part) for part in parts]
+    shared = ChunkEncoder.from_pretrained(folder)
+    with ThreadPoolExecutor(8) as pool:
+        for found, one in zip(pool.map(shared.encode, parts), alone, strict=True):
+            np.testing.assert_array_equal(found, one)

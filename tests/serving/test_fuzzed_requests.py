@@ -25,12 +25,12 @@ from schemathesis import checks
 from tiny_server import TEMPLATE, running, save_model
 
 from serving.load import load_served_model
-from serving.openapi import ChatAnswer, CompletionAnswer, FailureAnswer
-from serving.schema import ChatRequest, CompletionRequest
+from serving.openapi import ChatAnswer, CompletionAnswer, EmbeddingAnswer, FailureAnswer
+from serving.schema import ChatRequest, CompletionRequest, EmbeddingRequest
 
 
-ANSWERS = {"completions": CompletionAnswer, "chat/completions": ChatAnswer}
-KINDS = {"completions": CompletionRequest, "chat/completions": ChatRequest}
+ANSWERS = {"completions": CompletionAnswer, "chat/completions": ChatAnswer, "embeddings": EmbeddingAnswer}
+KINDS = {"completions": CompletionRequest, "chat/completions": ChatRequest, "embeddings": EmbeddingRequest}
 COMMON = {"model": "tiny", "max_tokens": 2, "temperature": 0.5, "top_p": 0.9, "seed": 1, "stop": ["zz"], "n": 1}
 BODIES = {
     "completions": {**COMMON, "prompt": "retro looks things up", "logprobs": 1, "logit_bias": {"0": -1.5}},
@@ -40,6 +40,7 @@ BODIES = {
         "logprobs": True,
         "top_logprobs": 1,
     },
+    "embeddings": {"model": "tiny", "input": ["retro", "looks things up"], "encoding_format": "float"},
 }
 # Also halves of surrogate pairs, NaN and infinity, which are no JSON but which json writes and some clients send.
 TEXT = st.text(st.characters(exclude_categories=()), max_size=20)
@@ -163,5 +164,5 @@ def test_answers_are_those_that_the_server_declares(server):
             statuses[case.path].add(case.call_and_validate(checks=wanted).status_code)
 
         answers_as_declared()
-    for path in ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics"):
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/models", "/health", "/metrics"):
         assert 200 in statuses[path], statuses

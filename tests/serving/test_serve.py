@@ -13,12 +13,14 @@
 # limitations under the License.
 """The stock client of OpenAI against a server on the loopback."""
 
+import base64
 import concurrent.futures
 import json
 import threading
 import time
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import torch
@@ -369,6 +371,79 @@ def error_of(function, **arguments):
     body = caught.value.response.json()["error"]
     assert set(body) == {"message", "type", "param", "code"}
     return caught.value, body
+
+
+def test_embeddings_are_those_of_the_encoder_of_the_datastore(client, served, address, tiny_datastore_dir):
+    texts = ["retro looks things up", "naïve 日本語 [SEP]", "δ"]
+    encoder = retriever_of(tiny_datastore_dir).encoder
+    expected = np.stack([encoder.encode([text])[0] for text in texts])
+    for encoding_format in ("float", "base64"):
+        body = {"model": "tiny", "input": texts, "encoding_format": encoding_format}
+        response = httpx.post(f"{address}/v1/embeddings", json=body, headers={"Authorization": f"Bearer {KEY}"})
+        answer = response.json()
+        found = [one["embedding"] for one in answer["data"]]
+        if encoding_format == "base64":
+            found = [np.frombuffer(base64.b64decode(text), dtype="<f4") for text in found]
+        np.testing.assert_allclose(np.array(found), expected, rtol=0, atol=1e-6)
+        assert [one["index"] for one in answer["data"]] == [0, 1, 2]
+        lengths = [len(encoder.tokenizer(text, split_special_tokens=True)["input_ids"]) for text in texts]
+        assert answer["usage"] == {"prompt_tokens": sum(lengths), "total_tokens": sum(lengths)}
+        assert answer["model"] == "tiny" and answer["object"] == "list"
+    one = client.embeddings.create(model="tiny", input=texts[1])  # the client asks for base64
+    np.testing.assert_allclose(one.data[0].embedding, expected[1], rtol=0, atol=1e-6)
+    for change, param, message in (
+        ({"model": "other"}, "model", "does not exist here"),
+        ({"input": ""}, "input", "text 0 is empty"),
+        ({"input": ["a", " \n"]}, "input", "text 1 is empty"),
+        ({"input": []}, "input", "at least 1"),
+        ({"input": ["a"] * 2049}, "input", "at most 2048"),
+        ({"input": [1, 2]}, "input", "string"),
+        ({"input": ["a", "retro " * 200]}, "input", "text 1 has"),
+        ({"dimensions": 8}, "dimensions", "not permitted"),
+    ):
+        _, body = error_of(client.embeddings.create, **{"model": "tiny", "input": "a", **change})
+        assert body["param"] == param and message in body["message"], (change, body)
+
+
+def test_a_datastore_without_an_encoder_has_no_embeddings(folder, tiny_datastore_dir):
+    served = load_served_model(str(folder), str(tiny_datastore_dir), **LIMITS)
+    served.retriever.encoder = None  # as a retriever by BM25 has it
+    with running(served) as address:
+        response = httpx.post(f"{address}/v1/embeddings", json={"model": "tiny", "input": "a"})
+    assert response.status_code == 400 and response.json()["error"]["code"] == "no_encoder"
+
+
+def test_health_answers_while_texts_are_embedded_and_too_many_are_refused(folder, tiny_datastore_dir, monkeypatch):
+    served = load_served_model(
+        str(folder), str(tiny_datastore_dir), **{**LIMITS, "max_batch_size": 1, "max_waiting": 0}
+    )
+    entered, release = threading.Event(), threading.Event()
+    with running(served) as address, concurrent.futures.ThreadPoolExecutor(3) as pool:
+        encode = served.retriever.encoder.encode
+
+        def slow(texts):
+            entered.set()
+            release.wait(120)
+            return encode(texts)
+
+        monkeypatch.setattr(served.retriever.encoder, "encode", slow)
+
+        def post():
+            return httpx.post(
+                f"{address}/v1/embeddings", json={"model": "tiny", "input": "a"}, timeout=120
+            ).status_code
+
+        try:
+            first = pool.submit(post)
+            assert entered.wait(60)
+            assert httpx.get(f"{address}/health", timeout=60).status_code == 200
+            # One is computed and one may wait, so that one of two more is refused at once.
+            more = [pool.submit(post), pool.submit(post)]
+            refused, waiting = concurrent.futures.wait(more, 60, return_when=concurrent.futures.FIRST_COMPLETED)
+            assert [one.result() for one in refused] == [429] and not first.done()
+        finally:
+            release.set()
+        assert [one.result() for one in (first, *waiting)] == [200, 200]
 
 
 def test_bad_requests_are_named(client):
