@@ -29,7 +29,7 @@ static = ["model2vec[distill]>=0.8"]
 milvus = [*faiss_cpu, "milvus-lite>=3.2", "pymilvus>=3.0"]
 postgresql = [*faiss_cpu, "pgvector>=0.5", "psycopg[binary]>=3.3"]
 lm_eval = ["lm-eval>=0.4.13"]
-serve = [*faiss_cpu, "fastapi>=0.130", "prometheus-client>=0.22", "uvicorn>=0.35"]
+serve = [*faiss_cpu, "anyio>=4.0", "fastapi>=0.130", "prometheus-client>=0.22", "uvicorn>=0.35"]
 demo = [*faiss_cpu, "gradio>=6.0"]
 test = [
     *quickstart,
