@@ -91,6 +91,7 @@ setup(
         "charset-normalizer>=3.4",
         "datasets>=5.2",
         "datasketch>=1.6",
+        "httpx2>=2.0",
         "huggingface-hub>=2.4",
         "numpy>=2.0",
         "pyarrow>=21",

@@ -48,7 +48,7 @@ from modeling_retro.datastore.manifest import (
     Manifest,
 )
 from modeling_retro.datastore.splits import split_path
-from modeling_retro.durable_files_retro import public_name, whole
+from modeling_retro.durable_files_retro import public_name, remove, whole
 from modeling_retro.encoder.chunk_encoder import ChunkEncoder
 
 
@@ -75,7 +75,8 @@ def embed_chunks(
     Args:
         datastore (`str` or `Path`): The datastore.
         encoder (`str`, `Path` or [`ChunkEncoder`], *optional*):
-            The encoder. Defaults to the one that embedded the datastore before.
+            The encoder, or the address of a server (see [`~modeling_retro.encoder.endpoint.EndpointEncoder`]).
+            Defaults to the one that embedded the datastore before.
         revision (`str`, *optional*): Revision of the encoder on the Hub.
         split (`str`, *optional*, defaults to `"train"`): The split.
         pooling (`str`, *optional*): `"mean"` or `"cls"`. Defaults to the pooling that the files of the encoder name.
@@ -164,15 +165,17 @@ def _open_encoder(
         with naming_the_ways(encoder, "encoder"):
             name = find_model(encoder)
             encoder = ChunkEncoder.from_pretrained(name, revision, pooling, normalize, device, dtype, truncate_dim)
+    source, copy = encoder.folder, path / "encoder"
     if manifest.encoder is not None and any(record.embeddings is not None for record in manifest.splits.values()):
         datastore.check_encoder(encoder)
     else:
         manifest.encoder = EncoderRecord.from_dict(encoder.describe() | {"name": public_name(encoder.name)})
+        if state.is_main_process and source is None:
+            remove(copy)  # of an encoder that embedded the datastore before
     # The copy is written each time, in case it was damaged.
-    source, copy = Path(encoder.name), path / "encoder"
-    if state.is_main_process and source.is_dir() and source.resolve() != copy.resolve():
-        with whole(path / "encoder") as temporary:
-            copy_encoder(Path(encoder.name), temporary)
+    if state.is_main_process and source is not None and source.resolve() != copy.resolve():
+        with whole(copy) as temporary:
+            copy_encoder(source, temporary)
     state.wait_for_everyone()
     if copy.is_dir():
         manifest.encoder.files = file_checksums(copy, but=".safetensors")

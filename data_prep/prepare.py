@@ -65,7 +65,7 @@ from modeling_retro.datastore.manifest import (
 )
 from modeling_retro.datastore.splits import split_path
 from modeling_retro.durable_files_retro import whole
-from modeling_retro.encoder.chunk_encoder import sentence_transformers_config
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder, sentence_transformers_config
 
 
 logger = logging.get_logger(__name__)
@@ -148,7 +148,9 @@ def check_needs(recipe: Mapping[str, Any], data_dir: Path) -> None:
     if "index" in _indexes(recipe) and isinstance(encoder, (str, Path)):
         with naming_the_ways(encoder, "encoder"):
             name, revision = find_model(encoder), recipe.get("embed", {}).get("revision")
-            if sentence_transformers_config(name, revision) == {"kind": "transformer", "prompt": None}:
+            if "://" in name:
+                ChunkEncoder.from_pretrained(name)
+            elif sentence_transformers_config(name, revision) == {"kind": "transformer", "prompt": None}:
                 AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
 
 

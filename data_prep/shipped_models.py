@@ -77,7 +77,7 @@ def naming_the_ways(name: str | os.PathLike, kind: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if os.path.exists(name):
+        if os.path.exists(name) or "://" in str(name):
             raise
         short, install = (MINILM, HOW_TO_INSTALL_ENCODER) if kind == "encoder" else (SMOLLM2, HOW_TO_INSTALL)
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]

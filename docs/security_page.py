@@ -41,6 +41,8 @@ from the tests.
   documents to a report](data_flow.md) describes the manifest and its versions, and what is recorded of a model.
 - **Nobody is asked.** No command runs the code of a model, tokenizer or encoder, or asks whether it
   may.
+- **Nothing connects unasked.** The address of a database or of a server that embeds texts comes from the user. No
+  model, datastore or collection can name one.
 - **Printed text is text.** Control characters in all that a command prints are written out.
 
 `trust_remote_code=True` runs the code of a repository, and faiss trusts an index whose checksum is right. Load both

@@ -36,7 +36,9 @@ class Embedder:
     def __init__(self, served: ServedModel):
         self.served = served
         self._one = CapacityLimiter(1)
-        if (encoder := served.retriever.encoder) is not None:
+        encoder = served.retriever.encoder
+        self.encoder = encoder if encoder is not None and encoder.tokenizer is not None else None
+        if self.encoder is not None:
             encoder.encode(["text"])  # sets the options of its tokenizer, before threads share it
             tokenizer = encoder.tokenizer
             tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
@@ -64,8 +66,10 @@ class Embedder:
 
     def _answer(self, body: bytes) -> JSONResponse:
         request = self.served.read(EmbeddingRequest, body)
-        if (encoder := self.served.retriever.encoder) is None:
+        if (encoder := self.encoder) is None:
             message = "the datastore of this server is searched without an encoder (BM25), so there are no embeddings"
+            if self.served.retriever.encoder is not None:
+                message = "the encoder of this datastore is behind another server; ask that one for embeddings"
             raise RequestError(400, message, "model", "no_encoder")
         texts = request.texts
         for number, text in enumerate(texts):

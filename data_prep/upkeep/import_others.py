@@ -425,9 +425,9 @@ def _write_embeddings(
     manifest.encoder = EncoderRecord.from_dict(encoder.describe() | {"name": public_name(encoder.name)})
     embeddings = [EmbeddingShard.from_dict(record) for record in records]
     manifest.splits[split].embeddings = EmbeddingsStage({"dtype": "float32"}, embeddings)
-    if process_state().is_main_process and Path(encoder.name).is_dir():
+    if process_state().is_main_process and encoder.folder is not None:
         with whole(path / "encoder") as temporary:
-            copy_encoder(Path(encoder.name), temporary)
+            copy_encoder(encoder.folder, temporary)
         manifest.encoder.files = file_checksums(path / "encoder", but=".safetensors")
     write_manifest(path, manifest)
     clear_records(root / "embeddings")

@@ -17,6 +17,7 @@ Verifies a datastore or a model by computing all checksums, counts and cross-ref
 A [`Finding`] names the file or field, the problem, and the stage that remakes it. The command is `retro verify`.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -52,6 +53,7 @@ from modeling_retro.datastore.manifest import (
 )
 from modeling_retro.datastore.splits import split_path
 from modeling_retro.durable_files_retro import remove
+from modeling_retro.encoder.endpoint import ADDRESS
 
 
 _BLOCK = 1 << 16
@@ -189,9 +191,14 @@ class _DatastoreVerifier:
         try:
             self.datastore.check_encoder(self.datastore.open_encoder())
         except Exception as error:
-            if not (self.path / "encoder").is_dir() and isinstance(error, OSError):
-                problem = f"{self.manifest.encoder.name} could not be checked, because it is out of reach"
-                yield Finding("the encoder", problem, "check it where the Hub is in reach", unchecked=True)
+            record = self.manifest.encoder
+            unnamed = record.probes is not None and not os.environ.get(ADDRESS)
+            if not (self.path / "encoder").is_dir() and (isinstance(error, OSError) or unnamed):
+                problem = f"{record.name} could not be checked, because it is out of reach"
+                remedy = "check it where the Hub is in reach"
+                if record.probes is not None:
+                    remedy = f"set {ADDRESS} to the address of the server that has it"
+                yield Finding("the encoder", problem, remedy, unchecked=True)
                 return
             yield self._finding(self.path / "encoder", f"is not what was embedded with ({short(error)})", "encoder")
 

@@ -23,6 +23,7 @@ datastore.take_neighbors([0, 1])[0]  # int64 [2, 128]: each with its continuatio
 ```
 """
 
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,6 +35,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..encoder.chunk_encoder import ChunkEncoder
+from ..encoder.endpoint import ADDRESS, check_probes
 from .checksums import load_tokenizer, tokenizer_fingerprint, verify_file, verify_files
 from .chunks import ChunkTable, load_shard
 from .documents import DocumentSource
@@ -335,6 +337,9 @@ class RetroDatastore:
         expected, found = self.manifest.encoder, encoder.describe()
         if expected is None:
             raise ValueError(f"{self.path} has no embeddings; run `retro embed`")
+        if expected.probes is not None:
+            check_probes(expected.probes, expected.dim, encoder, str(self.path))
+            return
         for key in ("sha256", "dim", "pooling", "normalize", "prompt"):
             if found[key] != getattr(expected, key):
                 raise ValueError(
@@ -348,7 +353,20 @@ class RetroDatastore:
             return str(self.path / "encoder"), None
         if self.manifest.encoder is None:
             raise ValueError(f"{self.path} has no embeddings; run `retro embed`")
-        return self.manifest.encoder.hub_name, self.manifest.encoder.revision
+        return self._named_encoder()
+
+    def _named_encoder(self) -> tuple[str, str | None]:
+        record = self.manifest.encoder
+        if record.probes is None:
+            logger.warning_once(f"opening the encoder {record.hub_name!r}, which {self.path} names")
+            return record.hub_name, record.revision
+        if not (name := os.environ.get(ADDRESS)):
+            raise ValueError(
+                f"the encoder of {self.path} ({record.name}) is behind an endpoint, and no datastore says where: set "
+                f"{ADDRESS} to its address (http://HOST:PORT/embed or http://HOST:PORT/v1/embeddings?model=NAME), or "
+                "to a folder or Hub id of the same model"
+            )
+        return name, None
 
     def open_encoder(
         self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
@@ -365,9 +383,9 @@ class RetroDatastore:
             verify_files(
                 self.path / "encoder", self.manifest.encoder.files, but=".safetensors"
             )  # weights: check_encoder
-        if not Path(name).is_relative_to(self.path):
-            logger.warning_once(f"opening the encoder {name!r}, which {self.path} names")
         options = {key: getattr(self.manifest.encoder, key) for key in ("pooling", "normalize", "truncate_dim")}
+        if self.manifest.encoder.probes is not None:
+            del options["pooling"]  # its vectors tell
         return ChunkEncoder.from_pretrained(name, revision, device=device, dtype=dtype, **options)
 
     def take_neighbors(self, chunk_ids: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -87,7 +87,10 @@ class TokenizerRecord(Record):
 @strict
 @dataclass
 class EncoderRecord(Record):
-    """The encoder of the embeddings: the arguments that load it, and the sha256 of its weights."""
+    """
+    The encoder of the embeddings: the arguments that load it, and the sha256 of its weights. Of an encoder behind an
+    endpoint, whose weights nobody here sees, `probes` are its vectors of fixed texts.
+    """
 
     name: str = checked(TEXT)
     revision: str | None = checked(or_null(TEXT))
@@ -98,6 +101,7 @@ class EncoderRecord(Record):
     prompt: str = checked(TEXT, "")
     files: dict[str, str] | None = checked(_FILES, None)  # checksums of the files of the copy, but for its weights
     truncate_dim: int | None = checked(or_null(SIZE), None)
+    probes: str | None = checked(matching(re.compile("[A-Za-z0-9+/]*={0,2}"), "base64"), None)  # float16 [texts, dim]
 
     @property
     def hub_name(self) -> str:

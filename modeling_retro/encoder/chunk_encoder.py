@@ -172,10 +172,12 @@ class ChunkEncoder:
         Loads any `AutoModel` encoder or any sentence-transformers model, with its own pooling and prompt.
 
         Static models (a `StaticEmbedding`, model2vec) become a [`StaticChunkEncoder`]. Other stacks of modules become
-        a [`ModulesChunkEncoder`], unless they are a transformer with mean or cls pooling.
+        a [`ModulesChunkEncoder`], unless they are a transformer with mean or cls pooling. An address becomes an
+        [`EndpointEncoder`].
 
         Args:
-            name_or_path (`str` or `Path`): Folder or Hub id.
+            name_or_path (`str` or `Path`):
+                Folder, Hub id, or the address of a server that embeds texts (see [`EndpointEncoder`]).
             revision (`str`, *optional*): Revision on the Hub.
             pooling (`str`, *optional*):
                 Overrides the pooling that the files of a transformer name (`"mean"` if they name none). Static models
@@ -190,6 +192,13 @@ class ChunkEncoder:
             ImportError: If its modules need sentence-transformers, which is not installed.
         """
         name = str(name_or_path)
+        if "://" in name:
+            from .endpoint import EndpointEncoder
+
+            for option, value in {"revision": revision, "pooling": pooling}.items():
+                if value is not None:
+                    raise ValueError(f"the server of an encoder decides its {option}; leave out {option}={value!r}")
+            return EndpointEncoder(name, normalize is not False, truncate_dim)
         files = sentence_transformers_config(name, revision)
         if files["kind"] != "transformer":
             from .static_encoder import ModulesChunkEncoder, StaticChunkEncoder
@@ -215,6 +224,11 @@ class ChunkEncoder:
             prompt=files["prompt"],
             truncate_dim=truncate_dim,
         )
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder from which the encoder was loaded, if it was one."""
+        return Path(self.name) if Path(self.name).is_dir() else None
 
     def describe(self) -> dict[str, Any]:
         """The record for the manifest: the arguments that load the encoder again, and the sha256 of its weights."""

@@ -226,7 +226,7 @@ class RemoteDatastore(RetroDatastore):
     def encoder_source(self) -> tuple[str, str | None]:
         if self.engine.encoder is not None:
             return self.engine.encoder, None
-        return self.manifest.encoder.hub_name, self.manifest.encoder.revision
+        return self._named_encoder()
 
     def open_encoder(
         self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
