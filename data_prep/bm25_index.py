@@ -20,7 +20,7 @@ shard, which many processes can share, and the scores are computed on the disk.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -107,16 +107,17 @@ def build_bm25_index(
         _remove_work(path, but=work)
         tokenizer = load_tokenizer(path / "tokenizer", manifest.tokenizer.files)
 
-        def count(index: int, temporary: Path) -> dict[str, Any]:
+        def count(index: int, temporary: Path, advance: Callable[[int], Any]) -> dict[str, Any]:
             verify_file(path / "chunks" / shards[index].name, shards[index].sha256)
             columns = chunks.shard(index)
             mask = np.arange(chunks.chunk_size) < columns["length"][:, None]
             with temporary.open("wb") as file:
-                np.savez(file, **count_terms(columns["input_ids"], mask, tokenizer, terms))
+                np.savez(file, **count_terms(columns["input_ids"], mask, tokenizer, terms, advance))
             return {}
 
         names = [shard.name for shard in shards]
-        run_shards(work, [], names, count, suffix=".npz", description="Counting terms")
+        sizes = [shard.rows for shard in shards]
+        run_shards(work, [], names, count, suffix=".npz", description="Counting terms", sizes=sizes)
         if state.is_main_process:
             with whole(folder) as temporary:
                 _write_scores([work / f"{name}.npz" for name in names], len(chunks), options, work, temporary)
@@ -150,7 +151,11 @@ def _remove_work(path: Path, but: Path | None = None) -> None:
 
 
 def count_terms(
-    input_ids: np.ndarray, mask: np.ndarray, tokenizer: PreTrainedTokenizerBase, terms: str
+    input_ids: np.ndarray,
+    mask: np.ndarray,
+    tokenizer: PreTrainedTokenizerBase,
+    terms: str,
+    advance: Callable[[int], Any] | None = None,
 ) -> dict[str, np.ndarray]:
     """
     Counts the occurrences of each term in each chunk.
@@ -160,6 +165,7 @@ def count_terms(
         mask (`np.ndarray`): bool [n, m], False at padding.
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the chunks.
         terms (`str`): `"tokens"` or `"words"`.
+        advance (`Callable`, *optional*): Called with the number of chunks whose terms were counted.
 
     Returns:
         `dict[str, np.ndarray]`: `row`, `term` and `count` int32 [pairs], in the order of rows and terms, `length`
@@ -167,10 +173,12 @@ def count_terms(
         line.
     """
     numbers: dict[str, int] = {}
-    parts = [
-        _count_window(input_ids[start : start + _WINDOW], mask[start : start + _WINDOW], tokenizer, terms, numbers)
-        for start in range(0, len(input_ids), _WINDOW)
-    ]
+    parts = []
+    for start in range(0, len(input_ids), _WINDOW):
+        window = slice(start, start + _WINDOW)
+        parts.append(_count_window(input_ids[window], mask[window], tokenizer, terms, numbers))
+        if advance is not None:
+            advance(len(input_ids[window]))
     for number, part in enumerate(parts):
         part["row"] += number * _WINDOW
     names = ("row", "term", "count", "length")
@@ -213,18 +221,20 @@ def _write_scores(files: Sequence[Path], ntotal: int, options: dict[str, Any], w
     data = np.memmap(work / "scores", dtype=np.float32, mode="w+", shape=(max(int(indptr[-1]), 1),))
     indices = np.memmap(work / "rows", dtype=np.int32, mode="w+", shape=data.shape)
     filled, first_row = indptr[:-1].copy(), 0
-    for file in tqdm(files, desc="Scoring terms", unit="shard"):
-        counts = _read_counts(file, vocabulary)
-        order = np.argsort(counts["term"], kind="stable")  # rows already ascend
-        row, term, count = (counts[name][order] for name in ("row", "term", "count"))
-        length = counts["length"][row] / mean_length
-        score = idf[term] * count / (options["k1"] * (1 - options["b"] + options["b"] * length) + count)
-        first = np.flatnonzero(np.diff(term, prepend=-1))
-        number = np.diff(np.append(first, len(term)))
-        place = filled[term] + np.arange(len(term)) - np.repeat(first, number)
-        data[place], indices[place] = score, first_row + row
-        filled[term[first]] += number
-        first_row += len(counts["length"])
+    with tqdm(total=ntotal, desc="Scoring terms", unit=" chunks") as progress:
+        for file in files:
+            counts = _read_counts(file, vocabulary)
+            order = np.argsort(counts["term"], kind="stable")  # rows already ascend
+            row, term, count = (counts[name][order] for name in ("row", "term", "count"))
+            length = counts["length"][row] / mean_length
+            score = idf[term] * count / (options["k1"] * (1 - options["b"] + options["b"] * length) + count)
+            first = np.flatnonzero(np.diff(term, prepend=-1))
+            number = np.diff(np.append(first, len(term)))
+            place = filled[term] + np.arange(len(term)) - np.repeat(first, number)
+            data[place], indices[place] = score, first_row + row
+            filled[term[first]] += number
+            first_row += len(counts["length"])
+            progress.update(len(counts["length"]))
     size = int(indptr[-1])
     bm25 = bm25s.BM25(method="lucene", k1=options["k1"], b=options["b"])
     bm25.nonoccurrence_array = None

@@ -352,7 +352,7 @@ def _chunk_shards(
     names = [shard.name for shard in stage.shards]
     names += [f"shard-{index:05d}{suffix}" for index in range(len(names), len(parts))]
 
-    def make(index: int, temporary: Path) -> dict[str, Any]:
+    def make(index: int, temporary: Path, advance: Callable[[int], Any]) -> dict[str, Any]:
         part = parts[index]
         if sources[part.source] is None:
             raise ValueError(f"{path} is unfinished and needs {stage.sources[part.source].path} as an input too")
@@ -363,7 +363,7 @@ def _chunk_shards(
         dropped = Dropped(options["on_bad_record"])
         shard = ShardWriter(chunker, root, names[index], part, sources[part.source], dropped, room, is_known)
         try:
-            for batch in in_batches(reader.documents(part, dropped)):
+            for batch in in_batches(reader.documents(part, dropped), advance):
                 if not shard.add(batch):
                     break
             dropped.raise_errors()  # of documents without tokens
@@ -380,6 +380,8 @@ def _chunk_shards(
         description=f"Chunking {split}",
         in_order=options["max_chunks"] is not None,
         num_proc=num_proc,
+        sizes=[part.stop - part.start for part in parts],
+        unit="records",
     )
     shards = [ChunkShard.from_dict(record) for record in records]
     if not any(shard.rows for shard in shards):

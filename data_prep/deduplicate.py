@@ -23,7 +23,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -202,9 +202,9 @@ def _remove_duplicates(path: Path, manifest: Manifest, opened: RetroDatastore, b
                 detector.add((name, document), tokens)
     features = chunk_features(manifest.chunk_size, manifest.tokenizer.vocab_size)
 
-    def make(index: int, temporary: Path) -> dict[str, Any]:
+    def make(index: int, temporary: Path, advance: Callable[[int], Any]) -> dict[str, Any]:
         folder = verify_file(path / "chunks" / shards[index].name, shards[index].sha256)
-        keep, duplicates = _find_in_shard(detector, opened.chunks, index if index >= before.shards else None)
+        keep, duplicates = _find_in_shard(detector, opened.chunks, index if index >= before.shards else None, advance)
         if not duplicates:
             shutil.copytree(folder, temporary, copy_function=os.link)
             return {**shards[index].to_dict(), "duplicates": []}
@@ -219,7 +219,9 @@ def _remove_duplicates(path: Path, manifest: Manifest, opened: RetroDatastore, b
     names = [shard.name for shard in shards]
     # An interrupted run is resumed only if it compares the same chunks in the same way.
     run = hashlib.sha256(json.dumps([stage.fingerprint, before.to_dict()], sort_keys=True).encode()).hexdigest()[:16]
-    records = run_shards(path / (_WORK + run), [], names, make, description="Deduplicating")
+    sizes = [shard.documents for shard in shards]
+    work = path / (_WORK + run)
+    records = run_shards(work, [], names, make, description="Deduplicating", sizes=sizes, unit="documents")
     duplicates = [duplicate for record in records for duplicate in record.pop("duplicates")]
     shards = [ChunkShard.from_dict(record) for record in records]
     removed = stage.num_chunks - sum(shard.rows for shard in shards)
@@ -244,7 +246,7 @@ def _remove_duplicates(path: Path, manifest: Manifest, opened: RetroDatastore, b
 
 
 def _find_in_shard(
-    detector: NearDuplicates, table: ChunkTable, index: int | None
+    detector: NearDuplicates, table: ChunkTable, index: int | None, advance: Callable[[int], Any]
 ) -> tuple[np.ndarray | None, list[dict[str, Any]]]:
     """Mask of the rows to keep and the duplicates of a shard. Shards that were searched before are skipped."""
     if index is None:
@@ -254,6 +256,7 @@ def _find_in_shard(
     duplicates = []
     for document, rows, tokens in documents_of(columns):
         match = detector.find(tokens)
+        advance(1)
         if match is not None:
             (split, other), similarity = match
             keep[rows] = False

@@ -20,6 +20,7 @@ Many processes can share the shards, one for each GPU: `accelerate launch -m dat
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def embed_chunks(
         root = split_path(path, split)
         tokenizer = load_tokenizer(path / "tokenizer", manifest.tokenizer.files)
 
-        def make(index: int, temporary: Path) -> dict[str, Any]:
+        def make(index: int, temporary: Path, advance: Callable[[int], Any]) -> dict[str, Any]:
             verify_file(root / "chunks" / chunk_shards[index].name, chunk_shards[index].sha256)
             columns = chunks.shard(index)
             rows = len(columns["length"])
@@ -121,14 +122,20 @@ def embed_chunks(
                 for start in range(0, rows, _WINDOW):
                     window = {name: column[start : start + _WINDOW] for name, column in columns.items()}
                     mask = np.arange(chunks.chunk_size) < window["length"][:, None]
-                    vectors = encoder.encode_chunks(window["input_ids"], mask, tokenizer, tokens_per_batch)
+                    vectors = encoder.encode_chunks(window["input_ids"], mask, tokenizer, tokens_per_batch, advance)
                     _check_finite(vectors, chunk_shards[index].name, start)
                     file.write(vectors.astype(np.float16).tobytes())
             return {"rows": rows, "chunks_sha256": chunk_shards[index].sha256}
 
         names = [shard.name for shard in chunk_shards]
         records = run_shards(
-            root / "embeddings", stage.shards, names, make, suffix=".npy", description=f"Embedding {split}"
+            root / "embeddings",
+            stage.shards,
+            names,
+            make,
+            suffix=".npy",
+            description=f"Embedding {split}",
+            sizes=[shard.rows for shard in chunk_shards],
         )
         stage.shards = [EmbeddingShard.from_dict(record) for record in records]
         write_manifest(path, manifest)

@@ -24,7 +24,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -271,16 +271,16 @@ class _IndexBuild:
             return
         names = [shard.name for shard in self.manifest.train.chunk_shards]
 
-        def make(number: int, temporary: Path) -> dict[str, Any]:
+        def make(number: int, temporary: Path, advance: Callable[[int], Any]) -> dict[str, Any]:
             index = faiss.read_index(str(self._trained))
             if self.use_gpus:
                 index = to_gpus(index, self.shard_index)
-            self._add(index, self.first_shard + number)
+            self._add(index, self.first_shard + number, advance)
             write_index(faiss.index_gpu_to_cpu(index) if self.use_gpus else index, temporary)
             return {}
 
         new = names[self.first_shard :]
-        run_shards(self.work, [], new, make, suffix=".faiss", description=f"Filling {self.factory}")
+        run_shards(self.work, [], new, make, ".faiss", f"Filling {self.factory}", sizes=self._sizes)
 
     def merge(self) -> None:
         """Merges the shards in memory, or on disk if the index is larger than `max_index_memory`."""
@@ -292,9 +292,11 @@ class _IndexBuild:
             if not self._mergeable:
                 index = faiss.read_index(str(old[0])) if old else index
                 with _threads_of_all():
-                    for shard in tqdm(range(self.first_shard, len(self.embeddings)), desc=f"Filling {self.factory}"):
-                        self._add(index, shard)
-                        return_freed_memory()  # an index that grows leaves ever larger pieces behind
+                    total = sum(self._sizes)
+                    with tqdm(total=total, desc=f"Filling {self.factory}", unit=" chunks") as progress:
+                        for shard in range(self.first_shard, len(self.embeddings)):
+                            self._add(index, shard, progress.update)
+                            return_freed_memory()  # an index that grows leaves ever larger pieces behind
             elif self._on_disk:
                 data = self.merged.with_suffix(".ivfdata")
                 merge_on_disk(index, files, data)
@@ -376,7 +378,12 @@ class _IndexBuild:
         ivf = faiss.try_extract_index_ivf(faiss.read_index(str(self._trained)))
         return ivf is not None and memory is not None and (ivf.code_size + 8) * self.offsets[-1] > memory * 1e9
 
-    def _add(self, index: faiss.Index, shard: int) -> None:
+    @property
+    def _sizes(self) -> list[int]:
+        """Number of chunks of each shard that is added."""
+        return [len(array) for array in self.embeddings[self.first_shard :]]
+
+    def _add(self, index: faiss.Index, shard: int, advance: Callable[[int], Any]) -> None:
         with_ids = self._mergeable and faiss.try_extract_index_ivf(index) is not None
         for start, vectors in _blocks(self.embeddings[shard]):
             if with_ids:
@@ -384,6 +391,7 @@ class _IndexBuild:
                 index.add_with_ids(vectors, np.arange(first, first + len(vectors)))
             else:
                 index.add(vectors)
+            advance(len(vectors))
 
     def _sample(self, number: int) -> np.ndarray:
         """A random sample of the rows of all shards, float32, in the order of the chunks."""

@@ -147,7 +147,7 @@ def find_neighbors(
             search = NeighborSearch(opened, retriever, to_gpus(opened.index, shard_index))
         features = neighbor_features(num_neighbors)
 
-        def make(shard: int, temporary: Path) -> dict[str, Any]:
+        def make(shard: int, temporary: Path, advance: Callable[[int], Any]) -> dict[str, Any]:
             parts, counts = [], {}
             vectors = None
             if embeddings is not None:
@@ -161,6 +161,7 @@ def find_neighbors(
                 ids, scores, found = search(columns["input_ids"], mask, wanted, num_neighbors, unwanted)
                 parts.append((ids, scores))
                 counts = {name: counts.get(name, 0) + number for name, number in found.items()}
+                advance(len(ids))
             empty = (np.zeros((0, num_neighbors), dtype=np.int64), np.zeros((0, num_neighbors), dtype=np.float32))
             ids, scores = (np.concatenate(part) for part in zip(empty, *parts, strict=True))
             save_shard(temporary, {"neighbor_ids": ids, "neighbor_scores": scores}, features)
@@ -177,7 +178,15 @@ def find_neighbors(
         fingerprint, removed = searched_version(manifest)
         # Readers of an earlier version of the datastore keep its neighbors.
         suffix = f".v{manifest.version}" if manifest.version else ""
-        records = run_shards(root / "neighbors", stage.shards, names, make, suffix, f"Neighbors of {split}")
+        records = run_shards(
+            root / "neighbors",
+            stage.shards,
+            names,
+            make,
+            suffix,
+            f"Neighbors of {split}",
+            sizes=[shard.rows for shard in chunk_shards],
+        )
         stage.shards = [NeighborShard.from_dict(record) for record in records]
         totals = [shard.counts for shard in stage.shards]
         stage.counts = {name: sum(total.get(name, 0) for total in totals) for name in sorted(set().union(*totals))}

@@ -21,7 +21,7 @@ command resumes an interrupted run. If inputs were added to a recipe, `--append`
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -273,7 +273,7 @@ def extend_datastore(base: str | Path, split: str, output_dir: str | Path) -> Ma
         table = opened.split(split).chunks
         names = [f"shard-{first_shard + index:05d}" for index in range(len(own.chunk_shards))]
 
-        def renumber(index: int, temporary: Path) -> dict[str, Any]:
+        def renumber(index: int, temporary: Path, advance: Callable[[int], Any]) -> dict[str, Any]:
             columns = dict(table.shard(index))
             columns["document_id"] = columns["document_id"] + first_document
             save_shard(temporary, columns, features)

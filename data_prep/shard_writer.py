@@ -159,10 +159,16 @@ def _width(feature: Value | List) -> tuple[int, ...]:
     return (feature.length,) if isinstance(feature, List) else ()
 
 
-def in_batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Groups documents into batches of about a million characters, which are tokenized in parallel."""
+def in_batches(
+    documents: Iterator[Document], advance: Callable[[int], Any] = lambda number: None
+) -> Iterator[list[Document]]:
+    """
+    Groups documents into batches of about a million characters, which are tokenized in parallel. Calls `advance` with
+    1 for each document that was read.
+    """
     batch, characters = [], 0
     for document in documents:
+        advance(1)
         batch.append(document)
         characters += len(document.text)
         if characters >= _BATCH_CHARACTERS:

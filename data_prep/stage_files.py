@@ -69,6 +69,7 @@ _MADE_OF = {
     "neighbors": (),
 }
 _LOCK_NAME = ".lock"
+_POLL_SECONDS = 0.5
 _locks: dict[Path, int] = {}
 
 
@@ -226,11 +227,13 @@ def run_shards(
     folder: Path,
     records: Sequence[Record],
     names: Sequence[str],
-    make: Callable[[int, Path], dict[str, Any]],
+    make: Callable[[int, Path, Callable[[int], Any]], dict[str, Any]],
     suffix: str = "",
     description: str = "",
     in_order: bool = False,
     num_proc: int = 1,
+    sizes: Sequence[int] | None = None,
+    unit: str = "chunks",
 ) -> list[dict[str, Any]]:
     """
     Makes the shards that are not finished yet. The processes share them.
@@ -239,7 +242,9 @@ def run_shards(
         folder (`Path`): Folder of the stage.
         records (`Sequence[Record]`): Records of finished shards, from the manifest.
         names (`Sequence[str]`): Names of all shards, in order.
-        make (`Callable`): (index of the shard, path to write to) -> the record of the shard.
+        make (`Callable`):
+            (index of the shard, path to write to, function to call with the number of chunks that were made since its
+            last call) -> the record of the shard. What it leaves uncounted is counted at the end of the shard.
         suffix (`str`, *optional*): Suffix of a shard's file, such as `".npy"`.
         description (`str`, *optional*): Label of the progress bar.
         in_order (`bool`, *optional*, defaults to `False`):
@@ -247,6 +252,8 @@ def run_shards(
         num_proc (`int`, *optional*, defaults to 1):
             Number of processes into which each process of the run divides for its shards, unless they are made in
             order. They are forked, so `make` must not use libraries whose threads have begun to work.
+        sizes (`Sequence[int]`, *optional*): Number of chunks of each shard, or of another `unit`. Defaults to shards.
+        unit (`str`, *optional*, defaults to `"chunks"`): What the progress bar counts.
 
     Returns:
         `list[dict]`: the records of all shards in order, with `name` and `sha256`.
@@ -262,21 +269,33 @@ def run_shards(
     else:
         mine = todo[state.process_index :: state.num_processes]
 
-    def finish(index: int) -> dict[str, Any]:
+    if sizes is None:
+        sizes, unit = [1] * len(names), "shards"
+
+    def finish(index: int, advance: Callable[[int], Any]) -> dict[str, Any]:
+        left = sizes[index]
+
+        def count(number: int) -> None:
+            nonlocal left
+            number = min(number, left)
+            left -= number
+            advance(number)
+
         with whole(folder / (names[index] + suffix)) as temporary:
-            record = make(index, temporary)
+            record = make(index, temporary, count)
             record |= {"name": names[index], "sha256": checksum(temporary)}
         write_json(_record_path(folder, names[index]), record)
+        advance(left)
         return record
 
-    with tqdm(total=len(mine), desc=description, unit="shard", disable=not state.is_main_process) as progress:
+    total = sum(sizes[index] for index in mine)
+    with tqdm(total=total, desc=description, unit=f" {unit}", disable=not state.is_main_process) as progress:
         if num_proc > 1 and len(mine) > 1 and not in_order:
-            for _ in _fork(finish, mine, num_proc):
-                progress.update()
+            for number in _fork(finish, mine, num_proc):
+                progress.update(number)
         else:
             for index in mine:
-                record = finish(index)
-                progress.update()
+                record = finish(index, progress.update)
                 if in_order and record["last"]:
                     break
     state.wait_for_everyone()
@@ -285,15 +304,18 @@ def run_shards(
     return [done[name] for name in names if name in done]
 
 
-def _fork(finish: Callable[[int], Any], indices: Sequence[int], num_proc: int) -> Iterator[int]:
+def _fork(finish: Callable[[int, Callable[[int], Any]], Any], indices: Sequence[int], num_proc: int) -> Iterator[int]:
     """
-    Calls a function for each index in forked processes, and yields the indices that are finished. If a process fails,
-    the others end with the shard that they are making, and its error is raised. They end so as well if this process is
+    Calls a function for each index in forked processes, and yields what it counted meanwhile. If a process fails, the
+    others end with the shard that they are making, and its error is raised. They end so as well if this process is
     killed.
     """
     context, parent = multiprocessing.get_context("fork"), os.getpid()
 
-    def work(part: Sequence[int], sender: Connection) -> None:
+    def work(part: Sequence[int], sender: Connection, counter: Any) -> None:
+        def count(number: int) -> None:
+            counter.value += number  # this process alone writes it, so that no lock can outlive a killed one
+
         signal.signal(
             signal.SIGINT, signal.SIG_IGN
         )  # Ctrl-C reaches the parent, which lets this process end its shard
@@ -301,33 +323,31 @@ def _fork(finish: Callable[[int], Any], indices: Sequence[int], num_proc: int) -
             if os.getppid() != parent or stop.is_set():
                 return
             try:
-                finish(index)
+                finish(index, count)
             except Exception as error:
                 sender.send(error)
                 return
-            sender.send(index)
 
-    stop, processes, receivers = context.Event(), [], []
+    stop, processes, receivers, counters = context.Event(), [], [], []
     for start in range(min(num_proc, len(indices))):
         receiver, sender = context.Pipe(duplex=False)
-        processes.append(context.Process(target=work, args=(indices[start::num_proc], sender)))
+        counters.append(context.RawValue("q", 0))
+        processes.append(context.Process(target=work, args=(indices[start::num_proc], sender, counters[-1])))
         processes[-1].start()
         sender.close()  # the copy of the child stays open, so that its end is the end of the messages
         receivers.append(receiver)
-    errors = []
+    errors, counted = [], 0
     try:
         while receivers:
-            for receiver in wait(receivers):
+            for receiver in wait(receivers, timeout=_POLL_SECONDS):
                 try:
-                    message = receiver.recv()
+                    errors.append(receiver.recv())
+                    stop.set()
                 except EOFError:
                     receivers.remove(receiver)
-                    continue
-                if isinstance(message, Exception):
-                    errors.append(message)
-                    stop.set()
-                else:
-                    yield message
+            total = sum(counter.value for counter in counters)
+            yield total - counted
+            counted = total
     finally:
         stop.set()
         for process in processes:

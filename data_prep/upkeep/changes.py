@@ -448,7 +448,7 @@ def _compact_chunks(
     positions = list(names)
     features = chunk_features(opened.chunk_size, manifest.tokenizer.vocab_size)
 
-    def make(number: int, temporary: Path) -> dict[str, Any]:
+    def make(number: int, temporary: Path, advance: Callable[[int], Any]) -> dict[str, Any]:
         position = positions[number]
         old, name = shards[position], names[position]
         verify_file(folder / "chunks" / old.name, old.sha256)
@@ -489,7 +489,7 @@ def _compact_embeddings(
     embeddings = read_embeddings(folder, TRAIN_SPLIT, manifest)
     positions = list(names)
 
-    def make(number: int, temporary: Path) -> dict[str, Any]:
+    def make(number: int, temporary: Path, advance: Callable[[int], Any]) -> dict[str, Any]:
         position = positions[number]
         vectors = embeddings[position][kept[position]]
         with temporary.open("wb") as file:
@@ -523,7 +523,7 @@ def _compact_neighbors(
     if len(shards) < len(chunk_shards):
         raise ValueError(f"the neighbors of {split} are unfinished; run `retro neighbors` first")
 
-    def make(number: int, temporary: Path) -> dict[str, Any]:
+    def make(number: int, temporary: Path, advance: Callable[[int], Any]) -> dict[str, Any]:
         old, chunks = shards[number], chunk_shards[number]
         neighbors = verify_file(root / "neighbors" / old.folder_name, old.sha256)
         columns = drop_neighbors(read_columns(neighbors), opened.is_removed)

@@ -22,7 +22,7 @@ neighbors are missing, the other stages make them as usual.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -352,7 +352,7 @@ def _write_chunks(
         manifest.tokenizer.files = file_checksums(path / "tokenizer")
     features = chunk_features(m, fingerprint["vocab_size"])
 
-    def make(index: int, temporary: Path) -> dict[str, Any]:
+    def make(index: int, temporary: Path, advance: Callable[[int], Any]) -> dict[str, Any]:
         shard, length = shards[index], _lengths(shards[index])
         mask = np.arange(m) < length[:, None]
         num_bytes = np.zeros(len(length), dtype=np.int64)
@@ -412,7 +412,7 @@ def _write_embeddings(
     root = split_path(path, split)
     chunk_shards = manifest.splits[split].chunk_shards
 
-    def make(index: int, temporary: Path) -> dict[str, Any]:
+    def make(index: int, temporary: Path, advance: Callable[[int], Any]) -> dict[str, Any]:
         vectors = np.asarray(shards[index].embeddings, dtype=np.float16)
         if not np.isfinite(vectors).all():
             raise ValueError(f"the embeddings of {shards[index].name} are not all finite")
@@ -450,7 +450,7 @@ def _write_neighbors(path: Path, manifest: Manifest, split: str, shards: Sequenc
             )
     chunk_shards = manifest.splits[split].chunk_shards
 
-    def make(index: int, temporary: Path) -> dict[str, Any]:
+    def make(index: int, temporary: Path, advance: Callable[[int], Any]) -> dict[str, Any]:
         ids = np.asarray(shards[index].neighbors, dtype=np.int64)
         # The files hold the order of the neighbors, but not their scores.
         columns = {"neighbor_ids": ids, "neighbor_scores": np.zeros(ids.shape, dtype=np.float32)}

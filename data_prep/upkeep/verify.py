@@ -59,6 +59,14 @@ from modeling_retro.encoder.endpoint import ADDRESS
 _BLOCK = 1 << 16
 
 
+def _by_chunks(shards: Sequence[ChunkShard], description: str) -> Iterator[ChunkShard]:
+    """Yields shards, with a bar that counts their chunks."""
+    with tqdm(total=sum(shard.rows for shard in shards), desc=description, unit=" chunks") as progress:
+        for shard in shards:
+            yield shard
+            progress.update(shard.rows)
+
+
 def verify(path: str | Path) -> list[Finding]:
     """
     Verifies a datastore or a model.
@@ -210,7 +218,7 @@ class _DatastoreVerifier:
             self.broken.add((split, "chunks"))
             return
         last_document = -1
-        for shard in tqdm(stage.shards, desc=f"Verifying chunks of {split}", unit="shard"):
+        for shard in _by_chunks(stage.shards, f"Verifying chunks of {split}"):
             folder = split_path(self.path, split) / "chunks" / shard.name
             columns, problems = self._read_shard(folder, shard, "chunks")
             if columns is not None:
@@ -289,7 +297,7 @@ class _DatastoreVerifier:
         if split_record.embeddings is None:
             return
         records = {record.name: record for record in split_record.embedding_shards}
-        for shard in tqdm(split_record.chunk_shards, desc=f"Verifying embeddings of {split}", unit="shard"):
+        for shard in _by_chunks(split_record.chunk_shards, f"Verifying embeddings of {split}"):
             file = split_path(self.path, split) / "embeddings" / f"{shard.name}.npy"
             problem = self._embedding_problem(file, records.get(shard.name), shard)
             if problem:
@@ -409,7 +417,7 @@ class _DatastoreVerifier:
         if split_record.neighbors is None:
             return
         records = {record.name: record for record in split_record.neighbor_shards}
-        for shard in tqdm(split_record.chunk_shards, desc=f"Verifying neighbors of {split}", unit="shard"):
+        for shard in _by_chunks(split_record.chunk_shards, f"Verifying neighbors of {split}"):
             record = records.get(shard.name)
             folder = split_path(self.path, split) / "neighbors" / (record.folder_name if record else shard.name)
             if record is None:

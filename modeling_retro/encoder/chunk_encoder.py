@@ -15,7 +15,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +244,13 @@ class ChunkEncoder:
         }
 
     @torch.inference_mode()
-    def encode(self, texts: Sequence[str], tokens_per_batch: int = 4096, window: int = 8192) -> np.ndarray:
+    def encode(
+        self,
+        texts: Sequence[str],
+        tokens_per_batch: int = 4096,
+        window: int = 8192,
+        advance: Callable[[int], Any] | None = None,
+    ) -> np.ndarray:
         """
         Embeds texts. They are sorted by length inside windows, so that batches hold little padding.
 
@@ -252,6 +258,7 @@ class ChunkEncoder:
             texts (`Sequence[str]`): The texts.
             tokens_per_batch (`int`, *optional*, defaults to 4096): Number of tokens in a batch, including padding.
             window (`int`, *optional*, defaults to 8192): Number of texts that are tokenised and sorted together.
+            advance (`Callable`, *optional*): Called with the number of texts of each batch that is embedded.
 
         Returns:
             `np.ndarray`: float32 [n, dim], in the order of `texts`. A text without tokens has zeros.
@@ -272,10 +279,17 @@ class ChunkEncoder:
             order = order[np.count_nonzero(lengths == 0) :]  # a text without tokens keeps the zero vector
             for batch in _batches(order, lengths, tokens_per_batch):
                 embeddings[start + batch] = self._embed([encoded[row] for row in batch], lengths[batch])
+                if advance is not None:
+                    advance(len(batch))
         return embeddings
 
     def encode_chunks(
-        self, input_ids: Any, mask: Any, tokenizer: PreTrainedTokenizerBase, tokens_per_batch: int = 4096
+        self,
+        input_ids: Any,
+        mask: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        tokens_per_batch: int = 4096,
+        advance: Callable[[int], Any] | None = None,
     ) -> np.ndarray:
         """
         Embeds the text of chunks that another tokenizer made. Special tokens are dropped.
@@ -285,11 +299,12 @@ class ChunkEncoder:
             mask (`np.ndarray`): bool [n, m], False at padding.
             tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the chunks.
             tokens_per_batch (`int`, *optional*, defaults to 4096): Number of tokens in a batch, including padding.
+            advance (`Callable`, *optional*): Called with the number of chunks of each batch that is embedded.
 
         Returns:
             `np.ndarray`: float32 [n, dim].
         """
-        return self.encode(decode_chunks(input_ids, mask, tokenizer), tokens_per_batch)
+        return self.encode(decode_chunks(input_ids, mask, tokenizer), tokens_per_batch, advance=advance)
 
     def _embed(self, rows: list[list[int]], lengths: np.ndarray) -> np.ndarray:
         width = int(lengths.max())

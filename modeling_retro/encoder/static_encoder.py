@@ -19,7 +19,7 @@ them.
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -121,7 +121,13 @@ class StaticChunkEncoder(ChunkEncoder):
         )
 
     @torch.inference_mode()
-    def encode(self, texts: Sequence[str], tokens_per_batch: int = 4096, window: int = 8192) -> np.ndarray:
+    def encode(
+        self,
+        texts: Sequence[str],
+        tokens_per_batch: int = 4096,
+        window: int = 8192,
+        advance: Callable[[int], Any] | None = None,
+    ) -> np.ndarray:
         """
         Embeds texts.
 
@@ -129,6 +135,7 @@ class StaticChunkEncoder(ChunkEncoder):
             texts (`Sequence[str]`): The texts.
             tokens_per_batch (`int`, *optional*, defaults to 4096): Not used, because nothing is padded.
             window (`int`, *optional*, defaults to 8192): Number of texts that are tokenized together.
+            advance (`Callable`, *optional*): Called with the number of texts of each batch that is embedded.
 
         Returns:
             `np.ndarray`: float32 [n, dim], in the order of `texts`. A text without tokens has zeros.
@@ -143,6 +150,8 @@ class StaticChunkEncoder(ChunkEncoder):
             if self.normalize:
                 bags = torch.nn.functional.normalize(bags, dim=-1)
             embeddings[start : start + window] = bags.numpy()
+            if advance is not None:
+                advance(len(lengths))
         return embeddings
 
     def _tokenize(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -265,7 +274,13 @@ class ModulesChunkEncoder(ChunkEncoder):
         model = model.to(dtype or torch.float32)
         return cls(model, files["normalize"] or bool(normalize), name, revision, sha256, truncate_dim)
 
-    def encode(self, texts: Sequence[str], tokens_per_batch: int = 4096, window: int = 8192) -> np.ndarray:
+    def encode(
+        self,
+        texts: Sequence[str],
+        tokens_per_batch: int = 4096,
+        window: int = 8192,
+        advance: Callable[[int], Any] | None = None,
+    ) -> np.ndarray:
         """
         Embeds texts.
 
@@ -273,6 +288,7 @@ class ModulesChunkEncoder(ChunkEncoder):
             texts (`Sequence[str]`): The texts.
             tokens_per_batch (`int`, *optional*, defaults to 4096): A batch has one text for each 128 of these tokens.
             window (`int`, *optional*, defaults to 8192): Not used, because the library sorts the texts.
+            advance (`Callable`, *optional*): Called with the number of all texts, when they are embedded.
 
         Returns:
             `np.ndarray`: float32 [n, dim], in the order of `texts`.
@@ -286,6 +302,8 @@ class ModulesChunkEncoder(ChunkEncoder):
             normalize_embeddings=self.normalize,
             truncate_dim=self.truncate_dim,
         )
+        if advance is not None:
+            advance(len(texts))
         return vectors.astype(np.float32)
 
 

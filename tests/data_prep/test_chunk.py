@@ -442,21 +442,23 @@ def test_processes_without_a_launcher_make_the_files_of_one(tmp_path, tiny_token
 
 
 def test_forked_processes_all_work_and_their_errors_are_raised(tmp_path):
-    def write_pid(index):
+    def write_pid(index, count):
         (tmp_path / str(index)).write_text(str(os.getpid()))
+        count(index)
+        count(1)
 
-    assert sorted(_fork(write_pid, range(7), 3)) == list(range(7))
+    assert sum(_fork(write_pid, range(7), 3)) == sum(range(7)) + 7
     pids = [(tmp_path / str(index)).read_text() for index in range(7)]
     assert len(set(pids)) == 3 and str(os.getpid()) not in pids
 
-    def fail(index):
+    def fail(index, count):
         if index == 4:
             raise ValueError("shard 4 is bad")
 
     with pytest.raises(ValueError, match="shard 4 is bad"):
         list(_fork(fail, range(6), 2))
 
-    def die(index):
+    def die(index, count):
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(RuntimeError, match="ended with exit code -9; run the same command again"):

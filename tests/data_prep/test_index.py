@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from conftest import edit_manifest
 
+from data_prep import stage_files
 from data_prep.faiss_index import recall_at, suggest_factory, tune
 from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
@@ -233,10 +234,42 @@ def test_the_suggested_factory_fits_the_memory():
         suggest_factory(1_000_000, 384, 1e6)
 
 
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_the_bar_of_a_stage_counts_what_its_shards_hold(tmp_path, monkeypatch, num_proc):
+    class Bar:
+        def __init__(self, total, desc, unit, disable):
+            self.total, self.unit, self.counts = total, unit, []
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            bars.append(self)
+
+        def update(self, number):
+            self.counts.append(number)
+
+    bars, sizes = [], [5, 0, 4, 7]
+    monkeypatch.setattr(stage_files, "tqdm", Bar)
+
+    def make(index, path, advance):
+        path.write_text(str(index))
+        for _ in range(3):
+            advance(2)  # 6 of each shard: more than there are, or less
+        return {"rows": sizes[index]}
+
+    names = [f"shard-{index:05d}" for index in range(4)]
+    run_shards(tmp_path, [], names[:1], make, sizes=sizes[:1], num_proc=num_proc)
+    run_shards(tmp_path, [], names, make, sizes=sizes, num_proc=num_proc)
+    assert [(bar.total, sum(bar.counts), bar.unit) for bar in bars] == [(5, 5, " chunks"), (11, 11, " chunks")]
+    if num_proc == 1:
+        assert bars[0].counts[:3] == [2, 2, 1]  # the bar moves inside the shard
+
+
 def test_shards_are_made_once(tmp_path):
     made = []
 
-    def make(index, path):
+    def make(index, path, advance):
         made.append(index)
         path.write_text(str(index))
         if len(made) == 2:

@@ -18,6 +18,7 @@ once, and training pulls the model towards them (block distillation, arXiv 2605.
 """
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def teach(
         document_id = source.chunks.document_id
 
         @torch.inference_mode()
-        def make(shard: int, temporary: Path) -> dict[str, Any]:
+        def make(shard: int, temporary: Path, advance: Callable[[int], Any]) -> dict[str, Any]:
             first, end = shard * shard_chunks, min((shard + 1) * shard_chunks, num_chunks)
             token_ids = np.full((end - first, size, top_tokens), -1, dtype=np.int32)
             log_probs = np.zeros((end - first, size, top_tokens), dtype=np.float16)
@@ -136,6 +137,7 @@ def teach(
                     top = F.log_softmax(logits, dim=-1).topk(top_tokens)
                     taught = chunks[block.cpu().numpy()], front.places[block].cpu().numpy()
                     token_ids[taught], log_probs[taught] = top.indices.cpu().numpy(), top.values.cpu().numpy()
+                advance(len(batch))
             columns = {"token_ids": token_ids, "log_probs": log_probs}
             save_shard(
                 temporary, {name: values.reshape(end - first, -1) for name, values in columns.items()}, features
@@ -144,7 +146,8 @@ def teach(
 
         was_training = model.training
         model.eval()
-        shards = run_shards(folder, [], names, make, description="Teaching")
+        sizes = [min(shard_chunks, num_chunks - first) for first in range(0, num_chunks, shard_chunks)]
+        shards = run_shards(folder, [], names, make, description="Teaching", sizes=sizes)
         model.train(was_training)
         manifest = {"options": options, "shards": shards}
         _write_manifest(folder, manifest)

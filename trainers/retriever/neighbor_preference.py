@@ -17,6 +17,7 @@ neighbors that help (RPT, arXiv 2306.13421, section 3.2).
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +139,17 @@ def mine_neighbors(
             }
         )
 
-        def make(shard: int, temporary: Path) -> dict[str, Any]:
+        def make(shard: int, temporary: Path, advance: Callable[[int], Any]) -> dict[str, Any]:
             rows = chunk_ids[shard * CHUNKS_PER_SHARD : (shard + 1) * CHUNKS_PER_SHARD]
             neighbor_ids = source.neighbor_ids[rows, :num_candidates]
-            gains = neighbor_gains(model, opened, rows, neighbor_ids, context_chunks, batch_size)
+            gains = neighbor_gains(model, opened, rows, neighbor_ids, context_chunks, batch_size, advance)
             save_shard(temporary, {"chunk_id": rows, "neighbor_ids": neighbor_ids, "gains": gains}, features)
             return {"rows": len(rows)}
 
         names = [f"shard-{number:05d}" for number in range(-(-len(chunk_ids) // CHUNKS_PER_SHARD))]
-        shards = run_shards(folder, [], names, make, description="Scoring neighbors")
+        scored = (source.neighbor_ids[chunk_ids, :num_candidates] >= 0).sum(axis=1)
+        sizes = [int(scored[i * CHUNKS_PER_SHARD : (i + 1) * CHUNKS_PER_SHARD].sum()) for i in range(len(names))]
+        shards = run_shards(folder, [], names, make, description="Scoring neighbors", sizes=sizes, unit="neighbors")
         columns = [read_columns(folder / shard["name"]) for shard in shards]
         scores = {name: np.concatenate([part[name] for part in columns]) for name in features}
         pairs = choose_pairs(
@@ -198,6 +201,7 @@ def neighbor_gains(
     neighbor_ids: np.ndarray,
     context_chunks: int = 1,
     batch_size: int = 32,
+    advance: Callable[[int], Any] | None = None,
 ) -> np.ndarray:
     """
     Computes how much each neighbor of a chunk raises the log-probability of the next chunk. A joint model reads a
@@ -217,6 +221,8 @@ def neighbor_gains(
             reads fewer where the document begins.
         batch_size (`int`, *optional*, defaults to 32):
             Number of rows in a forward pass.
+        advance (`Callable`, *optional*):
+            Called with the number of neighbors of each forward pass.
 
     Returns:
         `np.ndarray`: float32 `[n, K]` in nats, NaN for absent neighbors.
@@ -241,6 +247,8 @@ def neighbor_gains(
             slots[:, -1, 0] = candidates[row, column]
             neighbors, neighbor_mask = datastore.take_neighbors(slots)  # [B, L, 1, r]
             log_probs[row, column] = _next_log_probs(model, tokens, mask[:, -1], neighbors, neighbor_mask)
+            if advance is not None:
+                advance(int(np.count_nonzero(column)))
     model.train(was_training)
     return (log_probs[:, 1:] - log_probs[:, :1]).astype(np.float32)
 
