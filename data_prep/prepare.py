@@ -18,10 +18,11 @@ A recipe is your own YAML file, or the name of a recipe that comes with the pack
 command resumes an interrupted run. If inputs were added to a recipe, `--append` adds them to the datastore.
 """
 
+import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from data_prep.chunk import chunk_documents, chunk_features
 from data_prep.deduplicate import deduplicate_documents
 from data_prep.embed import embed_chunks
 from data_prep.file_report import files_of_split
+from data_prep.heartbeat import step
 from data_prep.index import build_index, read_embeddings
 from data_prep.memory import return_freed_memory
 from data_prep.neighbors import find_neighbors
@@ -359,19 +361,14 @@ def _print_files(path: Path, split: str) -> None:
         print(table, flush=True)
 
 
-class _timed:
+@contextlib.contextmanager
+def _timed(name: str) -> Iterator[None]:
     """Prints the name of a step, the seconds that it took, and the processor seconds of all processes."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self) -> None:
-        self.start, self.process_start = time.perf_counter(), time.process_time()
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            seconds = time.perf_counter() - self.start
-            processor = sum(gather_object([time.process_time() - self.process_start]))
-            return_freed_memory()
-            if process_state().is_main_process:
-                print(f"{self.name}: {seconds:.1f} s, {processor:.1f} s of processor time", flush=True)
+    start, process_start = time.perf_counter(), time.process_time()
+    with step(name):
+        yield
+    seconds = time.perf_counter() - start
+    processor = sum(gather_object([time.process_time() - process_start]))
+    return_freed_memory()
+    if process_state().is_main_process:
+        print(f"{name}: {seconds:.1f} s, {processor:.1f} s of processor time", flush=True)

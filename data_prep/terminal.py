@@ -22,6 +22,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TextIO
 
+from data_prep.heartbeat import Heartbeat, heartbeat
+
 
 # Line breaks and tabs stay. Marks of writing direction reorder what stands beside them.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -35,13 +37,21 @@ def printable(text: str) -> str:
 
 
 class _Printable:
-    """A stream that writes [`printable`] text. `shows_bars` says that bars of tqdm may move in it."""
+    """
+    A stream that writes [`printable`] text. `shows_bars` says that bars of tqdm may move in it, and `beats` is the
+    heartbeat of the terminal, if it is one.
+    """
 
-    def __init__(self, stream: TextIO, shows_bars: bool):
+    def __init__(self, stream: TextIO, shows_bars: bool, beats: Heartbeat | None):
         self._stream = stream
         self._shows_bars = shows_bars
+        self._beats = beats if stream.isatty() else None
 
     def write(self, text: str) -> int:
+        with contextlib.nullcontext() if self._beats is None else self._beats.pausing(text):
+            return self._write(text)
+
+    def _write(self, text: str) -> int:
         if self._shows_bars and _TO_OTHER_BARS.fullmatch(text):
             self._stream.write(text)
         elif self._shows_bars and text.startswith("\r"):  # a bar begins its line again
@@ -62,10 +72,11 @@ class _Printable:
 def printable_output() -> Iterator[None]:
     """
     Makes all text [`printable`] that is printed inside the block: results, errors, warnings, logs of all libraries and
-    the descriptions of progress bars.
+    the descriptions of progress bars. A terminal gets a [`heartbeat`].
     """
     with (
-        contextlib.redirect_stdout(_Printable(sys.stdout, shows_bars=False)),
-        contextlib.redirect_stderr(_Printable(sys.stderr, shows_bars=True)),
+        heartbeat(sys.stderr) as beats,
+        contextlib.redirect_stdout(_Printable(sys.stdout, False, beats)),
+        contextlib.redirect_stderr(_Printable(sys.stderr, True, beats)),
     ):
         yield

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.arguments import run_command
+from data_prep.heartbeat import end_heartbeat
 from modeling_retro import __version__
 
 
@@ -142,6 +143,7 @@ def run_module(module: str, options: Sequence[str]) -> None:
     words = ["--config_file", str(path)]
     if launch.num_processes is not None:
         words += ["--num_processes", launch.num_processes]
+    end_heartbeat()  # the processes have their own
     launch_command(launch_command_parser().parse_args([*words, "-m", module, *options]))
 
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.arguments import parse_arguments, run_command
+from data_prep.heartbeat import end_heartbeat
 
 
 @dataclass
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(export_space(arguments.export, model, datastore, arguments.reader))
         return
     page = create_page(Demo(load_model(model, datastore, reader=arguments.reader), model, datastore))
+    end_heartbeat()
     page.queue(default_concurrency_limit=1).launch(server_name=arguments.host, server_port=arguments.port)
 
 

@@ -32,6 +32,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from data_prep.arguments import parse_arguments, run_command
+from data_prep.heartbeat import end_heartbeat
 
 
 API_KEY = "RETRO_API_KEY"
@@ -123,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         hosts = [arguments.host, *arguments.allowed_hosts]
         app = create_app(served, api_key, allowed_hosts=hosts, allow_origins=arguments.allow_origins)
         server = Server(app, served.engine, served.name, arguments.grace_period)
+        end_heartbeat()
         server.run([listener])
     if server.has_failed:
         raise ValueError("the engine of the server has stopped; the log says why")
