@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_retro.durable_files_retro import sync, whole
@@ -37,12 +38,35 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     """
     checkpoints = {}
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        try:
-            step = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-        except (OSError, ValueError):
-            continue
-        checkpoints[step] = str(path)
+        if (step := _step_of(path)) is not None:
+            checkpoints[step] = str(path)
     return checkpoints[max(checkpoints)] if checkpoints else None
+
+
+def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
+    """
+    Finds the checkpoint from which a training continues, the one that its arguments name or the newest complete one,
+    and says so.
+
+    Args:
+        arguments (`TrainingArguments`):
+            Arguments of the training.
+
+    Returns:
+        `str`, *optional*: the path of the checkpoint, or None if the training begins.
+    """
+    checkpoint = arguments.resume_from_checkpoint or last_complete_checkpoint(arguments.output_dir)
+    if checkpoint is not None and arguments.process_index == 0 and (step := _step_of(Path(checkpoint))) is not None:
+        print(f"resumed from step {step} ({checkpoint})", flush=True)
+    return checkpoint
+
+
+def _step_of(checkpoint: Path) -> int | None:
+    """The step after which a checkpoint was written, or None if it is incomplete."""
+    try:
+        return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError):
+        return None
 
 
 class DurableCheckpointsMixin:

@@ -56,7 +56,7 @@ from modeling_retro.durable_files_retro import whole, write_text
 from modeling_retro.encoder.own_code import no_code_of
 from modeling_retro.retriever.retriever import RetroRetriever
 from modeling_retro.sharing.model_card import Way
-from trainers.durable_checkpoints import last_complete_checkpoint
+from trainers.durable_checkpoints import checkpoint_to_resume
 from trainers.evaluation.evaluate import evaluate_retro
 from trainers.evaluation.operations import operations_per_token
 from trainers.evaluation.options import EvaluationOptions
@@ -441,7 +441,7 @@ def train_model(
     )
     trainer = RetroTrainer(model, arguments, datastore)
     print(f"{model.num_parameters() / 1e6:.1f} million parameters, {len(datastore.chunks):,} chunks")
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(str(training_dir)))
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
     trainer.save_model(str(output_dir / "model"))
     return model
 

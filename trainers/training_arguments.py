@@ -17,6 +17,10 @@ from dataclasses import dataclass
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+
+_UNLISTED = ("azure_ml", "flyte", "kubeflow")  # trackers that transformers may have without listing them
 
 
 @dataclass
@@ -24,8 +28,18 @@ class LocalTrainingArguments(TrainingArguments):
     """
     [`~transformers.TrainingArguments`] that choose the CPU by themselves if there is no accelerator. On such a machine
     the arguments of transformers raise an error for `bf16`, and every data loader warns that it cannot pin memory.
+
+    Raises:
+        ValueError: If `report_to` names a tracker that is not installed.
     """
 
     def __post_init__(self):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        installed = get_available_reporting_integrations()
+        missing = [name for name in self.report_to if name not in {*installed, *_UNLISTED}]
+        if missing:
+            raise ValueError(
+                f"--report_to names {missing[0]!r}, which is not installed or unknown: `pip install {missing[0]}`, or "
+                f"choose one of {', '.join([*installed, 'none'])}"
+            )

@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(ChunkArguments, argv=argv, description=__doc__, prog="retro chunk")
     from data_prep.chunk import chunk_documents
     from data_prep.file_report import files_of_split
+    from data_prep.results import chunks_in_words
     from data_prep.stage_files import process_state
     from modeling_retro.datastore.manifest import read_manifest
 
@@ -98,12 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         path = Path(arguments.output_dir)
         table = files_of_split(path, arguments.split, read_manifest(path).splits[arguments.split])
         print("" if table is None else f"{table}\n", end="")
-        print(
-            f"{stage.num_chunks} chunks of {stage.num_documents} documents "
-            f"({stage.num_tokens} tokens, {stage.num_bytes} bytes); dropped: "
-            + ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in stage.dropped.items())
-            + (f"; {stage.num_unknown_tokens} unknown tokens" if stage.num_unknown_tokens else "")
-        )
+        print(chunks_in_words(stage))
 
 
 if __name__ == "__main__":

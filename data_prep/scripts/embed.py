@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     stage = embed_chunks(**vars(arguments))
     if process_state().is_main_process:
-        print(f"{sum(shard.rows for shard in stage.shards)} embeddings in {len(stage.shards)} shards")
+        print(f"{sum(shard.rows for shard in stage.shards):,} chunks are embedded, in {len(stage.shards)} shards")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             options[name] = value
         elif value != option.default:
             raise ValueError(f"--{name} is {value!r}, but no option of --kind {arguments.kind}; leave it out")
+    from data_prep.results import bm25_in_words, index_in_words
     from data_prep.stage_files import process_state
 
     if arguments.kind == "bm25":
@@ -84,15 +85,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         record = build_bm25_index(**options)
         if process_state().is_main_process:
-            print(f"BM25 over {record.ntotal} chunks: {record.num_terms} {arguments.terms}")
+            print(bm25_in_words(record))
         return
     from data_prep.index import build_index
 
     record = build_index(**options)
     if process_state().is_main_process:
-        recall = ", ".join(f"{name} {value:.3f}" for name, value in record.recall.items() if "@" in name)
-        parameters = ", ".join(f"{name} {value}" for name, value in record.search_parameters.items()) or "exact"
-        print(f"{record.factory} over {record.ntotal} chunks ({parameters}): {recall}")
+        print(index_in_words(record))
 
 
 if __name__ == "__main__":

@@ -54,14 +54,12 @@ class NeighborsArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(NeighborsArguments, argv=argv, description=__doc__, prog="retro neighbors")
     from data_prep.neighbors import find_neighbors
+    from data_prep.results import neighbors_in_words
     from data_prep.stage_files import process_state
 
     stage = find_neighbors(**vars(arguments))
     if process_state().is_main_process:
-        print(
-            f"{stage.options['num_neighbors']} neighbors of {sum(shard.rows for shard in stage.shards)} chunks; "
-            + ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in stage.counts.items())
-        )
+        print(neighbors_in_words(stage))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ A recipe is your own YAML file, or the name of a recipe that comes with the pack
 command resumes an interrupted run. If inputs were added to a recipe, `--append` adds them to the datastore.
 """
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -44,21 +45,21 @@ class PrepareArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(PrepareArguments, argv=argv, description=__doc__, prog="retro prepare")
     from data_prep.prepare import prepare_datastore
+    from data_prep.results import bm25_in_words, chunks_in_words, index_in_words, neighbors_in_words
     from data_prep.stage_files import process_state
 
     keep_freed_memory()
     manifest = prepare_datastore(**vars(arguments))
     if process_state().is_main_process:
         for name, record in manifest.splits.items():
-            counts = {**record.chunks.dropped, **record.neighbors.counts} if record.neighbors is not None else {}
-            print(
-                f"{name}: {record.chunks.num_chunks} chunks of {record.chunks.num_documents} documents; "
-                + ", ".join(f"{number} {key.replace('_', ' ')}" for key, number in counts.items())
-            )
-        if index := manifest.index:
-            print(f"index: {index.factory}, recall@10 {index.recall['recall@10']:.3f}, {index.search_parameters}")
-        if bm25 := manifest.bm25:
-            print(f"BM25 index: {bm25.num_terms} {bm25.options['terms']}")
+            print(f"{name}:")
+            print(textwrap.indent(chunks_in_words(record.chunks), "  "))
+            if record.neighbors is not None:
+                print(textwrap.indent(neighbors_in_words(record.neighbors), "  "))
+        if manifest.index is not None:
+            print(index_in_words(manifest.index))
+        if manifest.bm25 is not None:
+            print(bm25_in_words(manifest.bm25))
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def test_model_fits_the_datastore(trained, tiny_tokenizer):
 
 @pytest.mark.parametrize("use_muon", [False, True])
 def test_run_resumed_from_a_checkpoint_ends_with_the_same_weights(
-    trained, tiny_datastore_dir, model_config, tmp_path, use_muon
+    trained, tiny_datastore_dir, model_config, tmp_path, use_muon, capsys
 ):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     options = {"save_steps": 5, "use_muon": use_muon}
@@ -126,7 +126,9 @@ def test_run_resumed_from_a_checkpoint_ends_with_the_same_weights(
     # What a process killed while it wrote a later checkpoint leaves behind.
     shutil.copytree(whole / "checkpoint-10", resumed / "checkpoint-10")
     (resumed / "checkpoint-10" / "trainer_state.json").unlink()
+    capsys.readouterr()
     train_retro.main(train_options(tiny_datastore_dir, model_config, resumed, **options))
+    assert f"resumed from step 5 ({resumed / 'checkpoint-5'})\n" in capsys.readouterr().out
     state = json.loads((resumed / "trainer_state.json").read_text())
     assert state["global_step"] == 12
     assert_same_weights(resumed, whole)

@@ -46,3 +46,11 @@ def test_own_defaults_win_over_those_of_transformers(tmp_path, arguments_class):
     arguments = arguments_class(output_dir=str(tmp_path))
     assert arguments.remove_unused_columns is False
     assert arguments.learning_rate != TrainingArguments(output_dir=str(tmp_path)).learning_rate
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainers.training_arguments.get_available_reporting_integrations", lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match="'wandb', which is not installed .*choose one of tensorboard, none"):
+        LocalTrainingArguments(output_dir=str(tmp_path), report_to=["tensorboard", "wandb"])
+    assert LocalTrainingArguments(output_dir=str(tmp_path), report_to="tensorboard").report_to == ["tensorboard"]
+    assert LocalTrainingArguments(output_dir=str(tmp_path), report_to="none").report_to == []

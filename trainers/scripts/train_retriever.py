@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     from data_prep.pairs.pairs import load_pairs
     from modeling_retro.datastore.checksums import load_tokenizer
-    from trainers.durable_checkpoints import last_complete_checkpoint
+    from trainers.durable_checkpoints import checkpoint_to_resume
     from trainers.retriever.trainer import RetrieverTrainer
 
     keep_freed_memory()
@@ -118,8 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_dataset=_load_training_pairs(arguments, training_arguments),
         eval_dataset=eval_dataset,
     )
-    checkpoint = training_arguments.resume_from_checkpoint or last_complete_checkpoint(training_arguments.output_dir)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_arguments))
     if eval_dataset is not None:
         trainer.save_metrics("eval", trainer.evaluate())
     trainer.save_model()

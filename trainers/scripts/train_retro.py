@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         training_arguments="trainers.language_model.config:RetroTrainingArguments",
     )
     from modeling_retro import RetroDatastore, RetroRetriever
-    from trainers.durable_checkpoints import last_complete_checkpoint
+    from trainers.durable_checkpoints import checkpoint_to_resume
     from trainers.language_model.collator import ChunkRows, DataCollatorForRetro, collator_options
     from trainers.language_model.lessons import DataCollatorForLessons, ReaderLessons
     from trainers.language_model.streaming import RetroStreamTrainer, load_document_stream
@@ -194,8 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         documents, retriever = load_document_stream(arguments.train_documents), RetroRetriever(datastore)
         model = load_model(arguments, datastore, training_arguments)
         trainer = RetroStreamTrainer(model, training_arguments, retriever, documents, eval_dataset)
-    checkpoint = training_arguments.resume_from_checkpoint or last_complete_checkpoint(training_arguments.output_dir)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_arguments))
     trainer.save_model()
     trainer.save_state()
 

@@ -126,10 +126,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         training_arguments="trainers.training_arguments:LocalTrainingArguments",
     )
     from transformers import Adafactor, AutoModelForTextEncoding, Trainer, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
 
     from data_prep.span_corruption.tasks import load_mixture, read_tasks
 
+    from ..durable_checkpoints import checkpoint_to_resume
     from ..span_corruption import DataCollatorForSpanCorruption, span_metrics
 
     keep_freed_memory()
@@ -176,10 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer_cls_and_kwargs=optimizer,
         preprocess_logits_for_metrics=lambda logits, labels: logits[0].argmax(dim=-1),
     )
-    checkpoint = training_args.resume_from_checkpoint
-    if checkpoint is None and Path(training_args.output_dir).is_dir():
-        checkpoint = get_last_checkpoint(training_args.output_dir)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
     trainer.save_model()
     trainer.save_state()
     if tasks.evaluation:
