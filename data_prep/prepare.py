@@ -32,6 +32,7 @@ from accelerate.utils import gather_object
 from transformers import AutoConfig
 from transformers.utils import logging
 
+from data_prep import needs
 from data_prep.chunk import chunk_documents, chunk_features
 from data_prep.deduplicate import deduplicate_documents
 from data_prep.embed import embed_chunks
@@ -67,7 +68,7 @@ from modeling_retro.datastore.manifest import (
 )
 from modeling_retro.datastore.splits import split_path
 from modeling_retro.durable_files_retro import whole
-from modeling_retro.encoder.chunk_encoder import ChunkEncoder, sentence_transformers_config
+from modeling_retro.encoder.chunk_encoder import ChunkEncoder, kept_dimensions, sentence_transformers_config
 
 
 logger = logging.get_logger(__name__)
@@ -121,39 +122,46 @@ def _indexes(recipe: Mapping[str, Any]) -> set[str]:
     return {*INDEXES[retriever], *(index for index, key in named.items() if key in recipe)}
 
 
-def check_needs(recipe: Mapping[str, Any], data_dir: Path) -> None:
+def check_needs(recipe: Mapping[str, Any], data_dir: Path, path: Path, with_disk: bool = True) -> None:
     """
-    Looks for all that the stages of a recipe need, before the first one begins: the inputs, the tokenizer, the encoder
-    and the libraries.
+    Looks for all that the stages of a recipe need, before the first one begins: the inputs, the tokenizer, the
+    encoder, the libraries and room on the disk.
 
     Args:
         recipe (`Mapping`): The recipe.
         data_dir (`Path`): Folder of the inputs with relative paths.
+        path (`Path`): The datastore.
+        with_disk (`bool`, *optional*, defaults to `True`): Whether the disk must have room for what is estimated.
 
     Raises:
-        ValueError: If an input does not exist or holds no files.
+        ValueError: If an input does not exist or holds no files, or the disk is too small.
         OSError: If the tokenizer or the encoder cannot be loaded.
         ImportError: If a library is missing.
     """
+    sources = []
     for inputs in recipe["splits"].values():
         # Streams and datasets are opened once, when they are read.
         files = [entry for entry in _resolve(inputs, data_dir) if _is_file_input(entry)]
-        if files:
-            find_sources(files)
+        sources += find_sources(files) if files else []
+    needs.check_readers(sources)
     if "bm25" in _indexes(recipe):
         import data_prep.bm25_index  # noqa: F401 -- its error names the extra
     tokenizer = recipe["tokenizer"]
     if isinstance(tokenizer, (str, Path)):
         with naming_the_ways(tokenizer, "tokenizer"):
-            load_tokenizer(find_model(tokenizer))
+            tokenizer = load_tokenizer(find_model(tokenizer))
+    dim = None
     encoder = recipe.get("encoder")
     if "index" in _indexes(recipe) and isinstance(encoder, (str, Path)):
         with naming_the_ways(encoder, "encoder"):
             name, revision = find_model(encoder), recipe.get("embed", {}).get("revision")
             if "://" in name:
-                ChunkEncoder.from_pretrained(name)
+                dim = ChunkEncoder.from_pretrained(name).dim
             elif sentence_transformers_config(name, revision) == {"kind": "transformer", "prompt": None}:
-                AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+                config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+                dim = kept_dimensions(config.hidden_size, recipe.get("embed", {}).get("truncate_dim"))
+    if with_disk:
+        needs.check_disk(sources, path, recipe, len(tokenizer), dim)
 
 
 def _is_file_input(entry: Any) -> bool:
@@ -175,6 +183,7 @@ def prepare_datastore(
     data_dir: str | Path = ".",
     append: bool = False,
     force: bool = False,
+    check_disk: bool = True,
 ) -> Manifest:
     """
     Runs all stages of a recipe. Finished stages and shards are left as they are.
@@ -186,6 +195,8 @@ def prepare_datastore(
         append (`bool`, *optional*, defaults to `False`):
             Whether to add the inputs that the datastore does not hold yet.
         force (`bool`, *optional*, defaults to `False`): Whether to rebuild everything.
+        check_disk (`bool`, *optional*, defaults to `True`):
+            Whether to compare the estimated size of the datastore with the free space of the disk first.
 
     Returns:
         [`Manifest`]: the manifest.
@@ -198,7 +209,7 @@ def prepare_datastore(
     splits = list(recipe["splits"])
     neighbors = recipe.get("neighbors", {})
     indexes = _indexes(recipe)
-    check_needs(recipe, Path(data_dir))
+    check_needs(recipe, Path(data_dir), path, check_disk)
     with directory_lock(path):
         for split, inputs in recipe["splits"].items():
             with _timed(f"chunk {split}"):

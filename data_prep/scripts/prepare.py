@@ -40,6 +40,9 @@ class PrepareArguments:
     data_dir: str = field(default=".", metadata={"help": "Folder of the inputs of the recipe with relative paths."})
     append: bool = field(default=False, metadata={"help": "Add the inputs that the datastore does not hold yet."})
     force: bool = field(default=False, metadata={"help": "Rebuild everything."})
+    check_disk: bool = field(
+        default=True, metadata={"help": "Compare the estimated size of the datastore with the free space first."}
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

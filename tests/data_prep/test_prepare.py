@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +25,11 @@ import pytest
 import yaml
 from conftest import TINY_CHUNK_SIZE, make_texts, write_jsonl
 
+from data_prep import needs
+from data_prep.plan import plan_datastore
 from data_prep.prepare import prepare_datastore, read_recipe
 from data_prep.scripts.prepare import main
+from data_prep.sources import find_sources
 from data_prep.stage_files import directory_lock, save_shard
 from modeling_retro.datastore.datastore import RetroDatastore
 
@@ -197,3 +201,73 @@ def test_a_full_disk_is_named_and_leaves_nothing_that_looks_whole(tmp_path, tiny
         RetroDatastore.from_pretrained(tmp_path / "out").chunks
     prepare_datastore(recipe, tmp_path / "out")
     RetroDatastore.from_pretrained(tmp_path / "out").verify()
+
+
+def recipe_of(folder, tiny_recipe, **options):
+    write_jsonl(folder / "train.jsonl", make_texts(50, seed=1))
+    return tiny_recipe({"splits": {"train": ["train.jsonl"]}}, **options)
+
+
+def test_a_full_disk_is_noticed_before_the_first_stage(tmp_path, tiny_recipe, monkeypatch):
+    recipe = recipe_of(tmp_path, tiny_recipe)
+    monkeypatch.setattr(needs.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    with pytest.raises(
+        ValueError, match=r"out will hold about [\d,]+ chunks and need .* 10 kB are free; .*no_check_disk"
+    ):
+        prepare_datastore(recipe, tmp_path / "out", data_dir=tmp_path)
+    assert not (tmp_path / "out").exists()
+    options = ["--output_dir", str(tmp_path / "out"), "--data_dir", str(tmp_path)]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    main(["--recipe", str(tmp_path / "recipe.yaml"), *options, "--no_check_disk"])
+    # What is there already needs no room.
+    estimate = []
+    monkeypatch.setattr(
+        needs, "plan_datastore", lambda *a, **k: estimate.append(plan_datastore(*a, **k)) or estimate[-1]
+    )
+    prepare_datastore(recipe, tmp_path / "out", data_dir=tmp_path)
+    parts = ("chunks", "embeddings", "neighbors", "index", "index")
+    needed = sum(estimate[0][f"{name}_bytes"] for name in parts)
+    assert (
+        10_000 < needed < 10_000 + sum(file.stat().st_size for file in (tmp_path / "out").rglob("*") if file.is_file())
+    )
+
+
+def test_the_estimate_counts_what_is_read_and_no_more(tmp_path, tiny_recipe, monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        needs, "plan_datastore", lambda tokens, **k: found.append(tokens) or plan_datastore(tokens, **k)
+    )
+
+    def tokens(*inputs, **chunk):
+        recipe = tiny_recipe({"splits": {"train": list(inputs)}}, chunk=chunk)
+        needs.check_disk(find_sources(list(inputs)), tmp_path / "out", recipe, 1000, 16)
+        return found.pop()
+
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    plain, packed = inputs / "a.txt", inputs / "b.jsonl.gz"
+    plain.write_text("x" * 5000)
+    packed.write_bytes(b"y" * 5000)
+    (inputs / "c.pdf").write_bytes(b"z" * 5000)
+    assert tokens(str(plain)) == 1000 and tokens(str(packed)) == 3000
+    assert tokens({"path": str(packed), "filter": "a == 1"}) == 1  # nobody knows how much passes
+    assert tokens(str(inputs)) == 4000  # the PDF is not counted
+    monkeypatch.setattr(needs.shutil, "disk_usage", lambda path: SimpleNamespace(free=5_000))
+    with pytest.raises(ValueError, match="will hold"):
+        tokens(str(plain))
+    tokens(str(plain), max_chunks=10)  # of 8 tokens each
+
+
+def test_files_that_need_a_missing_library_are_named_before_the_first_stage(tmp_path, tiny_recipe, monkeypatch):
+    recipe = recipe_of(tmp_path, tiny_recipe)
+    recipe["splits"]["train"] = ["documents"]
+    (tmp_path / "documents").mkdir()
+    for name in ("a.PDF", "b.docx", "c.txt"):
+        (tmp_path / "documents" / name).write_bytes(b"some text")
+    monkeypatch.setattr(needs.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"a\.PDF and 1 other files cannot be read without the extra `documents`"):
+        prepare_datastore(recipe, tmp_path / "out", data_dir=tmp_path)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "documents" / "a.PDF").unlink()
+    (tmp_path / "documents" / "b.docx").unlink()
+    needs.check_readers(find_sources(str(tmp_path / "documents")))
