@@ -19,6 +19,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from data_prep.shipped_models import find_model
 from modeling_retro.datastore.datastore import RetroDatastore
 from trainers.load_model import load_retro_model
 
@@ -81,6 +82,7 @@ def export_space(folder: str | Path, model: str, datastore: str, reader: str | N
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already and not empty; choose a new folder for --export")
     opened = RetroDatastore.from_pretrained(datastore)
+    model = find_model(model)
     loaded = load_retro_model(model, opened, reader=reader)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -37,7 +37,7 @@ class ChunkArguments:
     """Options of `retro chunk`."""
 
     output_dir: str = field(metadata={"help": "The datastore. It is created if it does not exist."})
-    tokenizer: str = field(metadata={"help": "Folder or Hub id of a fast tokenizer."})
+    tokenizer: str = field(metadata={"help": "Folder or Hub id of a fast tokenizer, or smollm2."})
     input: list[str] = field(
         default_factory=list,
         metadata={"help": "Files, folders or globs, of any kind of document; - reads jsonl from stdin."},

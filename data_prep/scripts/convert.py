@@ -43,7 +43,7 @@ class ImportArguments:
     format: str = field(metadata={"help": "Where the files come from.", "choices": ["norlund", "retro_pytorch"]})
     source: str = field(metadata={"help": "index.spec.json or data.spec.json, or the memory map of the chunks."})
     output_dir: str = field(metadata={"help": "The datastore. It is created if it does not exist."})
-    tokenizer: str = field(metadata={"help": "Folder or Hub id of the tokenizer that made the token ids."})
+    tokenizer: str = field(metadata={"help": "Folder or Hub id of the tokenizer that made the token ids, or smollm2."})
     encoder: str | None = field(default=None, metadata={"help": "The encoder that made the embeddings."})
     split: str = field(default="train", metadata={"help": "Split to import to. The split train is searched."})
     doc_ids: str | None = field(default=None, metadata={"help": "retro_pytorch: memory map of the document ids."})

@@ -41,7 +41,7 @@ class DemoArguments:
         default="retro-quickstart", metadata={"help": "Output folder of `retro quickstart`, with model and datastore."}
     )
     model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of another model than the one in --folder."}
+        default=None, metadata={"help": "Folder or Hub id of another model than the one in --folder, or smollm2."}
     )
     datastore: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of another datastore than the one in --folder."}

@@ -45,7 +45,7 @@ class ServeArguments:
     Arguments of `retro serve`.
     """
 
-    model: str = field(metadata={"help": "Folder or Hub id of a RETRO model, or of any causal language model."})
+    model: str = field(metadata={"help": "Folder or Hub id of a RETRO model or of any causal one, or smollm2."})
     datastore: str = field(metadata={"help": "Folder or Hub id of the datastore to search."})
     retriever: str | None = field(
         default=None,

@@ -25,6 +25,8 @@ from data_prep.embed import embed_chunks
 from data_prep.shipped_models import find_model
 from modeling_retro import RetroDatastore, RetroJointForCausalLM
 from trainers.load_model import load_retro_model
+from trainers.retriever.distillation import distill_encoder
+from trainers.scripts import train_retriever, train_span_corruption
 
 
 @pytest.fixture
@@ -55,6 +57,18 @@ def test_short_names_work_in_every_stage(packages, tmp_path):
     model = load_retro_model("smollm2", datastore)
     assert isinstance(model, RetroJointForCausalLM)
     assert model.config.base_model_name_or_path == str(decoder)
+
+
+def test_short_names_work_where_models_are_trained(packages, tmp_path):
+    decoder, encoder = packages
+    arguments = train_retriever.TrainRetrieverArguments(pairs=[], model_name_or_path="minilm")
+    assert train_retriever._load_encoder(arguments, seed=0).name_or_path == str(encoder)
+    arguments = train_span_corruption.SpanCorruptionArguments(
+        tasks="", tokenizer_name_or_path="smollm2", model_config="d_model=8,d_ff=8,d_kv=4,num_layers=1,num_heads=2"
+    )
+    assert train_span_corruption.load_model(arguments)[1].name_or_path == str(decoder)
+    distilled = distill_encoder("minilm", tmp_path / "static", dim=4)
+    assert distilled.dim == 4
 
 
 def test_a_folder_of_that_name_goes_first_and_without_packages_the_hub(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from transformers.utils import logging
 
+from data_prep.shipped_models import find_model, naming_the_ways
 from modeling_retro.datastore.checksums import load_tokenizer
 from modeling_retro.durable_files_retro import whole
 from modeling_retro.encoder.chunk_encoder import load_text_encoder, sentence_transformers_config
@@ -59,8 +60,9 @@ def distill_encoder(
         from model2vec.distill import distill_from_model
     except ImportError as error:
         raise ImportError("distilling an encoder needs model2vec: `pip install retro-transformers[static]`") from error
-    name = str(encoder)
-    files = sentence_transformers_config(name, revision)
+    name = find_model(encoder)
+    with naming_the_ways(encoder, "encoder"):
+        files = sentence_transformers_config(name, revision)
     if files["kind"] != "transformer":
         raise ValueError(f"{name} is no transformer with mean or cls pooling; distill one")
     if not 0 < sif_coefficient < 1:

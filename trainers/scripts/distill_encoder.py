@@ -33,7 +33,7 @@ class DistillEncoderArguments:
     Arguments of `retro distill-encoder`.
     """
 
-    encoder: str = field(metadata={"help": "Folder or Hub id of the encoder to distill."})
+    encoder: str = field(metadata={"help": "Folder or Hub id of the encoder to distill, or minilm."})
     output_dir: str = field(metadata={"help": "Folder to write."})
     revision: str | None = field(default=None, metadata={"help": "Revision of the encoder on the Hub."})
     dim: int = field(default=256, metadata={"help": "Number of principal components that are kept."})

@@ -50,7 +50,7 @@ class EvaluateRetrieverArguments:
     Arguments of `retro evaluate-retriever`.
     """
 
-    encoder: str | None = field(default=None, metadata={"help": "Folder or Hub id of the encoder."})
+    encoder: str | None = field(default=None, metadata={"help": "Folder or Hub id of the encoder, or minilm."})
     pairs: str | None = field(default=None, metadata={"help": "Held-out pair set, as for `retro train-retriever`."})
     columns: list[str] | None = field(
         default=None, metadata={"help": "Columns of anchor and positive, if they have other names."}
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         EvaluateRetrieverArguments, argv=argv, description=__doc__, prog="retro evaluate-retriever"
     )
     from data_prep.pairs.pairs import load_pairs
-    from data_prep.shipped_models import find_model
+    from data_prep.shipped_models import find_model, naming_the_ways
     from modeling_retro import ChunkEncoder
     from trainers.retriever.evaluation import RetrievalSet, evaluate_retriever, read_scored_pairs, spearman
 
@@ -101,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sets["beir"] = RetrievalSet.from_beir(arguments.beir, arguments.split, arguments.exclude_same_id)
     encoder = None
     if arguments.encoder is not None:
-        encoder = ChunkEncoder.from_pretrained(find_model(arguments.encoder), pooling=arguments.pooling)
+        with naming_the_ways(arguments.encoder, "encoder"):
+            encoder = ChunkEncoder.from_pretrained(find_model(arguments.encoder), pooling=arguments.pooling)
     if arguments.datastore is not None:
         _measure_datastore(arguments, sets, encoder)
         return

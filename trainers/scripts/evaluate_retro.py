@@ -40,7 +40,7 @@ class EvaluateRetroArguments:
     Arguments of `retro evaluate`.
     """
 
-    model: str = field(metadata={"help": "Folder or Hub id of a RETRO model, or of any causal language model."})
+    model: str = field(metadata={"help": "Folder or Hub id of a RETRO model or of any causal one, or smollm2."})
     datastore: str = field(metadata={"help": "Folder or Hub id of the datastore to search."})
     output_dir: str = field(metadata={"help": "Folder for evaluation.json, evaluation.md and evaluation.png."})
     split: str = field(default="validation", metadata={"help": "Split of the datastore to evaluate on."})

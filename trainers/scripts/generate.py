@@ -33,7 +33,7 @@ class GenerateArguments:
     Arguments of `retro generate`.
     """
 
-    model: str = field(metadata={"help": "Folder or Hub id of a RETRO model, or of any causal language model."})
+    model: str = field(metadata={"help": "Folder or Hub id of a RETRO model or of any causal one, or smollm2."})
     datastore: str = field(metadata={"help": "Folder or Hub id of the datastore to search."})
     prompt: str = field(metadata={"help": "Text to continue."})
     retriever: str | None = field(

@@ -35,7 +35,7 @@ class LMEvalArguments:
     Arguments of `retro lm-eval`.
     """
 
-    model: str = field(metadata={"help": "Folder or Hub id of a RETRO model, or of any causal language model."})
+    model: str = field(metadata={"help": "Folder or Hub id of a RETRO model or of any causal one, or smollm2."})
     datastore: str = field(metadata={"help": "Folder or Hub id of the datastore to search."})
     tasks: list[str] = field(metadata={"help": "Names of tasks."})
     output_dir: str = field(metadata={"help": "Folder for results.json and results.md."})

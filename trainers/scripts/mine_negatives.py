@@ -33,7 +33,7 @@ class MineNegativesArguments:
     Arguments of `retro mine-negatives`.
     """
 
-    encoder: str = field(metadata={"help": "Folder or Hub id of the encoder."})
+    encoder: str = field(metadata={"help": "Folder or Hub id of the encoder, or minilm."})
     pairs: list[str] = field(metadata={"help": "Pair set, as for `retro train-retriever`."})
     output_file: str = field(metadata={"help": "File .jsonl or .jsonl.gz to write."})
     columns: list[str] | None = field(
@@ -52,17 +52,19 @@ class MineNegativesArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(MineNegativesArguments, argv=argv, description=__doc__, prog="retro mine-negatives")
     from data_prep.pairs.pairs import load_pairs
-    from data_prep.shipped_models import find_model
+    from data_prep.shipped_models import find_model, naming_the_ways
     from modeling_retro import ChunkEncoder
     from modeling_retro.durable_files_retro import whole
     from trainers.retriever.hard_negatives import mine_negatives
 
     if not arguments.output_file.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"--output_file is {arguments.output_file}, expected a name .jsonl or .jsonl.gz")
+    with naming_the_ways(arguments.encoder, "encoder"):
+        encoder = ChunkEncoder.from_pretrained(find_model(arguments.encoder))
     pairs = load_pairs(arguments.pairs, columns=arguments.columns, num_negatives=0)
     mined = mine_negatives(
         pairs,
-        ChunkEncoder.from_pretrained(find_model(arguments.encoder)),
+        encoder,
         num_negatives=arguments.num_negatives,
         depth=arguments.depth,
         max_relative_score=arguments.max_relative_score,

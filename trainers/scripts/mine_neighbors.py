@@ -35,7 +35,7 @@ class MineNeighborsArguments:
     """Arguments of `retro mine-neighbors`."""
 
     datastore: str = field(metadata={"help": "Folder or Hub id of the datastore, with neighbors."})
-    model: str = field(metadata={"help": "Folder or Hub id of a RETRO model or of any causal one."})
+    model: str = field(metadata={"help": "Folder or Hub id of a RETRO model or of any causal one, or smollm2."})
     output_dir: str = field(metadata={"help": "Folder to write to: the scores, and the pairs in its folder `pairs`."})
     reader: str | None = field(
         default=None, metadata={"help": "Reader for a model that is no RETRO model: a name, a folder or a Hub id."}

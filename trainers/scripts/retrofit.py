@@ -37,7 +37,7 @@ class RetrofitArguments:
     Arguments of `retro retrofit`. Other fields have the defaults of [`RetroConfig`].
     """
 
-    base: str = field(metadata={"help": "Hub id or folder of the decoder."})
+    base: str = field(metadata={"help": "Folder or Hub id of the decoder, or smollm2."})
     output_dir: str = field(metadata={"help": "Folder to write the model and its tokenizer to; new or empty."})
     attention: str = field(
         default="cross",

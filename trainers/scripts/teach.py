@@ -35,7 +35,9 @@ class TeachArguments:
     """Arguments of `retro teach`."""
 
     datastore: str = field(metadata={"help": "Folder or Hub id of the datastore, with neighbors."})
-    model: str = field(metadata={"help": "Folder or Hub id of the teacher: a RETRO model or any causal one."})
+    model: str = field(
+        metadata={"help": "Folder or Hub id of the teacher: a RETRO model or any causal one, or smollm2."}
+    )
     output_dir: str = field(metadata={"help": "Folder to write to."})
     split: str = field(default="train", metadata={"help": "Split of the datastore for training."})
     row_chunks: int = field(default=8, metadata={"help": "Chunks in a row of the training: its `--row_chunks`."})

@@ -56,7 +56,9 @@ class TrainRetrieverArguments:
             "help": "Pair sets: files .jsonl, .json, .csv or .tsv[.gz|.zst], folders of `retro pairs`, Hub datasets."
         }
     )
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Encoder to start from."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the encoder to start from, or minilm."}
+    )
     model_config: str | None = field(
         default=None,
         metadata={"help": "YAML or JSON file with `model_type` and fields of its config, to start from scratch."},
@@ -101,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         training_arguments="trainers.retriever.config:RetrieverTrainingArguments",
     )
     from data_prep.pairs.pairs import load_pairs
+    from data_prep.shipped_models import find_model
     from modeling_retro.datastore.checksums import load_tokenizer
     from trainers.durable_checkpoints import checkpoint_to_resume
     from trainers.retriever.trainer import RetrieverTrainer
@@ -114,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = RetrieverTrainer(
         model=_load_encoder(arguments, training_arguments.seed),
         args=training_arguments,
-        processing_class=load_tokenizer(arguments.tokenizer_name_or_path or arguments.model_name_or_path),
+        processing_class=load_tokenizer(find_model(arguments.tokenizer_name_or_path or arguments.model_name_or_path)),
         train_dataset=_load_training_pairs(arguments, training_arguments),
         eval_dataset=eval_dataset,
     )
@@ -137,6 +140,7 @@ def _meaning(arguments: TrainRetrieverArguments) -> dict[str, Any]:
 def _load_encoder(arguments: TrainRetrieverArguments, seed: int) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModel, set_seed
 
+    from data_prep.shipped_models import find_model, naming_the_ways
     from modeling_retro.encoder.chunk_encoder import load_text_encoder
 
     if (arguments.model_name_or_path is None) == (arguments.model_config is None):
@@ -144,7 +148,8 @@ def _load_encoder(arguments: TrainRetrieverArguments, seed: int) -> "PreTrainedM
             "give either --model_name_or_path (an encoder to start from) or --model_config (from scratch)"
         )
     if arguments.model_name_or_path is not None:
-        return load_text_encoder(arguments.model_name_or_path)
+        with naming_the_ways(arguments.model_name_or_path, "encoder"):
+            return load_text_encoder(find_model(arguments.model_name_or_path))
     fields = yaml.safe_load(Path(arguments.model_config).read_text(encoding="utf-8"))
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise ValueError(f"{arguments.model_config}: expected `model_type` and fields of its config")

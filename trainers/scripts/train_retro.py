@@ -61,7 +61,7 @@ class TrainRetroArguments:
     datastore: str = field(metadata={"help": "Folder or Hub id of the datastore to train on and to search."})
     model: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub id of the model to start from: a RETRO model or any causal one."},
+        metadata={"help": "Folder or Hub id of the model to start from: a RETRO model or any causal one, or smollm2."},
     )
     model_config: str | None = field(
         default=None, metadata={"help": "YAML or JSON file with fields of RetroConfig, for training from scratch."}

@@ -83,6 +83,7 @@ def load_model(args: SpanCorruptionArguments) -> "tuple[PreTrainedModel, PreTrai
     """The model and its tokenizer, from a checkpoint or new."""
     from transformers import AutoConfig, AutoModelForSeq2SeqLM, ByT5Tokenizer, T5Config
 
+    from data_prep.shipped_models import find_model
     from modeling_retro.datastore.checksums import load_tokenizer
     from modeling_retro.encoder.own_code import no_code_of
 
@@ -92,14 +93,15 @@ def load_model(args: SpanCorruptionArguments) -> "tuple[PreTrainedModel, PreTrai
                 "--config_name_or_path and --model_config describe a new model: drop --model_name_or_path"
             )
         with no_code_of(f"the model {args.model_name_or_path}"):
-            model = AutoModelForSeq2SeqLM.from_pretrained(args.model_name_or_path, trust_remote_code=False)
-        return model, load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
+            name = find_model(args.model_name_or_path)
+            model = AutoModelForSeq2SeqLM.from_pretrained(name, trust_remote_code=False)
+        return model, load_tokenizer(find_model(args.tokenizer_name_or_path or args.model_name_or_path))
     tokenizer = ByT5Tokenizer()
     if args.tokenizer_name_or_path is not None:
-        tokenizer = load_tokenizer(args.tokenizer_name_or_path)
+        tokenizer = load_tokenizer(find_model(args.tokenizer_name_or_path))
     if args.config_name_or_path is not None:
         with no_code_of(f"the model {args.config_name_or_path}"):
-            config = AutoConfig.from_pretrained(args.config_name_or_path, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(find_model(args.config_name_or_path), trust_remote_code=False)
     else:
         config = T5Config(
             vocab_size=len(tokenizer),
