@@ -18,6 +18,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import make_texts, write_jsonl
 
 from modeling_retro import durable_files_retro
 from modeling_retro.durable_files_retro import replace
@@ -42,6 +43,64 @@ def test_models_are_read_without_the_calls_of_linux():
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == "retro\n"
+
+
+WITHOUT_LINUX = """
+import ctypes, os, platform, resource, sys
+import datasets, faiss, psutil, torch, transformers  # they choose their libraries by the real system
+
+sys.platform = "darwin"
+platform.libc_ver = lambda *_: ("", "")
+for name in ("sched_getaffinity", "sched_setaffinity", "posix_fadvise", "posix_fallocate", "memfd_create",
+             "copy_file_range", "splice", "pidfd_open", "getrandom", "eventfd", "setxattr", "getxattr"):
+    if hasattr(os, name):
+        delattr(os, name)
+
+
+class SystemLibrary:
+    def __init__(self, *_, **__):
+        pass
+
+
+def refuse(*_):
+    raise ValueError("current limit exceeds maximum limit")
+
+
+ctypes.CDLL, resource.setrlimit = SystemLibrary, refuse
+"""
+
+
+def test_a_datastore_is_built_and_changed_without_the_calls_of_linux(tmp_path, tiny_tokenizer, tiny_encoder_dir):
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for number, name in enumerate(("a", "b", "more")):
+        write_jsonl(tmp_path / f"{name}.jsonl", make_texts(8, seed=number))
+    program = f"""{WITHOUT_LINUX}
+from data_prep.chunk import chunk_documents
+from data_prep.embed import embed_chunks
+from data_prep.index import build_index
+from data_prep.neighbors import find_neighbors
+from data_prep.memory import keep_freed_memory
+from data_prep.upkeep.changes import add_documents, compact_datastore, remove_documents
+from data_prep.upkeep.verify import verify
+from modeling_retro import RetroRetriever
+import serving, trainers.quickstart, trainers.chat_template
+
+keep_freed_memory()
+chunk_documents(["a.jsonl", "b.jsonl"], "ds", "tokenizer", chunk_size=8, shard_bytes=1000, num_proc=2)
+embed_chunks("ds", {str(tiny_encoder_dir)!r})
+build_index("ds")
+find_neighbors("ds", num_neighbors=2)
+add_documents("ds", "more.jsonl")
+remove_documents("ds", [3])
+compact_datastore("ds")
+assert not verify("ds"), verify("ds")
+retriever = RetroRetriever.from_pretrained("ds")
+assert retriever.search("some text", 3)
+print("searched")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert ended.stdout.endswith("searched\n")
 
 
 def test_a_folder_takes_the_place_of_another_where_names_cannot_be_exchanged(tmp_path, monkeypatch):
