@@ -28,7 +28,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -121,7 +121,13 @@ class EndpointEncoder(ChunkEncoder):
         """The record for the manifest: the name of the model and its vectors of [`PROBES`], but not the address."""
         return super().describe() | {"probes": self.recorded_probes}
 
-    def encode(self, texts: Sequence[str], tokens_per_batch: int = 4096, window: int = 8192) -> np.ndarray:
+    def encode(
+        self,
+        texts: Sequence[str],
+        tokens_per_batch: int = 4096,
+        window: int = 8192,
+        advance: Callable[[int], Any] | None = None,
+    ) -> np.ndarray:
         """
         Embeds texts.
 
@@ -129,6 +135,7 @@ class EndpointEncoder(ChunkEncoder):
             texts (`Sequence[str]`): The texts. The server cuts or refuses those that are too long for its model.
             tokens_per_batch (`int`, *optional*, defaults to 4096): Not used; `batch` in the address counts texts.
             window (`int`, *optional*, defaults to 8192): Not used.
+            advance (`Callable`, *optional*): Called with the number of texts of each batch that is embedded.
 
         Returns:
             `np.ndarray`: float32 [n, dim], in the order of `texts`. A text of nothing but white space has zeros.
@@ -157,8 +164,9 @@ class EndpointEncoder(ChunkEncoder):
             return embeddings
         with ThreadPoolExecutor(self.parallel) as pool:
             try:
-                for _ in pool.map(embed, batches):
-                    pass
+                for batch, _ in zip(batches, pool.map(embed, batches), strict=True):
+                    if advance is not None:
+                        advance(len(batch))
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # or each would have its five tries first
                 raise
