@@ -360,8 +360,8 @@ def test_a_recipe_asks_its_endpoint_before_the_first_stage(tei, tmp_path, tiny_t
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     file = write_jsonl(tmp_path / "a.jsonl", ["abc"])
     recipe = {"tokenizer": str(tmp_path / "tokenizer"), "encoder": tei.address, "splits": {"train": str(file)}}
-    check_needs(recipe, tmp_path)
+    check_needs(recipe, tmp_path, tmp_path / "datastore")
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
         recipe["encoder"] = f"http://127.0.0.1:{free.getsockname()[1]}/embed?timeout=0.1"
         with pytest.raises(ConnectionError, match="did not answer"):
-            check_needs(recipe, tmp_path)
+            check_needs(recipe, tmp_path, tmp_path / "datastore")
