@@ -27,12 +27,14 @@ from transformers.utils import logging
 
 from data_prep.faiss_index import to_gpus
 from data_prep.index import read_embeddings
+from data_prep.join import QUERIES, ListJoin, can_join, remove_copies
 from data_prep.stage_files import (
     check_options,
     clear_records,
     directory_lock,
     discard,
     open_manifest,
+    process_state,
     run_shards,
     save_shard,
     write_manifest,
@@ -143,8 +145,13 @@ def find_neighbors(
         record.check_made_of_chunks("neighbors", f"run `retro neighbors --split {split} --force`")
         write_manifest(path, manifest)
         search.open()
+        finished = {shard.name for shard in stage.shards}
+        is_joined = [not use_gpus and can_join(opened, retriever, min(shard.rows, QUERIES)) for shard in chunk_shards]
+        join = None
         if use_gpus and search.needs_embeddings:
             search = NeighborSearch(opened, retriever, to_gpus(opened.index, shard_index))
+        elif any(wide and shard.name not in finished for wide, shard in zip(is_joined, chunk_shards, strict=True)):
+            join = ListJoin(opened, read_embeddings(path, TRAIN_SPLIT, manifest, verify=split != TRAIN_SPLIT))
         features = neighbor_features(num_neighbors)
 
         def make(shard: int, temporary: Path, advance: Callable[[int], Any]) -> dict[str, Any]:
@@ -152,13 +159,18 @@ def find_neighbors(
             vectors = None
             if embeddings is not None:
                 vectors, embeddings[shard] = embeddings[shard], None  # so that the pages of the file are released
-            for start in range(0, chunk_shards[shard].rows, _QUERIES):
-                block = slice(start, start + _QUERIES)
+            block_size = QUERIES if is_joined[shard] else _QUERIES
+            for start in range(0, chunk_shards[shard].rows, block_size):
+                block = slice(start, start + block_size)
                 columns = {name: part[block] for name, part in queries.chunks.shard(shard).items()}
                 mask = np.arange(opened.chunk_size) < columns["length"][:, None]
                 wanted = None if vectors is None else vectors[block].astype(np.float32)
                 unwanted = _unwanted(opened, columns, mask, queries.searched, drop_near_duplicates)
-                ids, scores, found = search(columns["input_ids"], mask, wanted, num_neighbors, unwanted)
+                if is_joined[shard]:
+                    documents = columns["document_id"] if queries.searched else np.full(len(wanted), -1)
+                    ids, scores, found = join(wanted, documents, num_neighbors, unwanted)
+                else:
+                    ids, scores, found = search(columns["input_ids"], mask, wanted, num_neighbors, unwanted)
                 parts.append((ids, scores))
                 counts = {name: counts.get(name, 0) + number for name, number in found.items()}
                 advance(len(ids))
@@ -187,6 +199,8 @@ def find_neighbors(
             f"Neighbors of {split}",
             sizes=[shard.rows for shard in chunk_shards],
         )
+        if process_state().is_main_process:
+            remove_copies(path)
         stage.shards = [NeighborShard.from_dict(record) for record in records]
         totals = [shard.counts for shard in stage.shards]
         stage.counts = {name: sum(total.get(name, 0) for total in totals) for name in sorted(set().union(*totals))}

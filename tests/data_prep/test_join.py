@@ -1,0 +1,155 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import edit_manifest
+
+import data_prep.join
+import data_prep.neighbors
+from data_prep.index import build_index
+from data_prep.join import ListJoin, can_join
+from data_prep.neighbors import find_neighbors
+from data_prep.upkeep.changes import remove_documents
+from modeling_retro.datastore.datastore import RetroDatastore, faiss
+
+
+@pytest.fixture
+def datastore_dir(tiny_datastore_dir, tmp_path, monkeypatch):
+    """An index of Flat lists, of which all are probed, so that the search query by query is exact."""
+    path = shutil.copytree(tiny_datastore_dir, tmp_path / "datastore")
+    probe_all_lists(path, "IVF8,Flat")
+    # Any processor multiplies bytes, though not all do it fast; and small blocks cut lists and queries.
+    monkeypatch.setattr(data_prep.join, "_multiplies_bytes", lambda: True)
+    monkeypatch.setattr(data_prep.join, "_QUERIES_OF_A_LIST", 1)
+    monkeypatch.setattr(data_prep.join, "_PRODUCTS", 1 << 10)
+    # Vectors of 16 dimensions, many of which are nearly alike, in 8 bits.
+    monkeypatch.setattr(data_prep.join, "_SPARE", 32)
+    return path
+
+
+def probe_all_lists(path, factory):
+    build_index(path, factory=factory, force=True)
+    edit_manifest(path, lambda manifest: manifest["index"]["search_parameters"].update(nprobe=8))
+
+
+@pytest.fixture
+def query_by_query(monkeypatch):
+    """Makes `find_neighbors` search query by query."""
+
+    def switch():
+        monkeypatch.setattr(data_prep.neighbors, "can_join", lambda *_: False)
+
+    return switch
+
+
+def stored(path):
+    datastore = RetroDatastore.from_pretrained(path)
+    return datastore.neighbor_ids.copy(), datastore.neighbor_scores.copy(), datastore
+
+
+def assert_exact(path, ids, scores):
+    """The nearest chunks of other, present documents, computed from the stored embeddings."""
+    datastore = RetroDatastore.from_pretrained(path)
+    vectors = np.concatenate([np.load(file) for file in sorted((path / "embeddings").glob("*.npy"))])
+    vectors = vectors.astype(np.float64)
+    assert (ids[~vectors.any(axis=1)] == -1).all()  # chunks without a known word are near to none
+    products = vectors @ vectors.T
+    documents = datastore.chunks.document_id
+    products[documents[:, None] == documents] = -np.inf
+    products[:, datastore.is_removed(np.arange(len(vectors)))] = -np.inf
+    products, ids, scores = (part[vectors.any(axis=1)] for part in (products, ids, scores))
+    best = -np.sort(-products, axis=1)[:, : ids.shape[1]]
+    np.testing.assert_allclose(scores, best, rtol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(products, ids, axis=1), best, rtol=1e-5)
+
+
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF8,SQfp16", "IVF8,PQ8x4fsr,Refine(SQfp16)"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_all_lists_hold_the_nearest_chunks_of_other_documents(datastore_dir, monkeypatch, factory, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    probe_all_lists(datastore_dir, factory)
+    stage = find_neighbors(datastore_dir, num_neighbors=4)
+    ids, scores, datastore = stored(datastore_dir)
+    assert can_join(datastore, "dense", stage.shards[0].rows)
+    assert_exact(datastore_dir, ids, scores)
+    assert stage.counts["own_document"] > 0
+    assert not list(datastore_dir.glob(".join-*"))
+
+
+def test_results_equal_those_of_the_search_query_by_query(datastore_dir, query_by_query):
+    joined = {}
+    for split in ("train", "validation"):
+        find_neighbors(datastore_dir, num_neighbors=3, split=split, force=True)
+        joined[split] = RetroDatastore.from_pretrained(datastore_dir).split(split).neighbor_scores.copy()
+    query_by_query()
+    for split, scores in joined.items():
+        find_neighbors(datastore_dir, num_neighbors=3, split=split, force=True)
+        searched = RetroDatastore.from_pretrained(datastore_dir).split(split).neighbor_scores
+        has_length = (scores != 0).any(axis=1)
+        assert has_length.mean() > 0.9
+        np.testing.assert_allclose(scores[has_length], searched[has_length], rtol=1e-5)
+
+
+def test_removed_documents_and_near_duplicates_are_not_found(datastore_dir, query_by_query):
+    documents = RetroDatastore.from_pretrained(datastore_dir).chunks.document_id
+    remove_documents(datastore_dir, documents=[int(documents[100]), int(documents[-1])])
+    find_neighbors(datastore_dir, num_neighbors=4, force=True)
+    ids, scores, datastore = stored(datastore_dir)
+    assert not datastore.is_removed(ids).any()
+    assert_exact(datastore_dir, ids, scores)
+    # Where many results are near duplicates, the query is searched further.
+    stage = find_neighbors(datastore_dir, num_neighbors=4, drop_near_duplicates=0.4, force=True)
+    _, joined, _ = stored(datastore_dir)
+    assert stage.counts["near_duplicates"] > 0 and stage.counts["refetched"] > 0
+    query_by_query()
+    find_neighbors(datastore_dir, num_neighbors=4, drop_near_duplicates=0.4, force=True)
+    has_length = (joined != 0).any(axis=1)
+    np.testing.assert_allclose(joined[has_length], stored(datastore_dir)[1][has_length], rtol=1e-5)
+
+
+def test_a_query_without_length_has_no_neighbors(datastore_dir):
+    datastore = RetroDatastore.from_pretrained(datastore_dir)
+    embeddings = [np.load(file) for file in sorted((datastore_dir / "embeddings").glob("*.npy"))]
+    queries = embeddings[0][:5].astype(np.float32)
+    queries[2] = 0
+    ids, scores, counts = ListJoin(datastore, embeddings)(queries, np.full(5, -1), 2, {})
+    assert (ids[2] == -1).all() and (scores[2] == 0).all() and counts["short"] == 1
+    np.testing.assert_array_equal(ids[[0, 1, 3, 4], 0], [0, 1, 3, 4])  # no document: each chunk finds itself
+
+
+def test_an_interrupted_join_goes_on_and_ends_the_same(datastore_dir, tmp_path, dies_at):
+    other = shutil.copytree(datastore_dir, tmp_path / "other")
+    find_neighbors(other, num_neighbors=4)
+    dies_at(3, data_prep.neighbors, "save_shard")
+    with pytest.raises(KeyboardInterrupt):
+        find_neighbors(datastore_dir, num_neighbors=4)
+    assert list(datastore_dir.glob(".join-*"))
+    find_neighbors(datastore_dir, num_neighbors=4)
+    files = sorted(path.relative_to(other) for path in (other / "neighbors").rglob("*") if path.is_file())
+    assert files and all((datastore_dir / name).read_bytes() == (other / name).read_bytes() for name in files)
+    assert sorted(path.name for path in datastore_dir.iterdir()) == sorted(path.name for path in other.iterdir())
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8", "OPQ4_8,IVF4,PQ4x4"])
+def test_other_indexes_and_few_queries_are_searched_query_by_query(datastore_dir, monkeypatch, factory):
+    monkeypatch.setattr(data_prep.join, "_QUERIES_OF_A_LIST", 64)
+    datastore = RetroDatastore.from_pretrained(datastore_dir)
+    assert can_join(datastore, "dense", 1000) and not can_join(datastore, "rerank", 1000)
+    assert not can_join(datastore, "dense", 8)
+    assert isinstance(faiss.downcast_index(datastore.index), faiss.IndexIVF)
+    build_index(datastore_dir, factory=factory, force=True)
+    assert not can_join(RetroDatastore.from_pretrained(datastore_dir), "dense", 100_000)
