@@ -59,7 +59,8 @@ _SAMPLE, _ROWS = 1 << 16, 4096
 def can_join(datastore: RetroDatastore, retriever: str, queries: int) -> bool:
     """
     Whether the neighbors of so many queries are found faster list by list. That needs an inverted file of inner
-    products, enough queries for its lists, and a processor that multiplies 8-bit integers (AVX-512 VNNI or AMX).
+    products, the embeddings, enough queries for its lists, and a processor that multiplies 8-bit integers (AVX-512
+    VNNI).
 
     Args:
         datastore ([`RetroDatastore`]): The searched datastore.
@@ -67,6 +68,9 @@ def can_join(datastore: RetroDatastore, retriever: str, queries: int) -> bool:
         queries (`int`): Number of queries.
     """
     if retriever != "dense" or not hasattr(torch, "_int_mm") or not _multiplies_bytes():
+        return False
+    train = datastore.manifest.train
+    if len(train.embedding_shards) < len(train.chunk_shards):  # a datastore of the Hub has none
         return False
     index = faiss.downcast_index(datastore.index)
     inner = faiss.downcast_index(index.base_index) if isinstance(index, faiss.IndexRefine) else index
@@ -76,7 +80,8 @@ def can_join(datastore: RetroDatastore, retriever: str, queries: int) -> bool:
 
 
 def _multiplies_bytes() -> bool:
-    return bool(torch.cpu.get_capabilities().get("avx512_vnni", False))
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+    return bool(capabilities.get("avx512_vnni", False))
 
 
 def remove_copies(path: Path) -> None:
@@ -241,7 +246,7 @@ class _Pass:
         """Integers [n, nprobe]: The lists with the nearest centroids, nearest first."""
         nprobe = min(math.ceil(_MORE_LISTS * self.join.ivf.nprobe), len(self.join.centroids))
         dtype = np.uint16 if len(self.join.centroids) <= 1 << 16 else np.int32  # 16 bits are sorted by radix
-        step = max(1, 4 * _PRODUCTS // len(self.join.centroids))
+        step = max(64, 4 * _PRODUCTS // len(self.join.centroids))
         blocks = [self.queries[start : start + step] for start in range(0, len(self.queries), step)]
 
         def choose(block: torch.Tensor) -> np.ndarray:
@@ -328,9 +333,7 @@ class _Pass:
 
 
 def _to_bytes(vectors: np.ndarray, largest: float | None = None, axis: int | None = None) -> np.ndarray:
-    """
-    Rounds vectors to int8, so that the largest absolute value, of all or along an axis, becomes 127.
-    """
+    """Rounds vectors to int8, so that the largest absolute value, of all or along an axis, becomes 127."""
     if largest is None:
         largest = np.abs(vectors).max(axis=axis, keepdims=axis is not None, initial=1e-30)
     scaled = vectors * np.float32(127 / max(largest, 1e-30)) if axis is None else vectors * (127 / largest)

@@ -151,5 +151,7 @@ def test_other_indexes_and_few_queries_are_searched_query_by_query(datastore_dir
     assert can_join(datastore, "dense", 1000) and not can_join(datastore, "rerank", 1000)
     assert not can_join(datastore, "dense", 8)
     assert isinstance(faiss.downcast_index(datastore.index), faiss.IndexIVF)
+    datastore.manifest.train.embeddings = None  # as a datastore comes from the Hub
+    assert not can_join(datastore, "dense", 1000)
     build_index(datastore_dir, factory=factory, force=True)
     assert not can_join(RetroDatastore.from_pretrained(datastore_dir), "dense", 100_000)
