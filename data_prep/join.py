@@ -289,7 +289,7 @@ class _Pass:
             for start in range(0, len(rows), step):
                 part = rows[start : start + step]
                 products = buffer[: size * len(part)].view(size, len(part))
-                torch._int_mm(vectors, self.queries[torch.from_numpy(part)].T, out=products)
+                torch._int_mm(vectors, self.queries.index_select(0, torch.from_numpy(part)).T, out=products)
                 bar, products = self.products[part, -1], products.numpy()
                 new = np.flatnonzero(bar == _EMPTY)
                 if len(new):  # of what these queries find, their best results of other documents will do
