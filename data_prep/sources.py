@@ -30,6 +30,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 
 from data_prep.file_types import file_type, suffix_of
+from data_prep.shares import Follower
 from data_prep.stage_files import process_state
 from data_prep.tables import is_json_in_one_piece
 from modeling_retro.datastore.manifest import SourceRecord
@@ -183,13 +184,13 @@ def describe_sources(sources: Sequence[Source], folder: Path) -> list[SourceReco
         sources (`Sequence[Source]`): The sources.
         folder (`Path`): The datastore.
     """
-    records = []
-    if process_state().is_main_process:
+    records, state = [], process_state()
+    if state.is_main_process or isinstance(state, Follower):
         file = (folder.parent if folder.name == ".next" else folder) / _KNOWN
         known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         before = dict(known)
         records = [source.describe(known).to_dict() for source in sources]
-        if known != before:
+        if known != before and state.is_main_process:
             write_json(file, known)
     return [SourceRecord.from_dict(record) for record in broadcast_object_list([records])[0]]
 

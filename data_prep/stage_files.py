@@ -41,6 +41,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from data_prep.shares import TASKS_LOCK, Follower, NotBegunError, ShareDone, current_share
 from modeling_retro.datastore.checksums import checksum
 from modeling_retro.datastore.links import check_links
 from modeling_retro.datastore.manifest import (
@@ -73,8 +74,11 @@ _POLL_SECONDS = 0.5
 _locks: dict[Path, int] = {}
 
 
-def process_state() -> PartialState:
+def process_state() -> PartialState | Follower:
     """The processes of this run. Those that have finished wait for the slowest without a time limit."""
+    share = current_share()
+    if share is not None and not share.begins:
+        return Follower()
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
 
 
@@ -93,16 +97,26 @@ def directory_lock(path: Path) -> Iterator[None]:
     if path in _locks:
         yield
         return
-    state = process_state()
     make_folder(path)
     check_links(path)
+    if (share := current_share()) is not None:
+        with share.lock(path):
+            _locks[path] = 0
+            try:
+                yield
+            finally:
+                del _locks[path]
+        return
+    state = process_state()
     handle = os.open(path / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    tasks = os.open(path / TASKS_LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if state.is_main_process:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another run is writing to {path}; wait for it to end or stop it") from None
+            for lock in (handle, tasks):
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise ValueError(f"another run is writing to {path}; wait for it to end or stop it") from None
             recover_all(path)
         state.wait_for_everyone()
         # From here on the lock is shared. While any process of this run lives, no other run gets the exclusive lock.
@@ -113,6 +127,7 @@ def directory_lock(path: Path) -> Iterator[None]:
     finally:
         _locks.pop(path, None)
         os.close(handle)
+        os.close(tasks)
     # The next stage of this run takes the exclusive lock only when no process holds the shared one any longer.
     state.wait_for_everyone()
 
@@ -164,6 +179,10 @@ def share_settings(manifest: Manifest | None, settings: Mapping[str, Any]) -> Ma
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Writes `datastore.json` in the main process, while the others wait."""
     state = process_state()
+    if isinstance(state, Follower):
+        is_begun = (path / MANIFEST_NAME).exists() and read_manifest(path).checksum() == manifest.checksum()
+        if not is_begun:
+            raise NotBegunError
     if state.is_main_process:
         with superseding(path):
             manifest.write(path)
@@ -191,6 +210,8 @@ def discard(path: Path, manifest: Manifest, split: str, first_stage: str) -> Non
         split (`str`): Name of the split.
         first_stage (`str`): `"chunks"`, `"embeddings"`, `"index"`, `"bm25"` or `"neighbors"`.
     """
+    if current_share() is not None:
+        raise ValueError(f"a task makes shards and removes nothing; run the stage {first_stage} with --force before")
     stages = {first_stage, *_MADE_OF[first_stage]}
     gone = []
     for name, record in manifest.splits.items():
@@ -263,7 +284,13 @@ def run_shards(
     todo = [i for i, name in enumerate(names) if name not in done and not _record_path(folder, name).exists()]
     # One process decides, because others could see the folder while shards are being finished.
     todo = broadcast_object_list([todo])[0]
-    if in_order:
+    share = current_share()
+    if share is not None:
+        if in_order:
+            raise ValueError("the shards of a split with max_chunks are made in order; make them without tasks")
+        share.begin()
+        mine = sorted({*share.part(len(names))} & {*todo})
+    elif in_order:
         ended = any(record.get("last") for record in finished_records(folder, names))
         mine = todo if state.is_main_process and not ended else []
     else:
@@ -289,7 +316,8 @@ def run_shards(
         return record
 
     total = sum(sizes[index] for index in mine)
-    with tqdm(total=total, desc=description, unit=f" {unit}", disable=not state.is_main_process) as progress:
+    is_silent = share is None and not state.is_main_process
+    with tqdm(total=total, desc=description, unit=f" {unit}", disable=is_silent) as progress:
         if num_proc > 1 and len(mine) > 1 and not in_order:
             for number in _fork(finish, mine, num_proc):
                 progress.update(number)
@@ -298,6 +326,8 @@ def run_shards(
                 record = finish(index, progress.update)
                 if in_order and record["last"]:
                     break
+    if share is not None:
+        raise ShareDone(len(mine))
     state.wait_for_everyone()
     for record in finished_records(folder, names):
         done.setdefault(record["name"], record)

@@ -20,8 +20,9 @@ retro chunk --input held_out.jsonl --output-dir datastore --tokenizer HuggingFac
 ```
 
 Many processes can share the work (`--num_proc 2`, or `accelerate launch -m data_prep.scripts.chunk ...` for several
-machines), and the same command resumes an interrupted run. A chunk never crosses the end of a document, and the last
-chunk of a document is padded.
+machines), and the same command resumes an interrupted run. Independent tasks can too: those of a job array with
+`--num_tasks 64 --task_index $SLURM_ARRAY_TASK_ID`, and those of Ray with `--num_tasks 64 --ray auto`. A chunk never
+crosses the end of a document, and the last chunk of a document is padded.
 """
 
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from pathlib import Path
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.memory import keep_freed_memory
+from data_prep.task_options import TaskOptions, run_stage
 
 
 @dataclass
@@ -80,7 +82,7 @@ class ChunkArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    (arguments,) = parse_arguments(ChunkArguments, argv=argv, description=__doc__, prog="retro chunk")
+    arguments, tasks = parse_arguments(ChunkArguments, TaskOptions, argv=argv, description=__doc__, prog="retro chunk")
     from data_prep.chunk import chunk_documents
     from data_prep.file_report import files_of_split
     from data_prep.results import chunks_in_words
@@ -94,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = {name: options.pop(option) for option, name in names.items()}
     if dataset["dataset"] is not None:
         inputs = [*inputs, dataset]
-    stage = chunk_documents(inputs, **options)
-    if process_state().is_main_process:
+    stage = run_stage(chunk_documents, {"inputs": inputs, **options}, tasks)
+    if stage is not None and process_state().is_main_process:
         path = Path(arguments.output_dir)
         table = files_of_split(path, arguments.split, read_manifest(path).splits[arguments.split])
         print("" if table is None else f"{table}\n", end="")

@@ -19,7 +19,9 @@ retro embed --datastore datastore --encoder sentence-transformers/all-MiniLM-L6-
 retro embed --datastore datastore --split validation
 ```
 
-Many processes can share the shards, one for each GPU: `accelerate launch -m data_prep.scripts.embed ...`.
+Many processes can share the shards, one for each GPU: `accelerate launch -m data_prep.scripts.embed ...`. Independent
+tasks can too: those of a job array with `--num_tasks 64 --task_index $SLURM_ARRAY_TASK_ID`, and those of Ray with
+`--num_tasks 64 --ray auto`.
 """
 
 from collections.abc import Sequence
@@ -27,6 +29,7 @@ from dataclasses import dataclass, field
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.memory import keep_freed_memory
+from data_prep.task_options import TaskOptions, run_stage
 
 
 @dataclass
@@ -35,7 +38,13 @@ class EmbedArguments:
 
     datastore: str = field(metadata={"help": "The datastore."})
     encoder: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the encoder; by default the datastore's own."}
+        default=None,
+        metadata={
+            "help": (
+                "Folder or Hub id of the encoder, or the address of a server that embeds texts "
+                "(http://HOST/embed or http://HOST/v1/embeddings?model=NAME); by default the one used before."
+            )
+        },
     )
     revision: str | None = field(default=None, metadata={"help": "Revision of the encoder on the Hub."})
     split: str = field(default="train", metadata={"help": "The split to embed."})
@@ -54,13 +63,13 @@ class EmbedArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    (arguments,) = parse_arguments(EmbedArguments, argv=argv, description=__doc__, prog="retro embed")
+    arguments, tasks = parse_arguments(EmbedArguments, TaskOptions, argv=argv, description=__doc__, prog="retro embed")
     from data_prep.embed import embed_chunks
     from data_prep.stage_files import process_state
 
     keep_freed_memory()
-    stage = embed_chunks(**vars(arguments))
-    if process_state().is_main_process:
+    stage = run_stage(embed_chunks, vars(arguments), tasks)
+    if stage is not None and process_state().is_main_process:
         print(f"{sum(shard.rows for shard in stage.shards):,} chunks are embedded, in {len(stage.shards)} shards")
 
 

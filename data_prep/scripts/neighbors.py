@@ -20,13 +20,16 @@ retro neighbors --datastore datastore --num-neighbors 4 --split validation
 retro neighbors --datastore datastore --retriever bm25
 ```
 
-Many processes can share the shards: `accelerate launch -m data_prep.scripts.neighbors ...`.
+Many processes can share the shards: `accelerate launch -m data_prep.scripts.neighbors ...`. Independent tasks can too:
+those of a job array with `--num_tasks 64 --task_index $SLURM_ARRAY_TASK_ID`, and those of Ray with `--num_tasks 64
+--ray auto`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from data_prep.arguments import parse_arguments, run_command
+from data_prep.task_options import TaskOptions, run_stage
 
 
 @dataclass
@@ -52,13 +55,15 @@ class NeighborsArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    (arguments,) = parse_arguments(NeighborsArguments, argv=argv, description=__doc__, prog="retro neighbors")
+    arguments, tasks = parse_arguments(
+        NeighborsArguments, TaskOptions, argv=argv, description=__doc__, prog="retro neighbors"
+    )
     from data_prep.neighbors import find_neighbors
     from data_prep.results import neighbors_in_words
     from data_prep.stage_files import process_state
 
-    stage = find_neighbors(**vars(arguments))
-    if process_state().is_main_process:
+    stage = run_stage(find_neighbors, vars(arguments), tasks)
+    if stage is not None and process_state().is_main_process:
         print(neighbors_in_words(stage))
 
 

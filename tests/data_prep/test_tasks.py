@@ -1,0 +1,304 @@
+# Copyright 2026 The RETRO for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The tasks of a job array and of Ray leave the bytes of one process, whatever their order and whoever is killed."""
+
+import json
+import random
+import signal
+import threading
+import time
+from functools import partial
+
+import pytest
+from child_processes import CHILDREN
+from conftest import TINY_CHUNK_SIZE, make_texts, write_jsonl
+
+from data_prep import shares
+from data_prep.chunk import chunk_documents
+from data_prep.embed import embed_chunks
+from data_prep.index import build_index
+from data_prep.neighbors import find_neighbors
+from data_prep.scripts import embed as embed_script
+from data_prep.shares import TASKS_LOCK, run_share
+from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.datastore.manifest import read_manifest
+
+
+@pytest.fixture
+def stages(tmp_path, tiny_tokenizer, tiny_encoder_dir):
+    """A function that makes the stages of a datastore, each as a call without arguments."""
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    file = write_jsonl(tmp_path / "train.jsonl", [text for text in make_texts(90, seed=2) if text.strip()])
+
+    def of(path):
+        chunking = {"chunk_size": TINY_CHUNK_SIZE, "shard_bytes": 2000}
+        return [
+            partial(chunk_documents, str(file), path, str(tmp_path / "tokenizer"), **chunking),
+            partial(embed_chunks, path, str(tiny_encoder_dir)),
+            partial(build_index, path, factory="Flat"),
+            partial(find_neighbors, path, num_neighbors=2),
+        ]
+
+    return of
+
+
+@pytest.fixture
+def reference(stages, tmp_path):
+    for stage in stages(tmp_path / "reference"):
+        stage()
+    return files_of(tmp_path / "reference")
+
+
+def is_shared(stage):
+    return stage.func is not build_index
+
+
+def files_of(path):
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 1, 2, 0, 0)])
+def test_shares_in_any_order_are_published_by_the_stage_itself(stages, reference, tmp_path, order):
+    path = tmp_path / "datastore"
+    for name, stage in zip(("chunks", "embeddings", "", "neighbors"), stages(path), strict=True):
+        if is_shared(stage):
+            made = [run_share(stage, index, 3) for index in order]
+            assert sum(made) == len(read_manifest(path).train.chunks.parts) > 3
+            assert getattr(read_manifest(path).train, name).shards == []  # not published
+        stage()
+    assert files_of(path) == reference
+
+
+def test_a_share_that_is_missing_is_made_by_the_run_that_publishes(stages, reference, tmp_path):
+    for stage in stages(tmp_path / "datastore"):
+        if is_shared(stage):
+            run_share(stage, 1, 2)
+        stage()
+    assert files_of(tmp_path / "datastore") == reference
+    for stage in filter(is_shared, stages(tmp_path / "datastore")):
+        assert run_share(stage, 0, 2) == 0  # all is there
+    assert files_of(tmp_path / "datastore") == reference
+
+
+def task(stage, index, number):
+    run_share(stage, index, number)
+
+
+def run_array(stage, number, kill=None):
+    """
+    Runs the tasks of an array in three processes at a time, as a scheduler does. `kill` says after how many seconds a
+    task is killed, or None; a killed task is queued again.
+
+    Returns the number of kills.
+    """
+    queue, running, kills = list(range(number)), {}, 0
+    while queue or running:
+        while queue and len(running) < 3:
+            index = queue.pop(0)
+            process = CHILDREN.Process(target=task, args=(stage, index, number))
+            process.start()
+            seconds = kill() if kill is not None else None
+            running[index] = process, None if seconds is None else time.monotonic() + seconds
+        for index, (process, deadline) in list(running.items()):
+            if deadline is not None and time.monotonic() > deadline and process.is_alive():
+                process.kill()
+            if not process.is_alive():
+                process.join()
+                del running[index]
+                if process.exitcode:
+                    assert process.exitcode == -signal.SIGKILL
+                    kills += 1
+                    queue.append(index)
+        time.sleep(0.005)
+    return kills
+
+
+def test_tasks_at_the_same_time_agree_who_begins(stages, reference, tmp_path):
+    for stage in stages(tmp_path / "datastore"):
+        if is_shared(stage):
+            run_array(stage, 4)
+        stage()
+    assert files_of(tmp_path / "datastore") == reference
+
+
+@pytest.mark.slow
+def test_arrays_whose_tasks_are_killed_end_with_the_same_bytes(stages, reference, tmp_path):
+    generator, kills, trial = random.Random(0), {}, 0
+    while sum(kills.values()) < 20:
+        path = tmp_path / f"trial-{trial}"
+        for stage in stages(path):
+            if is_shared(stage):
+                # Two of three tasks are killed; those that are queued again live longer.
+                number = run_array(stage, 4, lambda: generator.choice([None, *[generator.uniform(0.02, 2.5)] * 2]))
+                kills[stage.func.__name__] = kills.get(stage.func.__name__, 0) + number
+            stage()
+        assert files_of(path) == reference
+        trial += 1
+    print(f"kills of tasks of an array: {kills}")
+    assert len(kills) == 3
+
+
+def test_only_tasks_write_beside_tasks(stages, tmp_path):
+    path = tmp_path / "datastore"
+    chunk, embed, *_ = stages(path)
+    chunk()
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold():
+        share = shares.Share(0, 2)
+        with share.lock(path):
+            share.begin()
+            inside.set()
+            go_on.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    inside.wait(60)
+    try:
+        with pytest.raises(ValueError, match="another run is writing to"):
+            embed()
+        waiting = threading.Thread(target=run_share, args=(embed, 1, 2))
+        waiting.start()  # may not begin the stage, because another task runs, which could have
+        waiting.join(2)
+        assert waiting.is_alive() and read_manifest(path).train.embeddings is None
+    finally:
+        go_on.set()
+        holder.join()
+    waiting.join(60)
+    assert not waiting.is_alive() and (path / TASKS_LOCK).exists()
+    embed()
+    RetroDatastore.from_pretrained(path).verify()
+
+
+def test_a_task_with_other_options_or_another_datastore_is_refused(stages, tmp_path, tiny_encoder_dir):
+    path = tmp_path / "datastore"
+    chunk, embed, *_ = stages(path)
+    run_share(chunk, 0, 2)
+    with pytest.raises(ValueError, match="`chunk` was begun with shard_bytes=2000, not 500"):
+        run_share(partial(chunk.func, *chunk.args, **chunk.keywords | {"shard_bytes": 500}), 1, 2)
+    with pytest.raises(ValueError, match="no finished chunks"):
+        run_share(embed, 0, 2)  # before the chunks are published
+    chunk()
+    run_share(embed, 0, 2)
+    with pytest.raises(ValueError, match="`embed` was begun with dtype='float32', not 'bfloat16'"):
+        run_share(partial(embed, dtype="bfloat16"), 1, 2)
+    with pytest.raises(ValueError, match="a task makes shards and removes nothing"):
+        run_share(partial(embed, force=True), 1, 2)
+
+
+def test_what_tasks_cannot_do_is_refused(stages, tmp_path, monkeypatch):
+    chunk = stages(tmp_path / "datastore")[0]
+    with pytest.raises(ValueError, match="with max_chunks are made in order"):
+        run_share(partial(chunk, max_chunks=5), 0, 2)
+    for index, number in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match=f"task {index} of {number} does not exist"):
+            run_share(chunk, index, number)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="a task is one process"):
+        run_share(chunk, 0, 2)
+
+
+def test_the_command_makes_shares_and_then_publishes(stages, tmp_path, tiny_encoder_dir, capsys):
+    path = tmp_path / "datastore"
+    stages(path)[0]()
+    words = ["--datastore", str(path), "--encoder", str(tiny_encoder_dir)]
+    for index in range(2):
+        embed_script.main([*words, "--num_tasks", "2", "--task_index", str(index)])
+        assert f"task {index} of 2 made" in capsys.readouterr().out
+        assert json.loads((path / "datastore.json").read_text())["splits"]["train"]["embeddings"]["shards"] == []
+    embed_script.main(words)
+    assert "chunks are embedded, in" in capsys.readouterr().out
+    for options, error in (
+        (["--num_tasks", "2"], "needs either --task_index"),
+        (["--task_index", "2"], "give --num_tasks"),
+        (["--num_tasks", "2", "--task_index", "0", "--ray", "auto"], "needs either"),
+        (["--num_tasks", "0", "--ray", "auto"], "--num_tasks is 0, expected at least 1"),
+        (["--num_tasks", "2", "--ray", "auto", "--force"], "leave out --ray"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            embed_script.main([*words, *options])
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    """A Ray cluster of a head that runs no tasks, and functions to add and to kill nodes."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster.add_node(num_cpus=2)
+    yield cluster
+    cluster.shutdown()
+
+
+def test_ray_makes_the_same_bytes(stages, reference, tmp_path, ray_cluster):
+    from data_prep.ray_tasks import run_on_ray
+
+    for stage in stages(tmp_path / "datastore"):
+        if is_shared(stage):
+            run_on_ray(stage, 3, ray_cluster.address)
+        else:
+            stage()
+    assert files_of(tmp_path / "datastore") == reference
+    with pytest.raises(ValueError, match="num_neighbors must lie between 1 and the"):
+        run_on_ray(partial(find_neighbors, tmp_path / "datastore", num_neighbors=10**6), 2, ray_cluster.address)
+
+
+@pytest.mark.slow
+def test_ray_whose_workers_and_nodes_are_killed_ends_with_the_same_bytes(stages, reference, tmp_path, ray_cluster):
+    import psutil
+
+    from data_prep.ray_tasks import run_on_ray
+
+    generator, kills, trial = random.Random(0), {"worker": 0, "node": 0}, 0
+    over = threading.Event()
+
+    def workers():
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or [""]
+            found += [process] if words[0].startswith("ray::_run_task") else []
+        return found
+
+    def kill():
+        while not over.wait(generator.uniform(0.3, 3)):
+            if not (running := workers()):
+                continue
+            if generator.random() < 0.3:
+                ray_cluster.remove_node(ray_cluster.worker_nodes.copy().pop(), allow_graceful=False)
+                kills["node"] += 1
+                ray_cluster.add_node(num_cpus=2)
+            else:
+                victim = generator.choice(running)
+                try:
+                    victim.kill()
+                    kills["worker"] += 1
+                except psutil.NoSuchProcess:
+                    pass
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        while sum(kills.values()) < 20 or not kills["node"]:
+            for stage in stages(tmp_path / f"trial-{trial}"):
+                if is_shared(stage):
+                    run_on_ray(stage, 3, ray_cluster.address)
+                else:
+                    stage()
+            assert files_of(tmp_path / f"trial-{trial}") == reference
+            trial += 1
+    finally:
+        over.set()
+        killer.join()
+    print(f"kills on Ray in {trial} datastores: {kills}")
