@@ -29,6 +29,8 @@ static = ["model2vec[distill]>=0.8"]
 milvus = [*faiss_cpu, "milvus-lite>=3.2", "pymilvus>=3.0"]
 postgresql = [*faiss_cpu, "pgvector>=0.5", "psycopg[binary]>=3.3"]
 lm_eval = ["lm-eval>=0.4.13"]
+ray = ["ray>=2.50"]
+s3 = ["s3fs>=2025.3"]
 serve = [*faiss_cpu, "anyio>=4.0", "fastapi>=0.130", "prometheus-client>=0.22", "uvicorn>=0.35"]
 demo = [*faiss_cpu, "gradio>=6.0"]
 test = [
@@ -91,6 +93,7 @@ setup(
         "charset-normalizer>=3.4",
         "datasets>=5.2",
         "datasketch>=1.6",
+        "fsspec>=2025.3",
         "httpx2>=2.0",
         "huggingface-hub>=2.4",
         "numpy>=2.0",
@@ -115,6 +118,8 @@ setup(
         "milvus": milvus,
         "postgresql": postgresql,
         "lm-eval": lm_eval,
+        "ray": ray,
+        "s3": s3,
         "serve": serve,
         "demo": demo,
         "test": test,

@@ -138,6 +138,7 @@ def embed_chunks(
             sizes=[shard.rows for shard in chunk_shards],
         )
         stage.shards = [EmbeddingShard.from_dict(record) for record in records]
+        record.check_made_of_chunks("embeddings", f"run `retro embed --split {split} --force`")
         write_manifest(path, manifest)
         clear_records(root / "embeddings")
         return stage

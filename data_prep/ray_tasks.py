@@ -66,7 +66,8 @@ def run_on_ray(
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except ray.exceptions.RayError as error:
-            raise ConnectionError(f"a task of Ray was lost {_RETRIES + 1} times: {error}") from error
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConnectionError(f"Ray could not run a task, after {_RETRIES} retries if it died: {first}") from error
         finally:
             for task in waiting:
                 ray.cancel(task, force=True)

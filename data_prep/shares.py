@@ -58,12 +58,13 @@ class Share:
     Args:
         index (`int`): Number of the task, from 0.
         number (`int`): Number of tasks.
+        on_begin (`Callable`, *optional*): Called when this task has begun the stage, before it makes shards.
     """
 
-    def __init__(self, index: int, number: int):
+    def __init__(self, index: int, number: int, on_begin: Callable[[], Any] | None = None):
         if number < 1 or not 0 <= index < number:
             raise ValueError(f"task {index} of {number} does not exist; tasks are numbered from 0 to {number - 1}")
-        self.index, self.number = index, number
+        self.index, self.number, self.on_begin = index, number, on_begin
         self.begins = False  # whether it may write to the manifest
         self._handle: int | None = None
 
@@ -95,6 +96,8 @@ class Share:
 
     def begin(self) -> None:
         """Lets the other tasks begin too, when the manifest and all that the shards are made of are there."""
+        if self.begins and self.on_begin is not None:
+            self.on_begin()
         fcntl.flock(self._handle, fcntl.LOCK_SH)
         self.begins = False
 
@@ -121,7 +124,7 @@ def current_share() -> Share | None:
     return _share
 
 
-def run_share(stage: Callable[[], Any], index: int, number: int) -> int:
+def run_share(stage: Callable[[], Any], index: int, number: int, on_begin: Callable[[], Any] | None = None) -> int:
     """
     Makes the share of one task of a stage. Nothing is published.
 
@@ -129,6 +132,7 @@ def run_share(stage: Callable[[], Any], index: int, number: int) -> int:
         stage (`Callable`): Runs the stage, such as `partial(embed_chunks, "datastore", "encoder")`.
         index (`int`): Number of the task, from 0.
         number (`int`): Number of tasks.
+        on_begin (`Callable`, *optional*): Called when this task has begun the stage, before it makes shards.
 
     Returns:
         `int`: the number of shards that were made.
@@ -146,7 +150,7 @@ def run_share(stage: Callable[[], Any], index: int, number: int) -> int:
     ```
     """
     global _share
-    share = Share(index, number)
+    share = Share(index, number, on_begin)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(
             "a task is one process, and this one was started by a launcher of several; start as many tasks instead"

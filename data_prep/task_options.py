@@ -35,6 +35,15 @@ class TaskOptions:
             )
         },
     )
+    store: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Object store that holds the datastore, such as s3://bucket/articles. The folder on this machine is a "
+                "copy, which is brought up to date first; what is made is published in the store."
+            )
+        },
+    )
     ray: str | None = field(
         default=None,
         metadata={"help": "Run all tasks on this Ray cluster: its address, 'auto', or 'local' to start one here."},
@@ -59,22 +68,36 @@ def run_stage(stage: Callable[..., Any], options: dict[str, Any], tasks: TaskOpt
         ValueError: If the options contradict one another.
     """
     call = partial(stage, **options)
+    folder = options.get("datastore") or options.get("output_dir")
     if tasks.num_tasks is None:
         if tasks.task_index is not None or tasks.ray is not None:
             raise ValueError("give --num_tasks, the number of tasks that share the shards")
+        if tasks.store is not None:
+            from data_prep.object_store import run_on_store
+
+            return run_on_store(call, folder, tasks.store)
         return call()
     if (tasks.task_index is None) == (tasks.ray is None):
         raise ValueError("--num_tasks needs either --task_index, the number of this task, or --ray, which starts all")
     if tasks.num_tasks < 1:
         raise ValueError(f"--num_tasks is {tasks.num_tasks}, expected at least 1")
     if tasks.ray is not None:
+        if tasks.store is not None:
+            raise ValueError(
+                "--ray works on a folder that all nodes see, and --store on copies; leave out one of them"
+            )
         if options.get("force"):
             raise ValueError("--force removes what is there, and tasks remove nothing; leave out --ray with it")
         from data_prep.ray_tasks import run_on_ray
 
         return run_on_ray(call, tasks.num_tasks, tasks.ray, tasks.ray_cpus, tasks.ray_gpus)
-    from data_prep.shares import run_share
+    if tasks.store is not None:
+        from data_prep.object_store import run_share_on_store
 
-    made = run_share(call, tasks.task_index, tasks.num_tasks)
+        made = run_share_on_store(call, folder, tasks.store, tasks.task_index, tasks.num_tasks)
+    else:
+        from data_prep.shares import run_share
+
+        made = run_share(call, tasks.task_index, tasks.num_tasks)
     print(f"task {tasks.task_index} of {tasks.num_tasks} made {made} shards; nothing is published yet", flush=True)
     return None

@@ -49,6 +49,8 @@ GROUPS = {
         "compact": ("data_prep.scripts.compact", "remove the chunks of removed documents from the disk"),
         "verify": ("data_prep.scripts.verify", "find damage in a datastore or model, and repair it"),
         "export": ("data_prep.scripts.export", "copy a datastore into Milvus or PostgreSQL"),
+        "push": ("data_prep.scripts.push", "publish a datastore in an object store, such as S3"),
+        "pull": ("data_prep.scripts.pull", "bring a datastore from an object store"),
     },
     "train and measure a language model": {
         "retrofit": ("trainers.scripts.retrofit", "give retrieval to a pretrained language model"),

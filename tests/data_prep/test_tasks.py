@@ -236,7 +236,9 @@ def ray_cluster():
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    patience = {"worker_register_timeout_seconds": 600}  # of a machine that does other work too
+    arguments = {"num_cpus": 0, "include_dashboard": False, "_system_config": patience}
+    cluster = Cluster(initialize_head=True, head_node_args=arguments)
     cluster.add_node(num_cpus=2)
     yield cluster
     cluster.shutdown()
@@ -272,7 +274,7 @@ def test_ray_whose_workers_and_nodes_are_killed_ends_with_the_same_bytes(stages,
         return found
 
     def kill():
-        while not over.wait(generator.uniform(0.3, 3)):
+        while not over.wait(generator.uniform(2, 25)):
             if not (running := workers()):
                 continue
             if generator.random() < 0.3:
