@@ -31,7 +31,7 @@ postgresql = [*faiss_cpu, "pgvector>=0.5", "psycopg[binary]>=3.3"]
 lm_eval = ["lm-eval>=0.4.13"]
 ray = ["ray>=2.50"]
 s3 = ["s3fs>=2025.3"]
-serve = [*faiss_cpu, "anyio>=4.0", "fastapi>=0.130", "prometheus-client>=0.22", "uvicorn>=0.35"]
+serve = [*faiss_cpu, "aiohttp>=3.10", "anyio>=4.0", "fastapi>=0.130", "prometheus-client>=0.22", "uvicorn>=0.35"]
 demo = [*faiss_cpu, "gradio>=6.0"]
 test = [
     *quickstart,

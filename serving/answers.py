@@ -25,7 +25,7 @@ from modeling_retro.datastore.documents import DocumentSource
 
 from .decoding_batch import RetrievedChunk
 from .engine import CompletionEvent
-from .schema import ChatRequest, CompletionRequest, GenerationRequest
+from .schema import ChatRequest, CompletionRequest
 from .text_stream import TextToken
 
 
@@ -113,7 +113,7 @@ class Answer:
 
     def _choice(self, index: int, content: dict[str, Any], event: CompletionEvent) -> dict[str, Any]:
         choice = {"index": index, **content, "finish_reason": event.finish_reason}
-        choice["logprobs"] = self._logprobs(event.tokens) if _wants_logprobs(self.request) else None
+        choice["logprobs"] = self._logprobs(event.tokens) if self.request.wants_logprobs else None
         if self.request.include_neighbors and (event.retrieved or not self.request.stream):
             choice["neighbors"] = [self._neighbors(chunk) for chunk in event.retrieved]
             choice["sources"] = self._sources(event.retrieved)
@@ -166,10 +166,6 @@ class Answer:
 
     def _token(self, id: int) -> str:
         return self.tokenizer.decode([id], clean_up_tokenization_spaces=False)
-
-
-def _wants_logprobs(request: GenerationRequest) -> bool:
-    return request.logprobs is not None and request.logprobs is not False
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

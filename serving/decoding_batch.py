@@ -339,7 +339,7 @@ class DecodingBatch:
             row.tokens, row.before = row.before + row.tokens, []
             return {}
         ids, mask = found.neighbor_input_ids.to(device), found.neighbor_attention_mask.bool().to(device)  # [1, k, r]
-        row.retrieved.append(_retrieved(None, found, 0, mask[0].cpu()))
+        row.retrieved.append(retrieved_chunk(None, found, 0, mask[0].cpu()))
         if isinstance(self.model, RetroJointForCausalLM):
             before = {"passage_prefix_input_ids": torch.tensor([row.before], device=device)} if row.before else {}
             how = row.passages or self.model.default_passages
@@ -393,11 +393,11 @@ class DecodingBatch:
         ids, mask = found.neighbor_input_ids, found.neighbor_attention_mask.bool().clone()
         for i, (n, index, _) in enumerate(chunks):
             mask[i, rows[n].num_neighbors :] = False
-            rows[n].retrieved.append(_retrieved(index, found, i, mask[i]))
+            rows[n].retrieved.append(retrieved_chunk(index, found, i, mask[i]))
         return ids.to(self.model.device), mask.to(self.model.device)
 
 
-def _retrieved(index: int | None, found: Any, row: int, mask: torch.BoolTensor) -> RetrievedChunk:
+def retrieved_chunk(index: int | None, found: Any, row: int, mask: torch.BoolTensor) -> RetrievedChunk:
     """The neighbors of one row of what a retriever found, of which those with a mask `(k, r)` are present."""
     present = mask.any(-1).nonzero()[:, 0].tolist()
     values = [getattr(found, name, None) for name in ("scores", "document_ids", "chunk_ids")]

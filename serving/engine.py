@@ -19,6 +19,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -152,22 +153,27 @@ class Completion:
         end_tokens: Collection[int],
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
+        chosen = self._sampler.choose(logits, logprobs) if self.max_tokens > 0 else None
+        self.add(chosen, end_tokens, tokenizer)
+
+    def add(self, chosen: ChosenToken | None, end_tokens: Collection[int], tokenizer: PreTrainedTokenizerBase) -> None:
+        """
+        Adds the next token, and sends the text that is certain. `None` ends a completion without tokens, whose prompt
+        has been read.
+        """
         event = CompletionEvent()
         if self._text is None:
             event.text, event.tokens = self._echoed(tokenizer) if self.echo else ("", [])
             self._text = TextStream(tokenizer, self.stop, offset=len(event.text))
         event.retrieved = self.row.retrieved[self._num_retrieved :]
         self._num_retrieved = len(self.row.retrieved)
-        if self.max_tokens > 0:
-            self._choose(event, logits, logprobs, end_tokens)
-        else:
+        if chosen is None:
             event.finish_reason = "length"
+        else:
+            self._add_token(event, chosen, end_tokens)
         self.send(event)
 
-    def _choose(
-        self, event: CompletionEvent, logits: torch.Tensor, logprobs: torch.Tensor, end_tokens: Collection[int]
-    ) -> None:
-        chosen = self._sampler.choose(logits, logprobs)
+    def _add_token(self, event: CompletionEvent, chosen: ChosenToken, end_tokens: Collection[int]) -> None:
         self.num_tokens += 1
         event.num_tokens = self.num_tokens
         if chosen.id in end_tokens:
@@ -209,6 +215,45 @@ class Completion:
         """Ends the completion with an error, unless it has ended."""
         if not self.is_finished:
             self.send(CompletionEvent(num_tokens=self.num_tokens, error=error))
+
+
+class CompletionEngine(Protocol):
+    """
+    What the server needs of an engine. Its completions are the same whatever computes them.
+
+    Attributes:
+        is_alive (`bool`): Whether the engine accepts completions.
+        num_running (`int`), num_waiting (`int`): Number of completions.
+        capacity (`int`): Largest number of completions that can run and wait.
+        num_restarts (`int`): How often an error ended what was computed.
+        state_bytes (`int`): Size of the states of neighbors and rows that are kept for later.
+    """
+
+    num_restarts: int
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    @property
+    def num_running(self) -> int: ...
+
+    @property
+    def num_waiting(self) -> int: ...
+
+    @property
+    def capacity(self) -> int: ...
+
+    @property
+    def state_bytes(self) -> int: ...
+
+    def submit(self, completions: Sequence[Completion]) -> None:
+        """Accepts all of the completions, or none (see [`Engine.submit`])."""
+
+    def stop(self, error: CompletionError | None = None) -> None:
+        """Ends running and waiting completions with an error at once."""
+
+    def close(self) -> None:
+        """Stops the engine and waits for its end."""
 
 
 class Engine:
@@ -280,6 +325,12 @@ class Engine:
     def capacity(self) -> int:
         """`int`: Largest number of completions that can run and wait."""
         return self.max_batch_size + self.max_waiting
+
+    @property
+    def state_bytes(self) -> int:
+        """`int`: Size of the states of neighbors that the model keeps."""
+        memory = getattr(self._batch.model, "neighbor_memory", None)  # a model with cross attention has none
+        return 0 if memory is None else memory.num_bytes
 
     def submit(self, completions: Sequence[Completion]) -> None:
         """

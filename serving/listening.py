@@ -19,7 +19,7 @@ import socket
 import uvicorn
 from fastapi import FastAPI
 
-from .engine import Engine
+from .engine import CompletionEngine
 
 
 # Seconds in which answers that were cut reach their clients.
@@ -50,7 +50,7 @@ class Server(uvicorn.Server):
 
     Args:
         app (`FastAPI`): The application.
-        engine ([`Engine`]): The engine of the application.
+        engine ([`CompletionEngine`]): The engine of the application.
         name (`str`): Name of the model.
         grace_period (`float`): Seconds for running answers.
 
@@ -58,7 +58,7 @@ class Server(uvicorn.Server):
         has_failed (`bool`): Whether it ended because its engine stopped.
     """
 
-    def __init__(self, app: FastAPI, engine: Engine, name: str, grace_period: float):
+    def __init__(self, app: FastAPI, engine: CompletionEngine, name: str, grace_period: float):
         last = grace_period + _LAST_SECONDS
         super().__init__(uvicorn.Config(app, log_level="warning", use_colors=False, timeout_graceful_shutdown=last))
         self.engine = engine

@@ -32,6 +32,7 @@ from .engine import Engine
 
 if TYPE_CHECKING:
     from .served_model import ServedModel
+    from .vllm.load import VllmOptions
 
 
 @dataclass
@@ -101,6 +102,7 @@ def load_served_model(
     max_tokens: int = 1024,
     draft_tokens: int | None = None,
     dtype: str = "auto",
+    vllm: "VllmOptions | None" = None,
 ) -> "ServedModel":
     """
     Opens the datastore, loads the model and starts its engine.
@@ -119,6 +121,7 @@ def load_served_model(
         max_tokens (`int`, *optional*, defaults to 1024): Longest completion in tokens.
         draft_tokens (`int`, *optional*): Largest number of tokens in a draft (see [`DecodingBatch`]).
         dtype (`str`, *optional*, defaults to `"auto"`): See [`load_model`].
+        vllm ([`VllmOptions`], *optional*): Where vLLM computes. By default this process does.
 
     Returns:
         [`ServedModel`]
@@ -134,32 +137,46 @@ def load_served_model(
             raise ValueError(f"--{name} is {limit}, expected at least 1")
     if max_waiting < 0 or (num_neighbors or 0) < 0 or (draft_tokens or 0) < 0:
         raise ValueError("--max_waiting, --num_neighbors and --draft_tokens cannot be negative")
-    loaded = load_model(model, datastore, dtype, retriever, reader)
-    opened, tokenizer = loaded.retriever.datastore, loaded.retriever.datastore.tokenizer
+    if vllm is not None:
+        if draft_tokens:
+            raise ValueError("--draft_tokens is for --engine retro")
+        from .vllm.load import load_vllm_engine
+
+        searching = RetroRetriever.from_pretrained(datastore, retriever=retriever)
+        engine = load_vllm_engine(model, searching, vllm, dtype, reader, max_batch_size, max_waiting)
+        config, reads_jointly = engine.config, True
+        neighbors = config.num_neighbors if num_neighbors is None else num_neighbors
+        context_length = engine.max_model_len - neighbors * config.neighbor_length
+    else:
+        loaded = load_model(model, datastore, dtype, retriever, reader)
+        config, searching = loaded.model.config, loaded.retriever
+        reads_jointly = isinstance(loaded.model, RetroJointForCausalLM)
+        engine = Engine(
+            DecodingBatch(loaded.model, searching, draft_tokens),
+            searching.datastore.tokenizer,
+            loaded.end_tokens,
+            max_batch_size=max_batch_size,
+            max_waiting=max_waiting,
+            refresh=searching.refresh,
+        )
+        # Some models have no positions.
+        context_length = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    opened = searching.datastore
     if opened.manifest.allow_control_tokens:
         print(
             f"warning: {opened.path} was chunked with allow_control_tokens: its documents can end a text or speak "
             "as another role of a conversation",
             file=sys.stderr,
         )
-    config = loaded.model.config.get_text_config()
-    engine = Engine(
-        DecodingBatch(loaded.model, loaded.retriever, draft_tokens),
-        tokenizer,
-        loaded.end_tokens,
-        max_batch_size=max_batch_size,
-        max_waiting=max_waiting,
-        refresh=loaded.retriever.refresh,
-    )
     return ServedModel(
         name=served_model_name or Path(model).name,
         engine=engine,
-        prompts=PromptEncoder(tokenizer),
-        retriever=loaded.retriever,
-        num_neighbors=loaded.model.config.num_neighbors if num_neighbors is None else num_neighbors,
-        vocab_size=loaded.model.config.vocab_size,
+        prompts=PromptEncoder(opened.tokenizer),
+        retriever=searching,
+        num_neighbors=config.num_neighbors if num_neighbors is None else num_neighbors,
+        vocab_size=config.vocab_size,
         max_prompt_tokens=max_prompt_tokens,
         max_tokens=max_tokens,
-        context_length=getattr(config, "max_position_embeddings", None) or 1 << 30,  # some models have no positions
-        reads_jointly=isinstance(loaded.model, RetroJointForCausalLM),
+        context_length=context_length,
+        reads_jointly=reads_jointly,
     )

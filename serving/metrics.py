@@ -15,7 +15,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from .engine import Engine
+from .engine import CompletionEngine
 
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -26,10 +26,10 @@ class Metrics:
     Counters of a server.
 
     Args:
-        engine ([`Engine`]): The engine of the server.
+        engine ([`CompletionEngine`]): The engine of the server.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: CompletionEngine):
         self.registry = CollectorRegistry()
         self.requests = self._make(Counter, "retro_requests", "Requests", ["path", "status"])
         self.prompt_tokens = self._make(Counter, "retro_prompt_tokens", "Tokens of prompts")
@@ -49,6 +49,8 @@ class Metrics:
         running.set_function(lambda: engine.num_running)
         waiting = self._make(Gauge, "retro_waiting_completions", "Completions that wait")
         waiting.set_function(lambda: engine.num_waiting)
+        kept = self._make(Gauge, "retro_state_bytes", "Size of the states of neighbors and rows that are kept")
+        kept.set_function(lambda: engine.state_bytes)
 
     def _make(self, kind: type, name: str, text: str, labels: tuple[str, ...] | list[str] = (), **options):
         return kind(name, text, labels, registry=self.registry, **options)

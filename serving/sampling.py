@@ -45,8 +45,9 @@ class SamplingParameters:
             Subtracted from the logit of a token for each time that it was generated before.
         logit_bias (`Mapping[int, float]`, *optional*):
             Added to the logits of some tokens.
-        num_logprobs (`int`, *optional*, defaults to 0):
-            Number of most probable tokens that are reported with each token.
+        num_logprobs (`int`, *optional*):
+            Number of most probable tokens that are reported with each token. By default not even the probability of
+            the token itself need be known.
     """
 
     temperature: float = 1.0
@@ -55,7 +56,7 @@ class SamplingParameters:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
-    num_logprobs: int = 0
+    num_logprobs: int | None = None
 
 
 @dataclass
@@ -67,7 +68,8 @@ class ChosenToken:
         id (`int`):
             The token.
         logprob (`float`, *optional*):
-            The natural logarithm of its probability, at least -9999; `None` for a token that was not predicted.
+            The natural logarithm of its probability, at least -9999; `None` for a token that was not predicted, or if
+            nobody asked.
         top (`list[tuple[int, float]]`):
             The most probable tokens with the logarithms of their probabilities, best first.
     """
@@ -118,7 +120,7 @@ class Sampler:
             logits[list(changes)] += torch.tensor(list(changes.values()))
         token = int(logits.argmax()) if parameters.temperature == 0 else self._draw(logits)
         self._counts[token] += 1
-        top = torch.topk(logprobs, parameters.num_logprobs)
+        top = torch.topk(logprobs, parameters.num_logprobs or 0)
         best = list(zip(top.indices.tolist(), map(_finite, top.values.tolist())))
         return ChosenToken(token, _finite(float(logprobs[token])), best)
 

@@ -144,6 +144,11 @@ class GenerationRequest(Strict):
         raise NotImplementedError
 
     @property
+    def wants_logprobs(self) -> bool:
+        """`bool`: Whether the answer has the probabilities of its tokens."""
+        return self.logprobs is not None and self.logprobs is not False
+
+    @property
     def echoes(self) -> bool:
         """`bool`: Whether the answer begins with the prompt."""
         return False
@@ -162,7 +167,7 @@ class GenerationRequest(Strict):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             logit_bias=self.logit_bias,
-            num_logprobs=self.num_logprobs,
+            num_logprobs=self.num_logprobs if self.wants_logprobs else None,
         )
 
 

@@ -25,7 +25,7 @@ from trainers.prompts import PromptEncoder
 
 from .answers import error_body
 from .decoding_batch import RetrievedChunk, Row
-from .engine import Engine
+from .engine import CompletionEngine
 from .schema import ChatRequest, CompletionRequest, EmbeddingRequest
 
 
@@ -64,7 +64,7 @@ class ServedModel:
 
     Args:
         name (`str`): Name of the model in requests.
-        engine ([`Engine`]): Runs the model.
+        engine ([`CompletionEngine`]): Runs the model.
         prompts ([`PromptEncoder`]): Makes the prompts of the model.
         retriever ([`RetroRetriever`]): Looks up the chunks.
         num_neighbors (`int`): Number of neighbors of a chunk, unless a request names another.
@@ -76,7 +76,7 @@ class ServedModel:
     """
 
     name: str
-    engine: Engine
+    engine: CompletionEngine
     prompts: PromptEncoder
     retriever: RetroRetriever
     num_neighbors: int

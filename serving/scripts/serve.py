@@ -21,6 +21,10 @@ Any client of this API can use it. The name of the model is that of its folder:
     curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
         -d '{"model": "model", "prompt": "The class"}'
 
+With `--engine vllm`, vLLM computes, in an environment of its own (docs/serving_vllm.md):
+
+    retro serve --model model --datastore datastore --engine vllm --engine_python vllm-env/bin/python
+
 If the environment variable RETRO_API_KEY holds a key, requests must carry it. After SIGTERM or Ctrl-C, running answers
 may take --grace_period seconds more.
 """
@@ -30,13 +34,19 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from data_prep.arguments import parse_arguments, run_command
 from data_prep.heartbeat import end_heartbeat
 
 
+if TYPE_CHECKING:
+    from ..vllm.load import VllmOptions
+
+
 API_KEY = "RETRO_API_KEY"
 LISTENING = {"host", "port", "allowed_hosts", "allow_origins", "grace_period"}
+ENGINE = {"engine", "engine_url", "engine_python", "engine_args", "engine_memory"}
 
 
 @dataclass
@@ -98,6 +108,29 @@ class ServeArguments:
         default="auto",
         metadata={"help": "float32, bfloat16, …; auto is float32 on a CPU, and the type of the checkpoint on a GPU."},
     )
+    engine: str = field(
+        default="retro", metadata={"help": "What computes: this process, or vLLM.", "choices": ["retro", "vllm"]}
+    )
+    engine_python: str | None = field(
+        default=None,
+        metadata={"help": "The Python of an environment with vLLM, in which a process of it is started."},
+    )
+    engine_args: str = field(
+        default="",
+        metadata={
+            "help": "More arguments of this process, such as '--max-model-len 4096 --gpu-memory-utilization 0.8'."
+        },
+    )
+    engine_memory: float = field(
+        default=2.0,
+        metadata={
+            "help": "Gibibytes that this process may use for states of neighbors and of texts, beside its cache."
+        },
+    )
+    engine_url: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Addresses of vLLM processes that run already, with the connector of this package."},
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -115,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..load import load_served_model
 
     with bind(arguments.host, arguments.port) as listener:
-        served = load_served_model(**{name: value for name, value in vars(arguments).items() if name not in LISTENING})
+        options = {name: value for name, value in vars(arguments).items() if name not in LISTENING | ENGINE}
+        served = load_served_model(**options, vllm=_vllm_options(arguments))
         if api_key is None and not _is_loopback(arguments.host):
             print(
                 f"warning: everybody who reaches {arguments.host} can use this server; set {API_KEY} to ask for a key",
@@ -128,6 +162,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         server.run([listener])
     if server.has_failed:
         raise ValueError("the engine of the server has stopped; the log says why")
+
+
+def _vllm_options(arguments: ServeArguments) -> "VllmOptions | None":
+    if arguments.engine == "retro":
+        if arguments.engine_url or arguments.engine_python or arguments.engine_args:
+            raise ValueError("--engine_url, --engine_python and --engine_args are for --engine vllm")
+        return None
+    from ..vllm.load import VllmOptions
+
+    python, memory = arguments.engine_python, arguments.engine_memory
+    return VllmOptions(arguments.engine_url, python, arguments.engine_args, memory)
 
 
 def _api_key() -> str | None:
