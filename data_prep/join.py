@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_prep.shares import Follower, NotBegunError
 from data_prep.stage_files import process_state
 from modeling_retro.datastore.datastore import RetroDatastore, faiss
 from modeling_retro.durable_files_retro import make_folder, remove, whole
@@ -176,7 +177,10 @@ class ListJoin:
 
     def _write_vectors(self) -> None:
         """Writes int8 [chunks, dim], the vectors of the lists one after another."""
-        if process_state().is_main_process and not (self.folder / "vectors.npy").exists():
+        state = process_state()
+        if isinstance(state, Follower) and not (self.folder / "vectors.npy").exists():
+            raise NotBegunError  # the task that was to write it has died; another one does
+        if state.is_main_process and not (self.folder / "vectors.npy").exists():
             remove_copies(self.datastore.path)  # of another index
             make_folder(self.folder)
             place = np.full(self.offsets[-1], -1, dtype=np.int64)
@@ -192,7 +196,7 @@ class ListJoin:
                         rows = place[first + start : first + start + len(part)]
                         vectors[rows[rows >= 0]] = _to_bytes(part, largest)[rows >= 0]
                 vectors.flush()
-        process_state().wait_for_everyone()
+        state.wait_for_everyone()
 
     def _candidates(self, queries: np.ndarray, documents: np.ndarray, number: int) -> tuple[np.ndarray, int]:
         """

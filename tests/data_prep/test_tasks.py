@@ -24,10 +24,10 @@ import pytest
 from child_processes import CHILDREN
 from conftest import TINY_CHUNK_SIZE, make_texts, write_jsonl
 
-from data_prep import shares
+from data_prep import join, shares
 from data_prep.chunk import chunk_documents
 from data_prep.embed import embed_chunks
-from data_prep.index import build_index
+from data_prep.index import build_index, read_embeddings
 from data_prep.neighbors import find_neighbors
 from data_prep.scripts import embed as embed_script
 from data_prep.shares import TASKS_LOCK, run_share
@@ -179,6 +179,29 @@ def test_only_tasks_write_beside_tasks(stages, tmp_path):
     assert not waiting.is_alive() and (path / TASKS_LOCK).exists()
     embed()
     RetroDatastore.from_pretrained(path).verify()
+
+
+def test_tasks_share_the_copy_of_a_join(stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(join, "_QUERIES_OF_A_LIST", 0)
+    for name in ("reference", "datastore"):
+        chunk, embed, index, neighbors = stages(tmp_path / name)
+        chunk(), embed(), partial(index, factory="IVF4,SQ8")()
+        if not join.can_join(RetroDatastore.from_pretrained(tmp_path / name), "dense", 1000):
+            pytest.skip("this processor does not multiply 8-bit integers")
+        if name == "datastore":
+            assert run_share(neighbors, 1, 2) and list((tmp_path / name).glob(".join-*"))
+            monkeypatch.setattr(shares, "_share", shares.Share(0, 2))
+            opened = RetroDatastore.from_pretrained(tmp_path / name)
+            embeddings = read_embeddings(tmp_path / name, "train", opened.manifest)
+            join.ListJoin(opened, embeddings)  # uses the copy
+            join.remove_copies(tmp_path / name)
+            with pytest.raises(shares.NotBegunError):
+                join.ListJoin(opened, embeddings)  # may not write it
+            monkeypatch.setattr(shares, "_share", None)
+            assert run_share(neighbors, 0, 2)
+        neighbors()
+    found = files_of(tmp_path / "datastore")  # of which this test read a version
+    assert {name: found[name] for name in found if "versions/" not in name} == files_of(tmp_path / "reference")
 
 
 def test_a_task_with_other_options_or_another_datastore_is_refused(stages, tmp_path, tiny_encoder_dir):
