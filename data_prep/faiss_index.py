@@ -23,7 +23,7 @@ from data_prep.stage_files import (
     process_state,
 )
 from modeling_retro.datastore.datastore import faiss, read_index  # if faiss is missing, this import names the extras
-from modeling_retro.durable_files_retro import remove
+from modeling_retro.durable_files_retro import remove, whole
 
 
 RECALL_AT = (1, 10)
@@ -43,7 +43,9 @@ def make_index(factory: str, dim: int, metric: str) -> faiss.Index:
         raise ValueError(f"faiss knows no factory {factory!r} for {dim} dimensions: {last_line(error)}") from error
 
 
-def suggest_factory(rows: int, dim: int, max_bytes: float | None = None, for_gpus: bool = False) -> str:
+def suggest_factory(
+    rows: int, dim: int, max_bytes: float | None = None, for_gpus: bool = False, on_disk: bool = False
+) -> str:
     """
     Chooses a factory for a number of vectors. Up to 50,000 vectors are searched exactly. Up to ten million get an
     inverted file of about 4 sqrt(rows) lists. They hold codes of 2 bits for each dimension, which are scanned in the
@@ -57,17 +59,23 @@ def suggest_factory(rows: int, dim: int, max_bytes: float | None = None, for_gpu
         max_bytes (`float`, *optional*): Largest size of the index in memory. Defaults to no limit.
         for_gpus (`bool`, *optional*, defaults to `False`):
             Whether GPUs search the index, for which faiss cannot refine codes.
+        on_disk (`bool`, *optional*, defaults to `False`):
+            Whether the vectors beside the codes stay on the disk, so that only codes and ids take memory. The index is
+            then of that kind, whatever the number of vectors.
 
     Returns:
         `str`: The factory string.
     """
-    if rows <= EXACT_UP_TO and (max_bytes is None or 4 * dim * rows <= max_bytes):
+    if not on_disk and rows <= EXACT_UP_TO and (max_bytes is None or 4 * dim * rows <= max_bytes):
         return "Flat"
     codes = [(2 * dim, "SQfp16"), (dim, "SQ8")]
     refined = f"PQ{dim // 2}x4fsr,Refine(SQfp16)"
     if rows <= REFINED_UP_TO and dim % 2 == 0 and not for_gpus:
         codes.insert(0, (dim // 4 + 2 * dim, refined))
-    codes += [(m, f"PQ{m}") for m in (128, 96, 64, 48, 32, 16, 8) if m < dim and dim % m == 0]
+    if on_disk:
+        codes = [(dim // 4, refined)] if dim % 2 == 0 else []
+    else:
+        codes += [(m, f"PQ{m}") for m in (128, 96, 64, 48, 32, 16, 8) if m < dim and dim % m == 0]
     for size, code in codes:
         wanted = (4 if code == refined else 8) * math.sqrt(rows)  # scanning costs less than choosing the lists
         lists = 1 << round(math.log2(max(16, min(wanted, rows / 39))))
@@ -78,14 +86,17 @@ def suggest_factory(rows: int, dim: int, max_bytes: float | None = None, for_gpu
     raise ValueError(f"no index of {rows} vectors fits into {max_bytes / 1e9:g} GB; allow more memory")
 
 
-def index_bytes(factory: str, rows: int, dim: int) -> int:
-    """Size of an index in bytes, with its codes, its ids, and the centroids of an inverted file."""
+def index_bytes(factory: str, rows: int, dim: int, on_disk: bool = False) -> int:
+    """
+    Size of an index in bytes, with its codes, its ids, and the centroids of an inverted file. If vectors that score
+    results again are on the disk, this is what memory holds, without them.
+    """
     index = make_index(factory.replace("_HNSW32", ""), dim, "inner_product")
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None:
         inner = faiss.downcast_index(index)
         refined = inner.refine_index.sa_code_size() if isinstance(inner, faiss.IndexRefine) else 0
-        return rows * (ivf.code_size + refined + 8) + 4 * ivf.nlist * ivf.d
+        return rows * (ivf.code_size + (0 if on_disk else refined) + 8) + 4 * ivf.nlist * ivf.d
     return rows * index.sa_code_size()
 
 
@@ -119,12 +130,30 @@ def merge_on_disk(index: faiss.Index, files: Sequence[Path], data: Path) -> None
     lists.this.disown()
 
 
+def write_refined(index: faiss.Index, path: Path) -> None:
+    """
+    Writes an index with refined codes as two files: the codes, and beside them in a file `.refine` the vectors, which
+    readers leave on the disk.
+    """
+    refined = faiss.downcast_index(index)
+    with whole(path.with_suffix(".refine")) as temporary:
+        write_index(refined.refine_index, temporary)
+    with whole(path) as temporary:
+        write_index(refined.base_index, temporary)
+
+
+def read_to_add(path: Path) -> faiss.Index:
+    """Reads an index of one or two files into memory, so that vectors can be added."""
+    index, vectors = faiss.read_index(str(path)), path.with_suffix(".refine")
+    return faiss.IndexRefine(index, faiss.read_index(str(vectors))) if vectors.exists() else index
+
+
 def empty_copy(path: Path) -> faiss.Index:
     """Reads the trained index of a file, without its vectors."""
     index = read_index(path)
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is None or isinstance(faiss.downcast_index(index), faiss.IndexRefine):
-        index = faiss.read_index(str(path))
+        index = read_to_add(path)
         index.reset()
         return index
     lists = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)

@@ -41,12 +41,14 @@ from data_prep.faiss_index import (
     make_index,
     merge_on_disk,
     metric_type,
+    read_to_add,
     recall_at,
     suggest_factory,
     to_gpus,
     tune,
     without,
     write_index,
+    write_refined,
 )
 from data_prep.memory import return_freed_memory
 from data_prep.stage_files import (
@@ -121,6 +123,7 @@ def build_index(
     seed: int = 0,
     use_gpus: bool = False,
     shard_index: bool = False,
+    on_disk: bool = False,
     force: bool = False,
 ) -> IndexRecord:
     """
@@ -141,14 +144,17 @@ def build_index(
         use_gpus (`bool`, *optional*, defaults to `False`): Whether to train and fill the index on GPUs.
         shard_index (`bool`, *optional*, defaults to `False`):
             Whether to split the index over GPUs instead of copying it.
+        on_disk (`bool`, *optional*, defaults to `False`):
+            Whether the vectors that score the results of short codes again stay on the disk when the index is
+            searched. Memory then holds the codes: dim / 4 + 8 bytes of a chunk instead of 2.25 dim + 8.
         force (`bool`, *optional*, defaults to `False`): Whether to build the index again.
 
     Returns:
         [`IndexRecord`]: the record of the index in the manifest: `factory`, `search_parameters`, `recall`, ….
 
     Raises:
-        ValueError: If faiss does not know the factory or has no GPUs, or if embeddings are missing or belong to other
-            chunks.
+        ValueError: If faiss does not know the factory or has no GPUs, if embeddings are missing or belong to other
+            chunks, or if the results of the factory are not scored again and `on_disk` is true.
     """
     path = Path(datastore)
     if use_gpus and not faiss.get_num_gpus():
@@ -165,12 +171,13 @@ def build_index(
             "target_recall": target_recall,
             "recall_queries": recall_queries,
             "seed": seed,
+            **({"on_disk": True} if on_disk else {}),  # older indexes do not record it
         }
         before, chunks = manifest.index, manifest.train.chunks
         if chunks is None:
             raise ValueError(f"{path} has no chunks to index; run `retro chunk`")
         if before is not None:
-            check_options("index", options, before.options)
+            check_options("index", {"on_disk": False} | options, {"on_disk": False} | before.options)
         indexed = None if before is None else chunks.indexed_by(before)
         if indexed == "all" and (path / before.file_name).exists():
             if process_state().is_main_process:
@@ -212,6 +219,7 @@ class _IndexBuild:
         self.manifest = manifest
         self.options = options
         self.before = before
+        self.vectors_on_disk = options.get("on_disk", False)
         self.use_gpus = use_gpus
         self.shard_index = shard_index
         self.state = process_state()
@@ -238,7 +246,8 @@ class _IndexBuild:
             return self.options["factory"]
         memory = self.options["max_index_memory"]
         max_bytes = None if memory is None else memory * 1e9
-        return suggest_factory(int(self.offsets[-1]), self.dim, max_bytes, for_gpus=faiss.get_num_gpus() > 0)
+        for_gpus = faiss.get_num_gpus() > 0
+        return suggest_factory(int(self.offsets[-1]), self.dim, max_bytes, for_gpus, self.vectors_on_disk)
 
     def train(self) -> None:
         """Trains an empty index on a random sample, or empties the index to which shards are added."""
@@ -247,6 +256,11 @@ class _IndexBuild:
                 index = empty_copy(self.path / self.before.file_name)
             else:
                 index = make_index(self.factory, self.dim, self.options["metric"])
+                if self.vectors_on_disk and not isinstance(faiss.downcast_index(index), faiss.IndexRefine):
+                    raise ValueError(
+                        f"on_disk needs a factory whose results are scored again, got {self.factory!r}; leave the "
+                        f"factory out, or add ',Refine(SQfp16)' to it"
+                    )
                 if not index.is_trained:
                     ivf = faiss.try_extract_index_ivf(index)
                     enough = max(_TRAINING_PER_LIST * ivf.nlist, _LEAST_TRAINING) if ivf is not None else np.inf
@@ -290,7 +304,7 @@ class _IndexBuild:
             files = old + [self.work / f"{shard.name}.faiss" for shard in shards]
             index = faiss.read_index(str(self._trained))
             if not self._mergeable:
-                index = faiss.read_index(str(old[0])) if old else index
+                index = read_to_add(old[0]) if old else index
                 with _threads_of_all():
                     total = sum(self._sizes)
                     with tqdm(total=total, desc=f"Filling {self.factory}", unit=" chunks") as progress:
@@ -304,8 +318,11 @@ class _IndexBuild:
             else:
                 for file in files:
                     index.merge_from(faiss.read_index(str(file)), 0)
-            with whole(self.merged) as temporary:
-                write_index(index, temporary)
+            if self.vectors_on_disk:
+                write_refined(index, self.merged)
+            else:
+                with whole(self.merged) as temporary:
+                    write_index(index, temporary)
             del index
             return_freed_memory()
         self.state.wait_for_everyone()

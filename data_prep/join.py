@@ -42,7 +42,7 @@ Filter = Callable[[np.ndarray, np.ndarray], np.ndarray]
 QUERIES = 1 << 16
 # `search` probes four times as many lists for the queries, up to a tenth, that find too much of their own document at
 # first. Here all queries probe more lists, so that no fewer neighbors are found.
-_MORE_LISTS = 1.25
+_MORE_LISTS = 1.125
 # With fewer queries for each list, the search query by query is as fast.
 _QUERIES_OF_A_LIST = 64
 # Products of one multiplication: as 32-bit integers, they fit into the cache of a core.

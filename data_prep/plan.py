@@ -44,6 +44,7 @@ def plan_datastore(
     max_index_memory: float | None = None,
     chunks_per_second: float = 4000.0,
     num_gpus: int = 1,
+    on_disk: bool = False,
 ) -> dict[str, int | float | str]:
     """
     Estimates the sizes of a datastore before it is built.
@@ -60,10 +61,12 @@ def plan_datastore(
         max_index_memory (`float`, *optional*): Largest size of the index in GB, for `"auto"`.
         chunks_per_second (`float`, *optional*, defaults to 4000): Number of chunks that one GPU embeds in a second.
         num_gpus (`int`, *optional*, defaults to 1): Number of GPUs that embed.
+        on_disk (`bool`, *optional*, defaults to `False`): Whether the index is built with `--on_disk`.
 
     Returns:
-        `dict`: `chunks`, `factory`, bytes of `chunks_bytes`, `embeddings_bytes`, `index_bytes`, `neighbors_bytes`,
-        and `encoder_gpu_hours`, `encoder_hours`.
+        `dict`: `chunks`, `factory`, bytes of `chunks_bytes`, `embeddings_bytes`, `index_bytes`,
+        `index_memory_bytes` (chunks x (code + 8) + lists x 4 dim, and without `on_disk` also the vectors that score
+        results again), `neighbors_bytes`, and `encoder_gpu_hours`, `encoder_hours`.
     """
     numbers = {
         "chunk_size": chunk_size,
@@ -79,7 +82,8 @@ def plan_datastore(
     documents = -(-tokens // tokens_per_document)
     chunks = tokens // chunk_size + documents // 2 + 1
     if factory == "auto":
-        factory = suggest_factory(chunks, dim, None if max_index_memory is None else max_index_memory * 1e9)
+        max_bytes = None if max_index_memory is None else max_index_memory * 1e9
+        factory = suggest_factory(chunks, dim, max_bytes, on_disk=on_disk)
     token_bytes = 2 if vocab_size <= 1 << 16 else 4
     hours = chunks / chunks_per_second / 3600
     return {
@@ -88,6 +92,7 @@ def plan_datastore(
         "chunks_bytes": chunks * (chunk_size * token_bytes + 4 + 8 + 8),
         "embeddings_bytes": chunks * 2 * dim,
         "index_bytes": index_bytes(factory, chunks, dim),
+        "index_memory_bytes": index_bytes(factory, chunks, dim, on_disk),
         "neighbors_bytes": chunks * num_neighbors * 12,
         "encoder_gpu_hours": hours,
         "encoder_hours": hours / num_gpus,

@@ -54,6 +54,10 @@ class IndexArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the samples."})
     use_gpus: bool = field(default=False, metadata={"help": "Train and fill the index on GPUs."})
     shard_index: bool = field(default=False, metadata={"help": "Split the index over GPUs instead of copying it."})
+    on_disk: bool = field(
+        default=False,
+        metadata={"help": "Memory holds short codes; the vectors that score results again stay on the disk."},
+    )
     terms: str = field(
         default="tokens",
         metadata={"help": "bm25: the tokens of the datastore, or words.", "choices": ["tokens", "words"]},

@@ -44,6 +44,7 @@ class PlanArguments:
         default=4000.0, metadata={"help": "Chunks that one GPU embeds in a second. Measure it with `retro embed`."}
     )
     num_gpus: int = field(default=1, metadata={"help": "Number of GPUs that embed."})
+    on_disk: bool = field(default=False, metadata={"help": "The index is built with --on_disk."})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("chunks", "embeddings", "neighbors"):
         print(f"{name + '/':<24}{human_bytes(plan[f'{name}_bytes'])}")
     print(f"{'index.faiss':<24}{human_bytes(plan['index_bytes'])}   {plan['factory']}")
+    if arguments.on_disk:
+        memory = human_bytes(plan["index_memory_bytes"])
+        print(f"{'index in memory':<24}{memory}   chunks x (bytes of a code + 8) + lists x 4 x dimensions")
     print(
         f"{'encoder':<24}{plan['encoder_gpu_hours']:,.1f} GPU-hours at {arguments.chunks_per_second:g} chunks/s, "
         f"{plan['encoder_hours']:,.1f} hours on {arguments.num_gpus}"

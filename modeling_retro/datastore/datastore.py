@@ -409,7 +409,10 @@ class RetroDatastore:
 
 
 def read_index(path: Path) -> faiss.Index:
-    """Reads a faiss index. It is memory-mapped if its type allows it."""
+    """
+    Reads a faiss index. It is memory-mapped if its type allows it. A file `.refine` beside it holds the vectors that
+    score its results again; they stay on the disk.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is missing; run `retro index`")
     if path.with_suffix(".ivfdata").exists():
@@ -417,9 +420,14 @@ def read_index(path: Path) -> faiss.Index:
     else:
         # One flag maps flat codes and graphs but refuses inverted lists. The other maps inverted lists.
         mappings = [faiss.IO_FLAG_MMAP_IFC, faiss.IO_FLAG_MMAP]
+    vectors = path.with_suffix(".refine")
     for mapping in mappings:
         try:
-            return faiss.read_index(str(path), mapping | faiss.IO_FLAG_READ_ONLY)
+            index = faiss.read_index(str(path), mapping | faiss.IO_FLAG_READ_ONLY)
+            if vectors.exists():
+                flags = faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY
+                return faiss.IndexRefine(index, faiss.read_index(str(vectors), flags))
+            return index
         except RuntimeError as error:
             reason = error
     raise ValueError(f"cannot read the index {path}: {reason}")

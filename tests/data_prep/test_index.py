@@ -16,6 +16,7 @@
 import importlib
 import shutil
 import sys
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -148,7 +149,7 @@ def test_shards_that_are_added_later_are_added_to_the_index(embedded, factory, m
     for stage in (partial.train.chunks, partial.train.embeddings):
         stage.shards = stage.shards[:2]
     partial.write(embedded)
-    options = {"factory": factory, "target_recall": 0.99, "max_index_memory": memory}
+    options = {"factory": factory, "target_recall": 0.99, "max_index_memory": memory, "on_disk": "Refine" in factory}
     before = build_index(embedded, **options)
     whole.index = read_manifest(embedded).index
     whole.write(embedded)
@@ -158,6 +159,42 @@ def test_shards_that_are_added_later_are_added_to_the_index(embedded, factory, m
     rows = [shard.rows for shard in whole.train.chunk_shards]
     assert (before.ntotal, after.ntotal) == (sum(rows[:2]), sum(rows))
     assert after.recall["recall@10"] >= 0.99
+
+
+def test_an_index_on_disk_finds_the_same_and_maps_its_vectors(embedded, tmp_path):
+    whole = shutil.copytree(embedded, tmp_path / "whole")
+    factory = "IVF4,PQ8x4fsr,Refine(SQfp16)"
+    build_index(whole, factory=factory)
+    record = build_index(embedded, factory=factory, on_disk=True)
+    assert sorted(record.sha256) == ["index.faiss", "index.refine"] and record.file_name == "index.faiss"
+    moved = shutil.move(embedded, tmp_path / "moved")
+    datastore = RetroDatastore.from_pretrained(moved)
+    datastore.verify()
+    queries = embeddings_of(moved)[:50]
+    for found, expected in zip(
+        datastore.index.search(queries, 5), RetroDatastore.from_pretrained(whole).index.search(queries, 5), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(moved / "index.refine") in maps.read_text()
+    with pytest.raises(ValueError, match="`index` was begun with on_disk=True, not False"):
+        build_index(moved, factory=factory)
+    (moved / "index.refine").write_bytes((moved / "index.faiss").read_bytes())
+    with pytest.raises(ValueError, match="index.refine"):
+        RetroDatastore.from_pretrained(moved).verify()
+    build_index(moved, factory="Flat", force=True)
+    assert not (moved / "index.refine").exists()
+
+
+def test_on_disk_chooses_codes_that_fit_and_refuses_others(embedded):
+    assert suggest_factory(30_000_000, 256, on_disk=True).endswith(",PQ128x4fsr,Refine(SQfp16)")
+    assert suggest_factory(1000, 256, on_disk=True) == "IVF32,PQ128x4fsr,Refine(SQfp16)"
+    # Only codes, ids and centroids take memory: (64 + 8) bytes of a vector.
+    assert suggest_factory(1_000_000, 256, 0.08e9, on_disk=True).startswith("IVF")
+    with pytest.raises(ValueError, match="no index of 1000000 vectors fits into 0.07 GB"):
+        suggest_factory(1_000_000, 256, 0.07e9, on_disk=True)
+    with pytest.raises(ValueError, match="on_disk needs a factory whose results are scored again, got 'IVF8,Flat'"):
+        build_index(embedded, factory="IVF8,Flat", on_disk=True)
 
 
 def test_a_finished_index_is_left_alone(embedded):

@@ -53,6 +53,14 @@ def test_planned_index_is_as_large_as_a_real_one(factory, tmp_path):
     assert size == pytest.approx(index_bytes(factory, 4000, 32), rel=0.2)
 
 
+def test_an_index_on_disk_holds_codes_and_ids_in_memory():
+    plan = plan_datastore(64_000_000_000, dim=256, on_disk=True)
+    chunks = plan["chunks"]
+    assert plan["factory"] == "IVF131072_HNSW32,PQ128x4fsr,Refine(SQfp16)"
+    assert plan["index_memory_bytes"] == chunks * (64 + 8) + 131072 * 4 * 256
+    assert plan["index_bytes"] == plan["index_memory_bytes"] + chunks * 2 * 256
+
+
 def test_numbers_take_units():
     numbers = {"1.75T": 1_750_000_000_000, "40B": 40_000_000_000, "10M": 10_000_000, "3k": 3000, "7": 7}
     assert {text: parse_number(text) for text in numbers} == numbers
