@@ -13,8 +13,10 @@
 # limitations under the License.
 """Opens a model for a server whose completions vLLM computes. Its weights are loaded there, not here."""
 
+import atexit
 import json
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -178,12 +180,13 @@ def _end_tokens(decoder: str, config: RetroJointConfig) -> list[int]:
 
 def write_peft_adapter(reader: Reader) -> Path:
     """
-    Writes the adapter of a reader in the form of PEFT, which vLLM loads, to a new temporary folder.
+    Writes the adapter of a reader in the form of PEFT, which vLLM loads, to a temporary folder for this process.
 
     Args:
         reader ([`Reader`]): The reader.
     """
     folder = Path(tempfile.mkdtemp(prefix="retro-reader-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # vLLM may be started again until then
     mark = f".{NEIGHBOR_ADAPTER}."
     weights = {
         f"base_model.model.{name.removeprefix('decoder.').replace(mark, '.')}": tensor.contiguous()
