@@ -442,7 +442,7 @@ class RetroJointForCausalLM(
         return neighbors
 
     def _check_place_of_passages(self, call: JointCall) -> None:
-        """Raises a `ValueError` for passages that do not stand in front of one document."""
+        """Raises a `ValueError` for passages that do not stand in front of one document, or leave it no room."""
         batch_size = call.inputs.shape[0]
         if len(call.passages.seen) != batch_size:
             raise ValueError(
@@ -456,6 +456,17 @@ class RetroJointForCausalLM(
         check_cache(call.past_key_values, RetroJointCache)
         if self._is_packed(call.inputs, call.attention_mask, call.position_ids, call.past_key_values):
             raise ValueError("passages belong to one question, but the row holds several documents: give one each")
+        length = torch.tensor([call.inputs.shape[1]])
+        if call.attention_mask is not None and call.attention_mask.ndim == 2:
+            length = call.attention_mask.sum(-1)
+        in_front = call.passages.texts.attention_mask.sum(-1).flatten(1).amax(-1)  # [B]
+        longest = int((in_front.to(length.device) + length).max())
+        room = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if room is not None and longest > room:
+            raise ValueError(
+                f"a question and what is read in front of it have {longest} tokens, but there is room for {room}; "
+                "ask less, pass fewer passages, or read them apart"
+            )
 
     @torch.no_grad()
     def _check_reading(self) -> None:

@@ -18,6 +18,7 @@ import torch
 from test_generation_retro import HashRetriever, left_padded
 from test_modeling_retro import CHUNK, LENGTH, VOCAB, assert_close, make_inputs
 from tiny_joint import FAMILIES, make_joint
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from modeling_retro import RetroJointCache
@@ -352,3 +353,21 @@ def test_bad_questions_are_named():
             model(ids, **given)
     with pytest.raises(ValueError, match="no retriever"):
         model.generate(ids, question_input_ids=ids)
+
+
+@pytest.mark.parametrize("way", ["apart", "in_order"])
+def test_a_question_must_fit_behind_its_passages(way):
+    model = make_joint()
+    passages, mask = make_passages(1)
+    longest = int(mask.sum() if way == "in_order" else mask.sum(-1).max())
+    ids = left_padded([2 * CHUNK])[0][:1]
+    padded, padding = F.pad(ids, (9, 0)), F.pad(torch.ones_like(ids), (9, 0))
+    given = {"passage_input_ids": passages, "passage_attention_mask": mask, "passages": way}
+    cache = RetroJointCache()
+    with torch.no_grad():
+        model.config.get_text_config().max_position_embeddings = longest + 2 * CHUNK
+        model(padded, attention_mask=padding, **given)  # padding takes no room
+        model.config.get_text_config().max_position_embeddings -= 1
+        with pytest.raises(ValueError, match=f"have {longest + 2 * CHUNK} tokens, but there is room for"):
+            model.generate(ids, past_key_values=cache, max_new_tokens=1, **given)
+    assert cache.get_seq_length() == 0
