@@ -60,6 +60,7 @@ NOT_RUN = {
     "retro evaluate-retriever --encoder encoder --beir": "test_retriever_evaluation.py",
     "retro neighbors --datastore datastore --split lessons": "test_lessons.py",
     "retro lessons": "test_lessons.py",
+    "retro reader": "test_lessons.py",
     "retro train --datastore datastore --lessons": "test_lessons.py",
     "retro serve": "test_serve.py",
     "retro demo": "test_demo.py",

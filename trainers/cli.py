@@ -59,6 +59,10 @@ GROUPS = {
             "trainers.scripts.teach",
             "store the predictions of a model with the neighbor in front, as a teacher",
         ),
+        "reader": (
+            "trainers.scripts.train_reader",
+            "teach a pretrained language model to read passages of a datastore",
+        ),
         "lessons": ("trainers.scripts.make_lessons", "make lessons in reading from the texts of a datastore"),
         "evaluate": ("trainers.scripts.evaluate_retro", "measure the gain from retrieval, in bits per byte"),
         "lm-eval": (

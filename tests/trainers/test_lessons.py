@@ -14,6 +14,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from trainers.language_model.lessons import DataCollatorForLessons, ReaderLesson
 from trainers.language_model.make_lessons import BEGINNINGS, ENDINGS, FACTS, MIDDLES, TWO_HOPS, UNKNOWN, make_lessons
 from trainers.scripts import train_retro
 from trainers.scripts.make_lessons import main as make_lessons_main
+from trainers.scripts.train_reader import main as train_reader_main
 
 
 LESSON = {
@@ -225,3 +227,33 @@ def test_a_reader_learns_from_lessons_stops_and_goes_on_to_the_same_weights(fold
         with torch.no_grad():
             losses.append(sum(float(lesson_losses(model, None, collator([lessons[n]]))[0]) for n in range(10)))
     assert losses[1] < losses[0]
+
+
+def test_one_command_makes_lessons_and_trains_a_reader_on_them(folder, tmp_path, capsys):
+    words = ["--datastore", str(folder / "datastore"), "--model", str(folder / "base"), "--num_lessons", "44"]
+    options = [*words, "--rank", "2", "--learning_rate", "0.05", "--dtype", "float32", "--seed", "3"]
+    train_reader_main([*options, "--output_dir", str(tmp_path / "reader")])
+    lessons = ReaderLessons(tmp_path / "reader" / "lessons.jsonl")
+    assert len(lessons) == 44
+    collator = DataCollatorForLessons(RetroDatastore.from_pretrained(folder / "datastore").tokenizer, 128)
+    losses = []
+    for fields in ({}, {"reader": str(tmp_path / "reader")}):
+        model = RetroJointForCausalLM.from_decoder_pretrained(str(folder / "base"), **fields)
+        with torch.no_grad():
+            losses.append(sum(float(lesson_losses(model, None, collator([lessons[n]]))[0]) for n in range(44)))
+    assert losses[1] < 0.97 * losses[0]
+    weights = load_file(tmp_path / "reader" / "retrofit.safetensors")
+    # Interrupted behind its first checkpoint, it comes to the same weights.
+    for name in ("lessons.jsonl", "checkpoint-10"):
+        copy = shutil.copytree if name.startswith("checkpoint") else shutil.copy
+        (tmp_path / "again").mkdir(exist_ok=True)
+        copy(tmp_path / "reader" / name, tmp_path / "again" / name)
+    train_reader_main([*options, "--output_dir", str(tmp_path / "again")])
+    again = load_file(tmp_path / "again" / "retrofit.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
+    with pytest.raises(ValueError, match="has other lessons than this command makes"):
+        train_reader_main([*options[:-1], "4", "--output_dir", str(tmp_path / "again")])
+    assert sorted(path.name for path in (tmp_path / "again").glob("lessons*")) == ["lessons.jsonl"]
+    with pytest.raises(ValueError, match="--num_lessons is 3"):
+        train_reader_main([*words[:-1], "3", "--output_dir", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
