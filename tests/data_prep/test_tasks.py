@@ -297,13 +297,12 @@ def test_ray_whose_workers_and_nodes_are_killed_ends_with_the_same_bytes(stages,
         return found
 
     def kill():
-        while not over.wait(generator.uniform(2, 25)):
+        while not over.wait(generator.uniform(1, 10)):
             if not (running := workers()):
                 continue
-            if generator.random() < 0.3:
-                ray_cluster.remove_node(ray_cluster.worker_nodes.copy().pop(), allow_graceful=False)
+            if len(nodes := list(ray_cluster.worker_nodes)) > 1 and generator.random() < 0.3:
+                ray_cluster.remove_node(nodes[0], allow_graceful=False)
                 kills["node"] += 1
-                ray_cluster.add_node(num_cpus=2)
             else:
                 victim = generator.choice(running)
                 try:
@@ -312,6 +311,8 @@ def test_ray_whose_workers_and_nodes_are_killed_ends_with_the_same_bytes(stages,
                 except psutil.NoSuchProcess:
                     pass
 
+    for _ in range(2):  # only the main thread can start nodes
+        ray_cluster.add_node(num_cpus=2)
     killer = threading.Thread(target=kill)
     killer.start()
     try:
@@ -323,6 +324,7 @@ def test_ray_whose_workers_and_nodes_are_killed_ends_with_the_same_bytes(stages,
                     stage()
             assert files_of(tmp_path / f"trial-{trial}") == reference
             trial += 1
+            print(f"the same bytes after {kills}")
     finally:
         over.set()
         killer.join()
