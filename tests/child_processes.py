@@ -18,6 +18,7 @@ They start from a server that has imported the libraries and has no threads. A f
 wait forever for a lock that a thread of another test (a gRPC server, a progress bar) held then.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -64,7 +65,8 @@ def run_processes(make: Callable, output_dir: Path, seconds: float | None = None
     for number in (signal.SIGSTOP, signal.SIGKILL):
         for process in processes:
             if process.is_alive():
-                os.kill(process.pid, number)
+                with contextlib.suppress(ProcessLookupError):  # it has ended since
+                    os.kill(process.pid, number)
     for process in processes:
         process.join()
         if seconds is None:
