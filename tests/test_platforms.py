@@ -26,7 +26,8 @@ from modeling_retro.durable_files_retro import replace
 
 @pytest.mark.parametrize("package", ["data_prep", "trainers", "serving"])
 def test_windows_is_refused_by_name(package):
-    program = f"import sys; sys.platform = 'win32'; import {package}"
+    # Python 3.12's shutil asks for a module of Windows when it is imported.
+    program = f"import shutil, sys; sys.platform = 'win32'; import {package}"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == 1
     assert f"ImportError: {package} needs Linux or macOS" in ended.stderr and "Subsystem for Linux" in ended.stderr

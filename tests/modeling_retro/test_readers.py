@@ -40,7 +40,7 @@ def test_a_reader_goes_with_a_decoder_that_is_loaded_by_itself(tmp_path):
     model.save_pretrained(tmp_path / "whole")
     whole = RetroJointForCausalLM.from_pretrained(tmp_path / "whole")
     torch.testing.assert_close(
-        whole(ids, neighbor_input_ids=neighbors).logits, expected, atol=1e-5, rtol=0, check_dtype=False
+        whole(ids, neighbor_input_ids=neighbors).logits, expected, atol=2e-5, rtol=0, check_dtype=False
     )
 
 
