@@ -58,7 +58,6 @@ NOT_RUN = {
     "retro stackexchange": "test_stackexchange.py",
     "retro train-retriever --model_name_or_path encoder --pairs mined/pairs": "test_mine_neighbors.py",
     "retro evaluate-retriever --encoder encoder --beir": "test_retriever_evaluation.py",
-    "retro neighbors --datastore datastore --split lessons": "test_lessons.py",
     "retro lessons": "test_lessons.py",
     "retro reader": "test_lessons.py",
     "retro train --datastore datastore --lessons": "test_lessons.py",

@@ -180,7 +180,7 @@ def test_a_recipe_searches_by_terms_without_an_encoder(tmp_path, tiny_tokenizer)
 
 def test_options_of_the_other_kind_are_refused(copy, capsys):
     main(["--datastore", str(copy), "--kind", "bm25", "--k1", "0.9"])
-    assert "BM25 over 457 chunks" in capsys.readouterr().out
+    assert "BM25 index over 457 chunks" in capsys.readouterr().out
     assert read_manifest(copy).bm25.options == {"terms": "tokens", "k1": 0.9, "b": 0.75}
     with pytest.raises(ValueError, match="--factory is 'Flat', but no option of --kind bm25"):
         main(["--datastore", str(copy), "--kind", "bm25", "--factory", "Flat"])

@@ -197,7 +197,7 @@ def test_a_datastore_that_cannot_be_written_is_searched_and_verified_but_not_cha
     RetroRetriever(RetroDatastore.from_pretrained(path)).retrieve(torch.zeros(1, 8, dtype=torch.long), k=1)
     for entry in [path, *path.rglob("*")]:
         entry.chmod(0o555 if entry.is_dir() else 0o444)
-    opened = [folder for folder in path.parents if folder.owner() == path.owner()][:3]
+    opened = [folder for folder in path.parents if "pytest-" in str(folder)]
     modes = {folder: folder.stat().st_mode for folder in opened}
     for folder in opened:
         folder.chmod(modes[folder] | 0o055)
