@@ -16,10 +16,11 @@
 import logging
 import threading
 import uuid
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -217,46 +218,62 @@ class Completion:
             self.send(CompletionEvent(num_tokens=self.num_tokens, error=error))
 
 
-class CompletionEngine(Protocol):
+class CompletionEngine(ABC):
     """
     What the server needs of an engine. Its completions are the same whatever computes them.
 
     Attributes:
-        is_alive (`bool`): Whether the engine accepts completions.
-        num_running (`int`), num_waiting (`int`): Number of completions.
-        capacity (`int`): Largest number of completions that can run and wait.
+        max_batch_size (`int`), max_waiting (`int`): Largest number of completions that run, and that wait.
         num_restarts (`int`): How often an error ended what was computed.
-        state_bytes (`int`): Size of the states of neighbors and rows that are kept for later.
     """
 
+    max_batch_size: int
+    max_waiting: int
     num_restarts: int
+    _thread: threading.Thread
+    _stopped: CompletionError | None
+    _running: Collection[Any]
+    _waiting: Collection[Completion]
 
     @property
-    def is_alive(self) -> bool: ...
+    def is_alive(self) -> bool:
+        """`bool`: Whether the engine accepts completions."""
+        return self._thread.is_alive() and self._stopped is None
 
     @property
-    def num_running(self) -> int: ...
+    def num_running(self) -> int:
+        """`int`: Number of running completions."""
+        return len(self._running)
 
     @property
-    def num_waiting(self) -> int: ...
+    def num_waiting(self) -> int:
+        """`int`: Number of waiting completions."""
+        return len(self._waiting)
 
     @property
-    def capacity(self) -> int: ...
+    def capacity(self) -> int:
+        """`int`: Largest number of completions that can run and wait."""
+        return self.max_batch_size + self.max_waiting
 
     @property
-    def state_bytes(self) -> int: ...
+    @abstractmethod
+    def state_bytes(self) -> int:
+        """`int`: Size of the states of neighbors and rows that are kept for later."""
 
+    @abstractmethod
     def submit(self, completions: Sequence[Completion]) -> None:
         """Accepts all of the completions, or none (see [`Engine.submit`])."""
 
+    @abstractmethod
     def stop(self, error: CompletionError | None = None) -> None:
         """Ends running and waiting completions with an error at once."""
 
+    @abstractmethod
     def close(self) -> None:
         """Stops the engine and waits for its end."""
 
 
-class Engine:
+class Engine(CompletionEngine):
     """
     Runs completions on a model in its own thread. After each step, waiting completions join the running ones. The
     result of a completion does not depend on the others, and an error in the computation of one row ends only this
@@ -305,26 +322,6 @@ class Engine:
         self._refused: str | None = None
         self._thread = threading.Thread(target=self._run, name="retro-engine", daemon=True)
         self._thread.start()
-
-    @property
-    def is_alive(self) -> bool:
-        """`bool`: Whether the engine accepts completions."""
-        return self._thread.is_alive() and self._stopped is None
-
-    @property
-    def num_running(self) -> int:
-        """`int`: Number of running completions."""
-        return len(self._running)
-
-    @property
-    def num_waiting(self) -> int:
-        """`int`: Number of waiting completions."""
-        return len(self._waiting)
-
-    @property
-    def capacity(self) -> int:
-        """`int`: Largest number of completions that can run and wait."""
-        return self.max_batch_size + self.max_waiting
 
     @property
     def state_bytes(self) -> int:

@@ -32,7 +32,7 @@ from modeling_retro import RetroJointConfig
 from modeling_retro.retriever.retriever import QuestionError
 
 from ..decoding_batch import retrieved_chunk
-from ..engine import Completion, CompletionError, QueueFullError, log_failure
+from ..engine import Completion, CompletionEngine, CompletionError, QueueFullError, log_failure
 from .client import EngineClient, EngineError, EngineGoneError, sampling_fields
 from .processes import EngineProcess
 from .schedule import RowPlan, Stretch, neighbor_texts, passage_texts
@@ -46,7 +46,7 @@ MAX_TRIES = 8
 MAX_LINE = 1 << 24
 
 
-class VllmEngine:
+class VllmEngine(CompletionEngine):
     """
     Runs completions on vLLM, with the interface of [`Engine`]. A completion is a row, and a row stays with one vLLM
     process. If that has lost what it computed for the row, or has gone and come back, the row is read there again
@@ -140,26 +140,6 @@ class VllmEngine:
                 await self._wait_for(client)
         except CompletionError as error:
             raise ValueError(str(error)) from error
-
-    @property
-    def is_alive(self) -> bool:
-        """`bool`: Whether the engine accepts completions."""
-        return self._thread.is_alive() and self._stopped is None
-
-    @property
-    def num_running(self) -> int:
-        """`int`: Number of running completions."""
-        return len(self._running)
-
-    @property
-    def num_waiting(self) -> int:
-        """`int`: Number of waiting completions."""
-        return len(self._waiting)
-
-    @property
-    def capacity(self) -> int:
-        """`int`: Largest number of completions that can run and wait."""
-        return self.max_batch_size + self.max_waiting
 
     @property
     def state_bytes(self) -> int:
