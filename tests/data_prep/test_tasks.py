@@ -22,11 +22,9 @@ from functools import partial
 
 import pytest
 from child_processes import CHILDREN
-from conftest import TINY_CHUNK_SIZE, make_texts, write_jsonl
+from executor_stages import stages_of
 
 from data_prep import join, shares
-from data_prep.chunk import chunk_documents
-from data_prep.embed import embed_chunks
 from data_prep.index import build_index, read_embeddings
 from data_prep.neighbors import find_neighbors
 from data_prep.scripts import embed as embed_script
@@ -37,20 +35,7 @@ from modeling_retro.datastore.manifest import read_manifest
 
 @pytest.fixture
 def stages(tmp_path, tiny_tokenizer, tiny_encoder_dir):
-    """A function that makes the stages of a datastore, each as a call without arguments."""
-    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    file = write_jsonl(tmp_path / "train.jsonl", [text for text in make_texts(90, seed=2) if text.strip()])
-
-    def of(path):
-        chunking = {"chunk_size": TINY_CHUNK_SIZE, "shard_bytes": 2000}
-        return [
-            partial(chunk_documents, str(file), path, str(tmp_path / "tokenizer"), **chunking),
-            partial(embed_chunks, path, str(tiny_encoder_dir)),
-            partial(build_index, path, factory="Flat"),
-            partial(find_neighbors, path, num_neighbors=2),
-        ]
-
-    return of
+    return stages_of(tmp_path, tiny_tokenizer, tiny_encoder_dir, num_texts=90)
 
 
 @pytest.fixture
