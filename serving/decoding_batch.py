@@ -116,6 +116,16 @@ class Row:
     draft: list[int] = field(default_factory=list)
 
 
+def draft_of(row: Row, chunk_size: int, longest: int) -> list[int]:
+    """The draft of a row, of at most `longest` tokens, which does not reach the last token of a chunk."""
+    index = len(row.tokens) % chunk_size
+    longest = min(longest, chunk_size - 1 - index)
+    if longest < 1 or index == 0:
+        return []
+    texts = join_texts(text for chunk in row.retrieved for text in chunk.input_ids)
+    return find_draft(texts, np.array(row.tokens), longest)
+
+
 class DecodingBatch:
     """
     Rows of a RETRO model that are decoded together, with one forward pass for each token, or for several that were
@@ -212,18 +222,8 @@ class DecodingBatch:
         self._settle()
         longest = DRAFTED_AT_ONCE // len(self.rows)
         for row, length in zip(self.rows, self._lengths, strict=True):
-            row.draft = self._draft(row, min(longest, length.current))
+            row.draft = draft_of(row, self.model.config.chunk_size, min(longest, length.current, self.draft_tokens))
         return self._read()
-
-    def _draft(self, row: Row, longest: int) -> list[int]:
-        """The draft of a row, which does not reach the last token of a chunk."""
-        size = self.model.config.chunk_size
-        index = len(row.tokens) % size
-        longest = min(longest, size - 1 - index, self.draft_tokens)
-        if longest < 1 or index == 0:
-            return []
-        texts = join_texts(text for chunk in row.retrieved for text in chunk.input_ids)
-        return find_draft(texts, np.array(row.tokens), longest)
 
     def _read(self) -> torch.Tensor:
         """Logits `(B, 1 + longest draft, vocab_size)` of the last token of each row and of its draft."""

@@ -23,7 +23,7 @@ from trainers.generation import short_question
 from trainers.prompts import PromptEncoder
 
 from .load import LoadedModel
-from .page import CSS, legend, plain_html, reading_html
+from .page import CSS, legend, plain_html, reading_html, steps_html
 from .reading import continue_both_ways, read_text
 from .sampling import SamplingParameters
 
@@ -81,7 +81,7 @@ class Demo:
             query = self.prompts.encode_query(question)
         arguments = (ids, num_neighbors, max_tokens, sampling, self.end_tokens, query)
         for comparison in continue_both_ways(self.model, self.retriever, *arguments):
-            yield reading_html(comparison.on), plain_html(prompt, comparison.off)
+            yield reading_html(comparison.on) + steps_html(comparison.steps), plain_html(prompt, comparison.off)
 
     def measure_text(self, text: str, num_neighbors: int) -> tuple[str, str]:
         """

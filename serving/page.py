@@ -16,7 +16,7 @@
 import itertools
 from html import escape
 
-from .reading import Neighbor, Piece, Reading, Stretch
+from .reading import Neighbor, Piece, Reading, StepCounter, Stretch
 
 
 # Number of bits from which on a token has the full color.
@@ -108,6 +108,16 @@ def reading_html(reading: Reading) -> str:
     return (
         f'<style>{"".join(rules)}</style><div class="retro" id="{name}">{"".join(radios)}'
         f'<div class="retro-text">{"".join(labels)}</div><div>{"".join(panels)}</div></div>'
+    )
+
+
+def steps_html(steps: StepCounter) -> str:
+    """Says in how many steps drafts write a continuation."""
+    if steps.num_steps == 0:
+        return ""
+    return (
+        f'<div class="retro-legend">{steps.num_tokens} tokens. With drafts from the neighbors they take '
+        f"{steps.num_steps} steps: {steps.num_tokens / steps.num_steps:.1f} tokens a step.</div>"
     )
 
 

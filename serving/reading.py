@@ -21,9 +21,10 @@ import torch
 from transformers import PreTrainedModel
 
 from modeling_retro.chunk_layout_retro import seen_chunk
+from modeling_retro.drafts_retro import DRAFT_TOKENS, DraftLength
 from modeling_retro.retriever.retriever import RetroRetriever
 
-from .decoding_batch import DecodingBatch, RetrievedChunk, Row
+from .decoding_batch import DecodingBatch, RetrievedChunk, Row, draft_of
 from .sampling import ChosenToken, Sampler, SamplingParameters
 from .text_stream import TextStream
 
@@ -226,6 +227,42 @@ def read_text(
     return reading
 
 
+class StepCounter:
+    """
+    Counts the steps in which drafts would write a text. They change no token, so the text itself says how much of each
+    draft is confirmed.
+
+    Args:
+        row ([`~serving.decoding_batch.Row`]): The text, to which the caller appends each token that was counted.
+        chunk_size (`int`): Number of tokens in a chunk.
+
+    Attributes:
+        num_tokens (`int`): Number of tokens so far.
+        num_steps (`int`): Number of steps that write them, of which the first reads the prompt.
+    """
+
+    def __init__(self, row: Row, chunk_size: int):
+        self.row, self.chunk_size = row, chunk_size
+        self.num_tokens = self.num_steps = 0
+        self._length = DraftLength(DRAFT_TOKENS)
+        self._draft: list[int] | None = None  # of the step that is not over
+        self._num_confirmed = 0
+
+    def count(self, token: int) -> None:
+        """Counts the next token of the text."""
+        if self._draft is None:
+            self._draft = draft_of(self.row, self.chunk_size, self._length.current) if self.num_steps else []
+            self._num_confirmed = 0
+            self.num_steps += 1
+        self.num_tokens += 1
+        if self._draft[self._num_confirmed : self._num_confirmed + 1] == [token]:
+            self._num_confirmed += 1
+            return
+        if self._draft:
+            self._length.update(len(self._draft), self._num_confirmed)
+        self._draft = None
+
+
 @dataclass
 class Comparison:
     """
@@ -233,11 +270,13 @@ class Comparison:
 
     Args:
         on ([`Reading`]): The text with neighbors and the worth of each token.
+        steps ([`StepCounter`]): In how many steps drafts write the continuation with neighbors.
         off (`str`): The continuation without neighbors.
         is_finished (`bool`): Whether the continuations are complete.
     """
 
     on: Reading
+    steps: StepCounter
     off: str = ""
     is_finished: bool = False
 
@@ -270,9 +309,10 @@ def continue_both_ways(
     Yields:
         [`Comparison`]: the same object, after each token.
     """
-    comparison = Comparison(read_text(model, retriever, ids, num_neighbors, query))
-    yield comparison
     on, follower, off = Row(list(ids), num_neighbors, query=query), Row(list(ids), 0), Row(list(ids), 0)
+    steps = StepCounter(on, model.config.chunk_size)
+    comparison = Comparison(read_text(model, retriever, ids, num_neighbors, query), steps)
+    yield comparison
     samplers = Sampler(sampling), Sampler(sampling)
     off_text = TextStream(retriever.datastore.tokenizer)
     batch = DecodingBatch(model, retriever, draft_tokens=0)
@@ -283,6 +323,7 @@ def continue_both_ways(
         ended = []
         if id(on) in logprobs:
             chosen = samplers[0].choose(*logprobs[id(on)])
+            steps.count(chosen.id)
             if chosen.id in end_tokens:
                 ended += [on, follower]
             else:

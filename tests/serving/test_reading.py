@@ -22,8 +22,11 @@ from conftest import TINY_CHUNK_SIZE
 from tiny_server import save_model
 
 from modeling_retro import RetroJointForCausalLM
+from serving import decoding_batch
+from serving.decoding_batch import DecodingBatch, Row
+from serving.engine import Completion
 from serving.load import load_model
-from serving.page import plain_html, reading_html
+from serving.page import plain_html, reading_html, steps_html
 from serving.reading import (
     Neighbor,
     Piece,
@@ -130,6 +133,33 @@ def test_a_prompt_is_continued_as_the_model_does_with_neighbors_and_without(load
     pending = last.on._pending
     assert total[0] + pending[0] == pytest.approx(sum(on_bits), abs=1e-2)
     assert total[1] + pending[1] == pytest.approx(sum(off_bits), abs=1e-2)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_steps_are_counted_as_drafts_take_them(loaded, temperature, monkeypatch):
+    ids = PromptEncoder(loaded.retriever.datastore.tokenizer).encode_text("retro looks things")
+    k, sampling = loaded.model.config.num_neighbors, SamplingParameters(temperature=temperature, seed=3)
+    *_, known = continue_both_ways(loaded.model, loaded.retriever, ids, k, 60, sampling, frozenset())
+
+    def guess(texts, row, length):
+        """What comes next, with a mistake at each seventh token."""
+        coming = range(len(row), min(len(row) + length, len(known.on._ids)))
+        return [0 if place % 7 == 0 else known.on._ids[place] for place in coming]
+
+    monkeypatch.setattr(decoding_batch, "find_draft", guess)
+    *_, last = continue_both_ways(loaded.model, loaded.retriever, ids, k, 60, sampling, frozenset())
+    batch = DecodingBatch(loaded.model, loaded.retriever, draft_tokens=8)
+    completion = Completion(Row(list(ids), k), 60, sampling, (), lambda event: None)
+    logits = batch.add([completion.row])[:, None]
+    while True:
+        completion.advance(logits[0], (), loaded.retriever.datastore.tokenizer)
+        if completion.is_finished:
+            break
+        logits = batch.step()
+    assert last.on._ids == completion.row.tokens == known.on._ids
+    assert (last.steps.num_tokens, last.steps.num_steps) == (60, completion.num_steps)
+    assert 0.3 * completion.num_drafted < completion.num_confirmed < completion.num_drafted
+    assert f"{completion.num_steps} steps" in steps_html(last.steps)
 
 
 def test_runs_of_tokens_in_both_are_copied():
