@@ -55,6 +55,9 @@ class JointScalingArguments:
     new_tokens: int = field(default=448, metadata={"help": "Tokens to generate. 0 leaves generation out."})
     window_chunks: int = field(default=8, metadata={"help": "Chunks in the window that is read again."})
     repeats: int = field(default=3, metadata={"help": "Runs of each measurement, of which the median counts."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Train with checkpoints: a step then reads everything twice, and keeps less."}
+    )
     cross_attention: bool = field(default=False, metadata={"help": "Measure the cross attention of the paper."})
     dtype: str = field(default="bfloat16", metadata={"help": "Torch dtype of the weights in prefill and generation."})
     threads: int = field(default=1, metadata={"help": "Threads."})
@@ -192,12 +195,16 @@ def predicted_ratio(model: RetroJointForCausalLM, length: int, arguments: JointS
     row = length * (weights + per_key * length / 2)
     read_neighbors = length / model.config.chunk_size * k * neighbor_length * (weights + per_key * neighbor_length / 2)
     seen = length * per_key * k * neighbor_length
-    return (reads * (row + seen) + read_neighbors + length * head) / (row + length * head)
+    # Checkpoints are read forward twice, which counts a third of a step. The head has none.
+    layers = 4 / 3 if arguments.gradient_checkpointing else 1
+    return (layers * (reads * (row + seen) + read_neighbors) + length * head) / (layers * row + length * head)
 
 
 def measure_training(model: RetroJointForCausalLM, arguments: JointScalingArguments) -> None:
     """Steps forward and backward over one row, in which all neighbors are read."""
     model.float().train()
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     rows = {}
     for length in arguments.training:
         row = torch.randint(model.config.vocab_size, (1, length))
