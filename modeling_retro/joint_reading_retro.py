@@ -13,8 +13,11 @@
 # limitations under the License.
 """How a joint model reads: what a call computes, and what it leaves in the cache"""
 
+from functools import partial
+
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -376,33 +379,41 @@ class JointReadingMixin:
         self, neighbor_input_ids: torch.LongTensor, neighbor_attention_mask: torch.BoolTensor
     ) -> LayerStates:
         """Keys and values `(n, Hkv, r, D)` of neighbors `(n, r)` in each layer."""
-        length = neighbor_input_ids.shape[1]
-        positions = torch.arange(-length, 0, device=neighbor_input_ids.device)
-        parts = []
-        for ids, mask in zip(
-            neighbor_input_ids.split(ENCODING_BATCH_SIZE), neighbor_attention_mask.split(ENCODING_BATCH_SIZE)
-        ):
-            # The causal mask hides padding behind a neighbor from the tokens in front of it, and no row reads it.
-            is_padded_behind = bool((mask[:, 1:] <= mask[:, :-1]).all())
-            cache = DynamicCache()
-            with self._without_checkpointing(), self.adapters.active(NEIGHBOR_ADAPTER):
-                outputs = self.decoder.base_model(
-                    input_ids=ids,
-                    attention_mask=None if is_padded_behind else mask.long(),
-                    position_ids=positions.expand(len(ids), -1),
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-            layers = [(layer.keys, layer.values) if layer.is_initialized else None for layer in cache.layers]
-            if torch.is_grad_enabled() and NEIGHBOR_ADAPTER in self.adapters.names:
-                # The output of the last layer for neighbors is not used, but its adapter must stay in the graph.
-                keys, values = layers[0]
-                layers[0] = keys, values + 0 * outputs.last_hidden_state.sum()
-            parts.append(layers)
+        encode = self._encode_part
+        if torch.is_grad_enabled() and self._checkpoints_layers():
+            # The cache of its states does not outlive a checkpointed layer, so a whole pass is what runs again.
+            encode = partial(checkpoint, encode, use_reentrant=False)
+        parts = [
+            encode(ids, mask)
+            for ids, mask in zip(
+                neighbor_input_ids.split(ENCODING_BATCH_SIZE), neighbor_attention_mask.split(ENCODING_BATCH_SIZE)
+            )
+        ]
         return [
             None if layer[0] is None else tuple(torch.cat([part[i] for part in layer]) for i in (0, 1))
             for layer in zip(*parts)
         ]
+
+    def _encode_part(self, input_ids: torch.LongTensor, attention_mask: torch.BoolTensor) -> LayerStates:
+        """Keys and values of the neighbors of one pass."""
+        positions = torch.arange(-input_ids.shape[1], 0, device=input_ids.device)
+        # The causal mask hides padding behind a neighbor from the tokens in front of it, and no row reads it.
+        is_padded_behind = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
+        cache = DynamicCache()
+        with self._without_checkpointing(), self.adapters.active(NEIGHBOR_ADAPTER):
+            outputs = self.decoder.base_model(
+                input_ids=input_ids,
+                attention_mask=None if is_padded_behind else attention_mask.long(),
+                position_ids=positions.expand(len(input_ids), -1),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        layers = [(layer.keys, layer.values) if layer.is_initialized else None for layer in cache.layers]
+        if torch.is_grad_enabled() and NEIGHBOR_ADAPTER in self.adapters.names:
+            # The output of the last layer for neighbors is not used, but its adapter must stay in the graph.
+            keys, values = layers[0]
+            layers[0] = keys, values + 0 * outputs.last_hidden_state.sum()
+        return layers
 
 
 __all__ = ["JointReadingMixin"]

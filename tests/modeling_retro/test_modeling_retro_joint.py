@@ -260,6 +260,22 @@ def test_gradients_reach_the_decoder_through_row_and_neighbors(checkpointing, re
             assert_close(weight.grad, expected, 1e-7)
 
 
+def test_checkpointing_keeps_the_activations_of_neighbors_no_more_than_those_of_the_row():
+    model, kept = make_joint().train(), {}
+    ids, neighbors, _ = make_inputs(1, 3 * CHUNK)
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        for k in (1, 4):
+            given = neighbors[:, :, :1].expand(-1, -1, k, -1) + torch.arange(k)[:, None]
+            sizes = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+                model(ids, labels=ids, neighbor_input_ids=given % VOCAB)
+            kept[checkpointing, k] = sum(sizes)
+    growth = [kept[checkpointing, 4] - kept[checkpointing, 1] for checkpointing in (False, True)]
+    assert growth[1] < growth[0] / 5
+
+
 def test_saved_whole_or_as_a_reference_to_its_base(tmp_path):
     make_decoder().save_pretrained(tmp_path / "base")
     model = RetroJointForCausalLM.from_decoder_pretrained(tmp_path / "base", chunk_size=CHUNK, dtype=torch.float64)
