@@ -97,14 +97,15 @@ def pad_left(rows: Sequence[Sequence[int]], multiple: int = 1) -> dict[str, torc
 
 def closed_book(batch: list[dict], tokenizer: PreTrainedTokenizerBase, model: RetroJointForCausalLM) -> Inputs:
     """The question alone."""
-    return pad_left(prompts(batch, tokenizer))
+    return pad_left([[*beginning(tokenizer), *row] for row in prompts(batch, tokenizer)])
 
 
 def in_front(batch: list[dict], tokenizer: PreTrainedTokenizerBase, model: RetroJointForCausalLM) -> Inputs:
     """The passages as text in front of the question."""
     rows = prompts(batch, tokenizer)
     passages, mask = encode_passages(tokenizer, [each["passages"] for each in batch], model.config.neighbor_length)
-    return pad_left([tokens[kept].tolist() + row for tokens, kept, row in zip(passages, mask, rows, strict=True)])
+    texts = [tokens[kept].tolist() for tokens, kept in zip(passages, mask, strict=True)]
+    return pad_left([[*beginning(tokenizer), *text, *row] for text, row in zip(texts, rows, strict=True)])
 
 
 def gold_in_front(batch: list[dict], tokenizer: PreTrainedTokenizerBase, model: RetroJointForCausalLM) -> Inputs:
@@ -138,6 +139,9 @@ def passages_of_question(passages: str) -> Callable[..., Inputs]:
         texts = [each["passages"] for each in batch]
         input_ids, mask = encode_passages(tokenizer, texts, model.config.neighbor_length)
         given = {"passage_input_ids": input_ids, "passage_attention_mask": mask, "passages": passages}
+        if before := beginning(tokenizer):
+            prefix = pad_left([before] * len(batch))
+            given |= {f"passage_prefix_{name}": values for name, values in prefix.items()}
         return {**pad_left(prompts(batch, tokenizer)), **given}
 
     return inputs
@@ -185,6 +189,12 @@ WAYS |= {f"chat_{way}": conversation(way) for way in ("pasted_in_front", "pasted
 
 
 ALL_WAYS = list(dict.fromkeys([*WAYS, *RIVALS]))  # the passages in front are the same way twice
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands in front of a text: the BOS token, if the tokenizer adds one."""
+    first = tokenizer("")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def prompts(batch: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -197,6 +197,37 @@ def check_passages(
     return Passages(texts, seen, True)
 
 
+def begin_before_passages(
+    input_ids: torch.LongTensor | None, attention_mask: torch.Tensor | None, bos_token_id: int | None
+) -> dict[str, torch.Tensor]:
+    """
+    Lets the BOS token of a question stand before its passages, as it stands before a text: models that were trained
+    with one read badly what has none in front of it. In the row it becomes padding, so that no column moves.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Tokens of the prompt.
+        attention_mask (`torch.Tensor` of the same shape, *optional*): 1 (or True) for real ones, padded on the left.
+        bos_token_id (`int`, *optional*): The BOS token of the model.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `passage_prefix_input_ids` `(batch_size, 1)` and a new `attention_mask`. Nothing
+        unless every row begins with a BOS token and has others. A token that comes again, such as the one that begins
+        each message of some chat templates, is no BOS token.
+    """
+    if input_ids is None or input_ids.ndim != 2 or bos_token_id is None:
+        return {}
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if mask.shape != input_ids.shape:
+        return {}
+    first = mask.long().argmax(-1, keepdim=True)  # [B, 1]
+    begins = (input_ids.gather(1, first) == bos_token_id)[:, 0] & (mask.sum(-1) > 1)
+    is_bos = (input_ids == bos_token_id) & mask.bool()
+    if not bool((begins & (is_bos.sum(-1) == 1)).all()):
+        return {}
+    prefix = input_ids.new_full((len(input_ids), 1), bos_token_id)
+    return {"passage_prefix_input_ids": prefix, "attention_mask": mask.scatter(1, first, 0)}
+
+
 def _check_mask(name: str, input_ids: torch.LongTensor, mask: torch.Tensor | None) -> torch.BoolTensor:
     if mask is None:
         mask = torch.ones_like(input_ids)
@@ -208,4 +239,4 @@ def _check_mask(name: str, input_ids: torch.LongTensor, mask: torch.Tensor | Non
     return mask.bool()
 
 
-__all__ = ["Front", "JointCall", "Passages", "check_passages"]
+__all__ = ["Front", "JointCall", "Passages", "begin_before_passages", "check_passages"]

@@ -34,7 +34,7 @@ from .configuration_retro_joint import RetroJointConfig
 from .generation_retro import PROVENANCE_FIELDS, RetroGenerationMixin, check_cache, check_neighbors
 from .joint_attention_retro import JointAttentionMixin, layer_windows, tolerance
 from .joint_cache_retro import RetroJointCache, RetroJointStaticCache
-from .joint_call_retro import JointCall, check_passages
+from .joint_call_retro import JointCall, begin_before_passages, check_passages
 from .joint_reading_retro import JointReadingMixin
 from .loss_retro import causal_lm_loss
 from .model_hub_retro import RetroSharingMixin
@@ -263,8 +263,9 @@ class RetroJointForCausalLM(
                 Number of passages of a question. Defaults to `num_neighbors` of the configuration.
             kwargs:
                 Also `passages` (`"apart"` or `"in_order"`, by default [`~RetroJointForCausalLM.default_passages`]) and
-                `passage_prefix_input_ids` (see [`~RetroJointForCausalLM.forward`]). A caller that has looked up the
-                question itself passes `passage_input_ids` and `passage_attention_mask`.
+                `passage_prefix_input_ids` (see [`~RetroJointForCausalLM.forward`]), which is by default the BOS token
+                that the prompts of questions begin with, if they do. A caller that has looked up the question itself
+                passes `passage_input_ids` and `passage_attention_mask`.
 
         Returns:
             With `return_dict_in_generate=True` and a retriever that knows them, the output also has
@@ -276,6 +277,10 @@ class RetroJointForCausalLM(
         is_question = question_input_ids is not None or kwargs.get("passage_input_ids") is not None
         if is_question and kwargs.get("passages") is None:
             kwargs["passages"] = self.default_passages
+        if is_question and kwargs.get("passage_prefix_input_ids") is None and kwargs.get("past_key_values") is None:
+            prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+            bos_token_id = getattr(self.config.get_text_config(), "bos_token_id", None)
+            kwargs |= begin_before_passages(prompt, kwargs.get("attention_mask"), bos_token_id)
         if question_input_ids is None:
             return super().generate(*args, **kwargs)
         if not self.is_retrieving:

@@ -20,9 +20,11 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
+from modeling_retro import RetroJointForCausalLM
 from modeling_retro.chunk_layout_retro import seen_chunk
 from modeling_retro.drafts_retro import DRAFT_TOKENS, DraftLength
 from modeling_retro.retriever.retriever import RetroRetriever
+from trainers.prompts import split_beginning
 
 from .decoding_batch import DecodingBatch, RetrievedChunk, Row, draft_of
 from .sampling import ChosenToken, Sampler, SamplingParameters
@@ -196,6 +198,16 @@ def split_copied(ids: Sequence[int], copied: Sequence[bool]) -> list[tuple[list[
     return parts
 
 
+def make_row(
+    model: PreTrainedModel, retriever: RetroRetriever, ids: Sequence[int], num_neighbors: int, query: list[int] | None
+) -> Row:
+    """A row of a text, or of a question, whose BOS token stands before its passages."""
+    before, tokens = [], list(ids)
+    if query is not None and isinstance(model, RetroJointForCausalLM):
+        before, tokens = split_beginning(ids, retriever.datastore.tokenizer.bos_token_id)
+    return Row(tokens, num_neighbors, query=query, before=before)
+
+
 @torch.inference_mode()
 def read_text(
     model: PreTrainedModel,
@@ -217,11 +229,12 @@ def read_text(
     Returns:
         [`Reading`]
     """
-    row = Row(list(ids), num_neighbors, query=query)
+    row = make_row(model, retriever, ids, num_neighbors, query)
     on = DecodingBatch(model, retriever).score(row)
     off = DecodingBatch(model, retriever).score(Row(list(ids), 0))
     reading = Reading(retriever)
-    for token, bits_on, bits_off in zip(ids, [0.0, *on], [0.0, *off], strict=True):
+    off = off[len(row.before) :]
+    for token, bits_on, bits_off in zip(row.tokens, [0.0, *on], [0.0, *off], strict=True):
         reading.add(token, bits_on, bits_off, is_given=True)
     reading.look_up(row.retrieved)
     return reading
@@ -309,7 +322,7 @@ def continue_both_ways(
     Yields:
         [`Comparison`]: the same object, after each token.
     """
-    on, follower, off = Row(list(ids), num_neighbors, query=query), Row(list(ids), 0), Row(list(ids), 0)
+    on, follower, off = make_row(model, retriever, ids, num_neighbors, query), Row(list(ids), 0), Row(list(ids), 0)
     steps = StepCounter(on, model.config.chunk_size)
     comparison = Comparison(read_text(model, retriever, ids, num_neighbors, query), steps)
     yield comparison

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from modeling_retro import RetroRetriever
 from modeling_retro.datastore.documents import DocumentSource
-from trainers.prompts import PromptEncoder
+from trainers.prompts import PromptEncoder, split_beginning
 
 from .answers import error_body
 from .decoding_batch import RetrievedChunk, Row
@@ -185,6 +185,8 @@ class ServedModel:
             row.query = self.prompts.encode_query(request.question)
             # A message such as "Thanks!" may have no known words.
             row.must_find = isinstance(request, CompletionRequest)
+            if self.reads_jointly and not before:
+                row.before, row.tokens = split_beginning(prompt, self.prompts.tokenizer.bos_token_id)
             if not self.reads_jointly:
                 if row.passages == "in_order":
                     raise RequestError(400, "the model of this server reads passages apart only", "passages")

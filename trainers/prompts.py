@@ -24,6 +24,15 @@ from data_prep.chunker import DocumentChunker
 from .chat_template import ChatTemplate
 
 
+def split_beginning(tokens: Sequence[int], bos_token_id: int | None) -> tuple[list[int], list[int]]:
+    """
+    The tokens of a question's prompt before its passages and behind them: a BOS token stands before them, as in
+    [`~RetroJointForCausalLM.generate`].
+    """
+    begins = len(tokens) > 1 and tokens[0] == bos_token_id and bos_token_id not in tokens[1:]
+    return list(tokens[:begins]), list(tokens[begins:])
+
+
 class PromptEncoder:
     """
     Tokenizes prompts and conversations. Text of a user that spells a control token, such as `<|im_end|>`, is tokenized

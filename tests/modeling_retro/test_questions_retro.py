@@ -23,6 +23,7 @@ from transformers import DynamicCache
 
 from modeling_retro import RetroJointCache
 from modeling_retro.joint_cache_retro import RetroJointStaticCache
+from modeling_retro.joint_call_retro import begin_before_passages
 
 
 SLIDING = {"mistral-sliding", "gemma2", "gemma3"}
@@ -263,6 +264,36 @@ def test_a_question_is_looked_up_by_itself_and_answered_alike_with_and_without_a
         assert not torch.equal(
             model.generate(ids, **{**given, "passage_input_ids": None}).sequences, without.sequences
         )
+
+
+@pytest.mark.parametrize("passages", ["apart", "in_order"])
+def test_a_bos_token_stands_before_the_passages_of_its_question(passages):
+    model = make_joint(reread_tokens=CHUNK)
+    bos = model.config.get_text_config().bos_token_id
+    rows, mask = left_padded([2 * CHUNK + 1, CHUNK - 1])
+    rows = rows.masked_fill(rows == bos, bos + 1)
+    first = mask.long().argmax(-1, keepdim=True)
+    rows.scatter_(1, first, bos)
+    inputs, options = passage_inputs(2, passages), {"max_new_tokens": 2 * CHUNK, "do_sample": False}
+    options["eos_token_id"] = None
+    found = model.generate(rows, attention_mask=mask, **inputs, **options)
+    assert torch.equal(found[:, : rows.shape[1]], rows)
+    for n in range(2):
+        ids, kept = inputs["passage_input_ids"][n], inputs["passage_attention_mask"][n]
+        rest = rows[n, int(first[n]) + 1 :][None]
+        if passages == "in_order":
+            text = torch.cat([torch.tensor([bos]), ids[kept], rest[0]])[None]
+            expected = model.decoder.generate(text, attention_mask=torch.ones_like(text), **options)[
+                0, text.shape[1] :
+            ]
+        else:
+            given = {"passage_input_ids": ids[None], "passage_attention_mask": kept[None], "passages": passages}
+            prefix = torch.tensor([[bos]])
+            expected = model.generate(rest, passage_prefix_input_ids=prefix, **given, **options)[0, rest.shape[1] :]
+        assert torch.equal(found[n, rows.shape[1] :], expected)
+    # A token that begins each message of a conversation is no BOS token, and one alone leaves no question.
+    rows[:, -2] = bos
+    assert begin_before_passages(rows, mask, bos) == begin_before_passages(rows[:, -2:-1], None, bos) == {}
 
 
 @pytest.mark.parametrize("in_parts", [True, False])

@@ -15,6 +15,7 @@
 
 import base64
 import concurrent.futures
+import copy
 import json
 import threading
 import time
@@ -187,6 +188,23 @@ def test_a_query_is_looked_up_for_the_prompt(client, served, reference, tiny_dat
         answer = client.completions.create(**arguments, extra_body={"query": query, **body})
         assert answer.choices[0].neighbors == []
         assert answer.choices[0].text == text_of(served, reference(ids, 2 * size, retrieval=False))
+
+
+def test_a_bos_token_of_a_prompt_stands_before_the_passages_of_its_query(client, served, reference, monkeypatch):
+    if not served.reads_jointly:
+        pytest.skip("a model with cross attention has no passages in front of a prompt")
+    ids, query = served.prompts.encode_text("naïve things up in retro looks?"), "things up δέλτα"
+    monkeypatch.setattr(served.prompts, "tokenizer", copy.deepcopy(served.prompts.tokenizer))
+    bos = served.prompts.tokenizer.bos_token_id = 1  # that of the model
+    assert bos not in ids
+    for passages in ("apart", "in_order"):
+        body = {"query": query, "passages": passages}
+        arguments = {"model": "tiny", "max_tokens": 2 * TINY_CHUNK_SIZE, "temperature": 0, "extra_body": body}
+        answer = client.completions.create(prompt=[bos, *ids], **arguments).choices[0].text
+        assert answer == text_of(served, reference(ids, 2 * TINY_CHUNK_SIZE, True, query, passages, before=[bos]))
+        # `generate` finds the token itself.
+        assert answer == text_of(served, reference([bos, *ids], 2 * TINY_CHUNK_SIZE, True, query, passages))
+        assert answer != client.completions.create(prompt=ids, **arguments).choices[0].text
 
 
 def test_a_question_that_cannot_be_answered_is_refused(client, served):

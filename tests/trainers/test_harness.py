@@ -258,6 +258,32 @@ def test_passages_of_a_document_are_read_in_place_of_what_is_found(folders, data
         RetroLM(str(folders / "cross"), datastore).generate_until(asked, disable_tqdm=True)
 
 
+def test_a_bos_token_stands_before_the_passages(folders, datastore):
+    """In order, a question reads what stands in front of it as text: the BOS token, the passages and the question."""
+    found, passages = {}, ["looks things\n", "in a datastore\n"]
+    # Chunks have 8 tokens, and those that an answer completes are looked up.
+    generation = {"until": [], "max_gen_toks": 3, "do_sample": False}
+    for name, options in {"in_order": {"passages": "in_order"}, "in_front": {"in_front": True}}.items():
+        model = RetroLM(str(folders / "joint"), datastore, k=2, batch_size=2, **options)
+        bos = model.tok_encode("retro")[0]
+        model.tokenizer.bos_token_id = model.model.config.get_text_config().bos_token_id = bos
+        asked = [("retro up in", " a datastore"), ("retro in a", " datastore")]
+        assert all(model.tok_encode(prompt)[0] == bos for prompt, _ in asked)
+        answered = model.loglikelihood(requests("loglikelihood", asked), disable_tqdm=True)
+        document = {"passages": passages}
+        arguments = [(prompt, generation) for prompt, _ in asked]
+        instances = [Instance("generate_until", document, given, n) for n, given in enumerate(arguments)]
+        found[name] = answered, model.generate_until(instances, disable_tqdm=True)
+    np.testing.assert_allclose(*([value for value, _ in each[0]] for each in found.values()), rtol=0, atol=1e-4)
+    assert found["in_order"][1] == found["in_front"][1]
+    text = torch.tensor(
+        [[bos, *(token for text in passages for token in model.tok_encode(text)), *model.tok_encode("retro in a")[1:]]]
+    )
+    with model.model.retrieval(False):
+        expected = model.model.generate(text, max_new_tokens=3, do_sample=False)[0, text.shape[1] :]
+    assert found["in_front"][1][1] == model.tokenizer.decode(expected, skip_special_tokens=True)
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_in_front_is_the_base_with_the_neighbors_in_front_of_the_question(folders, datastore, k):
     base = AutoModelForCausalLM.from_pretrained(folders / "decoder").eval()

@@ -27,9 +27,11 @@ from transformers import PreTrainedModel
 
 from modeling_retro import RetroJointForCausalLM
 from modeling_retro.datastore.datastore import RetroDatastore
+from modeling_retro.joint_call_retro import begin_before_passages
 from modeling_retro.retriever.retriever import RetroRetriever, open_datastore
 from trainers.load_model import load_retro_model
 
+from ..prompts import split_beginning
 from .questions import encode_passages
 
 
@@ -162,6 +164,7 @@ class RetroLM(HFLM):
                 "passage_input_ids": (HIDDEN - 1 - front).clamp(min=0),
                 "passage_attention_mask": front < HIDDEN,
                 "passages": self.passages,
+                **begin_before_passages(inps, None, self.tokenizer.bos_token_id),
             }
         else:
             mask = (inps != HIDDEN).long()
@@ -237,7 +240,8 @@ class RetroLM(HFLM):
             return [HIDDEN] * (-len(tokens) % chunk_size) + tokens
         passages, mask = self._passages([tokens], [given])
         if self.in_front:
-            front = passages[mask].tolist()
+            before, tokens = split_beginning(tokens, self.tokenizer.bos_token_id)
+            front = before + passages[mask].tolist()
         else:
             front = (HIDDEN - 1 - passages).masked_fill(~mask, HIDDEN).flatten().tolist()
         return front + tokens[-self._room(max_tokens, len(front)) :]
