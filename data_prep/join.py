@@ -14,22 +14,23 @@
 """
 Finds the neighbors of many queries at once, one inverted list after another instead of one query after another.
 
-Each list is multiplied with all queries that probe it, as matrices of 8-bit integers. Of the products, only those are
-looked at that lie above the worst which a query has kept so far. The few that each query keeps are scored again by the
-embeddings. `faiss.contrib.big_batch_search` goes through the lists in the same way, with 32-bit floats and all results
-of a list.
+Each list is multiplied with all queries that probe it, as matrices of 8-bit integers, along those directions only in
+which the vectors differ most. Of the products, only those are looked at that lie above the worst which a query has
+kept so far. The few that each query keeps are scored again by the embeddings. `faiss.contrib.big_batch_search` goes
+through the lists in the same way, with 32-bit floats and all results of a list.
 """
 
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data_prep.shares import Follower, NotBegunError
+from data_prep.shares import SHARED_WORK, Follower, NotBegunError
 from data_prep.stage_files import process_state
 from modeling_retro.datastore.datastore import RetroDatastore, faiss
 from modeling_retro.durable_files_retro import make_folder, remove, whole
@@ -40,21 +41,24 @@ Filter = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # Queries of one pass over the lists. Their probes, their results and their bytes are what a pass holds in memory.
 QUERIES = 1 << 16
-# `search` probes four times as many lists for the queries, up to a tenth, that find too much of their own document at
-# first. Here all queries probe more lists, so that no fewer neighbors are found.
-_MORE_LISTS = 1.125
+# The search of one query loses results by its codes of 2 bits. Here fewer lists are enough to find as much.
+_LISTS = 0.9
+# Lists of a group, when lists are chosen by the best of each group.
+_GROUP = 4
+# The directions of the copy hold this share of the variance. Their number is a multiple of what registers hold.
+_VARIANCE, _DIRECTIONS = 0.93, 32
 # With fewer queries for each list, the search query by query is as fast.
 _QUERIES_OF_A_LIST = 64
-# Products of one multiplication: as 32-bit integers, they fit into the cache of a core.
-_PRODUCTS = 1 << 18
+# Products of one multiplication: few enough for the caches, and so many that the calls cost little.
+_PRODUCTS = 1 << 19
 # A query keeps 2 k results and these. They make up for near duplicates, and for what 8 bits put into another order.
-_SPARE = 8
-# Parts into which the lists of a pass are cut. After each part the queries drop all but their best results.
-_PARTS = 16
+_SPARE = 12
+# Ends of the parts into which the lists of a pass are cut, in sixteenths. After each part the queries drop all but
+# their best results, which are a high bar for the next, larger part.
+_PARTS = (0, 1, 2, 4, 8, 16)
 _EMPTY = np.iinfo(np.int32).min
-_WORK = ".join-"
-# Rows that are read at once, to write the copy and to score results.
-_SAMPLE, _ROWS = 1 << 16, 4096
+# Rows of a sample, and those that are read at once to write the copy; and those that are scored at once.
+_SAMPLE, _ROWS = 1 << 16, 512
 
 
 def can_join(datastore: RetroDatastore, retriever: str, queries: int) -> bool:
@@ -87,7 +91,7 @@ def _multiplies_bytes() -> bool:
 
 def remove_copies(path: Path) -> None:
     """Removes what the processes of a [`ListJoin`] share in the folder of a datastore, also that of a killed run."""
-    for folder in path.glob(f"{_WORK}*"):
+    for folder in path.glob(f"{SHARED_WORK}*"):
         remove(folder)
 
 
@@ -114,11 +118,12 @@ class ListJoin:
         # Without it the products differ from those of the vectors by the same for all results of a query, and 8 bits
         # are enough where all vectors point in about the same direction.
         self.mean = centroids.mean(axis=0)
-        self.centroids = torch.from_numpy(_to_bytes(centroids - self.mean))
         removed = datastore.manifest.removed
         identity = repr((datastore.manifest.index.sha256, removed and removed.sha256))
-        self.folder = datastore.path / (_WORK + hashlib.sha256(identity.encode()).hexdigest()[:16])
-        self._write_vectors()
+        self.folder = datastore.path / (SHARED_WORK + hashlib.sha256(identity.encode()).hexdigest()[:16])
+        self._write_copy()
+        self.directions = np.load(self.folder / "directions.npy", allow_pickle=False)
+        self.centroids = torch.from_numpy(_to_bytes((centroids - self.mean) @ self.directions))
         self.vectors = torch.from_numpy(np.load(self.folder / "vectors.npy", mmap_mode="c", allow_pickle=False))
         self.pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
 
@@ -175,27 +180,33 @@ class ListJoin:
         ids = faiss.rev_swig_ptr(self.ivf.invlists.get_ids(number), size).copy()
         return ids[~self.datastore.is_removed(ids)]
 
-    def _write_vectors(self) -> None:
-        """Writes int8 [chunks, dim], the vectors of the lists one after another."""
+    def _write_copy(self) -> None:
+        """Writes int8 [chunks, number], the vectors of the lists one after another, and their directions."""
         state = process_state()
-        if isinstance(state, Follower) and not (self.folder / "vectors.npy").exists():
+        is_there = (self.folder / "directions.npy").exists()
+        if isinstance(state, Follower) and not is_there:
             raise NotBegunError  # the task that was to write it has died; another one does
-        if state.is_main_process and not (self.folder / "vectors.npy").exists():
+        if state.is_main_process and not is_there:
             remove_copies(self.datastore.path)  # of another index
             make_folder(self.folder)
             place = np.full(self.offsets[-1], -1, dtype=np.int64)
             place[self.ids] = np.arange(len(self.ids))
-            samples = (array[:_SAMPLE].astype(np.float32) for array in self.embeddings)
-            largest = max(np.abs(part[part.any(axis=1)] - self.mean).max(initial=0) for part in samples)
+            step = max(1, int(self.offsets[-1]) // _SAMPLE)
+            sample = np.concatenate([array[::step] for array in self.embeddings]).astype(np.float32)
+            sample = sample[sample.any(axis=1)] - self.mean
+            directions = _directions(sample)
+            largest = np.abs(sample @ directions).max(initial=0)
             with whole(self.folder / "vectors.npy") as temporary:
-                shape = (len(self.ids), self.ivf.d)
+                shape = (len(self.ids), directions.shape[1])
                 vectors = np.lib.format.open_memmap(temporary, "w+", dtype=np.int8, shape=shape)
                 for first, array in zip(self.offsets, self.embeddings, strict=False):
                     for start in range(0, len(array), _SAMPLE):
-                        part = array[start : start + _SAMPLE].astype(np.float32) - self.mean
+                        part = (array[start : start + _SAMPLE].astype(np.float32) - self.mean) @ directions
                         rows = place[first + start : first + start + len(part)]
                         vectors[rows[rows >= 0]] = _to_bytes(part, largest)[rows >= 0]
                 vectors.flush()
+            with whole(self.folder / "directions.npy") as temporary, temporary.open("wb") as file:
+                np.save(file, directions)
         state.wait_for_everyone()
 
     def _candidates(self, queries: np.ndarray, documents: np.ndarray, number: int) -> tuple[np.ndarray, int]:
@@ -204,11 +215,11 @@ class ListJoin:
         absent, and how many products of the queries' own documents were among the largest.
         """
         rows = np.flatnonzero(queries.any(axis=1))
-        join = _Pass(self, torch.from_numpy(_to_bytes(queries[rows], axis=1)), documents[rows], number)
-        probes = join.choose_lists()
+        turned = _to_bytes(queries[rows] @ self.directions, axis=1)
+        join = _Pass(self, torch.from_numpy(turned), documents[rows], number)
         # The nearest list first: what a query finds there is a high bar for all others.
-        for part in (probes[:, :1], probes[:, 1:]):
-            join.scan(np.ascontiguousarray(part))
+        for part in join.choose_lists():
+            join.scan(*part)
         found = np.full((len(queries), number), -1, dtype=np.int64)
         found[rows] = join.found
         return found, join.own
@@ -233,7 +244,7 @@ class _Pass:
 
     Args:
         join ([`ListJoin`]): The lists.
-        queries (`torch.Tensor`): int8 [n, dim].
+        queries (`torch.Tensor`): int8 [n, directions].
         documents (`np.ndarray`): int64 [n].
         number (`int`): Number of results that a query keeps.
     """
@@ -244,38 +255,47 @@ class _Pass:
         self.documents = documents
         self.found = np.full((len(queries), number), -1, dtype=np.int64)
         self.products = np.full((len(queries), number), _EMPTY, dtype=np.int32)
+        self.bar = np.full(len(queries), _EMPTY, dtype=np.int32)  # the last product of each query
         self.own = 0
 
-    def choose_lists(self) -> np.ndarray:
-        """Integers [n, nprobe]: The lists with the nearest centroids, nearest first."""
-        nprobe = min(math.ceil(_MORE_LISTS * self.join.ivf.nprobe), len(self.join.centroids))
-        dtype = np.uint16 if len(self.join.centroids) <= 1 << 16 else np.int32  # 16 bits are sorted by radix
-        step = max(64, 4 * _PRODUCTS // len(self.join.centroids))
-        blocks = [self.queries[start : start + step] for start in range(0, len(self.queries), step)]
+    def choose_lists(self) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """
+        Rows and lists, as integers: first the list with the nearest centroid of each row, then the next nearest. A row
+        has a few more than asked for, since only the best of each group of lists are ordered.
+        """
+        number = len(self.join.centroids)
+        nprobe = min(math.ceil(_LISTS * self.join.ivf.nprobe), number)
+        group = _GROUP if number % _GROUP == 0 and nprobe * _GROUP <= number else 1
+        dtype = np.uint16 if number <= 1 << 16 else np.int32  # 16 bits are sorted by radix
+        step = max(64, _PRODUCTS // number)
 
-        def choose(block: torch.Tensor) -> np.ndarray:
-            products = torch._int_mm(block, self.join.centroids.T)
-            return products.topk(nprobe, dim=1).indices.numpy().astype(dtype)
+        def choose(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            products = torch._int_mm(self.queries[start : start + step], self.join.centroids.T)
+            best = products.view(len(products), group, -1).amax(dim=1)
+            bar = best.topk(nprobe, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+            products = products.numpy()
+            nearest = products.argmax(axis=1)
+            is_chosen = products >= bar.numpy()
+            is_chosen[np.arange(len(nearest)), nearest] = False
+            row, lists = np.divmod(np.flatnonzero(is_chosen), number)
+            return (start + row).astype(np.int32), lists.astype(dtype), nearest.astype(dtype)
 
-        parts = list(self.join.pool.map(choose, blocks))
-        return np.concatenate([np.zeros((0, nprobe), dtype=dtype), *parts])
+        parts = list(self.join.pool.map(choose, range(0, len(self.queries), step)))
+        rows, lists, nearest = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return (np.arange(len(nearest), dtype=np.int32), nearest), (rows, lists)
 
-    def scan(self, probes: np.ndarray) -> None:
-        """Multiplies the queries with the lists that they probe, [n, lists of a query], and keeps the best."""
-        if not probes.size:
-            return
-        order = np.argsort(probes.reshape(-1), kind="stable")
-        rows = order // probes.shape[1]
-        del order
-        ends = np.cumsum(np.bincount(probes.reshape(-1), minlength=self.join.ivf.nlist))
+    def scan(self, rows: np.ndarray, lists: np.ndarray) -> None:
+        """Multiplies each of the rows with one of the lists, and keeps the best. Both are integers [pairs]."""
+        rows = rows[np.argsort(lists, kind="stable")]
+        ends = np.cumsum(np.bincount(lists, minlength=self.join.ivf.nlist))
         work = [
             (number, rows[end - size : end])
             for number, (end, size) in enumerate(zip(ends, np.diff(ends, prepend=0), strict=True))
             if size and self.join.bounds[number + 1] > self.join.bounds[number]
         ]
         threads = self.join.pool._max_workers
-        for part in range(_PARTS):
-            lists = work[part::_PARTS]
+        for start, end in pairwise(_PARTS):
+            lists = [pair for place, pair in enumerate(work) if start <= place % _PARTS[-1] < end]
             cuts = [len(lists) * thread // threads for thread in range(threads + 1)]
             groups = [lists[cuts[thread] : cuts[thread + 1]] for thread in range(threads)]
             self._keep_best([found for group in self.join.pool.map(self._scan_lists, groups) for found in group])
@@ -283,18 +303,18 @@ class _Pass:
     def _scan_lists(self, lists: Sequence[tuple[int, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Rows, places and products of what is better than what its query keeps."""
         found = []
-        buffer, is_better = torch.empty(0, dtype=torch.int32), np.empty(0, dtype=bool)
+        buffer, flags = torch.empty(0, dtype=torch.int32), np.empty(0, dtype=bool)
         for number, rows in lists:
             first, last = self.join.bounds[number], self.join.bounds[number + 1]
             vectors, size = self.join.vectors[first:last], int(last - first)
             step = max(1, _PRODUCTS // size)
             if len(buffer) < step * size:
-                buffer, is_better = torch.empty(step * size, dtype=torch.int32), np.empty(step * size, dtype=bool)
+                buffer, flags = torch.empty(step * size, dtype=torch.int32), np.empty(step * size + 8, dtype=bool)
             for start in range(0, len(rows), step):
                 part = rows[start : start + step]
                 products = buffer[: size * len(part)].view(size, len(part))
                 torch._int_mm(vectors, self.queries.index_select(0, torch.from_numpy(part)).T, out=products)
-                bar, products = self.products[part, -1], products.numpy()
+                bar, products = self.bar[part], products.numpy()
                 new = np.flatnonzero(bar == _EMPTY)
                 if len(new):  # of what these queries find, their best results of other documents will do
                     of_new = products if len(new) == len(part) else np.ascontiguousarray(products[:, new])
@@ -307,8 +327,10 @@ class _Pass:
                     bar[new] = np.iinfo(np.int32).max
                     if len(new) == len(part):
                         continue
-                better = np.greater(products, bar, out=is_better[: products.size].reshape(products.shape))
-                flat = np.flatnonzero(better)
+                end = products.size
+                np.greater(products, bar, out=flags[:end].reshape(products.shape))
+                flags[end : end + 8] = False
+                flat = _nonzero(flags[: -(-end // 8) * 8])
                 place, row = np.divmod(flat, len(part))
                 found.append((part[row], first + place, products.reshape(-1)[flat]))
         return found
@@ -334,6 +356,27 @@ class _Pass:
         best = rank < self.found.shape[1]
         self.found[rows[best], rank[best]] = places[best]
         self.products[rows[best], rank[best]] = products[best]
+        self.bar = self.products[:, -1].copy()
+
+
+def _nonzero(flags: np.ndarray) -> np.ndarray:
+    """`np.flatnonzero` of uint8 or bool [8 n] that are nearly all zero: eight at once are seen to be."""
+    words = np.flatnonzero(flags.view(np.uint64) != 0)
+    places = np.flatnonzero(flags.reshape(-1, 8)[words])
+    return 8 * words[places >> 3] + (places & 7)
+
+
+def _directions(vectors: np.ndarray) -> np.ndarray:
+    """
+    float32 [dim, number]: The directions in which centered vectors differ most. They are turned at random, so that
+    none holds more than another, which 8 bits could not tell apart.
+    """
+    variance, directions = np.linalg.eigh(vectors.T @ vectors)  # the largest is last
+    share = np.cumsum(variance[::-1]) / max(variance.sum(), 1e-30)
+    number = int(np.searchsorted(share, _VARIANCE)) // _DIRECTIONS * _DIRECTIONS + _DIRECTIONS
+    directions = directions[:, ::-1][:, :number]
+    turn, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((directions.shape[1],) * 2))
+    return (directions @ turn).astype(np.float32)
 
 
 def _to_bytes(vectors: np.ndarray, largest: float | None = None, axis: int | None = None) -> np.ndarray:

@@ -37,6 +37,7 @@ from data_prep.stage_files import (
     process_state,
     run_shards,
     save_shard,
+    unfinished_shards,
     write_manifest,
 )
 from modeling_retro.datastore.chunks import ChunkTable
@@ -145,12 +146,12 @@ def find_neighbors(
         record.check_made_of_chunks("neighbors", f"run `retro neighbors --split {split} --force`")
         write_manifest(path, manifest)
         search.open()
-        finished = {shard.name for shard in stage.shards}
+        names = [shard.name for shard in chunk_shards]
         is_joined = [not use_gpus and can_join(opened, retriever, min(shard.rows, QUERIES)) for shard in chunk_shards]
         join = None
         if use_gpus and search.needs_embeddings:
             search = NeighborSearch(opened, retriever, to_gpus(opened.index, shard_index))
-        elif any(wide and shard.name not in finished for wide, shard in zip(is_joined, chunk_shards, strict=True)):
+        elif any(is_joined[shard] for shard in unfinished_shards(root / "neighbors", stage.shards, names)):
             join = ListJoin(opened, read_embeddings(path, TRAIN_SPLIT, manifest, verify=split != TRAIN_SPLIT))
         features = neighbor_features(num_neighbors)
 
@@ -186,7 +187,6 @@ def find_neighbors(
                 **({"folder": chunk_shards[shard].name + suffix} if suffix else {}),
             }
 
-        names = [shard.name for shard in chunk_shards]
         fingerprint, removed = searched_version(manifest)
         # Readers of an earlier version of the datastore keep its neighbors.
         suffix = f".v{manifest.version}" if manifest.version else ""

@@ -39,6 +39,8 @@ logger = logging.get_logger(__name__)
 
 # Tasks share it, and a run that publishes has it alone.
 TASKS_LOCK = ".tasks.lock"
+# Folders in which a stage keeps what all its tasks read, until it is published.
+SHARED_WORK = ".join-"
 _PAUSE = 0.5  # seconds
 _share: "Share | None" = None
 

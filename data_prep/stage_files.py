@@ -281,7 +281,7 @@ def run_shards(
     """
     state = process_state()
     done = {record.name: record.to_dict() for record in records}
-    todo = [i for i, name in enumerate(names) if name not in done and not _record_path(folder, name).exists()]
+    todo = unfinished_shards(folder, records, names)
     # One process decides, because others could see the folder while shards are being finished.
     todo = broadcast_object_list([todo])[0]
     share = current_share()
@@ -387,6 +387,12 @@ def _fork(finish: Callable[[int, Callable[[int], Any]], Any], indices: Sequence[
     broken = [process.exitcode for process in processes if process.exitcode]
     if broken:
         raise RuntimeError(f"a process of --num_proc ended with exit code {broken[0]}; run the same command again")
+
+
+def unfinished_shards(folder: Path, records: Sequence[Record], names: Sequence[str]) -> list[int]:
+    """Indices of the named shards that are still to be made. The arguments are those of [`run_shards`]."""
+    done = {record.name for record in records}
+    return [i for i, name in enumerate(names) if name not in done and not _record_path(folder, name).exists()]
 
 
 def finished_records(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:

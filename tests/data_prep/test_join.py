@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,8 +22,10 @@ from conftest import edit_manifest
 import data_prep.join
 import data_prep.neighbors
 from data_prep.index import build_index
-from data_prep.join import ListJoin, can_join
+from data_prep.join import ListJoin, _nonzero, _Pass, can_join
 from data_prep.neighbors import find_neighbors
+from data_prep.object_store import push_datastore, run_on_store, run_share_on_store
+from data_prep.shares import run_share
 from data_prep.upkeep.changes import remove_documents
 from modeling_retro.datastore.datastore import RetroDatastore, faiss
 
@@ -142,6 +145,65 @@ def test_an_interrupted_join_goes_on_and_ends_the_same(datastore_dir, tmp_path, 
     files = sorted(path.relative_to(other) for path in (other / "neighbors").rglob("*") if path.is_file())
     assert files and all((datastore_dir / name).read_bytes() == (other / name).read_bytes() for name in files)
     assert sorted(path.name for path in datastore_dir.iterdir()) == sorted(path.name for path in other.iterdir())
+
+
+def test_shards_that_are_made_need_no_copy_to_be_published(datastore_dir, monkeypatch):
+    run_share(partial(find_neighbors, datastore_dir, num_neighbors=4), 0, 1)
+    shutil.rmtree(*datastore_dir.glob(".join-*"))
+    monkeypatch.setattr(data_prep.neighbors, "ListJoin", None)  # no copy is made
+    find_neighbors(datastore_dir, num_neighbors=4)
+    assert_exact(datastore_dir, *stored(datastore_dir)[:2])
+
+
+def test_a_task_with_a_store_leaves_no_copy(datastore_dir, tmp_path):
+    store = f"file://{tmp_path / 'store'}"
+    push_datastore(datastore_dir, store)
+    for index in range(2):
+        folder = tmp_path / f"copy-{index}"
+        run_share_on_store(partial(find_neighbors, folder, num_neighbors=4), folder, store, index, 2)
+        assert (folder / "neighbors").exists() and not list(folder.glob(".join-*"))
+    run_on_store(partial(find_neighbors, datastore_dir, num_neighbors=4), datastore_dir, store)
+    assert_exact(datastore_dir, *stored(datastore_dir)[:2])
+
+
+def test_few_directions_find_nearly_all_and_score_exactly(datastore_dir, monkeypatch):
+    monkeypatch.setattr(data_prep.join, "_DIRECTIONS", 4)
+    monkeypatch.setattr(data_prep.join, "_VARIANCE", 0.93)
+    datastore = RetroDatastore.from_pretrained(datastore_dir)
+    embeddings = [np.load(file) for file in sorted((datastore_dir / "embeddings").glob("*.npy"))]
+    vectors = np.concatenate(embeddings).astype(np.float32)
+    join = ListJoin(datastore, embeddings)
+    assert join.vectors.shape[1] < vectors.shape[1]
+    ids, scores, _ = join(vectors, np.full(len(vectors), -1), 2, {})
+    np.testing.assert_allclose(scores, (vectors[:, None] * vectors[ids]).sum(axis=-1) * (ids >= 0), rtol=1e-5)
+    has_length = vectors.any(axis=1)
+    best = np.sort(vectors @ vectors.T, axis=1)[:, -2:].min(axis=1)
+    assert (scores[has_length] >= best[has_length, None] - 1e-5).mean() > 0.9
+
+
+def test_the_chosen_lists_are_the_nearest(datastore_dir):
+    build_index(datastore_dir, factory="IVF32,Flat", force=True)
+    datastore = RetroDatastore.from_pretrained(datastore_dir)
+    embeddings = [np.load(file) for file in sorted((datastore_dir / "embeddings").glob("*.npy"))]
+    join = ListJoin(datastore, embeddings)
+    queries = torch.randint(-127, 128, (100, join.vectors.shape[1]), dtype=torch.int8)
+    products = queries.int().numpy() @ join.centroids.int().numpy().T
+    for nprobe in (1, 3, 32):
+        join.ivf.nprobe = nprobe
+        number = int(np.ceil(data_prep.join._LISTS * nprobe))
+        (_, nearest), (rows, lists) = _Pass(join, queries, np.full(100, -1), 4).choose_lists()
+        for row in range(100):
+            chosen = [nearest[row], *lists[rows == row]]
+            assert len(set(chosen)) == len(chosen) >= number
+            np.testing.assert_array_equal(
+                np.sort(products[row, chosen]), np.sort(products[row])[-len(chosen) :], err_msg=f"{nprobe} {row}"
+            )
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.1, 1])
+def test_places_of_few_flags(share):
+    flags = np.random.default_rng(0).random(8 * 1000) < share
+    np.testing.assert_array_equal(_nonzero(flags), np.flatnonzero(flags))
 
 
 @pytest.mark.parametrize("factory", ["Flat", "HNSW8", "OPQ4_8,IVF4,PQ4x4"])
