@@ -77,7 +77,7 @@ def main() -> None:
     found, taken = {}, {"list by list": [], "query by query": []}
     for _ in range(arguments.repeats):
         begin = time.process_time()
-        found["list by list"], _, joined = join(queries, documents[rows], k, unwanted)
+        found["list by list"], _, joined = join(queries, documents[rows], k, unwanted=unwanted)
         taken["list by list"].append((time.process_time() - begin) / number * 1e6)
         begin, parts = time.process_time(), []
         for start in range(0, searched, 4096):

@@ -33,6 +33,7 @@ import torch
 from data_prep.shares import SHARED_WORK, Follower, NotBegunError
 from data_prep.stage_files import process_state
 from modeling_retro.datastore.datastore import RetroDatastore, faiss
+from modeling_retro.datastore.manifest import INDEXES
 from modeling_retro.durable_files_retro import make_folder, remove, whole
 from modeling_retro.retriever.search import search
 
@@ -69,10 +70,10 @@ def can_join(datastore: RetroDatastore, retriever: str, queries: int) -> bool:
 
     Args:
         datastore ([`RetroDatastore`]): The searched datastore.
-        retriever (`str`): The way to find neighbors. Only `"dense"` is all search in the index.
+        retriever (`str`): The way to find neighbors, of which this is the part that searches embeddings.
         queries (`int`): Number of queries.
     """
-    if retriever != "dense" or not hasattr(torch, "_int_mm") or not _multiplies_bytes():
+    if "index" not in INDEXES[retriever] or not hasattr(torch, "_int_mm") or not _multiplies_bytes():
         return False
     train = datastore.manifest.train
     if len(train.embedding_shards) < len(train.chunk_shards):  # a datastore of the Hub has none
@@ -128,7 +129,7 @@ class ListJoin:
         self.pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
 
     def __call__(
-        self, queries: np.ndarray, documents: np.ndarray, k: int, unwanted: Mapping[str, Filter]
+        self, queries: np.ndarray, documents: np.ndarray, k: int, *, unwanted: Mapping[str, Filter]
     ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
         """
         Finds the nearest chunks of other documents.

@@ -18,6 +18,7 @@ Many processes can share the shards: `accelerate launch -m data_prep.scripts.nei
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,11 +168,13 @@ def find_neighbors(
                 mask = np.arange(opened.chunk_size) < columns["length"][:, None]
                 wanted = None if vectors is None else vectors[block].astype(np.float32)
                 unwanted = _unwanted(opened, columns, mask, queries.searched, drop_near_duplicates)
+                nearest = None
                 if is_joined[shard]:
                     documents = columns["document_id"] if queries.searched else np.full(len(wanted), -1)
-                    ids, scores, found = join(wanted, documents, num_neighbors, unwanted)
-                else:
-                    ids, scores, found = search(columns["input_ids"], mask, wanted, num_neighbors, unwanted)
+                    nearest = partial(join, wanted, documents, unwanted=unwanted)
+                ids, scores, found = search(
+                    columns["input_ids"], mask, wanted, num_neighbors, unwanted, nearest=nearest
+                )
                 parts.append((ids, scores))
                 counts = {name: counts.get(name, 0) + number for name, number in found.items()}
                 advance(len(ids))

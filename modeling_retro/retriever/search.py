@@ -212,6 +212,7 @@ class NeighborSearch:
         k: int,
         unwanted: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] | None = None,
         fetch: int | None = None,
+        nearest: Callable[[int], tuple[np.ndarray, np.ndarray, dict[str, int]]] | None = None,
     ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
         """
         Finds the neighbors of chunks.
@@ -223,6 +224,8 @@ class NeighborSearch:
             k (`int`): Number of neighbors of a chunk.
             unwanted (`Mapping[str, Callable]`, *optional*): Filters, as [`search`] takes them.
             fetch (`int`, *optional*): Results of the first fetch, as [`search`] takes it.
+            nearest (`Callable`, *optional*):
+                Finds so many of the nearest embeddings, as [`search`] returns them. Defaults to a search in the index.
 
         Returns:
             `tuple`: ids int64 [n, k] (-1 absent; best first), scores float32 [n, k] (0 where absent), and counts, as
@@ -232,7 +235,9 @@ class NeighborSearch:
         datastore, tokenizer = self.datastore, self.datastore.tokenizer
         number = k if self.retriever in ("dense", "bm25") else max(k, DEPTH)
         found = []
-        if self.needs_embeddings:
+        if nearest is not None:
+            found.append(nearest(number))
+        elif self.needs_embeddings:
             index = datastore.index if self._index is None else self._index
             found.append(search(index, embeddings, number, unwanted, fetch, datastore.index))
         if "bm25" in INDEXES[self.retriever]:

@@ -21,6 +21,8 @@ from conftest import edit_manifest
 
 import data_prep.join
 import data_prep.neighbors
+import modeling_retro.retriever.search
+from data_prep.bm25_index import build_bm25_index
 from data_prep.index import build_index
 from data_prep.join import ListJoin, _nonzero, _Pass, can_join
 from data_prep.neighbors import find_neighbors
@@ -107,6 +109,25 @@ def test_results_equal_those_of_the_search_query_by_query(datastore_dir, query_b
         np.testing.assert_allclose(scores[has_length], searched[has_length], rtol=1e-5)
 
 
+@pytest.mark.parametrize("retriever", ["rerank", "hybrid"])
+def test_other_ways_take_their_nearest_embeddings_list_by_list(datastore_dir, monkeypatch, query_by_query, retriever):
+    if retriever == "hybrid":
+        pytest.importorskip("bm25s")
+        build_bm25_index(datastore_dir)
+    monkeypatch.setattr(modeling_retro.retriever.search, "DEPTH", 16)
+    joined = []
+    call = ListJoin.__call__
+    monkeypatch.setattr(ListJoin, "__call__", lambda *args, **options: joined.append(args) or call(*args, **options))
+    find_neighbors(datastore_dir, num_neighbors=4, retriever=retriever)
+    ids, scores, datastore = stored(datastore_dir)
+    assert [k for *_, k in joined] == [16] * len(datastore.manifest.train.chunk_shards)
+    query_by_query()
+    find_neighbors(datastore_dir, num_neighbors=4, retriever=retriever, force=True)
+    # Nearly equal embeddings may stand in another order, and a query without length has no nearest here.
+    assert (scores == stored(datastore_dir)[1]).all(axis=1).mean() > 0.9
+    assert (ids == stored(datastore_dir)[0]).mean() > 0.9
+
+
 def test_removed_documents_and_near_duplicates_are_not_found(datastore_dir, query_by_query):
     documents = RetroDatastore.from_pretrained(datastore_dir).chunks.document_id
     remove_documents(datastore_dir, documents=[int(documents[100]), int(documents[-1])])
@@ -129,7 +150,7 @@ def test_a_query_without_length_has_no_neighbors(datastore_dir):
     embeddings = [np.load(file) for file in sorted((datastore_dir / "embeddings").glob("*.npy"))]
     queries = embeddings[0][:5].astype(np.float32)
     queries[2] = 0
-    ids, scores, counts = ListJoin(datastore, embeddings)(queries, np.full(5, -1), 2, {})
+    ids, scores, counts = ListJoin(datastore, embeddings)(queries, np.full(5, -1), 2, unwanted={})
     assert (ids[2] == -1).all() and (scores[2] == 0).all() and counts["short"] == 1
     np.testing.assert_array_equal(ids[[0, 1, 3, 4], 0], [0, 1, 3, 4])  # no document: each chunk finds itself
 
@@ -174,7 +195,7 @@ def test_few_directions_find_nearly_all_and_score_exactly(datastore_dir, monkeyp
     vectors = np.concatenate(embeddings).astype(np.float32)
     join = ListJoin(datastore, embeddings)
     assert join.vectors.shape[1] < vectors.shape[1]
-    ids, scores, _ = join(vectors, np.full(len(vectors), -1), 2, {})
+    ids, scores, _ = join(vectors, np.full(len(vectors), -1), 2, unwanted={})
     np.testing.assert_allclose(scores, (vectors[:, None] * vectors[ids]).sum(axis=-1) * (ids >= 0), rtol=1e-5)
     has_length = vectors.any(axis=1)
     best = np.sort(vectors @ vectors.T, axis=1)[:, -2:].min(axis=1)
@@ -210,7 +231,7 @@ def test_places_of_few_flags(share):
 def test_other_indexes_and_few_queries_are_searched_query_by_query(datastore_dir, monkeypatch, factory):
     monkeypatch.setattr(data_prep.join, "_QUERIES_OF_A_LIST", 64)
     datastore = RetroDatastore.from_pretrained(datastore_dir)
-    assert can_join(datastore, "dense", 1000) and not can_join(datastore, "rerank", 1000)
+    assert can_join(datastore, "hybrid", 1000) and not can_join(datastore, "bm25", 1000)
     assert not can_join(datastore, "dense", 8)
     assert isinstance(faiss.downcast_index(datastore.index), faiss.IndexIVF)
     datastore.manifest.train.embeddings = None  # as a datastore comes from the Hub
