@@ -425,8 +425,10 @@ def read_index(path: Path) -> faiss.Index:
         try:
             index = faiss.read_index(str(path), mapping | faiss.IO_FLAG_READ_ONLY)
             if vectors.exists():
+                from .refined import IndexRefineOnDisk  # needs faiss
+
                 flags = faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY
-                return faiss.IndexRefine(index, faiss.read_index(str(vectors), flags))
+                return IndexRefineOnDisk(index, faiss.read_index(str(vectors), flags))
             return index
         except RuntimeError as error:
             reason = error
