@@ -14,13 +14,15 @@
 """
 Completions by vLLM with neighbors, beside plain vLLM without any and beside our own engine, in one run.
 
-    python benchmarks/serving_vllm.py --model HuggingFaceTB/SmolLM2-135M --python vllm-env/bin/python
+    python benchmarks/serving_vllm.py --model HuggingFaceTB/SmolLM2-135M-Instruct --python vllm-env/bin/python
 
 Neighbors are drawn, so that no search is timed. The ways to compute take turns, and each line is the median of
-`--repeats` turns. *Cold* neighbors are read for the first time, *warm* ones were read before.
+`--repeats` turns. *Cold* neighbors are read for the first time, *warm* ones were read before. Both compute with
+`--threads` threads. All cases take an hour or more on two cores; `--streams` and `--prompts` choose some.
 """
 
 import argparse
+import os
 import random
 import statistics
 import threading
@@ -48,6 +50,17 @@ class DrawnNeighbors:
         ids = [[one.choices(range(self.vocab_size), k=self.length) for _ in range(k)] for one in drawn]
         ids = torch.tensor(ids)
         return RetrievedNeighbors(neighbor_input_ids=ids, neighbor_attention_mask=torch.ones_like(ids).bool())
+
+
+# Each way by its name: whether vLLM computes, whether rows have neighbors, and whether these are new.
+WAYS = {
+    "vLLM-off": (True, False, False),
+    "vLLM-cold": (True, True, True),
+    "vLLM-warm": (True, True, False),
+    "own-off": (False, False, False),
+    "own-cold": (False, True, True),
+    "own-warm": (False, True, False),
+}
 
 
 def run(engine, prompts, num_neighbors, max_tokens):
@@ -78,50 +91,54 @@ def run(engine, prompts, num_neighbors, max_tokens):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--python", required=True, help="the Python of an environment with vLLM")
+    parser.add_argument("--python", help="the Python of an environment with vLLM")
     parser.add_argument("--arguments", default="--enforce-eager --block-size 32 --max-model-len 2048")
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--prompts", type=int, nargs="+", default=[64, 512])
+    parser.add_argument("--engine_url", help="the address of a vLLM that runs already, in place of --python")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--streams", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--prompts", type=int, nargs="*", default=[64, 512])
     parser.add_argument("--num_neighbors", type=int, default=2)
+    parser.add_argument("--reread_tokens", type=int, help="the whole chunk by default, as retro serve does")
     parser.add_argument("--max_tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, range(arguments.threads)))
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # gibibytes
     model = RetroJointForCausalLM.from_decoder_pretrained(
         arguments.model, num_neighbors=arguments.num_neighbors, dtype=torch.float32
     ).eval()
+    chunk_size = model.config.chunk_size
+    model.config.reread_tokens = chunk_size if arguments.reread_tokens is None else arguments.reread_tokens
     vocab_size, most = model.config.vocab_size, max(arguments.streams)
     retriever = DrawnNeighbors(vocab_size, model.config.neighbor_length)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    process = EngineProcess(arguments.python, arguments.model, "float32", 4.0, arguments.arguments.split())
-    theirs = VllmEngine(
-        [process.url], model.config, retriever, tokenizer, (), processes=[process], max_batch_size=most
-    )
+    processes = []
+    if arguments.engine_url is None:
+        processes.append(EngineProcess(arguments.python, arguments.model, "float32", 4.0, arguments.arguments.split()))
+    urls = [arguments.engine_url] if arguments.engine_url else [process.url for process in processes]
+    theirs = VllmEngine(urls, model.config, retriever, tokenizer, (), processes=processes, max_batch_size=most)
     ours = Engine(DecodingBatch(model, retriever, draft_tokens=0), tokenizer, (), max_batch_size=most)
     k = arguments.num_neighbors
-    ways = {
-        "vLLM, no neighbors": (theirs, 0, False),
-        "vLLM, cold": (theirs, k, True),
-        "vLLM, warm": (theirs, k, False),
-        "own engine, no neighbors": (ours, 0, False),
-        "own engine, cold": (ours, k, True),
-        "own engine, warm": (ours, k, False),
-    }
 
     def measure(what, count, length, max_tokens, value):
         prompts = [random.Random(n).choices(range(vocab_size), k=length) for n in range(count)]
-        found = {name: [] for name in ways}
+        found = {name: [] for name in arguments.ways}
         for _ in range(arguments.repeats):
-            for name, (engine, num_neighbors, is_cold) in ways.items():
+            for name in arguments.ways:
+                is_theirs, is_on, is_cold = WAYS[name]
                 retriever.number += is_cold
-                found[name].append(run(engine, prompts, num_neighbors, max_tokens)[value])
-        base = statistics.median(found["vLLM, no neighbors"])
+                engine = theirs if is_theirs else ours
+                found[name].append(run(engine, prompts, k * is_on, max_tokens)[value])
+        base = statistics.median(found[arguments.ways[0]])
         for name, values in found.items():
             middle = statistics.median(values)
             spread = f"{min(values):.2f} … {max(values):.2f}"
             print(f"| {what} | {name} | {middle:.2f} | {spread} | {middle / base:.2f} |", flush=True)
 
     run(theirs, [[1] * 70], k, 8)
-    print("| measured | way | median | from … to | of vLLM without neighbors |\n|---|---|---|---|---|")
+    print("| measured | way | median | from … to | of the first |\n|---|---|---|---|---|")
     for count in arguments.streams:
         measure(f"tokens/s, {count} streams", count, 64, arguments.max_tokens, 0)
     for length in arguments.prompts:

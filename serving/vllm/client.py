@@ -15,7 +15,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
 import aiohttp
@@ -26,8 +26,9 @@ from .schedule import Stretch, Text
 
 
 PLACEHOLDER = 0
-# Texts are read this many in one request.
+# Texts and stretches are read this many in one request.
 TEXTS_AT_ONCE = 64
+STRETCHES_AT_ONCE = 16
 # Texts that are known to have been read. What the engine has dropped since is told by an error.
 MAX_KNOWN = 1 << 16
 
@@ -96,12 +97,12 @@ class EngineClient:
             raise ValueError(f"the engine at {self.url} cannot serve this model: {states['refusal']}")
         self.is_connected = True
 
-    async def read_texts(self, texts: Sequence[Text]) -> None:
-        """Lets the engine read texts, each by itself, which it has not read yet."""
-        wanted = {self.key(text): text for text in texts}
-        missing = {key: text for key, text in wanted.items() if key not in self._read}
+    async def read_texts(self, stretches: Sequence[Stretch]) -> None:
+        """Lets the engine read the texts of stretches, each by itself, which it has not read yet."""
+        wanted = {self.key(text): (text, stretch) for stretch in stretches for text in stretch.texts}
+        missing = {key: pair for key, pair in wanted.items() if key not in self._read}
         if missing:
-            reading = asyncio.ensure_future(self._read_all([list(text.tokens) for text in missing.values()]))
+            reading = asyncio.ensure_future(self._read_all(missing.values()))
             for key in missing:
                 self._read[key] = reading
             reading.add_done_callback(lambda done: self._forget_failed(done, missing))
@@ -112,9 +113,15 @@ class EngineClient:
         while len(self._read) > MAX_KNOWN:
             del self._read[next(iter(self._read))]
 
-    async def _read_all(self, texts: list[list[int]]) -> None:
-        for start in range(0, len(texts), TEXTS_AT_ONCE):
-            await self._complete(texts[start : start + TEXTS_AT_ONCE], 1, {"store": True}, self.reader or self._model)
+    async def _read_all(self, pairs: Iterable[tuple[Text, Stretch]]) -> None:
+        groups: dict[int, list[list[int]]] = {}
+        for text, stretch in pairs:
+            # Most often a text is seen from the same distance again, so that its keys need not be moved again.
+            groups.setdefault(stretch.num_seen + text.start, []).append(list(text.tokens))
+        for position, texts in groups.items():
+            params = {"store": True, "position": position}
+            for start in range(0, len(texts), TEXTS_AT_ONCE):
+                await self._complete(texts[start : start + TEXTS_AT_ONCE], 1, params, self.reader or self._model)
 
     def _forget_failed(self, done: asyncio.Future[None], keys: Sequence[str]) -> None:
         if done.cancelled() or done.exception() is not None:
@@ -136,10 +143,20 @@ class EngineClient:
         """Lets the engine drop the states of a row with the next request."""
         self._unneeded.add(row)
 
-    async def read(self, row: str, tokens: Sequence[int], stretch: Stretch) -> None:
-        """Reads a stretch of a row, of which nothing is predicted."""
-        prompt, params = self._prompt(row, tokens[: stretch.end], stretch, keep=stretch.end)
-        await self._complete([prompt], 1, params, self._model)
+    async def read(self, row: str, tokens: Sequence[int], stretches: Sequence[Stretch]) -> None:
+        """Reads stretches of a row that follow each other, of which nothing is predicted."""
+        batch: list[list[int]] = []
+        described: list[dict[str, Any]] = []
+        for stretch in stretches:
+            prompt, description = self._prompt(tokens[: stretch.end], stretch, stretch.end)
+            # The connector tells the prompts of a request apart by their lengths.
+            if batch and (len(batch) == STRETCHES_AT_ONCE or len(prompt) <= len(batch[-1])):
+                await self._complete(batch, 1, self._row_params(row, described), self._model)
+                batch, described = [], []
+            batch.append(prompt)
+            described.append(description)
+        if batch:
+            await self._complete(batch, 1, self._row_params(row, described), self._model)
 
     async def write(
         self,
@@ -163,7 +180,8 @@ class EngineClient:
         """
         prompt, params = list(tokens), {}
         if row is not None:
-            prompt, params = self._prompt(row, tokens, stretch, keep)
+            prompt, description = self._prompt(tokens, stretch, keep)
+            params = self._row_params(row, [description])
         body = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, **sampling}
         body |= {"model": self._model, "return_token_ids": True}
         if params:
@@ -178,13 +196,16 @@ class EngineClient:
                 for chosen in _chosen(piece):
                     yield chosen
 
-    def _prompt(
-        self, row: str, tokens: Sequence[int], stretch: Stretch, keep: int
-    ) -> tuple[list[int], dict[str, Any]]:
+    def _prompt(self, tokens: Sequence[int], stretch: Stretch, keep: int) -> tuple[list[int], dict[str, Any]]:
+        """The prompt of a stretch that ends with `tokens`, and what the connector is told about it."""
         texts = [(self.key(text), text.num_hidden, len(text.tokens), text.start) for text in stretch.texts]
-        params = {"row": row, "texts": texts, "load": stretch.start, "keep": keep, "drop": list(self._unneeded)}
+        prompt = [PLACEHOLDER] * stretch.num_seen + list(tokens)
+        return prompt, {"length": len(prompt), "texts": texts, "load": stretch.start, "keep": keep}
+
+    def _row_params(self, row: str, stretches: list[dict[str, Any]]) -> dict[str, Any]:
+        params = {"row": row, "stretches": stretches, "drop": list(self._unneeded)}
         self._unneeded.clear()
-        return [PLACEHOLDER] * sum(text.num_seen for text in stretch.texts) + list(tokens), params
+        return params
 
     async def _complete(
         self, prompts: list[list[int]], max_tokens: int, params: dict[str, Any], model: str

@@ -375,10 +375,8 @@ class _RunningRow:
         """Reads what has not been read, and writes up to the end of a chunk."""
         # Texts in sight of stretches that were read need not be there any more.
         ahead = [stretch for stretch in stretches[:-1] if stretch.end > self.num_held]
-        await self.client.read_texts([text for one in (*ahead, stretches[-1]) for text in one.texts])
-        for stretch in ahead:
-            await self.client.read(self.name, self.row.tokens, stretch)
-            self.num_held = stretch.end
+        await self.client.read_texts([*ahead, stretches[-1]])
+        await self.client.read(self.name, self.row.tokens, ahead)
         await self._write(stretches[-1])
 
     def _stretches(self) -> list[Stretch]:

@@ -43,7 +43,7 @@ def connector_config(max_gib: float) -> str:
 
 class EngineProcess:
     """
-    A vLLM process on a free port of 127.0.0.1. It writes to the standard error stream of the server.
+    A vLLM process on a free port of 127.0.0.1. It writes to the standard error stream of the server, and ends with it.
 
     Args:
         python (`str`): The interpreter of the environment that has vLLM.
@@ -71,7 +71,8 @@ class EngineProcess:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        self._command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--dtype", dtype]
+        self._command = [python, "-m", "end_with_parent", "vllm.entrypoints.openai.api_server"]
+        self._command += ["--model", model, "--dtype", dtype]
         self._command += [
             "--host",
             "127.0.0.1",
@@ -106,7 +107,10 @@ class EngineProcess:
         # Packages of this environment would stand in front of those of the other one.
         environment = {**os.environ, "PYTHONPATH": str(CONNECTOR_DIR), "VLLM_NO_USAGE_STATS": "1"}
         # A session of its own, so that Ctrl-C reaches the server first, which lets running answers end.
-        self._process = subprocess.Popen(self._command, env=environment, stdout=sys.stderr, start_new_session=True)
+        # The pipe breaks when this process ends, even if it is killed.
+        self._process = subprocess.Popen(
+            self._command, env=environment, stdin=subprocess.PIPE, stdout=sys.stderr, start_new_session=True
+        )
         return True
 
     def stop(self) -> None:

@@ -49,6 +49,11 @@ class Stretch:
     end: int
     texts: tuple[Text, ...]
 
+    @property
+    def num_seen(self) -> int:
+        """`int`: Number of tokens of the texts that it sees."""
+        return sum(text.num_seen for text in self.texts)
+
 
 def neighbor_texts(neighbors: Sequence[Sequence[int]], neighbor_length: int, num_hidden: int) -> tuple[Text, ...]:
     """

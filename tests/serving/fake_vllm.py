@@ -94,8 +94,11 @@ class FakeVllm:
         params = body.get("kv_transfer_params", {})
         for row in params.get("drop", ()):
             self._drop(("row", row))
+        by_length = {stretch["length"]: stretch for stretch in params.get("stretches", ())}
+        assert len(by_length) == len(params.get("stretches", ()))
+        said = [params | by_length.get(len(prompt), {}) for prompt in prompts]
         if not body.get("stream"):
-            for prompt in prompts:
+            for prompt, params in zip(prompts, said):
                 if (written := self._run(prompt, params, body)) is None:
                     return web.json_response({"error": {"message": "a load failed"}}, status=500)
                 list(written)
@@ -103,7 +106,7 @@ class FakeVllm:
             return web.json_response({"choices": [{"finish_reason": "length"}], "kv_transfer_params": report})
         answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await answer.prepare(request)
-        written = self._run(prompts[0], params, body)
+        written = self._run(prompts[0], said[0], body)
         if written is None:
             await answer.write(b'data: {"error": {"message": "a load failed"}}\n\n')
             return answer

@@ -16,15 +16,24 @@ Completions that vLLM itself computes equal those of `generate()`. This wants an
 
     RETRO_VLLM_PYTHON=vllm-env/bin/python python -m pytest -m slow tests/serving/test_vllm_itself.py
 
-Each kind of decoder starts one process, which takes a minute or more.
+Each kind of decoder starts one process, and the last two tests one and two more. To start takes about a minute.
 """
 
+import itertools
 import os
+import random
+import re
+import signal
+import threading
+from pathlib import Path
 
 import pytest
+import requests
 import torch
 from test_vllm_engine import complete, draw_query, draw_row, engine_for, generate_with_gaps, make_model
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -35,8 +44,12 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+from data_prep.shipped_models import SMOLLM2, find_model
+from modeling_retro.sharing.readers import Reader
+from serving.decoding_batch import Row
 from serving.engine import Completion
 from serving.sampling import SamplingParameters
+from serving.vllm.load import READER, write_peft_adapter
 from serving.vllm.processes import EngineProcess
 
 
@@ -60,22 +73,22 @@ SIZES |= {"initializer_range": 0.06, "bos_token_id": 2, "eos_token_id": 3, "pad_
 ARGUMENTS = ["--enforce-eager", "--block-size", "32", "--max-model-len", "2048"]
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def decoder(request, tmp_path_factory):
-    """A decoder, and the folder that it is in."""
-    kind, model, fields = KINDS[request.param]
+def make_decoder(kind, folder):
+    config, model, fields = KINDS[kind]
     torch.manual_seed(0)
-    decoder = model(kind(**SIZES | fields)).eval()
-    folder = tmp_path_factory.mktemp("decoder")
+    decoder = model(config(**SIZES | fields)).eval()
     decoder.save_pretrained(folder)
-    return decoder, folder
+    return decoder
 
 
-@pytest.fixture(scope="module")
-def process(decoder):
-    process = EngineProcess(PYTHON, str(decoder[1]), "float32", 1.0, ARGUMENTS)
+@pytest.fixture(scope="module", params=KINDS)
+def served(request, tmp_path_factory):
+    """A decoder, and a process that serves it."""
+    folder = tmp_path_factory.mktemp("decoder")
+    decoder = make_decoder(request.param, folder)
+    process = EngineProcess(PYTHON, str(folder), "float32", 1.0, ARGUMENTS)
     process.ensure_running()
-    yield process
+    yield decoder, process
     process.stop()
 
 
@@ -93,7 +106,6 @@ def check(rows, wanted, num_new, is_together):
             assert is_together and gap < NEAR_TIE, f"token {places[0]} differs, with logits {gap} apart"
 
 
-@pytest.mark.parametrize("together", [1, 5])
 @pytest.mark.parametrize(
     "k, num_hidden, reread_tokens, passages",
     [
@@ -105,38 +117,98 @@ def check(rows, wanted, num_new, is_together):
         (2, 1, M, "in_order"),
     ],
 )
-def test_rows_equal_generate(decoder, process, k, num_hidden, reread_tokens, passages, together):
-    model = make_model(decoder[0], M, hidden_neighbor_tokens=num_hidden, reread_tokens=reread_tokens)
-    rows = [draw_row(length, k, passages=passages) for length in (1, M, M + 1, 200, 1000)]
-    for row in rows if passages else ():
-        row.query, row.before = draw_query(model), [5, 6, 7]
-    wanted = [generate_with_gaps(model, row, M + 10) for row in rows]
-    engine = engine_for(model, process, max_batch_size=together, patience=900)
-    assert complete(engine, rows, M + 10) == []
-    engine.close()
-    check(rows, wanted, M + 10, is_together=together > 1)
+def test_rows_equal_generate(served, k, num_hidden, reread_tokens, passages):
+    decoder, process = served
+    model = make_model(decoder, M, hidden_neighbor_tokens=num_hidden, reread_tokens=reread_tokens)
+
+    def draw_rows():
+        rows = [draw_row(length, k, passages=passages) for length in (1, M, M + 1, 200, 1000)]
+        for row in rows if passages else ():
+            row.query, row.before = draw_query(model), [5, 6, 7]
+        return rows
+
+    wanted = [generate_with_gaps(model, row, M + 10) for row in draw_rows()]
+    for together in (1, 5):
+        rows, engine = draw_rows(), engine_for(model, process, max_batch_size=together, patience=900)
+        assert complete(engine, rows, M + 10) == []
+        engine.close()
+        check(rows, wanted, M + 10, is_together=together > 1)
 
 
-def test_few_blocks_little_memory_and_clients_that_leave(decoder):
-    model = make_model(decoder[0], M)
-    rows = [draw_row(length, 2, seed=1) for length in (3, M, 100, 150, 200, 230)]
-    wanted = [generate_with_gaps(model, row, 2 * M) for row in rows]
-    # Six rows of up to 614 tokens with their neighbors need 120 blocks, and their states 5 MB.
-    few = [*ARGUMENTS, "--num-gpu-blocks-override", "70"]
-    process = EngineProcess(PYTHON, str(decoder[1]), "float32", 0.006, few)
+def test_smollm2_and_its_reader_equal_generate():
+    """Texts are read with the reader and rows by the base. Rows without neighbors are those of the base alone."""
+    folder, reader = find_model(SMOLLM2), "smollm2-135m-instruct"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(Path(__file__).parents[2].joinpath("README.md").read_text("utf-8"))["input_ids"]
+    process = EngineProcess(
+        PYTHON, folder, "float32", 1.0, ARGUMENTS, reader=(READER, write_peft_adapter(Reader(reader)))
+    )
     process.ensure_running()
     try:
-        engine = engine_for(model, process, patience=900)
-        left = []
-        for number in range(8):
-            completion = Completion(draw_row(80 + number, 2), 100, SamplingParameters(temperature=0), (), print)
-            completion.emit = lambda event, one=completion: one.cancel()
-            left.append(completion)
-        engine.submit(left)
-        assert complete(engine, rows, 2 * M) == []
-        assert all(completion.num_tokens < 100 for completion in left)
-        assert 0 < engine.state_bytes <= 0.006 * 2**30
-        check(rows, wanted, 2 * M, is_together=True)
-        engine.close()
+        texts = []
+        for k, name, reread_tokens in ((2, reader, M), (2, reader, 0), (2, None, M), (0, reader, M)):
+            decoder = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            model = make_model(decoder, M, reader=name, reread_tokens=reread_tokens)
+            rows = [Row(ids[start : start + n], k) for start, n in ((0, M + 1), (300, 2 * M), (900, 20))]
+            wanted = [generate_with_gaps(model, row, M) for row in rows]
+            engine = engine_for(model, process, reader=name and READER, max_batch_size=1, patience=900)
+            assert complete(engine, rows, M) == []
+            engine.close()
+            check(rows, wanted, M, is_together=False)
+            texts.append([tokens for tokens, _ in wanted])
+        assert all(one != other for one, other in itertools.combinations(texts, 2))
     finally:
         process.stop()
+
+
+def test_a_thousand_requests_two_processes_one_of_which_is_killed(tmp_path):
+    """
+    Blocks for a part of the rows only, states for a part of the texts only, clients that leave, and a process that is
+    killed and comes back: all rows that are left end with the tokens of `generate()`.
+    """
+    model = make_model(make_decoder("llama", tmp_path), M)
+    kinds = [(length, k) for length in (3, M, 100, 150, 230) for k in (0, 1, 2)]
+    wanted = {kind: generate_with_gaps(model, draw_row(*kind), M) for kind in kinds}
+    # Eight rows of up to 550 tokens with their texts need 140 blocks, and their states 7 MB.
+    few = [*ARGUMENTS, "--num-gpu-blocks-override", "80"]
+    processes = [EngineProcess(PYTHON, str(tmp_path), "float32", 0.006, few) for _ in range(2)]
+    drawn, errors, ended = random.Random(0), [], threading.Semaphore(0)
+
+    def draw_completion():
+        kind, last = drawn.choice(kinds), drawn.choice([M, M, M, M, 1, 30])
+        completion = Completion(draw_row(*kind), M, SamplingParameters(temperature=0), (), print)
+
+        def emit(event):
+            if event.error is not None:
+                errors.append(event.error)
+            if event.error is not None or completion.num_tokens == last:
+                completion.cancel()  # it has left, or ended
+                ended.release()
+
+        completion.emit = emit
+        return kind, last, completion
+
+    drawn_ones = [draw_completion() for _ in range(1000)]
+    try:
+        for process in processes:
+            process.ensure_running()
+        engine = engine_for(model, *processes, processes=processes, max_batch_size=16, max_waiting=1000, patience=900)
+        engine.submit([completion for _, _, completion in drawn_ones])
+        for number in range(1000):
+            assert ended.acquire(timeout=600)
+            if number == 300:
+                os.killpg(processes[0]._process.pid, signal.SIGKILL)
+        assert errors == [] and engine.num_restarts > 0
+        for client in engine.clients:
+            assert 0 < client.states["bytes"] <= client.states["max_bytes"] <= 0.006 * 2**30
+            assert client.states["num_dropped"] > 0
+        metrics = requests.get(f"{processes[1].url}/metrics").text
+        (preempted,) = re.findall(r"^vllm:num_preemptions_total\S* (\S+)", metrics, re.MULTILINE)
+        assert float(preempted) > 0
+        engine.close()
+    finally:
+        for process in processes:
+            process.stop()
+    whole = [(kind, completion.row) for kind, last, completion in drawn_ones if last == M]
+    assert all(completion.num_tokens == last for _, last, completion in drawn_ones)
+    check([row for _, row in whole], [wanted[kind] for kind, _ in whole], M, is_together=True)

@@ -18,17 +18,21 @@ on the path of Python there, and start vLLM with
     --kv-transfer-config '{"kv_connector": "RetroConnector", "kv_connector_module_path": "retro_connector",
         "kv_role": "kv_both"}' --no-enable-prefix-caching
 
-A row is a sequence of requests, one for each stretch of its tokens that sees the same texts. The prompt of a request
-is a placeholder for each token of a text in sight, and the row up to the end of the stretch. The connector fills in
-what was computed before: the keys and values of the texts, and those of the row up to the stretch. A request says so
-in `kv_transfer_params`, which may hold
+A row is a sequence of prompts, one for each stretch of its tokens that sees the same texts. A prompt is a placeholder
+for each token of a text in sight, and the row up to the end of the stretch. The connector fills in what was computed
+before: the keys and values of the texts, and those of the row up to the stretch. A request has one prompt, or several
+stretches of one row, which wait for each other. It says so in `kv_transfer_params`, which may hold
 
-- `store`: true to keep the states of the prompt as a text, under its [`text_key`].
+- `store`: true to keep the states of the prompts as texts, under their [`text_key`].
+- `position`: the position of the first token of such a text in prompts that will see it, if it is known. Its keys are
+  kept for this one. They can be moved to others.
 - `row`: name of the row.
-- `texts`: the texts in sight, as lists of a key, the number of tokens at its start that the row does not see, the
-  number of its tokens, and the position of its first token, counted from the start of the row.
-- `load`: number of tokens of the row that were read before.
-- `keep`: number of tokens of the row whose states are kept afterwards. 0 drops the row.
+- `stretches`: for each prompt
+  - `length`: number of its tokens, which tells the prompts of a request apart.
+  - `texts`: the texts in sight, as lists of a key, the number of tokens at its start that the row does not see, the
+    number of its tokens, and the position of its first token, counted from the start of the row.
+  - `load`: number of tokens of the row that were read before.
+  - `keep`: number of tokens of the row whose states are kept afterwards. 0 drops the row.
 - `drop`: names of rows that are not needed any more.
 
 An answer that is not a stream says in `kv_transfer_params` what is held. If a text or a part of the row is not held,
@@ -63,13 +67,17 @@ Name = tuple[str, str]
 
 @dataclass
 class Save:
-    """States of tokens `first` to `last` of a request, to keep under a name behind the first `start` tokens there."""
+    """
+    States of tokens `first` to `last` of a request, to keep under a name behind the first `start` tokens there, with
+    keys as if all positions were larger by `distance`.
+    """
 
     name: Name
     block_ids: list[int]
     first: int
     last: int
     start: int
+    distance: int = 0
     is_probe: bool = False
 
 
@@ -120,6 +128,7 @@ class RetroConnector(KVConnectorBase_V1):
             max_gib = float(self._kv_transfer_config.get_from_extra_config("max_gib", DEFAULT_GIB))
             self.directory = Directory(int(max_gib * 2**30) // self.bytes_per_token)
             self.metadata = Metadata()
+            self.reading: dict[str, str] = {}  # the request that reads or writes a row now
         else:
             self.layers = get_layers_from_vllm_config(vllm_config, Attention)
             self.rotations = find_rotations(vllm_config.model_config.hf_text_config, list(self.layers))
@@ -129,24 +138,26 @@ class RetroConnector(KVConnectorBase_V1):
 
     # The scheduler decides. Its methods run between two steps.
 
-    def get_num_new_matched_tokens(self, request, num_computed_tokens: int) -> tuple[int, bool]:
-        params = request.kv_transfer_params or {}
-        if "row" not in params:
+    def get_num_new_matched_tokens(self, request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        stretch = stretch_of(request)
+        if stretch is None:
             return 0, False
-        length = sum(last - skip for _, skip, last, _ in params["texts"]) + params["load"]
-        return min(length, len(request.prompt_token_ids) - 1), False
+        if self.reading.setdefault(request.kv_transfer_params["row"], request.request_id) != request.request_id:
+            return None, False  # ask again in the next step
+        return min(num_seen(stretch) + stretch["load"], len(request.prompt_token_ids) - 1), False
 
     def update_state_after_alloc(self, request, blocks, num_external_tokens: int) -> None:
-        params = request.kv_transfer_params or {}
-        if num_external_tokens == 0:
+        stretch = stretch_of(request)
+        if num_external_tokens == 0 or stretch is None:
             return
         (block_ids,) = blocks.get_block_ids()
-        is_held = self.directory.length((ROW, params["row"])) >= params["load"]
-        for key, _, last, _ in params["texts"]:
+        row = request.kv_transfer_params["row"]
+        is_held = self.directory.length((ROW, row)) >= stretch["load"]
+        for key, _, last, _ in stretch["texts"]:
             is_held &= self.directory.length((TEXT, key)) >= last
         if is_held and self.refusal is None:
-            texts = [tuple(text) for text in params["texts"]]
-            self.metadata.loads.append(Load(list(block_ids), texts, params["row"], params["load"]))
+            texts = [tuple(text) for text in stretch["texts"]]
+            self.metadata.loads.append(Load(list(block_ids), texts, row, stretch["load"]))
         else:
             self.metadata.invalid.add(block_ids[0])
 
@@ -155,7 +166,9 @@ class RetroConnector(KVConnectorBase_V1):
         return metadata
 
     def request_finished(self, request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        params = request.kv_transfer_params or {}
+        params, stretch = request.kv_transfer_params or {}, stretch_of(request)
+        if stretch is not None and self.reading.get(params["row"]) == request.request_id:
+            del self.reading[params["row"]]
         for row in params.get("drop", ()):
             self._drop((ROW, row))
         is_done = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
@@ -166,12 +179,12 @@ class RetroConnector(KVConnectorBase_V1):
             if computed >= len(tokens):
                 adapter = "" if request.lora_request is None else request.lora_request.lora_name
                 is_probe = len(tokens) >= PROBE_LENGTH and len(set(tokens)) == 1
-                save = Save((TEXT, text_key(tokens, adapter)), list(block_ids), 0, len(tokens), 0, is_probe)
-                self._save(save)
-        elif is_done and "row" in params:
-            front = sum(last - skip for _, skip, last, _ in params["texts"])
-            start, last = params["load"], min(params["keep"], computed - front)
-            if params["keep"] == 0:
+                name, distance = (TEXT, text_key(tokens, adapter)), params.get("position", 0)
+                self._save(Save(name, list(block_ids), 0, len(tokens), 0, distance, is_probe))
+        elif is_done and stretch is not None:
+            front = num_seen(stretch)
+            start, last = stretch["load"], min(stretch["keep"], computed - front)
+            if stretch["keep"] == 0:
                 self._drop((ROW, params["row"]))
             elif last > start:
                 self._save(Save((ROW, params["row"]), list(block_ids), front + start, front + last, start))
@@ -243,15 +256,19 @@ class RetroConnector(KVConnectorBase_V1):
             found[name] = states[begin : begin + save.last - save.first].clone()
         if save.is_probe:
             self._check_probe(found)
+        if save.distance != 0:
+            for name, rotation in self.rotations.items():
+                if rotation is not None:
+                    found[name][:, 0] = rotation.move(found[name][:, 0], save.distance)
         pieces = cut(self.states.get(save.name, []), save.start)
-        self.states[save.name] = join([*pieces, Piece(save.first - save.start, found)])
+        self.states[save.name] = join([*pieces, Piece(save.first - save.start + save.distance, found)])
 
     def _write_blocks(self, load: Load) -> None:
         front = sum(last - skip for _, skip, last, _ in load.texts)
         parts = []  # a piece and the distance by which its keys move
         for key, skip, last, position in load.texts:
             (text,) = self.states[TEXT, key]
-            parts.append((text.between(skip, last), front + position))
+            parts.append((text.between(skip, last), front + position - text.origin))
         row = self.states[ROW, load.row] if load.length > 0 else []
         parts += [(piece, front - piece.origin) for piece in cut(row, load.length)]
         length = front + load.length
@@ -305,7 +322,7 @@ class Piece:
     States of tokens that follow each other.
 
     Args:
-        origin (`int`): Position that the first token of the text or row had when its keys were computed.
+        origin (`int`): Position of the first token of the text or row for which its keys were computed or moved.
         states (`dict[str, torch.Tensor]`): Keys and values `(num_tokens, 2, num_kv_heads, head_dim)` of each layer.
     """
 
@@ -318,6 +335,17 @@ class Piece:
     def between(self, first: int, last: int) -> "Piece":
         """Some of its tokens, as a view."""
         return Piece(self.origin, {name: states[first:last] for name, states in self.states.items()})
+
+
+def stretch_of(request) -> dict[str, Any] | None:
+    """What a request says about its prompt, if that is a stretch of a row."""
+    stretches = (request.kv_transfer_params or {}).get("stretches", ())
+    return next((one for one in stretches if one["length"] == len(request.prompt_token_ids)), None)
+
+
+def num_seen(stretch: dict[str, Any]) -> int:
+    """Number of placeholders in the prompt of a stretch."""
+    return sum(last - skip for _, skip, last, _ in stretch["texts"])
 
 
 def cut(pieces: list[Piece], length: int) -> list[Piece]:
