@@ -271,18 +271,19 @@ class RetroConnector(KVConnectorBase_V1):
             parts.append((text.between(skip, last), front + position - text.origin))
         row = self.states[ROW, load.row] if load.length > 0 else []
         parts += [(piece, front - piece.origin) for piece in cut(row, load.length)]
-        length = front + load.length
+        device = self.layers[next(iter(self.rotations))].kv_cache.device
+        blocks = torch.tensor(load.block_ids, device=device)
+        slots = (blocks[:, None] * self.block_size + torch.arange(self.block_size, device=device)).flatten()
         for name, rotation in self.rotations.items():
             layer = self.layers[name]
-            keys, values = [], []
+            start = 0
             for piece, distance in parts:
-                states = piece.states[name]
-                keys.append(states[:, 0] if rotation is None else rotation.move(states[:, 0], distance))
-                values.append(states[:, 1])
-            device = layer.kv_cache.device
-            blocks = torch.tensor(load.block_ids, device=device)
-            slots = (blocks[:, None] * self.block_size + torch.arange(self.block_size, device=device)).flatten()
-            layer.impl.do_kv_cache_update(layer, torch.cat(keys), torch.cat(values), layer.kv_cache, slots[:length])
+                keys, values = piece.states[name].unbind(1)
+                if rotation is not None:
+                    keys = rotation.move(keys, distance)
+                piece_slots = slots[start : start + len(piece)]
+                layer.impl.do_kv_cache_update(layer, keys, values, layer.kv_cache, piece_slots)
+                start += len(piece)
 
     def _places(self, name: str) -> torch.LongTensor:
         """
