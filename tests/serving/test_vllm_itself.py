@@ -201,7 +201,7 @@ def test_a_thousand_requests_two_processes_one_of_which_is_killed(tmp_path):
         assert errors == [] and engine.num_restarts > 0
         for client in engine.clients:
             assert 0 < client.states["bytes"] <= client.states["max_bytes"] <= 0.006 * 2**30
-            assert client.states["num_dropped"] > 0
+        assert engine.clients[1].states["num_dropped"] > 0
         metrics = requests.get(f"{processes[1].url}/metrics").text
         (preempted,) = re.findall(r"^vllm:num_preemptions_total\S* (\S+)", metrics, re.MULTILINE)
         assert float(preempted) > 0
