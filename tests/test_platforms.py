@@ -56,6 +56,8 @@ for name in ("sched_getaffinity", "sched_setaffinity", "posix_fadvise", "posix_f
              "copy_file_range", "splice", "pidfd_open", "getrandom", "eventfd", "setxattr", "getxattr"):
     if hasattr(os, name):
         delattr(os, name)
+if hasattr(os, "process_cpu_count"):  # from Python 3.13 on, and on macOS the number of all processors
+    os.process_cpu_count.__code__ = (lambda: cpu_count()).__code__
 
 
 class SystemLibrary:

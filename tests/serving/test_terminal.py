@@ -114,7 +114,8 @@ def test_nothing_that_a_command_prints_controls_the_terminal():
     terminal, end = pty.openpty()
     termios.tcsetwinsize(terminal, (50, 1000))
     script = f"HOSTILE = {HOSTILE!r}\n{PRINT_IN_ALL_WAYS}"
-    command = subprocess.Popen([sys.executable, "-c", script], stdout=end, stderr=end)
+    environment = {**os.environ, "PYTHON_COLORS": "0"}  # Python 3.13 colors its own tracebacks
+    command = subprocess.Popen([sys.executable, "-c", script], stdout=end, stderr=end, env=environment)
     os.close(end)
     printed = b""
     with contextlib.suppress(OSError):  # the other end was closed
