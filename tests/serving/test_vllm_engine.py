@@ -165,6 +165,9 @@ def test_nothing_is_read_twice_but_what_is_read_again():
     # The last token of a row is written and not read. Chunks that are complete in the prompt are read once.
     expected = probes + sum(map(len, texts)) + len(rows[0].tokens) - 1 + sum(3 - 1 for _ in written)
     assert fake.num_computed == expected
+    said = [body.get("kv_transfer_params", {}) for body in fake.requests]
+    batches = [len(params["stretches"]) for params in said if "stretches" in params]
+    assert batches[0] >= 4, batches  # stretches of a prompt are one request
 
 
 def test_lost_states_are_read_again():
