@@ -55,6 +55,7 @@ class EngineClient:
         num_rows (`int`): Number of rows that run there.
         is_connected (`bool`): Whether it answered when it was asked last.
         connecting (`asyncio.Lock`): Held by the row that waits for it to come back.
+        turn (`asyncio.Lock`): Held by a row that is read again.
         states (`dict`): What the connector holds, as it said last.
     """
 
@@ -68,6 +69,7 @@ class EngineClient:
         self.max_model_len = 0
         self.is_connected = False
         self.connecting = asyncio.Lock()
+        self.turn = asyncio.Lock()
         self._model = ""
         self._read: dict[str, asyncio.Future[None]] = {}
         self._unneeded: set[str] = set()

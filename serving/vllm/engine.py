@@ -20,7 +20,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import aclosing, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -304,7 +304,7 @@ class _RunningRow:
     async def run(self) -> None:
         """Reads the prompt and writes the completion."""
         await self._look_up_question()
-        num_tries = 0
+        num_tries, has_lost = 0, False
         try:
             while not (self.completion.is_finished or self.completion.is_cancelled):
                 await self._look_up_chunks()
@@ -313,9 +313,13 @@ class _RunningRow:
                     return
                 stretches, length = self._stretches(), len(self.row.tokens)
                 try:
-                    await self._go_on(stretches)
+                    # Rows that have lost what they need go one by one, lest they take the room from each other.
+                    async with self.client.turn if has_lost else nullcontext():
+                        await self._go_on(stretches)
+                    has_lost = False
                 except EngineError as error:
                     num_tries = num_tries + 1 if len(self.row.tokens) == length else 1
+                    has_lost = not isinstance(error, EngineGoneError)
                     if num_tries == MAX_TRIES:
                         message = "the engine of the server does not keep what a completion needs"
                         raise CompletionError(log_failure(message, error), 503) from error

@@ -169,9 +169,9 @@ def test_a_thousand_requests_two_processes_one_of_which_is_killed(tmp_path):
     model = make_model(make_decoder("llama", tmp_path), M)
     kinds = [(length, k) for length in (3, M, 100, 150, 230) for k in (0, 1, 2)]
     wanted = {kind: generate_with_gaps(model, draw_row(*kind), M) for kind in kinds}
-    # Eight rows of up to 550 tokens with their texts need 140 blocks, and their states 7 MB.
+    # Eight rows of up to 550 tokens with their texts need 140 blocks, and their states 7 MB, more than 4.3.
     few = [*ARGUMENTS, "--num-gpu-blocks-override", "80"]
-    processes = [EngineProcess(PYTHON, str(tmp_path), "float32", 0.006, few) for _ in range(2)]
+    processes = [EngineProcess(PYTHON, str(tmp_path), "float32", 0.004, few) for _ in range(2)]
     drawn, errors, ended = random.Random(0), [], threading.Semaphore(0)
 
     def draw_completion():
@@ -200,7 +200,7 @@ def test_a_thousand_requests_two_processes_one_of_which_is_killed(tmp_path):
                 os.killpg(processes[0]._process.pid, signal.SIGKILL)
         assert errors == [] and engine.num_restarts > 0
         for client in engine.clients:
-            assert 0 < client.states["bytes"] <= client.states["max_bytes"] <= 0.006 * 2**30
+            assert 0 < client.states["bytes"] <= client.states["max_bytes"] <= 0.004 * 2**30
         assert engine.clients[1].states["num_dropped"] > 0
         metrics = requests.get(f"{processes[1].url}/metrics").text
         (preempted,) = re.findall(r"^vllm:num_preemptions_total\S* (\S+)", metrics, re.MULTILINE)
