@@ -124,12 +124,15 @@ def main():
 
     def measure(what, count, length, max_tokens, value):
         prompts = [random.Random(n).choices(range(vocab_size), k=length) for n in range(count)]
-        found = {name: [] for name in arguments.ways}
+        found, read = {name: [] for name in arguments.ways}, set()
         for _ in range(arguments.repeats):
             for name in arguments.ways:
                 is_theirs, is_on, is_cold = WAYS[name]
                 retriever.number += is_cold
                 engine = theirs if is_theirs else ours
+                if is_on and not is_cold and (is_theirs, retriever.number) not in read:
+                    run(engine, prompts, k, max_tokens)
+                read.add((is_theirs, retriever.number if is_on else None))
                 found[name].append(run(engine, prompts, k * is_on, max_tokens)[value])
         base = statistics.median(found[arguments.ways[0]])
         for name, values in found.items():
