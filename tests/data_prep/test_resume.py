@@ -137,7 +137,7 @@ def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_bytes(recipe, tm
 def test_an_index_on_the_disk_whose_building_is_killed_ends_with_the_same_bytes(recipe, tmp_path):
     recipe["splits"]["train"] = str(write_jsonl(tmp_path / "train.jsonl", make_texts(300, seed=21, max_words=120)))
     recipe["index"] = {"factory": "IVF8,PQ8x4fsr,Refine(SQfp16)", "on_disk": True}
-    killed = kill_until_done(partial(prepare_datastore, recipe), tmp_path, kills=10, seed=4)
+    killed = kill_until_done(partial(prepare_datastore, recipe), tmp_path, kills=25, seed=4)
     assert "index" in killed, killed
     assert (tmp_path / "reference" / "index.refine").exists() and not list(tmp_path.glob("*/.index-*"))
 
