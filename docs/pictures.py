@@ -316,24 +316,31 @@ def bits_against_operations() -> str:
 
 # Color and label of each way beside its rivals, by the pattern of its name in the table.
 RIVALS = {
-    r"ON, \d neighbors?": (COLORS[2], "ON, with the number of neighbors"),
-    r"\d neighbors? in front": (COLORS[1], "neighbors in front of the window"),
-    r"\d random neighbors?": (GRAY, "random neighbors"),
+    r"ON, \d neighbors?, less OFF": (COLORS[2], "ON with the reader (number of neighbors)"),
+    r"\d neighbors? in front of the window, less OFF": (COLORS[1], "neighbors in front of the window"),
+    r"ON untrained, \d neighbors?, less OFF": ("#bf3989", "ON untrained"),
+    r"\d random neighbors?, less OFF": (GRAY, "random neighbors with the reader"),
     r"kNN-LM": ("#8250df", "kNN-LM"),
-    r"ON.* and kNN-LM": ("#bf3989", "ON and kNN-LM"),
 }
 
 
 def rivals() -> str:
     """Bits per byte of each way to use a datastore, against its operations, on three kinds of text."""
     corpora = ["SQLite documentation", "package descriptions", "Bible (prose)"]
-    rows = table(DOCS / "results.md", "bits per byte, less OFF", *corpora)[1:]
-    costs = {
-        row["costs"]: float(row["GFLOPs a token"]) for row in table(DOCS / "results.md", "costs", "GFLOPs a token")
+    page = DOCS / "results.md"
+    rows = {
+        row["bits per byte"]: (row, float(row["GFLOPs a token"]))
+        for row in table(page, "bits per byte", *corpora, "GFLOPs a token")[1:]
+        if row["GFLOPs a token"]
     }
+    (knn,) = (
+        row for row in table(page, "bits per byte, less OFF, 40 documents", *corpora) if "kNN-LM" in row.values()
+    )
+    (cost,) = (row for row in table(page, "costs", "GFLOPs a token") if row["costs"] == "kNN-LM")
+    rows["kNN-LM"] = knn, float(cost["GFLOPs a token"])
     width, height, left, right, top, bottom, gap = 960, 440, 78, 20, 138, 66, 22
     step = (width - left - right + gap) / len(corpora)
-    lowest, highest, most = -0.41, 0.03, 4.3
+    lowest, highest, most = -0.31, 0.03, 4.3
 
     def place(panel: int, operations: float, gain: float) -> tuple[float, float]:
         x = left + panel * step + operations / most * (step - gap)
@@ -346,7 +353,7 @@ def rivals() -> str:
         label((left + width - right) / 2, height - 14, "billions of operations for a token"),
     ]
     for panel, corpus in enumerate(corpora):
-        for tenth in range(-4, 1):
+        for tenth in range(-3, 1):
             x, y = place(panel, 0, tenth / 10)
             parts.append(path([(x, y), (x + step - gap, y)], INK if tenth == 0 else PALE, 1))
             if panel == 0:
@@ -359,11 +366,9 @@ def rivals() -> str:
         parts.append(label(place(panel, most / 2, 0)[0], top - 8, corpus, weight="bold"))
         for pattern, (color, _) in RIVALS.items():
             points = []
-            for row in rows:
-                name = row["bits per byte, less OFF"]
+            for name, (row, operations) in rows.items():
                 if re.fullmatch(pattern, name):
                     gain, low, high = numbers(row[corpus])
-                    operations = costs[name]
                     points.append(place(panel, operations, gain))
                     parts.append(path([place(panel, operations, end) for end in (low, high)], color, 1.5))
                     if pattern.startswith("ON, "):
