@@ -383,12 +383,49 @@ def rivals() -> str:
     return picture(width, height, "Bits per byte less than OFF against operations for a token", parts)
 
 
+def drafts() -> str:
+    """How fast texts with neighbors are written, by the tokens that a step confirms, from docs/results.md."""
+    ways = {"ON / OFF": (GRAY, "ON"), "ON with drafts / OFF": (COLORS[2], "ON with drafts")}
+    rows = table(DOCS / "results.md", "documents", "temperature", "tokens a step", *ways)
+    width, height, left, right, top, bottom = 720, 420, 78, 30, 88, 66
+    most, highest = 4.0, 3.0
+
+    def place(per_step: float, ratio: float) -> tuple[float, float]:
+        x = left + (per_step - 1) / (most - 1) * (width - left - right)
+        return x, top + (highest - ratio) / highest * (height - top - bottom)
+
+    parts = [
+        label(left, 30, "Writing with neighbors, by the tokens of a step", "start", size=16),
+        label(24, (top + height - bottom) / 2, "tokens/s, as a share of OFF", turned=True),
+        label((left + width - right) / 2, height - 14, "tokens that a step with drafts writes"),
+    ]
+    for half in range(int(2 * highest) + 1):
+        x, y = place(1, half / 2)
+        parts.append(path([(x, y), (width - right, y)], INK if half == 2 else PALE, 1))
+        parts.append(label(x - 8, y + 5, f"{half / 2:.1f}", "end", GRAY, 13))
+    for half in range(2, int(2 * most) + 1):
+        x, y = place(half / 2, 0)
+        parts.append(path([(x, y), (x, y + 5)], GRAY, 1))
+        parts.append(label(x, y + 20, f"{half / 2:.1f}", fill=GRAY, size=13))
+    for number, (way, (color, words)) in enumerate(ways.items()):
+        for row in rows:
+            x, y = place(float(row["tokens a step"]), float(row[way]))
+            fill = color if row["temperature"] == "0" else PAPER
+            parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="5" fill="{fill}" stroke="{color}" stroke-width="2"/>')
+        x = left + 6 + 170 * number
+        parts.append(f'<circle cx="{x:g}" cy="60" r="5" fill="{color}"/>')
+        parts.append(label(x + 13, 65, words, "start", size=13))
+    parts.append(label(left + 366, 65, "hollow: sampled at 0.7", "start", GRAY, 13))
+    return picture(width, height, "Tokens a second with neighbors, by the tokens of a step", parts)
+
+
 PICTURES = {
     "token_view": token_view,
     "overlap": overlap,
     "bits_against_operations": bits_against_operations,
     "rivals": rivals,
     "datastore_size": datastore_size,
+    "drafts": drafts,
 }
 
 

@@ -277,7 +277,8 @@ class RetroJointForCausalLM(
         is_question = question_input_ids is not None or kwargs.get("passage_input_ids") is not None
         if is_question and kwargs.get("passages") is None:
             kwargs["passages"] = self.default_passages
-        if is_question and kwargs.get("passage_prefix_input_ids") is None and kwargs.get("past_key_values") is None:
+        given = ("passage_prefix_input_ids", "past_key_values", "position_ids")
+        if is_question and all(kwargs.get(name) is None for name in given):
             prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
             bos_token_id = getattr(self.config.get_text_config(), "bos_token_id", None)
             kwargs |= begin_before_passages(prompt, kwargs.get("attention_mask"), bos_token_id)
