@@ -388,7 +388,7 @@ def drafts() -> str:
     ways = {"ON / OFF": (GRAY, "ON"), "ON with drafts / OFF": (COLORS[2], "ON with drafts")}
     rows = table(DOCS / "results.md", "documents", "temperature", "tokens a step", *ways)
     width, height, left, right, top, bottom = 720, 420, 78, 30, 88, 66
-    most, highest = 4.0, 3.0
+    most, highest = 5.5, 3.0
 
     def place(per_step: float, ratio: float) -> tuple[float, float]:
         x = left + (per_step - 1) / (most - 1) * (width - left - right)
