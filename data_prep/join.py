@@ -25,16 +25,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from data_prep.shares import SHARED_WORK, Follower, NotBegunError
+from data_prep.shares import SHARED_WORK, Follower, NotBegunError, remove_shared_work
 from data_prep.stage_files import process_state
 from modeling_retro.datastore.datastore import RetroDatastore, faiss
 from modeling_retro.datastore.manifest import INDEXES
-from modeling_retro.durable_files_retro import make_folder, remove, whole
+from modeling_retro.durable_files_retro import make_folder, whole
 from modeling_retro.retriever.search import search
 
 
@@ -88,12 +87,6 @@ def can_join(datastore: RetroDatastore, retriever: str, queries: int) -> bool:
 def _multiplies_bytes() -> bool:
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
     return bool(capabilities.get("avx512_vnni", False))
-
-
-def remove_copies(path: Path) -> None:
-    """Removes what the processes of a [`ListJoin`] share in the folder of a datastore, also that of a killed run."""
-    for folder in path.glob(f"{SHARED_WORK}*"):
-        remove(folder)
 
 
 class ListJoin:
@@ -188,7 +181,7 @@ class ListJoin:
         if isinstance(state, Follower) and not is_there:
             raise NotBegunError  # the task that was to write it has died; another one does
         if state.is_main_process and not is_there:
-            remove_copies(self.datastore.path)  # of another index
+            remove_shared_work(self.datastore.path)  # of another index
             make_folder(self.folder)
             place = np.full(self.offsets[-1], -1, dtype=np.int64)
             place[self.ids] = np.arange(len(self.ids))

@@ -28,7 +28,8 @@ from transformers.utils import logging
 
 from data_prep.faiss_index import to_gpus
 from data_prep.index import read_embeddings
-from data_prep.join import QUERIES, ListJoin, can_join, remove_copies
+from data_prep.join import QUERIES, ListJoin, can_join
+from data_prep.shares import remove_shared_work
 from data_prep.stage_files import (
     check_options,
     clear_records,
@@ -203,7 +204,7 @@ def find_neighbors(
             sizes=[shard.rows for shard in chunk_shards],
         )
         if process_state().is_main_process:
-            remove_copies(path)
+            remove_shared_work(path)
         stage.shards = [NeighborShard.from_dict(record) for record in records]
         totals = [shard.counts for shard in stage.shards]
         stage.counts = {name: sum(total.get(name, 0) for total in totals) for name in sorted(set().union(*totals))}

@@ -39,7 +39,7 @@ import fsspec
 from fsspec.callbacks import TqdmCallback
 from fsspec.implementations.local import LocalFileSystem
 
-from data_prep.shares import SHARED_WORK, NotBegunError, run_share
+from data_prep.shares import NotBegunError, remove_shared_work, run_share
 from modeling_retro.datastore.checksums import checksum
 from modeling_retro.datastore.links import check_links
 from modeling_retro.datastore.manifest import MANIFEST_NAME
@@ -460,8 +460,7 @@ def run_share_on_store(stage: Callable[[], Any], folder: str | Path, address: st
             return stage()
 
         made = run_share(attempt, index, number, begin)
-        for entry in copy.folder.glob(f"{SHARED_WORK}*"):
-            remove(entry)  # other tasks do not share it
+        remove_shared_work(copy.folder)  # other tasks have folders of their own
         files = {name: sha for name, sha in copy.files(with_records=True).items() if copy.listed.get(name) != sha}
         if files:
             copy.store.upload(copy.folder, files)

@@ -32,7 +32,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers.utils import logging
 
-from modeling_retro.durable_files_retro import recover_all
+from modeling_retro.durable_files_retro import recover_all, remove
 
 
 logger = logging.get_logger(__name__)
@@ -43,6 +43,12 @@ TASKS_LOCK = ".tasks.lock"
 SHARED_WORK = ".join-"
 _PAUSE = 0.5  # seconds
 _share: "Share | None" = None
+
+
+def remove_shared_work(path: Path) -> None:
+    """Removes what tasks or processes share in the folder of a datastore while a stage runs, also of a killed run."""
+    for folder in path.glob(f"{SHARED_WORK}*"):
+        remove(folder)
 
 
 class ShareDone(Exception):

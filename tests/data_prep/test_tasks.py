@@ -179,7 +179,7 @@ def test_tasks_share_the_copy_of_a_join(stages, tmp_path, monkeypatch):
             opened = RetroDatastore.from_pretrained(tmp_path / name)
             embeddings = read_embeddings(tmp_path / name, "train", opened.manifest)
             join.ListJoin(opened, embeddings)  # uses the copy
-            join.remove_copies(tmp_path / name)
+            shares.remove_shared_work(tmp_path / name)
             with pytest.raises(shares.NotBegunError):
                 join.ListJoin(opened, embeddings)  # may not write it
             monkeypatch.setattr(shares, "_share", None)
