@@ -197,14 +197,14 @@ def test_a_bos_token_of_a_prompt_stands_before_the_passages_of_its_query(client,
     monkeypatch.setattr(served.prompts, "tokenizer", copy.deepcopy(served.prompts.tokenizer))
     bos = served.prompts.tokenizer.bos_token_id = 1  # that of the model
     assert bos not in ids
+    arguments = {"model": "tiny", "max_tokens": 2 * TINY_CHUNK_SIZE, "temperature": 0}
     for passages in ("apart", "in_order"):
-        body = {"query": query, "passages": passages}
-        arguments = {"model": "tiny", "max_tokens": 2 * TINY_CHUNK_SIZE, "temperature": 0, "extra_body": body}
-        answer = client.completions.create(prompt=[bos, *ids], **arguments).choices[0].text
-        assert answer == text_of(served, reference(ids, 2 * TINY_CHUNK_SIZE, True, query, passages, before=[bos]))
-        # `generate` finds the token itself.
-        assert answer == text_of(served, reference([bos, *ids], 2 * TINY_CHUNK_SIZE, True, query, passages))
-        assert answer != client.completions.create(prompt=ids, **arguments).choices[0].text
+        arguments["extra_body"] = {"query": query, "passages": passages}
+        answers = [client.completions.create(prompt=one, **arguments).choices[0].text for one in ([bos, *ids], ids)]
+        asked = (arguments["max_tokens"], True, query, passages)
+        found = reference([bos, *ids], *asked)  # `generate` finds the token itself
+        assert answers[0] == text_of(served, reference(ids, *asked, before=[bos])) == text_of(served, found)
+        assert answers[0] != answers[1]
 
 
 def test_a_question_that_cannot_be_answered_is_refused(client, served):
