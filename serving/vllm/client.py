@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""One vLLM process behind an address: which texts it has read, and requests that read or write a stretch of a row"""
+"""One vLLM process behind an address: which texts it has read, and requests that read and write stretches of a row"""
 
 import asyncio
 import json
@@ -145,58 +145,61 @@ class EngineClient:
         """Lets the engine drop the states of a row with the next request."""
         self._unneeded.add(row)
 
-    async def read(self, row: str, tokens: Sequence[int], stretches: Sequence[Stretch]) -> None:
-        """Reads stretches of a row that follow each other, of which nothing is predicted."""
-        batch: list[list[int]] = []
-        described: list[dict[str, Any]] = []
-        for stretch in stretches:
-            prompt, description = self._prompt(tokens[: stretch.end], stretch, stretch.end)
-            # The connector tells the prompts of a request apart by their lengths.
-            if batch and (len(batch) == STRETCHES_AT_ONCE or len(prompt) <= len(batch[-1])):
-                await self._complete(batch, 1, self._row_params(row, described), self._model)
-                batch, described = [], []
-            batch.append(prompt)
-            described.append(description)
-        if batch:
-            await self._complete(batch, 1, self._row_params(row, described), self._model)
-
     async def write(
         self,
         row: str | None,
         tokens: Sequence[int],
-        stretch: Stretch,
+        stretches: Sequence[Stretch],
         max_tokens: int,
         keep: int,
         sampling: dict[str, Any],
     ) -> AsyncIterator[ChosenToken]:
         """
-        Reads the rest of a stretch, and writes on.
+        Reads stretches, and writes on.
 
         Args:
             row (`str`, *optional*): Name of the row. Without one, nothing is loaded or kept.
             tokens (`Sequence[int]`): The row so far.
-            stretch ([`Stretch`]): Its last stretch.
+            stretches (`Sequence[Stretch]`): Its last stretches. All but the last of them are read whole.
             max_tokens (`int`): Largest number of tokens to write.
             keep (`int`): Number of tokens of the row whose states are kept.
             sampling (`dict`): How tokens are chosen (see [`sampling_fields`]).
         """
-        prompt, params = list(tokens), {}
+        prompts, params = [list(tokens)], {}
         if row is not None:
-            prompt, description = self._prompt(tokens, stretch, keep)
-            params = self._row_params(row, [description])
-        body = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, **sampling}
+            *others, (prompts, described) = self._batches(tokens, stretches, keep)
+            for batch, said in others:
+                await self._complete(batch, 1, self._row_params(row, said), self._model)
+            described[-1]["writes"] = True
+            params = {"kv_transfer_params": self._row_params(row, described)}
+        body = {"prompt": prompts, "max_tokens": max_tokens, "stream": True, **sampling}
         body |= {"model": self._model, "return_token_ids": True}
-        if params:
-            body["kv_transfer_params"] = params
-        async with self._sending("POST", "/v1/completions", json=body) as answer:
+        async with self._sending("POST", "/v1/completions", json=body | params) as answer:
             async for line in answer.content:
                 if not line.startswith(b"data: {"):
                     continue
                 piece = json.loads(line[6:])
                 if "error" in piece:
                     raise EngineError(f"vLLM at {self.url} failed: {piece['error']}")
-                for chosen in _chosen(piece):
+                (choice,) = piece["choices"]
+                for chosen in _chosen(choice) if choice["index"] == len(prompts) - 1 else ():
                     yield chosen
+
+    def _batches(
+        self, tokens: Sequence[int], stretches: Sequence[Stretch], keep: int
+    ) -> list[tuple[list[list[int]], list[dict[str, Any]]]]:
+        """Prompts that are sent together, and what the connector is told about each of them."""
+        batches: list[tuple[list[list[int]], list[dict[str, Any]]]] = [([], [])]
+        for stretch in stretches:
+            kept = keep if stretch is stretches[-1] else stretch.end
+            prompt, description = self._prompt(tokens[: stretch.end], stretch, kept)
+            # The connector tells the prompts of a request apart by their lengths.
+            is_known = any(len(other) == len(prompt) for other in batches[-1][0])
+            if is_known or len(batches[-1][0]) == STRETCHES_AT_ONCE:
+                batches.append(([], []))
+            batches[-1][0].append(prompt)
+            batches[-1][1].append(description)
+        return batches
 
     def _prompt(self, tokens: Sequence[int], stretch: Stretch, keep: int) -> tuple[list[int], dict[str, Any]]:
         """The prompt of a stretch that ends with `tokens`, and what the connector is told about it."""
@@ -271,9 +274,8 @@ def sampling_fields(parameters: SamplingParameters, end_tokens: Sequence[int], s
     return fields
 
 
-def _chosen(piece: dict[str, Any]) -> list[ChosenToken]:
+def _chosen(choice: dict[str, Any]) -> list[ChosenToken]:
     """The tokens of one piece of a stream."""
-    (choice,) = piece["choices"]
     tokens, logprobs, chosen = choice.get("token_ids") or [], choice.get("logprobs"), []
     if logprobs is None:
         return [ChosenToken(token, None, []) for token in tokens]

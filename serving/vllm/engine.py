@@ -379,15 +379,15 @@ class _RunningRow:
         """Reads what has not been read, and writes up to the end of a chunk."""
         # Texts in sight of stretches that were read need not be there any more.
         ahead = [stretch for stretch in stretches[:-1] if stretch.end > self.num_held]
-        await self.client.read_texts([*ahead, stretches[-1]])
-        await self.client.read(self.name, self.row.tokens, ahead)
-        await self._write(stretches[-1])
+        unread = [*ahead, stretches[-1]]
+        await self.client.read_texts(unread)
+        await self._write(unread)
 
     def _stretches(self) -> list[Stretch]:
         length = len(self.row.tokens)
         return self.plan.stretches(length) if self.row.num_neighbors > 0 else [Stretch(0, length, ())]
 
-    async def _write(self, stretch: Stretch) -> None:
+    async def _write(self, stretches: Sequence[Stretch]) -> None:
         completion, tokens = self.completion, self.row.tokens
         left, length = completion.max_tokens - completion.num_tokens, len(tokens)
         retrieves = self.row.num_neighbors > 0
@@ -398,7 +398,7 @@ class _RunningRow:
         self.num_requests += 1
         sampling = sampling_fields(parameters, self.engine.end_tokens, seed)
         name = self.name if retrieves else None
-        async with aclosing(self.client.write(name, list(tokens), stretch, max_tokens, keep, sampling)) as written:
+        async with aclosing(self.client.write(name, list(tokens), stretches, max_tokens, keep, sampling)) as written:
             async for chosen in written:
                 completion.num_steps += 1
                 completion.add(

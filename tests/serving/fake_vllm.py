@@ -97,20 +97,24 @@ class FakeVllm:
         by_length = {stretch["length"]: stretch for stretch in params.get("stretches", ())}
         assert len(by_length) == len(params.get("stretches", ()))
         said = [params | by_length.get(len(prompt), {}) for prompt in prompts]
+        num_read = len(prompts) - bool(body.get("stream"))
+        has_failed = False
+        for prompt, params in zip(prompts[:num_read], said):
+            written = self._run(prompt, params, body | {"max_tokens": 1})
+            has_failed |= written is None or not list(written)
         if not body.get("stream"):
-            for prompt, params in zip(prompts, said):
-                if (written := self._run(prompt, params, body)) is None:
-                    return web.json_response({"error": {"message": "a load failed"}}, status=500)
-                list(written)
+            if has_failed:
+                return web.json_response({"error": {"message": "a load failed"}}, status=500)
             report = {"bytes": self.directory.num_tokens, "num_states": len(self.directory)}
             return web.json_response({"choices": [{"finish_reason": "length"}], "kv_transfer_params": report})
         answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await answer.prepare(request)
-        written = self._run(prompts[0], said[0], body)
+        written = None if has_failed else self._run(prompts[-1], said[-1], body)
         if written is None:
             await answer.write(b'data: {"error": {"message": "a load failed"}}\n\n')
             return answer
         for choice in written:
+            choice["index"] = num_read
             await answer.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
             if self.fail({"token": choice["token_ids"]}):
                 request.transport.abort()

@@ -21,7 +21,8 @@ on the path of Python there, and start vLLM with
 A row is a sequence of prompts, one for each stretch of its tokens that sees the same texts. A prompt is a placeholder
 for each token of a text in sight, and the row up to the end of the stretch. The connector fills in what was computed
 before: the keys and values of the texts, and those of the row up to the stretch. A request has one prompt, or several
-stretches of one row, which wait for each other. It says so in `kv_transfer_params`, which may hold
+stretches of one row that follow each other. These are computed in one step: in each layer, what the earlier ones have
+just computed is copied to the later ones, before attention. A request says so in `kv_transfer_params`, which may hold
 
 - `store`: true to keep the states of the prompts as texts, under their [`text_key`].
 - `position`: the position of the first token of such a text in prompts that will see it, if it is known. Its keys are
@@ -33,6 +34,7 @@ stretches of one row, which wait for each other. It says so in `kv_transfer_para
     number of its tokens, and the position of its first token, counted from the start of the row.
   - `load`: number of tokens of the row that were read before.
   - `keep`: number of tokens of the row whose states are kept afterwards. 0 drops the row.
+  - `writes`: true if the answer to the prompt is wanted. The others get one token, whatever the request says.
 - `drop`: names of rows that are not needed any more.
 
 An answer that is not a stream says in `kv_transfer_params` what is held. If a text or a part of the row is not held,
@@ -82,13 +84,32 @@ class Save:
 
 
 @dataclass
+class Computing:
+    """Tokens `first` to `last` of a request, which are computed in this step or were just before it."""
+
+    block_ids: list[int]
+    first: int
+    last: int
+    front: int
+
+
+@dataclass
 class Load:
-    """The texts and the number of tokens of a row that a request needs in its blocks."""
+    """
+    The texts and the number of tokens of a row that a request needs in its blocks, and the requests that compute the
+    tokens of the row behind these.
+    """
 
     block_ids: list[int]
     texts: list[tuple[str, int, int, int]]
     row: str
     length: int
+    rest: list[Computing]
+
+    @property
+    def front(self) -> int:
+        """Number of placeholders."""
+        return sum(last - skip for _, skip, last, _ in self.texts)
 
 
 @dataclass
@@ -110,6 +131,26 @@ class Refusal(KVConnectorWorkerMetadata):
         return self if self.reason else other
 
 
+@dataclass
+class Stretches:
+    """The requests of vLLM for the stretches of a row, by their numbers of tokens, until they end."""
+
+    requests: dict[int, Any] = field(default_factory=dict)
+    num_come: int = 0
+    has_failed: bool = False
+
+
+@dataclass
+class Copies:
+    """Tokens that are copied in each layer: the blocks they are in, their places there, where to, and how far."""
+
+    blocks: torch.LongTensor
+    places: torch.LongTensor
+    slots: torch.LongTensor
+    moved: torch.LongTensor
+    distances: torch.LongTensor
+
+
 class RetroConnector(KVConnectorBase_V1):
     """
     Keeps the states of texts and rows, and puts them in front of what a request computes.
@@ -128,47 +169,95 @@ class RetroConnector(KVConnectorBase_V1):
             max_gib = float(self._kv_transfer_config.get_from_extra_config("max_gib", DEFAULT_GIB))
             self.directory = Directory(int(max_gib * 2**30) // self.bytes_per_token)
             self.metadata = Metadata()
-            self.reading: dict[str, str] = {}  # the request that reads or writes a row now
+            self.rows: dict[str, Stretches] = {}
+            self.sources: list[tuple[int, list[Any]]] = []  # of this step: a first block, and requests before that one
+            # Else a stretch may end a step without being whole, though there is room for the next one.
+            self.is_cut_by_room_only = vllm_config.scheduler_config.long_prefill_token_threshold == 0
         else:
             self.layers = get_layers_from_vllm_config(vllm_config, Attention)
             self.rotations = find_rotations(vllm_config.model_config.hf_text_config, list(self.layers))
             self.states: dict[Name, list[Piece]] = {}
             self.places: dict[tuple, torch.LongTensor] = {}
+            self.copies: Copies | None = None
             self.invalid: set[int] = set()
 
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """A graph of a whole step would leave out `wait_for_layer_load`."""
+        return True
+
     # The scheduler decides. Its methods run between two steps.
+
+    def on_new_request(self, request) -> None:
+        stretch = stretch_of(request)
+        if stretch is None:
+            return
+        stretches = self.rows.setdefault(request.kv_transfer_params["row"], Stretches())
+        stretches.requests[stretch["length"]] = request
+        stretches.num_come += 1
+        if not stretch.get("writes"):
+            request.max_tokens = 1
 
     def get_num_new_matched_tokens(self, request, num_computed_tokens: int) -> tuple[int | None, bool]:
         stretch = stretch_of(request)
         if stretch is None:
             return 0, False
-        if self.reading.setdefault(request.kv_transfer_params["row"], request.request_id) != request.request_id:
+        # All of them are computed in one step, so the first does not begin alone.
+        num_expected = len(request.kv_transfer_params["stretches"])
+        have_come = self.rows[request.kv_transfer_params["row"]].num_come >= num_expected
+        if not have_come or not all(self._is_in_step(one) for one in self._unfinished_before(request)):
             return None, False  # ask again in the next step
         return min(num_seen(stretch) + stretch["load"], len(request.prompt_token_ids) - 1), False
+
+    def _unfinished_before(self, request) -> list[Any]:
+        """The requests for the stretches before that of a request which have not ended."""
+        stretches, known = request.kv_transfer_params["stretches"], self.rows[request.kv_transfer_params["row"]]
+        before = stretches[: stretches.index(stretch_of(request))]
+        return [known.requests[one["length"]] for one in before if one["length"] in known.requests]
+
+    def _is_in_step(self, request) -> bool:
+        """Whether the step that is planned ends the prompt of a request, if there is room for a later one in it."""
+        return self.is_cut_by_room_only and request.status == RequestStatus.RUNNING
 
     def update_state_after_alloc(self, request, blocks, num_external_tokens: int) -> None:
         stretch = stretch_of(request)
         if num_external_tokens == 0 or stretch is None:
             return
         (block_ids,) = blocks.get_block_ids()
-        row = request.kv_transfer_params["row"]
-        is_held = self.directory.length((ROW, row)) >= stretch["load"]
+        row, before = request.kv_transfer_params["row"], self._unfinished_before(request)
+        length = stretch_of(before[0])["load"] if before else stretch["load"]
+        is_held = self.directory.length((ROW, row)) >= length
         for key, _, last, _ in stretch["texts"]:
             is_held &= self.directory.length((TEXT, key)) >= last
-        if is_held and self.refusal is None:
-            texts = [tuple(text) for text in stretch["texts"]]
-            self.metadata.loads.append(Load(list(block_ids), texts, row, stretch["load"]))
-        else:
+        # What comes behind a stretch that fails must fail with it, before it gives a token.
+        self.rows[row].has_failed |= not is_held or self.refusal is not None
+        if self.rows[row].has_failed:
             self.metadata.invalid.add(block_ids[0])
+            return
+        texts, rest = [tuple(text) for text in stretch["texts"]], []
+        for one in before:
+            (theirs,) = self._kv_cache_manager.get_block_ids(one.request_id)
+            front = num_seen(stretch_of(one))
+            rest.append(Computing(theirs, front + stretch_of(one)["load"], len(one.prompt_token_ids), front))
+        self.metadata.loads.append(Load(list(block_ids), texts, row, length, rest))
+        self.sources.append((block_ids[0], before))
 
     def build_connector_meta(self, scheduler_output) -> Metadata:
-        metadata, self.metadata = self.metadata, Metadata()
+        for block_id, requests in self.sources:
+            for one in requests:
+                num_computed = one.num_computed_tokens + scheduler_output.num_scheduled_tokens.get(one.request_id, 0)
+                if num_computed < len(one.prompt_token_ids):
+                    self.metadata.invalid.add(block_id)
+        metadata, self.metadata, self.sources = self.metadata, Metadata(), []
         return metadata
 
     def request_finished(self, request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         params, stretch = request.kv_transfer_params or {}, stretch_of(request)
-        if stretch is not None and self.reading.get(params["row"]) == request.request_id:
-            del self.reading[params["row"]]
+        if stretch is not None:
+            stretches = self.rows[params["row"]]
+            del stretches.requests[stretch["length"]]
+            if not stretches.requests:
+                del self.rows[params["row"]]
         for row in params.get("drop", ()):
             self._drop((ROW, row))
         is_done = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
@@ -182,12 +271,13 @@ class RetroConnector(KVConnectorBase_V1):
                 name, distance = (TEXT, text_key(tokens, adapter)), params.get("position", 0)
                 self._save(Save(name, list(block_ids), 0, len(tokens), 0, distance, is_probe))
         elif is_done and stretch is not None:
-            front = num_seen(stretch)
-            start, last = stretch["load"], min(stretch["keep"], computed - front)
+            front, name = num_seen(stretch), (ROW, params["row"])
+            # Its blocks have the whole row. What was dropped meanwhile is kept anew.
+            start, last = min(stretch["load"], self.directory.length(name)), min(stretch["keep"], computed - front)
             if stretch["keep"] == 0:
-                self._drop((ROW, params["row"]))
+                self._drop(name)
             elif last > start:
-                self._save(Save((ROW, params["row"]), list(block_ids), front + start, front + last, start))
+                self._save(Save(name, list(block_ids), front + start, front + last, start))
         if not params:
             return False, None
         held = self.directory
@@ -213,6 +303,7 @@ class RetroConnector(KVConnectorBase_V1):
 
     def bind_connector_metadata(self, connector_metadata: Metadata) -> None:
         super().bind_connector_metadata(connector_metadata)
+        self.copies = None
         # Not in `start_load_kv`, which in a step without loads comes after the forward pass: by then that may have
         # written to the blocks that are read here.
         for change in connector_metadata.changes:
@@ -227,6 +318,7 @@ class RetroConnector(KVConnectorBase_V1):
         self.invalid = set(metadata.invalid)
         for load in metadata.loads:
             self._write_blocks(load)
+        self.copies = self._plan_copies(metadata.loads)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         invalid, self.invalid = self.invalid, set()
@@ -235,8 +327,11 @@ class RetroConnector(KVConnectorBase_V1):
     def build_connector_worker_meta(self) -> Refusal | None:
         return None if self.refusal is None else Refusal(self.refusal)
 
+    @torch.inference_mode()
     def wait_for_layer_load(self, layer_name: str) -> None:
-        pass
+        # The keys and values of this step are in the cache of the layer already, and attention follows.
+        if self.copies is not None and layer_name in self.rotations:
+            self._copy(layer_name, self.copies)
 
     def save_kv_layer(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -264,16 +359,14 @@ class RetroConnector(KVConnectorBase_V1):
         self.states[save.name] = join([*pieces, Piece(save.first - save.start + save.distance, found)])
 
     def _write_blocks(self, load: Load) -> None:
-        front = sum(last - skip for _, skip, last, _ in load.texts)
+        front = load.front
         parts = []  # a piece and the distance by which its keys move
         for key, skip, last, position in load.texts:
             (text,) = self.states[TEXT, key]
             parts.append((text.between(skip, last), front + position - text.origin))
         row = self.states[ROW, load.row] if load.length > 0 else []
         parts += [(piece, front - piece.origin) for piece in cut(row, load.length)]
-        device = self.layers[next(iter(self.rotations))].kv_cache.device
-        blocks = torch.tensor(load.block_ids, device=device)
-        slots = (blocks[:, None] * self.block_size + torch.arange(self.block_size, device=device)).flatten()
+        slots = self._slots(load.block_ids)
         for name, rotation in self.rotations.items():
             layer = self.layers[name]
             start = 0
@@ -284,6 +377,37 @@ class RetroConnector(KVConnectorBase_V1):
                 piece_slots = slots[start : start + len(piece)]
                 layer.impl.do_kv_cache_update(layer, keys, values, layer.kv_cache, piece_slots)
                 start += len(piece)
+
+    def _slots(self, block_ids: list[int]) -> torch.LongTensor:
+        """The places of the tokens of blocks in the cache."""
+        device = self.layers[next(iter(self.rotations))].kv_cache.device
+        blocks = torch.tensor(block_ids, device=device)
+        return (blocks[:, None] * self.block_size + torch.arange(self.block_size, device=device)).flatten()
+
+    def _plan_copies(self, loads: list[Load]) -> Copies | None:
+        origins, targets, distances = [], [], []
+        for load in loads:
+            slots, start = self._slots(load.block_ids), load.front + load.length
+            for one in load.rest:
+                origins.append(self._slots(one.block_ids)[one.first : one.last])
+                targets.append(slots[start : start + len(origins[-1])])
+                distances.append(torch.full((len(origins[-1]),), load.front - one.front))
+                start += len(origins[-1])
+        if not origins:
+            return None
+        origin, distance = torch.cat(origins), torch.cat(distances)
+        blocks, numbers = (origin // self.block_size).unique(return_inverse=True)
+        (moved,) = distance.nonzero(as_tuple=True)
+        places = numbers * self.block_size + origin % self.block_size
+        return Copies(blocks, places, torch.cat(targets), moved.to(origin.device), distance[moved])
+
+    def _copy(self, name: str, copies: Copies) -> None:
+        layer, rotation = self.layers[name], self.rotations[name]
+        states = layer.kv_cache[copies.blocks].flatten(1)[:, self._places(name)].flatten(0, 1)  # [n, 2, H, D]
+        keys, values = states[copies.places].unbind(1)
+        if rotation is not None and len(copies.moved) > 0:
+            keys[copies.moved] = rotation.move(keys[copies.moved], copies.distances)
+        layer.impl.do_kv_cache_update(layer, keys, values, layer.kv_cache, copies.slots)
 
     def _places(self, name: str) -> torch.LongTensor:
         """
