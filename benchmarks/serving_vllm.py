@@ -17,8 +17,10 @@ Completions by vLLM with neighbors, beside plain vLLM without any and beside our
     python benchmarks/serving_vllm.py --model HuggingFaceTB/SmolLM2-135M-Instruct --python vllm-env/bin/python
 
 Neighbors are drawn, so that no search is timed. The ways to compute take turns, and each line is the median of
-`--repeats` turns. *Cold* neighbors are read for the first time, *warm* ones were read before. Both compute with
-`--threads` threads. All cases take an hour or more on two cores; `--streams` and `--prompts` choose some.
+`--repeats` turns. *Cold* neighbors are read for the first time, *warm* ones were read before, and *in front* is plain
+vLLM with as many tokens as neighbors have in front of each prompt. Ways with neighbors run for each value of
+`--reread_tokens`. Both engines compute with `--threads` threads. All cases take an hour or more on two cores;
+`--streams`, `--prompts` and `--ways` choose some.
 """
 
 import argparse
@@ -57,6 +59,7 @@ WAYS = {
     "vLLM-off": (True, False, False),
     "vLLM-cold": (True, True, True),
     "vLLM-warm": (True, True, False),
+    "vLLM-in_front": (True, False, False),
     "own-off": (False, False, False),
     "own-cold": (False, True, True),
     "own-warm": (False, True, False),
@@ -98,7 +101,7 @@ def main():
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--prompts", type=int, nargs="*", default=[64, 512])
     parser.add_argument("--num_neighbors", type=int, default=2)
-    parser.add_argument("--reread_tokens", type=int, help="the whole chunk by default, as retro serve does")
+    parser.add_argument("--reread_tokens", type=int, nargs="+", help="the whole chunk by default, as in retro serve")
     parser.add_argument("--max_tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -109,9 +112,8 @@ def main():
     model = RetroJointForCausalLM.from_decoder_pretrained(
         arguments.model, num_neighbors=arguments.num_neighbors, dtype=torch.float32
     ).eval()
-    chunk_size = model.config.chunk_size
-    model.config.reread_tokens = chunk_size if arguments.reread_tokens is None else arguments.reread_tokens
-    vocab_size, most = model.config.vocab_size, max(arguments.streams)
+    rereads = arguments.reread_tokens or [model.config.chunk_size]
+    vocab_size, most = model.config.vocab_size, max([1, *arguments.streams])
     retriever = DrawnNeighbors(vocab_size, model.config.neighbor_length)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     processes = []
@@ -121,24 +123,31 @@ def main():
     theirs = VllmEngine(urls, model.config, retriever, tokenizer, (), processes=processes, max_batch_size=most)
     ours = Engine(DecodingBatch(model, retriever, draft_tokens=0), tokenizer, (), max_batch_size=most)
     k = arguments.num_neighbors
+    num_in_front = k * (model.config.neighbor_length - model.config.hidden_neighbor_tokens)
+    cases = [(name, n) for name in arguments.ways for n in (rereads if WAYS[name][1] else [0])]
 
     def measure(what, count, length, max_tokens, value):
         prompts = [random.Random(n).choices(range(vocab_size), k=length) for n in range(count)]
-        found, read = {name: [] for name in arguments.ways}, set()
+        longer = [random.Random(-n).choices(range(vocab_size), k=num_in_front) + ids for n, ids in enumerate(prompts)]
+        found, read = {case: [] for case in cases}, set()
         for _ in range(arguments.repeats):
-            for name in arguments.ways:
+            for name, reread_tokens in cases:
                 is_theirs, is_on, is_cold = WAYS[name]
                 retriever.number += is_cold
+                model.config.reread_tokens = reread_tokens
                 engine = theirs if is_theirs else ours
-                if is_on and not is_cold and (is_theirs, retriever.number) not in read:
+                # What is written, and so which neighbors are found, depends on how much is read again.
+                if is_on and not is_cold and (is_theirs, reread_tokens, retriever.number) not in read:
                     run(engine, prompts, k, max_tokens)
-                read.add((is_theirs, retriever.number if is_on else None))
-                found[name].append(run(engine, prompts, k * is_on, max_tokens)[value])
-        base = statistics.median(found[arguments.ways[0]])
-        for name, values in found.items():
+                    read.add((is_theirs, reread_tokens, retriever.number))
+                ids = longer if name == "vLLM-in_front" else prompts
+                found[name, reread_tokens].append(run(engine, ids, k * is_on, max_tokens)[value])
+        base = statistics.median(found[cases[0]])
+        for (name, reread_tokens), values in found.items():
             middle = statistics.median(values)
             spread = f"{min(values):.2f} … {max(values):.2f}"
-            print(f"| {what} | {name} | {middle:.2f} | {spread} | {middle / base:.2f} |", flush=True)
+            way = f"{name}, {reread_tokens} read again" if WAYS[name][1] else name
+            print(f"| {what} | {way} | {middle:.2f} | {spread} | {middle / base:.2f} |", flush=True)
 
     run(theirs, [[1] * 70], k, 8)
     print("| measured | way | median | from … to | of the first |\n|---|---|---|---|---|")

@@ -52,7 +52,12 @@ class LoadedModel:
 
 
 def load_model(
-    model: str, datastore: str, dtype: str = "auto", retriever: str | None = None, reader: str | None = None
+    model: str,
+    datastore: str,
+    dtype: str = "auto",
+    retriever: str | None = None,
+    reader: str | None = None,
+    reread_tokens: int | None = None,
 ) -> LoadedModel:
     """
     Loads a model and its datastore. The model goes to the first GPU if there is one.
@@ -68,6 +73,9 @@ def load_model(
         reader (`str`, *optional*):
             Adapters that were trained to read neighbors, for a model that is wrapped: the name of some that come with
             the package, or folder or Hub id.
+        reread_tokens (`int`, *optional*):
+            Number of tokens at the end of each chunk that a model with joint attention reads again. Defaults to what
+            the model was saved with, and to whole chunks for one that is wrapped.
 
     Returns:
         [`LoadedModel`]
@@ -81,7 +89,8 @@ def load_model(
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
     opened = RetroRetriever.from_pretrained(datastore, retriever=retriever)
-    loaded = load_retro_model(model, opened.datastore, dtype=dtype, reader=reader).to(device).eval()
+    options = {"dtype": dtype, "reader": reader, "reread_tokens": reread_tokens}
+    loaded = load_retro_model(model, opened.datastore, **options).to(device).eval()
     end_tokens = loaded.generation_config.eos_token_id
     end_tokens = [end_tokens] if isinstance(end_tokens, int) else end_tokens or []
     end_tokens = frozenset([*end_tokens, opened.datastore.tokenizer.eos_token_id]) - {None}
@@ -94,6 +103,7 @@ def load_served_model(
     *,
     retriever: str | None = None,
     reader: str | None = None,
+    reread_tokens: int | None = None,
     served_model_name: str | None = None,
     num_neighbors: int | None = None,
     max_batch_size: int = 16,
@@ -112,6 +122,7 @@ def load_served_model(
         datastore (`str`): See [`load_model`].
         retriever (`str`, *optional*): See [`load_model`].
         reader (`str`, *optional*): See [`load_model`].
+        reread_tokens (`int`, *optional*): See [`load_model`].
         served_model_name (`str`, *optional*): Name of the model in requests. Defaults to the last part of `model`.
         num_neighbors (`int`, *optional*):
             Neighbors of a chunk unless a request names another number. Defaults to the model's.
@@ -135,20 +146,22 @@ def load_served_model(
     for name, limit in limits.items():
         if limit < 1:
             raise ValueError(f"--{name} is {limit}, expected at least 1")
-    if max_waiting < 0 or (num_neighbors or 0) < 0 or (draft_tokens or 0) < 0:
-        raise ValueError("--max_waiting, --num_neighbors and --draft_tokens cannot be negative")
+    numbers = {"max_waiting": max_waiting, "num_neighbors": num_neighbors, "draft_tokens": draft_tokens}
+    for name, number in (numbers | {"reread_tokens": reread_tokens}).items():
+        if (number or 0) < 0:
+            raise ValueError(f"--{name} is {number}, expected at least 0")
     if vllm is not None:
         if draft_tokens:
             raise ValueError("--draft_tokens is for --engine retro")
         from .vllm.load import load_vllm_engine
 
         searching = RetroRetriever.from_pretrained(datastore, retriever=retriever)
-        engine = load_vllm_engine(model, searching, vllm, dtype, reader, max_batch_size, max_waiting)
+        engine = load_vllm_engine(model, searching, vllm, dtype, reader, reread_tokens, max_batch_size, max_waiting)
         config, reads_jointly = engine.config, True
         neighbors = config.num_neighbors if num_neighbors is None else num_neighbors
         context_length = engine.max_model_len - neighbors * config.neighbor_length
     else:
-        loaded = load_model(model, datastore, dtype, retriever, reader)
+        loaded = load_model(model, datastore, dtype, retriever, reader, reread_tokens)
         config, searching = loaded.model.config, loaded.retriever
         reads_jointly = isinstance(loaded.model, RetroJointForCausalLM)
         engine = Engine(

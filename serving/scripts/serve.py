@@ -71,6 +71,14 @@ class ServeArguments:
             "come with the package, or folder or Hub id."
         },
     )
+    reread_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of tokens at the end of each chunk that a model with joint attention reads again when the "
+            "chunk has neighbors; 0 is fastest. Defaults to what a model was saved with, and to whole chunks for one "
+            "that is wrapped."
+        },
+    )
     served_model_name: str | None = field(
         default=None, metadata={"help": "Name of the model in requests. Defaults to the last part of --model."}
     )

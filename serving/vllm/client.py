@@ -25,7 +25,6 @@ from .connector.retro_states import PROBE_LENGTH, text_key
 from .schedule import Stretch, Text
 
 
-PLACEHOLDER = 0
 # Texts and stretches are read this many in one request.
 TEXTS_AT_ONCE = 64
 STRETCHES_AT_ONCE = 16
@@ -204,7 +203,9 @@ class EngineClient:
     def _prompt(self, tokens: Sequence[int], stretch: Stretch, keep: int) -> tuple[list[int], dict[str, Any]]:
         """The prompt of a stretch that ends with `tokens`, and what the connector is told about it."""
         texts = [(self.key(text), text.num_hidden, len(text.tokens), text.start) for text in stretch.texts]
-        prompt = [PLACEHOLDER] * stretch.num_seen + list(tokens)
+        # Nothing is computed of tokens in sight, but drafts by n-grams are found in them.
+        seen = [token for text in stretch.texts for token in text.tokens[text.num_hidden :]]
+        prompt = seen + list(tokens)
         return prompt, {"length": len(prompt), "texts": texts, "load": stretch.start, "keep": keep}
 
     def _row_params(self, row: str, stretches: list[dict[str, Any]]) -> dict[str, Any]:

@@ -70,6 +70,7 @@ def load_vllm_engine(
     options: VllmOptions,
     dtype: str = "auto",
     reader: str | None = None,
+    reread_tokens: int | None = None,
     max_batch_size: int = 16,
     max_waiting: int = 64,
 ) -> VllmEngine:
@@ -84,6 +85,7 @@ def load_vllm_engine(
         options ([`VllmOptions`]): Where vLLM computes.
         dtype (`str`, *optional*, defaults to `"auto"`): Type of the weights.
         reader (`str`, *optional*): See [`load_model`].
+        reread_tokens (`int`, *optional*): See [`load_model`].
         max_batch_size (`int`, *optional*, defaults to 16): Largest number of completions that run together.
         max_waiting (`int`, *optional*, defaults to 64): Completions that may wait.
 
@@ -93,6 +95,7 @@ def load_vllm_engine(
     if bool(options.urls) == bool(options.python):
         raise ValueError("vLLM runs at --engine_url, or is started with --engine_python: give one of the two")
     config, decoder, adapter = _open_config(model, retriever.datastore, reader)
+    config.reread_tokens = config.reread_tokens if reread_tokens is None else reread_tokens
     retriever.datastore.check_model(config)
     generation = _end_tokens(decoder, config)
     end_tokens = frozenset([*generation, retriever.datastore.tokenizer.eos_token_id]) - {None}

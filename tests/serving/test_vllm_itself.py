@@ -16,7 +16,7 @@ Completions that vLLM itself computes equal those of `generate()`. This wants an
 
     RETRO_VLLM_PYTHON=vllm-env/bin/python python -m pytest -m slow tests/serving/test_vllm_itself.py
 
-Each kind of decoder starts one process, and the last two tests one and two more. To start takes about a minute.
+Each kind of decoder starts one process, and each of the last tests one or two more. To start takes about a minute.
 """
 
 import itertools
@@ -106,6 +106,11 @@ def check(rows, wanted, num_new, is_together):
             assert is_together and gap < NEAR_TIE, f"token {places[0]} differs, with logits {gap} apart"
 
 
+def metric(process, name):
+    (value,) = re.findall(rf"^vllm:{name}\S* (\S+)", requests.get(f"{process.url}/metrics").text, re.MULTILINE)
+    return float(value)
+
+
 @pytest.mark.parametrize(
     "k, num_hidden, reread_tokens, passages",
     [
@@ -133,6 +138,67 @@ def test_rows_equal_generate(served, k, num_hidden, reread_tokens, passages):
         assert complete(engine, rows, M + 10) == []
         engine.close()
         check(rows, wanted, M + 10, is_together=together > 1)
+
+
+def test_the_stretches_of_a_prompt_are_computed_in_one_step(served):
+    decoder, process = served
+    model = make_model(decoder, M, reread_tokens=M)
+    engine = engine_for(model, process, patience=900)
+    assert complete(engine, [draw_row(1000, 2)], 1) == []  # now the neighbors have been read
+    before = metric(process, "iteration_tokens_total_count"), metric(process, "iteration_tokens_total_sum")
+    assert complete(engine, [draw_row(1000, 2)], 1) == []
+    engine.close()
+    steps = metric(process, "iteration_tokens_total_count") - before[0]
+    tokens = metric(process, "iteration_tokens_total_sum") - before[1]
+    assert steps <= 2 and 1000 <= tokens < 1100, (steps, tokens)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--max-num-batched-tokens", "100", "--max-num-seqs", "6"],
+        ["--long-prefill-token-threshold", "50"],
+        ["--num-gpu-blocks-override", "90"],
+    ],
+    ids=["few tokens in a step", "few tokens of a row in a step", "few blocks"],
+)
+def test_stretches_that_do_not_fit_into_a_step(tmp_path, arguments):
+    """Some of them are cut, and go on or begin in later steps."""
+    model = make_model(make_decoder("llama", tmp_path), M, reread_tokens=M)
+    lengths = (1, M, M + 1, 200, 600, 1000)
+    wanted = [generate_with_gaps(model, draw_row(length, 2), M + 10) for length in lengths]
+    process = EngineProcess(PYTHON, str(tmp_path), "float32", 1.0, [*ARGUMENTS, *arguments])
+    process.ensure_running()
+    try:
+        for together in (1, 6):
+            rows = [draw_row(length, 2) for length in lengths]
+            engine = engine_for(model, process, max_batch_size=together, patience=900)
+            assert complete(engine, rows, M + 10) == []
+            engine.close()
+            check(rows, wanted, M + 10, is_together=together > 1)
+    finally:
+        process.stop()
+
+
+def test_drafts_by_n_grams_change_no_token(tmp_path):
+    """They are found in the neighbors too, whose tokens stand in the prompt."""
+    model = make_model(make_decoder("llama", tmp_path), M, reread_tokens=M)
+    drafts = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 2}'
+    lengths = (1, M, M + 1, 200, 1000)
+    wanted = [generate_with_gaps(model, draw_row(length, 2), 2 * M + 10) for length in lengths]
+    process = EngineProcess(PYTHON, str(tmp_path), "float32", 1.0, [*ARGUMENTS, "--speculative-config", drafts])
+    process.ensure_running()
+    try:
+        for together in (1, 5):
+            rows = [draw_row(length, 2) for length in lengths]
+            engine = engine_for(model, process, max_batch_size=together, patience=900)
+            assert complete(engine, rows, 2 * M + 10) == []
+            engine.close()
+            # A token that is confirmed was computed beside others, even if its row runs alone.
+            check(rows, wanted, 2 * M + 10, is_together=True)
+        assert metric(process, "spec_decode_num_accepted_tokens_total") > 0
+    finally:
+        process.stop()
 
 
 def test_smollm2_and_its_reader_equal_generate():
@@ -202,9 +268,7 @@ def test_a_thousand_requests_two_processes_one_of_which_is_killed(tmp_path):
         for client in engine.clients:
             assert 0 < client.states["bytes"] <= client.states["max_bytes"] <= 0.004 * 2**30
         assert engine.clients[1].states["num_dropped"] > 0
-        metrics = requests.get(f"{processes[1].url}/metrics").text
-        (preempted,) = re.findall(r"^vllm:num_preemptions_total\S* (\S+)", metrics, re.MULTILINE)
-        assert float(preempted) > 0
+        assert metric(processes[1], "num_preemptions_total") > 0
         engine.close()
     finally:
         for process in processes:

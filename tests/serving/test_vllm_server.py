@@ -76,6 +76,21 @@ def test_answers_are_the_same(addresses, body):
         assert mine == theirs
 
 
+def test_both_engines_read_as_much_again_as_the_server_is_told(addresses, decoder_dir, tiny_datastore_dir):
+    body = COMMON | {"prompt": "retro looks things up in a datastore " * 5, "logprobs": 0}
+    options = {"reread_tokens": 0}
+    own = load_served_model(str(decoder_dir), str(tiny_datastore_dir), draft_tokens=0, **options)
+    with FakeVllm(LlamaForCausalLM.from_pretrained(decoder_dir).eval()) as fake:
+        other = load_served_model(str(decoder_dir), str(tiny_datastore_dir), vllm=VllmOptions([fake.url]), **options)
+        with running(own) as one, running(other) as another:
+            answers = [requests.post(f"{url}/v1/completions", json=body).json() for url in (*addresses, one, another)]
+    logprobs = [answer["choices"][0]["logprobs"]["token_logprobs"] for answer in answers]
+    assert logprobs[2] == pytest.approx(logprobs[3], abs=1e-4)
+    assert logprobs[0] != pytest.approx(logprobs[2], abs=1e-4)  # whole chunks are read again there
+    with pytest.raises(ValueError, match="--reread_tokens is -1"):
+        load_served_model(str(decoder_dir), str(tiny_datastore_dir), reread_tokens=-1)
+
+
 def test_a_stream_says_the_same(addresses):
     body = COMMON | {"prompt": "retro looks things up in", "stream": True}
     texts = []

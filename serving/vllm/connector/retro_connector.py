@@ -18,11 +18,12 @@ on the path of Python there, and start vLLM with
     --kv-transfer-config '{"kv_connector": "RetroConnector", "kv_connector_module_path": "retro_connector",
         "kv_role": "kv_both"}' --no-enable-prefix-caching
 
-A row is a sequence of prompts, one for each stretch of its tokens that sees the same texts. A prompt is a placeholder
-for each token of a text in sight, and the row up to the end of the stretch. The connector fills in what was computed
-before: the keys and values of the texts, and those of the row up to the stretch. A request has one prompt, or several
-stretches of one row that follow each other. These are computed in one step: in each layer, what the earlier ones have
-just computed is copied to the later ones, before attention. A request says so in `kv_transfer_params`, which may hold
+A row is a sequence of prompts, one for each stretch of its tokens that sees the same texts. A prompt is the tokens of
+the texts in sight, of which vLLM computes nothing, and the row up to the end of the stretch. The connector fills in
+what was computed before: the keys and values of the texts, and those of the row up to the stretch. A request has one
+prompt, or several stretches of one row that follow each other. These are computed in one step: in each layer, what the
+earlier ones have just computed is copied to the later ones, before attention. A request says so in
+`kv_transfer_params`, which may hold
 
 - `store`: true to keep the states of the prompts as texts, under their [`text_key`].
 - `position`: the position of the first token of such a text in prompts that will see it, if it is known. Its keys are
@@ -108,7 +109,7 @@ class Load:
 
     @property
     def front(self) -> int:
-        """Number of placeholders."""
+        """Number of tokens in sight of the row."""
         return sum(last - skip for _, skip, last, _ in self.texts)
 
 
@@ -469,7 +470,7 @@ def stretch_of(request) -> dict[str, Any] | None:
 
 
 def num_seen(stretch: dict[str, Any]) -> int:
-    """Number of placeholders in the prompt of a stretch."""
+    """Number of tokens of the texts in the prompt of a stretch."""
     return sum(last - skip for _, skip, last, _ in stretch["texts"])
 
 
@@ -497,16 +498,17 @@ def check_config(vllm_config, kv_cache_config) -> None:
     groups = kv_cache_config.kv_cache_groups
     reasons = []
     if vllm_config.cache_config.enable_prefix_caching:
-        # Placeholders are equal, whatever they stand for.
-        reasons.append("prefix caching would mistake one neighbor for another: start with --no-enable-prefix-caching")
+        # It takes equal tokens for equal states, but those of a text are not what the prompt would have there.
+        reasons.append("prefix caching would mistake a row for a plain prompt: start with --no-enable-prefix-caching")
     if len(groups) != 1 or getattr(groups[0].kv_cache_spec, "sliding_window", None) is not None:
         reasons.append("layers with sliding windows would count neighbors, and other states cannot be put together")
     if vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
         reasons.append(
             f"keys of type {vllm_config.cache_config.cache_dtype} cannot be moved: use --kv-cache-dtype auto"
         )
-    if vllm_config.speculative_config is not None:
-        reasons.append("drafts of a second model were not tried: leave out --speculative-config")
+    drafts = vllm_config.speculative_config
+    if drafts is not None and drafts.method != "ngram":
+        reasons.append(f"drafts of the kind {drafts.method} were not tried: --speculative-config may have 'ngram'")
     if reasons:
         raise ValueError(f"RetroConnector cannot serve this engine: {'; '.join(reasons)}")
 
