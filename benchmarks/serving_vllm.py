@@ -18,9 +18,9 @@ Completions by vLLM with neighbors, beside plain vLLM without any and beside our
 
 Neighbors are drawn, so that no search is timed. The ways to compute take turns, and each line is the median of
 `--repeats` turns. *Cold* neighbors are read for the first time, *warm* ones were read before, and *in front* is plain
-vLLM with as many tokens as neighbors have in front of each prompt. Ways with neighbors run for each value of
-`--reread_tokens`. Both engines compute with `--threads` threads. All cases take an hour or more on two cores;
-`--streams`, `--prompts` and `--ways` choose some.
+vLLM with as many tokens as neighbors have in front of each prompt. A number behind a way, as in `vLLM-warm:16`, says
+how many tokens of a chunk are read again; the whole chunk without one, as in `retro serve`. Both engines compute with
+`--threads` threads. All cases take an hour or more on two cores; `--streams`, `--prompts` and `--ways` choose some.
 """
 
 import argparse
@@ -97,22 +97,24 @@ def main():
     parser.add_argument("--python", help="the Python of an environment with vLLM")
     parser.add_argument("--arguments", default="--enforce-eager --block-size 32 --max-model-len 2048")
     parser.add_argument("--engine_url", help="the address of a vLLM that runs already, in place of --python")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), help=", ".join(WAYS))
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--prompts", type=int, nargs="*", default=[64, 512])
     parser.add_argument("--num_neighbors", type=int, default=2)
-    parser.add_argument("--reread_tokens", type=int, nargs="+", help="the whole chunk by default, as in retro serve")
     parser.add_argument("--max_tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
+    if unknown := [way for way in arguments.ways if way.partition(":")[0] not in WAYS]:
+        parser.error(f"--ways has {' '.join(unknown)}, expected some of {', '.join(WAYS)}")
     torch.set_num_threads(arguments.threads)
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, range(arguments.threads)))
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # gibibytes
     model = RetroJointForCausalLM.from_decoder_pretrained(
         arguments.model, num_neighbors=arguments.num_neighbors, dtype=torch.float32
     ).eval()
-    rereads = arguments.reread_tokens or [model.config.chunk_size]
+    chunk_size = model.config.chunk_size
+    cases = {way: (*WAYS[way.partition(":")[0]], int(way.partition(":")[2] or chunk_size)) for way in arguments.ways}
     vocab_size, most = model.config.vocab_size, max([1, *arguments.streams])
     retriever = DrawnNeighbors(vocab_size, model.config.neighbor_length)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -124,29 +126,26 @@ def main():
     ours = Engine(DecodingBatch(model, retriever, draft_tokens=0), tokenizer, (), max_batch_size=most)
     k = arguments.num_neighbors
     num_in_front = k * (model.config.neighbor_length - model.config.hidden_neighbor_tokens)
-    cases = [(name, n) for name in arguments.ways for n in (rereads if WAYS[name][1] else [0])]
 
     def measure(what, count, length, max_tokens, value):
         prompts = [random.Random(n).choices(range(vocab_size), k=length) for n in range(count)]
         longer = [random.Random(-n).choices(range(vocab_size), k=num_in_front) + ids for n, ids in enumerate(prompts)]
-        found, read = {case: [] for case in cases}, set()
+        found, read = {way: [] for way in cases}, set()
         for _ in range(arguments.repeats):
-            for name, reread_tokens in cases:
-                is_theirs, is_on, is_cold = WAYS[name]
+            for way, (is_theirs, is_on, is_cold, reread_tokens) in cases.items():
                 retriever.number += is_cold
                 model.config.reread_tokens = reread_tokens
                 engine = theirs if is_theirs else ours
                 # What is written, and so which neighbors are found, depends on how much is read again.
-                if is_on and not is_cold and (is_theirs, reread_tokens, retriever.number) not in read:
+                if is_on and not is_cold and (way, retriever.number) not in read:
                     run(engine, prompts, k, max_tokens)
-                    read.add((is_theirs, reread_tokens, retriever.number))
-                ids = longer if name == "vLLM-in_front" else prompts
-                found[name, reread_tokens].append(run(engine, ids, k * is_on, max_tokens)[value])
-        base = statistics.median(found[cases[0]])
-        for (name, reread_tokens), values in found.items():
+                    read.add((way, retriever.number))
+                ids = longer if way == "vLLM-in_front" else prompts
+                found[way].append(run(engine, ids, k * is_on, max_tokens)[value])
+        base = statistics.median(found[arguments.ways[0]])
+        for way, values in found.items():
             middle = statistics.median(values)
             spread = f"{min(values):.2f} … {max(values):.2f}"
-            way = f"{name}, {reread_tokens} read again" if WAYS[name][1] else name
             print(f"| {what} | {way} | {middle:.2f} | {spread} | {middle / base:.2f} |", flush=True)
 
     run(theirs, [[1] * 70], k, 8)
