@@ -236,7 +236,7 @@ def test_a_thousand_requests_two_processes_one_of_which_is_killed(tmp_path):
     kinds = [(length, k) for length in (3, M, 100, 150, 230) for k in (0, 1, 2)]
     wanted = {kind: generate_with_gaps(model, draw_row(*kind), M) for kind in kinds}
     # Eight rows of up to 550 tokens with their texts need 140 blocks, and their states 7 MB, more than 4.3.
-    few = [*ARGUMENTS, "--num-gpu-blocks-override", "80"]
+    few = [*ARGUMENTS, "--max-model-len", "1024", "--num-gpu-blocks-override", "50"]
     processes = [EngineProcess(PYTHON, str(tmp_path), "float32", 0.004, few) for _ in range(2)]
     drawn, errors, ended = random.Random(0), [], threading.Semaphore(0)
 

@@ -344,12 +344,10 @@ class RetroConnector(KVConnectorBase_V1):
     def _read_blocks(self, save: Save) -> None:
         first, last = save.first // self.block_size, -(-save.last // self.block_size)
         begin = save.first - first * self.block_size
+        blocks = torch.tensor(save.block_ids[first:last], device=self._device)
         found = {}
         for name in self.rotations:
-            cache = self.layers[name].kv_cache
-            blocks = torch.tensor(save.block_ids[first:last], device=cache.device)
-            states = cache[blocks].flatten(1)[:, self._places(name)].flatten(0, 1)  # [n, 2, H, D]
-            found[name] = states[begin : begin + save.last - save.first].clone()
+            found[name] = self._states(name, blocks)[begin : begin + save.last - save.first].clone()
         if save.is_probe:
             self._check_probe(found)
         if save.distance != 0:
@@ -367,23 +365,32 @@ class RetroConnector(KVConnectorBase_V1):
             parts.append((text.between(skip, last), front + position - text.origin))
         row = self.states[ROW, load.row] if load.length > 0 else []
         parts += [(piece, front - piece.origin) for piece in cut(row, load.length)]
-        slots = self._slots(load.block_ids)
+        if not parts:
+            return
+        slots = self._slots(load.block_ids)[: front + load.length]
         for name, rotation in self.rotations.items():
-            layer = self.layers[name]
-            start = 0
+            layer, keys, values = self.layers[name], [], []
             for piece, distance in parts:
-                keys, values = piece.states[name].unbind(1)
-                if rotation is not None:
-                    keys = rotation.move(keys, distance)
-                piece_slots = slots[start : start + len(piece)]
-                layer.impl.do_kv_cache_update(layer, keys, values, layer.kv_cache, piece_slots)
-                start += len(piece)
+                piece_keys, piece_values = piece.states[name].unbind(1)
+                keys.append(piece_keys if rotation is None else rotation.move(piece_keys, distance))
+                values.append(piece_values)
+            layer.impl.do_kv_cache_update(layer, torch.cat(keys), torch.cat(values), layer.kv_cache, slots)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.layers[next(iter(self.rotations))].kv_cache.device
 
     def _slots(self, block_ids: list[int]) -> torch.LongTensor:
         """The places of the tokens of blocks in the cache."""
-        device = self.layers[next(iter(self.rotations))].kv_cache.device
-        blocks = torch.tensor(block_ids, device=device)
-        return (blocks[:, None] * self.block_size + torch.arange(self.block_size, device=device)).flatten()
+        blocks = torch.tensor(block_ids, device=self._device)
+        return (blocks[:, None] * self.block_size + torch.arange(self.block_size, device=self._device)).flatten()
+
+    def _states(self, name: str, blocks: torch.LongTensor) -> torch.Tensor:
+        """Keys and values of the tokens of blocks, of shape `(num_tokens, 2, num_kv_heads, head_dim)`."""
+        layer = self.layers[name]
+        # `index_select` takes a quarter of the time that indexing takes.
+        found = layer.kv_cache.index_select(0, blocks).flatten(1).index_select(1, self._places(name))
+        return found.view(-1, 2, layer.num_kv_heads, layer.head_size)
 
     def _plan_copies(self, loads: list[Load]) -> Copies | None:
         origins, targets, distances = [], [], []
@@ -404,16 +411,15 @@ class RetroConnector(KVConnectorBase_V1):
 
     def _copy(self, name: str, copies: Copies) -> None:
         layer, rotation = self.layers[name], self.rotations[name]
-        states = layer.kv_cache[copies.blocks].flatten(1)[:, self._places(name)].flatten(0, 1)  # [n, 2, H, D]
-        keys, values = states[copies.places].unbind(1)
+        keys, values = self._states(name, copies.blocks).index_select(0, copies.places).unbind(1)
         if rotation is not None and len(copies.moved) > 0:
             keys[copies.moved] = rotation.move(keys[copies.moved], copies.distances)
         layer.impl.do_kv_cache_update(layer, keys, values, layer.kv_cache, copies.slots)
 
     def _places(self, name: str) -> torch.LongTensor:
         """
-        Where a block has the keys and values of its tokens, `(block_size, 2, num_kv_heads, head_dim)`. Attention
-        kernels pack blocks in ways of their own, so a block of known numbers is written and looked at.
+        Where a block has the keys and values of its tokens, in the order of token, key or value, head and component.
+        Attention kernels pack blocks in ways of their own, so a block of known numbers is written and looked at.
         """
         layer, cache = self.layers[name], self.layers[name].kv_cache
         kind = (cache.shape[1:], cache.dtype, type(layer.impl), getattr(layer, "isa", None))
@@ -431,7 +437,7 @@ class RetroConnector(KVConnectorBase_V1):
             digit *= 256
         if not torch.equal(found.sort().values, numbers.flatten()):
             raise ValueError(f"the attention of {name} does not keep each key and value in one place of a block")
-        self.places[kind] = found.argsort().view(shape)
+        self.places[kind] = found.argsort()
         return self.places[kind]
 
     def _check_probe(self, found: dict[str, torch.Tensor]) -> None:
