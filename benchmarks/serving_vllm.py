@@ -17,10 +17,10 @@ Completions by vLLM with neighbors, beside plain vLLM without any and beside our
     python benchmarks/serving_vllm.py --model HuggingFaceTB/SmolLM2-135M-Instruct --python vllm-env/bin/python
 
 Neighbors are drawn, so that no search is timed. The ways to compute take turns, and each line is the median of
-`--repeats` turns. *Cold* neighbors are read for the first time, *warm* ones were read before, and *in front* is plain
-vLLM with as many tokens as neighbors have in front of each prompt. A number behind a way, as in `vLLM-warm:16`, says
-how many tokens of a chunk are read again; the whole chunk without one, as in `retro serve`. Both engines compute with
-`--threads` threads. All cases take an hour or more on two cores; `--streams`, `--prompts` and `--ways` choose some.
+`--repeats` turns. *Cold* neighbors are read for the first time, *warm* ones were read before. A number behind a way,
+as in `vLLM-warm:16`, says how many tokens of a chunk are read again; the whole chunk without one, as in `retro serve`.
+Both engines compute with `--threads` threads. All cases take an hour or more on two cores; `--streams`, `--prompts`
+and `--ways` choose some.
 """
 
 import argparse
@@ -42,16 +42,29 @@ from serving.vllm.processes import EngineProcess
 
 
 class DrawnNeighbors:
-    """Neighbors of whole length, drawn with the chunk and a number as a seed. Another number makes them cold."""
+    """
+    Neighbors of whole length. Warm ones are texts of a small pool, which engines read before anything is measured, so
+    that they stay warm if a row is written otherwise. Cold ones are new each time.
+    """
+
+    POOL_SIZE = 60
 
     def __init__(self, vocab_size, length):
-        self.vocab_size, self.length, self.number = vocab_size, length, 0
+        self.drawn = random.Random(0)
+        self.draw = lambda: self.drawn.choices(range(vocab_size), k=length)
+        self.pool = [self.draw() for _ in range(self.POOL_SIZE)]
+        self.unread, self.is_cold = [], False
 
     def retrieve(self, chunks, k, attention_mask=None):
-        drawn = [random.Random(f"{self.number} {chunk}") for chunk in chunks.tolist()]
-        ids = [[one.choices(range(self.vocab_size), k=self.length) for _ in range(k)] for one in drawn]
-        ids = torch.tensor(ids)
+        ids = torch.tensor([self.choose(str(chunk), k) for chunk in chunks.tolist()])
         return RetrievedNeighbors(neighbor_input_ids=ids, neighbor_attention_mask=torch.ones_like(ids).bool())
+
+    def choose(self, seed, k):
+        if self.is_cold:
+            return [self.draw() for _ in range(k)]
+        if self.unread:
+            return [self.unread.pop() for _ in range(k)]
+        return random.Random(seed).sample(self.pool, k)
 
 
 # Each way by its name: whether vLLM computes, whether rows have neighbors, and whether these are new.
@@ -59,7 +72,6 @@ WAYS = {
     "vLLM-off": (True, False, False),
     "vLLM-cold": (True, True, True),
     "vLLM-warm": (True, True, False),
-    "vLLM-in_front": (True, False, False),
     "own-off": (False, False, False),
     "own-cold": (False, True, True),
     "own-warm": (False, True, False),
@@ -125,30 +137,26 @@ def main():
     theirs = VllmEngine(urls, model.config, retriever, tokenizer, (), processes=processes, max_batch_size=most)
     ours = Engine(DecodingBatch(model, retriever, draft_tokens=0), tokenizer, (), max_batch_size=most)
     k = arguments.num_neighbors
-    num_in_front = k * (model.config.neighbor_length - model.config.hidden_neighbor_tokens)
 
     def measure(what, count, length, max_tokens, value):
         prompts = [random.Random(n).choices(range(vocab_size), k=length) for n in range(count)]
-        longer = [random.Random(-n).choices(range(vocab_size), k=num_in_front) + ids for n, ids in enumerate(prompts)]
-        found, read = {way: [] for way in cases}, set()
+        found = {way: [] for way in cases}
         for _ in range(arguments.repeats):
             for way, (is_theirs, is_on, is_cold, reread_tokens) in cases.items():
-                retriever.number += is_cold
+                retriever.is_cold = is_cold
                 model.config.reread_tokens = reread_tokens
                 engine = theirs if is_theirs else ours
-                # What is written, and so which neighbors are found, depends on how much is read again.
-                if is_on and not is_cold and (way, retriever.number) not in read:
-                    run(engine, prompts, k, max_tokens)
-                    read.add((way, retriever.number))
-                ids = longer if way == "vLLM-in_front" else prompts
-                found[way].append(run(engine, ids, k * is_on, max_tokens)[value])
+                found[way].append(run(engine, prompts, k * is_on, max_tokens)[value])
         base = statistics.median(found[arguments.ways[0]])
         for way, values in found.items():
             middle = statistics.median(values)
             spread = f"{min(values):.2f} … {max(values):.2f}"
             print(f"| {what} | {way} | {middle:.2f} | {spread} | {middle / base:.2f} |", flush=True)
 
-    run(theirs, [[1] * 70], k, 8)
+    chunks = [random.Random(-n).choices(range(vocab_size), k=chunk_size) for n in range(retriever.POOL_SIZE // k)]
+    for engine in {theirs if is_theirs else ours for is_theirs, *_ in cases.values()}:
+        retriever.unread = list(retriever.pool)
+        run(engine, chunks, k, 1)
     print("| measured | way | median | from … to | of the first |\n|---|---|---|---|---|")
     for count in arguments.streams:
         measure(f"tokens/s, {count} streams", count, 64, arguments.max_tokens, 0)
