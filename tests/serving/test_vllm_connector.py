@@ -76,7 +76,7 @@ STUBS = {
 
 @pytest.fixture
 def connector(monkeypatch):
-    """Makes a connector for a role."""
+    """Makes a connector for a role, in an engine whose config differs."""
     for name, contents in STUBS.items():
         module = ModuleType(name)
         vars(module).update(contents)
@@ -88,13 +88,19 @@ def connector(monkeypatch):
     caches = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec, layer_names=list(LAYERS))])
     rope = {"rope_type": "default", "rope_theta": 100.0}
     text_config = SimpleNamespace(rope_parameters=rope, head_dim=WIDTH, num_hidden_layers=2)
-    config = SimpleNamespace(
-        cache_config=SimpleNamespace(block_size=BLOCK, enable_prefix_caching=False, cache_dtype="auto"),
-        speculative_config=None,
-        scheduler_config=SimpleNamespace(long_prefill_token_threshold=0),
-        model_config=SimpleNamespace(hf_text_config=text_config),
-    )
-    yield lambda role: retro_connector.RetroConnector(config, ROLE[role], caches)
+    cache = {"block_size": BLOCK, "enable_prefix_caching": False, "cache_dtype": "auto"}
+
+    def make(role, speculative_config=None, data_parallel_size=1, **cache_changes):
+        config = SimpleNamespace(
+            cache_config=SimpleNamespace(**cache | cache_changes),
+            speculative_config=speculative_config,
+            parallel_config=SimpleNamespace(data_parallel_size=data_parallel_size),
+            scheduler_config=SimpleNamespace(long_prefill_token_threshold=0),
+            model_config=SimpleNamespace(hf_text_config=text_config),
+        )
+        return retro_connector.RetroConnector(config, ROLE[role], caches)
+
+    yield make
     del sys.modules["retro_connector"], sys.modules["retro_states"]
 
 
@@ -219,3 +225,18 @@ def test_the_cache_of_a_stretch_has_the_row_that_others_compute(connector):
         torch.testing.assert_close(found[10:], tokens["2"][10:])
     worker.bind_connector_metadata(planned(scheduler, []))
     assert worker.copies is None  # a step without loads copies nothing
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
+        ({"cache_dtype": "fp8"}, "keys of type fp8 cannot be moved"),
+        ({"data_parallel_size": 2}, "a row stays with one engine"),
+        ({"speculative_config": SimpleNamespace(method="eagle")}, "drafts of the kind eagle were not tried"),
+    ],
+)
+def test_engines_that_cannot_be_exact_are_refused(connector, changes, why):
+    with pytest.raises(ValueError, match=why):
+        connector("SCHEDULER", **changes)
+    connector("SCHEDULER", speculative_config=SimpleNamespace(method="ngram"))

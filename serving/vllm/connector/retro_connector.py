@@ -512,6 +512,9 @@ def check_config(vllm_config, kv_cache_config) -> None:
         reasons.append(
             f"keys of type {vllm_config.cache_config.cache_dtype} cannot be moved: use --kv-cache-dtype auto"
         )
+    if vllm_config.parallel_config.data_parallel_size > 1:
+        # The prompts of a row would go to several of them.
+        reasons.append("a row stays with one engine: start several ones without --data-parallel-size")
     drafts = vllm_config.speculative_config
     if drafts is not None and drafts.method != "ngram":
         reasons.append(f"drafts of the kind {drafts.method} were not tried: --speculative-config may have 'ngram'")
