@@ -31,7 +31,8 @@ import numpy as np
 import torch
 
 from data_prep.index import read_embeddings
-from data_prep.join import QUERIES, ListJoin, can_join, remove_copies
+from data_prep.join import QUERIES, ListJoin, can_join
+from data_prep.shares import remove_shared_work
 from modeling_retro import RetroDatastore
 from modeling_retro.datastore.manifest import TRAIN_SPLIT
 from modeling_retro.retriever.search import other_document_filter, search
@@ -86,7 +87,7 @@ def main() -> None:
             parts.append(search(datastore.index, queries[start : start + 4096], k, own))
         found["query by query"] = np.concatenate([ids for ids, _, _ in parts])
         taken["query by query"].append((time.process_time() - begin) / searched * 1e6)
-    remove_copies(datastore.path)
+    remove_shared_work(datastore.path)
     sample = np.sort(np.random.default_rng(0).choice(searched, min(arguments.sample, searched), replace=False))
     sample = sample[queries[sample].any(axis=1)]
     best = nearest(embeddings, queries[sample], documents[rows[sample]], documents, k)

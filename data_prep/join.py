@@ -50,7 +50,7 @@ _VARIANCE, _DIRECTIONS = 0.93, 32
 # With fewer queries for each list, the search query by query is as fast.
 _QUERIES_OF_A_LIST = 64
 # Products of one multiplication: few enough for the caches, and so many that the calls cost little.
-_PRODUCTS = 1 << 19
+_PRODUCTS = 1 << 20
 # A query keeps 2 k results and these. They make up for near duplicates, and for what 8 bits put into another order.
 _SPARE = 12
 # Ends of the parts into which the lists of a pass are cut, in sixteenths. After each part the queries drop all but
