@@ -27,8 +27,9 @@ from modeling_retro.durable_files_retro import remove, whole
 
 
 RECALL_AT = (1, 10)
-# Number of results that an index with refined codes (…,RFlat) scores exactly for each wanted result.
-_REFINED = 16
+# Number of results that an index with refined codes (…,RFlat) scores exactly for each wanted result: with codes of 2
+# bits for each dimension or less, and with longer ones.
+_REFINED, _REFINED_OF_LONG = 16, 4
 # Indexes with refined codes are filled by one process, which takes minutes up to this number of vectors.
 REFINED_UP_TO = 10_000_000
 # Up to this number, an exact search takes milliseconds for a query and needs no tuning.
@@ -61,7 +62,8 @@ def suggest_factory(
             Whether GPUs search the index, for which faiss cannot refine codes.
         on_disk (`bool`, *optional*, defaults to `False`):
             Whether the vectors beside the codes stay on the disk, so that only codes and ids take memory. The index is
-            then of that kind, whatever the number of vectors.
+            then of that kind, whatever the number of vectors. Its codes have 4 bits for each dimension if the memory
+            allows, so that a quarter as many vectors must be read.
 
     Returns:
         `str`: The factory string.
@@ -69,15 +71,15 @@ def suggest_factory(
     if not on_disk and rows <= EXACT_UP_TO and (max_bytes is None or 4 * dim * rows <= max_bytes):
         return "Flat"
     codes = [(2 * dim, "SQfp16"), (dim, "SQ8")]
-    refined = f"PQ{dim // 2}x4fsr,Refine(SQfp16)"
+    refined, long = (f"PQ{count}x4fsr,Refine(SQfp16)" for count in (dim // 2, dim))
     if rows <= REFINED_UP_TO and dim % 2 == 0 and not for_gpus:
         codes.insert(0, (dim // 4 + 2 * dim, refined))
     if on_disk:
-        codes = [(dim // 4, refined)] if dim % 2 == 0 else []
+        codes = [(dim // 2, long), (dim // 4, refined)] if dim % 2 == 0 else []
     else:
         codes += [(m, f"PQ{m}") for m in (128, 96, 64, 48, 32, 16, 8) if m < dim and dim % m == 0]
     for size, code in codes:
-        wanted = (4 if code == refined else 8) * math.sqrt(rows)  # scanning costs less than choosing the lists
+        wanted = (4 if code in (refined, long) else 8) * math.sqrt(rows)  # scanning costs less than choosing the lists
         lists = 1 << round(math.log2(max(16, min(wanted, rows / 39))))
         quantizer = f"IVF{lists}" if lists < 1 << 16 else f"IVF{lists}_HNSW32"
         if max_bytes is None or (size + 8) * rows + 4 * dim * lists <= max_bytes:
@@ -232,8 +234,9 @@ def tune(
     inner = faiss.downcast_index(index)
     fixed = {}
     if isinstance(inner, faiss.IndexRefine):
-        fixed["k_factor_rf"] = _REFINED
-        faiss.ParameterSpace().set_index_parameter(index, "k_factor_rf", _REFINED)
+        is_long = 4 * ivf.code_size > index.d if ivf is not None else False
+        fixed["k_factor_rf"] = _REFINED_OF_LONG if is_long else _REFINED
+        faiss.ParameterSpace().set_index_parameter(index, "k_factor_rf", fixed["k_factor_rf"])
     if isinstance(inner, faiss.IndexPreTransform):
         inner = faiss.downcast_index(inner.index)
     if ivf is not None:

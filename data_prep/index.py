@@ -146,7 +146,8 @@ def build_index(
             Whether to split the index over GPUs instead of copying it.
         on_disk (`bool`, *optional*, defaults to `False`):
             Whether the vectors that score the results of short codes again stay on the disk when the index is
-            searched. Memory then holds the codes: dim / 4 + 8 bytes of a chunk instead of 2.25 dim + 8.
+            searched. Memory then holds the codes: dim / 2 + 8 bytes of a chunk instead of 2.25 dim + 8, or dim / 4
+            + 8 if `max_index_memory` allows no more.
         force (`bool`, *optional*, defaults to `False`): Whether to build the index again.
 
     Returns:

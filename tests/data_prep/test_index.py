@@ -217,14 +217,22 @@ def test_vectors_on_disk_score_as_faiss_does(tmp_path, monkeypatch, metric, code
 
 
 def test_on_disk_chooses_codes_that_fit_and_refuses_others(embedded):
-    assert suggest_factory(30_000_000, 256, on_disk=True).endswith(",PQ128x4fsr,Refine(SQfp16)")
-    assert suggest_factory(1000, 256, on_disk=True) == "IVF32,PQ128x4fsr,Refine(SQfp16)"
-    # Only codes, ids and centroids take memory: (64 + 8) bytes of a vector.
-    assert suggest_factory(1_000_000, 256, 0.08e9, on_disk=True).startswith("IVF")
+    assert suggest_factory(30_000_000, 256, on_disk=True).endswith(",PQ256x4fsr,Refine(SQfp16)")
+    assert suggest_factory(1000, 256, on_disk=True) == "IVF32,PQ256x4fsr,Refine(SQfp16)"
+    # Only codes, ids and centroids take memory: (128 + 8) or (64 + 8) bytes of a vector.
+    assert suggest_factory(1_000_000, 256, 0.15e9, on_disk=True) == "IVF4096,PQ256x4fsr,Refine(SQfp16)"
+    assert suggest_factory(1_000_000, 256, 0.08e9, on_disk=True) == "IVF4096,PQ128x4fsr,Refine(SQfp16)"
     with pytest.raises(ValueError, match="no index of 1000000 vectors fits into 0.07 GB"):
         suggest_factory(1_000_000, 256, 0.07e9, on_disk=True)
     with pytest.raises(ValueError, match="on_disk needs a factory whose results are scored again, got 'IVF8,Flat'"):
         build_index(embedded, factory="IVF8,Flat", on_disk=True)
+
+
+@pytest.mark.parametrize("bits, scored", [(2, 16), (4, 4)])
+def test_fewer_results_of_longer_codes_are_scored_again(embedded, bits, scored):
+    dim = embeddings_of(embedded).shape[1]
+    record = build_index(embedded, factory=f"IVF4,PQ{dim * bits // 4}x4fsr,Refine(SQfp16)")
+    assert record.search_parameters["k_factor_rf"] == scored
 
 
 def test_a_finished_index_is_left_alone(embedded):

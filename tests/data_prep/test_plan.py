@@ -56,8 +56,8 @@ def test_planned_index_is_as_large_as_a_real_one(factory, tmp_path):
 def test_an_index_on_disk_holds_codes_and_ids_in_memory():
     plan = plan_datastore(64_000_000_000, dim=256, on_disk=True)
     chunks = plan["chunks"]
-    assert plan["factory"] == "IVF131072_HNSW32,PQ128x4fsr,Refine(SQfp16)"
-    assert plan["index_memory_bytes"] == chunks * (64 + 8) + 131072 * 4 * 256
+    assert plan["factory"] == "IVF131072_HNSW32,PQ256x4fsr,Refine(SQfp16)"
+    assert plan["index_memory_bytes"] == chunks * (128 + 8) + 131072 * 4 * 256
     assert plan["index_bytes"] == plan["index_memory_bytes"] + chunks * 2 * 256
 
 
