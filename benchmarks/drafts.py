@@ -32,6 +32,7 @@ import torch
 
 from data_prep.arguments import parse_arguments, run_command
 from modeling_retro import RetroDatastore, RetroRetriever
+from modeling_retro.drafts_retro import DRAFT_TOKENS
 from trainers.load_model import load_retro_model
 
 
@@ -111,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 with model.retrieval(False):
                     off.write(model, prompt, temperature, max_new_tokens=new, draft_tokens=0)
                 on.write(model, prompt, temperature, max_new_tokens=new, draft_tokens=0)
-                drafted.write(model, prompt, temperature, max_new_tokens=new, draft_tokens=8)
-                warm.write(model, prompt, temperature, is_warm=True, max_new_tokens=new, draft_tokens=8)
+                drafted.write(model, prompt, temperature, max_new_tokens=new, draft_tokens=DRAFT_TOKENS)
+                warm.write(model, prompt, temperature, is_warm=True, max_new_tokens=new, draft_tokens=DRAFT_TOKENS)
             equal = sum(left == right for left, right in zip(on.texts, drafted.texts, strict=True))
             assert warm.texts == drafted.texts
             count = new * len(written)

@@ -23,6 +23,7 @@ import argparse
 import threading
 import time
 
+from modeling_retro.drafts_retro import DRAFT_TOKENS
 from serving.decoding_batch import DecodingBatch, Row
 from serving.engine import Completion, Engine
 from serving.load import load_model
@@ -67,7 +68,7 @@ def main():
     run(engine, prompts[:1], 0, 8)
     print("| neighbors | drafts | streams | tokens/s | ratio | tokens a step |\n|---|---|---|---|---|---|")
     k = loaded.model.config.num_neighbors
-    for num_neighbors, draft_tokens in ((0, 0), (k, 0), (k, 8)):
+    for num_neighbors, draft_tokens in ((0, 0), (k, 0), (k, DRAFT_TOKENS)):
         batch.draft_tokens, speeds = draft_tokens, []
         for count in (1, len(prompts)):
             if hasattr(loaded.model, "neighbor_memory"):

@@ -354,7 +354,7 @@ class RetroGenerationMixin:
             draft_tokens (`int`, *optional*):
                 Largest number of tokens that are drafted from the neighbors and the row, and confirmed by one step.
                 Drafts change no token of greedy search, and none that a seed draws. With 0 there are none. By default
-                there are up to 8 where they can be had: for one row with neighbors, without beams, and in float32 or
+                there are up to 16 where they can be had: for one row with neighbors, without beams, and in float32 or
                 float64, because in 16 bits a step of several tokens may round differently.
 
         Returns:

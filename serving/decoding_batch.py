@@ -139,7 +139,7 @@ class DecodingBatch:
             Looks up neighbors (see [`RetroGenerationMixin`]).
         draft_tokens (`int`, *optional*):
             Largest number of tokens in the draft of a row (see [`~RetroGenerationMixin.generate`]); 0 for no drafts.
-            Defaults to 8 in float32 and float64, and to 0 in 16 bits.
+            Defaults to 16 in float32 and float64, and to 0 in 16 bits.
     """
 
     def __init__(self, model: PreTrainedModel, retriever: Any, draft_tokens: int | None = None):

@@ -109,7 +109,7 @@ class ServeArguments:
         default=None,
         metadata={
             "help": "Largest number of tokens that are drafted from the neighbors and the text of a completion, and "
-            "confirmed by one step. 0 for none. Defaults to 8 in float32, and to 0 in 16 bits."
+            "confirmed by one step. 0 for none. Defaults to 16 in float32, and to 0 in 16 bits."
         },
     )
     dtype: str = field(

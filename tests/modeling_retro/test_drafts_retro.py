@@ -97,17 +97,15 @@ def test_a_draft_is_what_followed_the_longest_run():
 
 
 def test_the_length_grows_with_what_is_confirmed():
-    length = DraftLength(8)
-    length.update(4, 4)
-    assert length.current == 8
-    length.update(8, 8)
-    assert length.current == 8
-    length.update(8, 3)
-    assert length.current == 3
-    length.update(3, 0)
-    assert length.current == 1
-    length.update(1, 1)
-    assert length.current == 2
+    length = DraftLength(12)
+    learned = ((4, 4, 8), (8, 8, 12), (12, 12, 12), (12, 7, 7), (7, 7, 12), (12, 0, 4))
+    for num_drafted, num_confirmed, expected in learned:
+        length.update(num_drafted, num_confirmed)
+        assert length.current == expected
+    length = DraftLength(2)
+    for num_confirmed in (2, 1, 0):
+        length.update(2, num_confirmed)
+        assert length.current == 2
 
 
 @pytest.mark.parametrize("length", range(1, 2 * CHUNK + 2))

@@ -22,6 +22,7 @@ from conftest import TINY_CHUNK_SIZE
 from tiny_server import save_model
 
 from modeling_retro import RetroJointForCausalLM
+from modeling_retro.drafts_retro import DRAFT_TOKENS
 from serving import decoding_batch
 from serving.decoding_batch import DecodingBatch, Row
 from serving.engine import Completion
@@ -148,7 +149,7 @@ def test_steps_are_counted_as_drafts_take_them(loaded, temperature, monkeypatch)
 
     monkeypatch.setattr(decoding_batch, "find_draft", guess)
     *_, last = continue_both_ways(loaded.model, loaded.retriever, ids, k, 60, sampling, frozenset())
-    batch = DecodingBatch(loaded.model, loaded.retriever, draft_tokens=8)
+    batch = DecodingBatch(loaded.model, loaded.retriever, draft_tokens=DRAFT_TOKENS)
     completion = Completion(Row(list(ids), k), 60, sampling, (), lambda event: None)
     logits = batch.add([completion.row])[:, None]
     while True:

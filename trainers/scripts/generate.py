@@ -80,7 +80,7 @@ class GenerateArguments:
         default=False, metadata={"help": "Turn text of the prompt such as <|im_start|> into the token that it spells."}
     )
     draft_tokens: int = field(
-        default=8,
+        default=16,
         metadata={
             "help": "Largest number of tokens that are drafted from the neighbors and the text, and confirmed by one "
             "step. 0 for none."
