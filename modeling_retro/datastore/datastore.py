@@ -415,12 +415,14 @@ def read_index(path: Path) -> faiss.Index:
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing; run `retro index`")
+    vectors = path.with_suffix(".refine")
+    # One flag maps flat codes and graphs but refuses inverted lists. The other maps inverted lists.
+    mappings = [faiss.IO_FLAG_MMAP_IFC, faiss.IO_FLAG_MMAP]
     if path.with_suffix(".ivfdata").exists():
         mappings = [faiss.IO_FLAG_ONDISK_SAME_DIR]
-    else:
-        # One flag maps flat codes and graphs but refuses inverted lists. The other maps inverted lists.
-        mappings = [faiss.IO_FLAG_MMAP_IFC, faiss.IO_FLAG_MMAP]
-    vectors = path.with_suffix(".refine")
+    elif vectors.exists():
+        # Lists of short codes are copied into memory. The first flag would keep the file mapped beside the copy.
+        mappings = [faiss.IO_FLAG_MMAP]
     for mapping in mappings:
         try:
             index = faiss.read_index(str(path), mapping | faiss.IO_FLAG_READ_ONLY)

@@ -178,6 +178,7 @@ def test_an_index_on_disk_finds_the_same_and_maps_its_vectors(embedded, tmp_path
     assert (found == ids).mean() > 0.7  # equal scores may stand in another order
     maps = Path("/proc/self/maps")
     assert not maps.exists() or str(moved / "index.refine") in maps.read_text()
+    assert not maps.exists() or str(moved / "index.faiss") not in maps.read_text()  # codes are in memory, once
     with pytest.raises(ValueError, match="`index` was begun with on_disk=True, not False"):
         build_index(moved, factory=factory)
     (moved / "index.refine").write_bytes((moved / "index.faiss").read_bytes())
