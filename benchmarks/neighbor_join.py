@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from data_prep.index import read_embeddings
-from data_prep.join import QUERIES, ListJoin, can_join
+from data_prep.join import ListJoin, can_join
 from data_prep.shares import remove_shared_work
 from modeling_retro import RetroDatastore
 from modeling_retro.datastore.manifest import TRAIN_SPLIT
@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--datastore", type=Path, required=True)
     parser.add_argument("--num_neighbors", type=int, default=2)
-    parser.add_argument("--queries", type=int, default=QUERIES, help="Queries of a repeat, list by list.")
+    parser.add_argument("--queries", type=int, default=1 << 16, help="Queries of a repeat, list by list.")
     parser.add_argument("--searched", type=int, default=8192, help="Those that are also searched query by query.")
     parser.add_argument("--sample", type=int, default=1024, help="Those whose recall is measured.")
     parser.add_argument("--repeats", type=int, default=2)

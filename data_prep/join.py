@@ -39,8 +39,8 @@ from modeling_retro.retriever.search import search
 
 Filter = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-# Queries of one pass over the lists. Their probes, their results and their bytes are what a pass holds in memory.
-QUERIES = 1 << 16
+# Most queries of one pass over the lists. Their probes, results and bytes are what a pass holds in memory.
+QUERIES = 1 << 17
 # The search of one query loses results by its codes of 2 bits. Here fewer lists are enough to find as much.
 _LISTS = 0.9
 # Lists of a group, when lists are chosen by the best of each group.

@@ -162,8 +162,10 @@ def find_neighbors(
             vectors = None
             if embeddings is not None:
                 vectors, embeddings[shard] = embeddings[shard], None  # so that the pages of the file are released
-            block_size = QUERIES if is_joined[shard] else _QUERIES
-            for start in range(0, chunk_shards[shard].rows, block_size):
+            block_size, rows = _QUERIES, chunk_shards[shard].rows
+            if is_joined[shard]:
+                block_size = rows // (rows // QUERIES + 1) + 1  # passes of about the same size
+            for start in range(0, rows, block_size):
                 block = slice(start, start + block_size)
                 columns = {name: part[block] for name, part in queries.chunks.shard(shard).items()}
                 mask = np.arange(opened.chunk_size) < columns["length"][:, None]
