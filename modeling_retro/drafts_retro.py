@@ -36,9 +36,7 @@ from .cache_retro import RetrievalCache
 from .neighbors_retro import Neighbors
 
 
-DRAFT_TOKENS = 16
-# In float32, a CPU reads two or three tokens in more time than five.
-SHORTEST_DRAFT = 4
+DRAFT_TOKENS, SHORTEST_DRAFT = 16, 4  # in float32, a CPU reads two or three tokens in more time than five
 SHORTEST_RUN, LONGEST_RUN = 2, 8
 
 
