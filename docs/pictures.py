@@ -383,12 +383,54 @@ def rivals() -> str:
     return picture(width, height, "Bits per byte less than OFF against operations for a token", parts)
 
 
+def answers() -> str:
+    """Exact match of each way to read passages, against its operations, from docs/results.md."""
+    kinds = {"codes": "codes", "definitions": "definitions"}
+    rows = table(DOCS / "results.md", "4 passages, read", "billions of operations, passages kept", *kinds)
+    width, height, left, right, top, bottom, gap = 960, 400, 78, 20, 66, 66, 40
+    step = (width - left - right + gap) / len(kinds)
+    most = 100
+
+    def place(panel: int, operations: float, share: float) -> tuple[float, float]:
+        x = left + panel * step + operations / most * (step - gap)
+        return x, top + (1 - share) * (height - top - bottom)
+
+    parts = [
+        label(left, 30, "Answers from four passages that are kept, by what it takes to read them", "start", size=16),
+        label(24, (top + height - bottom) / 2, "exact match", turned=True),
+        label((left + width - right) / 2, height - 14, "billions of operations until the first token of an answer"),
+    ]
+    for panel, (kind, words) in enumerate(kinds.items()):
+        for fifth in range(6):
+            (x, y), (end, _) = place(panel, 0, fifth / 5), place(panel, most, 0)
+            parts.append(path([(x, y), (end, y)], INK if fifth == 0 else PALE, 1))
+            if panel == 0:
+                parts.append(label(x - 8, y + 5, f"{fifth / 5:.1f}", "end", GRAY, 13))
+        for operations in range(0, most + 1, 20):
+            x, y = place(panel, operations, 0)
+            parts += [path([(x, y), (x, y + 5)], GRAY, 1), label(x, y + 20, f"{operations}", fill=GRAY, size=13)]
+        parts.append(label(place(panel, most / 2, 0)[0], top - 8, words, weight="bold"))
+        used: list[tuple[float, float]] = []
+        for row in rows:
+            x, y = place(panel, float(row["billions of operations, passages kept"]), float(row[kind].strip("*")))
+            way = row["4 passages, read"].strip("*")
+            color = COLORS[2] if "reader" in way else COLORS[0] if way.startswith("apart") else GRAY
+            parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="5" fill="{color}"/>')
+            below = y + 5
+            while any(abs(below - other) < 15 and abs(x - side) < 130 for side, other in used):
+                below += 15  # labels of ways that answer as well stand one under another
+            used.append((x, below))
+            side, anchor = (x - 10, "end") if x > left + panel * step + 0.6 * (step - gap) else (x + 10, "start")
+            parts.append(label(side, below, way, anchor, color, 13))
+    return picture(width, height, "Exact match against operations, for ways to read passages", parts)
+
+
 def drafts() -> str:
     """How fast texts with neighbors are written, by the tokens that a step confirms, from docs/results.md."""
     ways = {"ON / OFF": (GRAY, "ON"), "ON with drafts / OFF": (COLORS[2], "ON with drafts")}
     rows = table(DOCS / "results.md", "documents", "temperature", "tokens a step", *ways)
     width, height, left, right, top, bottom = 720, 420, 78, 30, 88, 66
-    most, highest = 5.5, 3.0
+    most, highest = 7.5, 3.5
 
     def place(per_step: float, ratio: float) -> tuple[float, float]:
         x = left + (per_step - 1) / (most - 1) * (width - left - right)
@@ -424,6 +466,7 @@ PICTURES = {
     "overlap": overlap,
     "bits_against_operations": bits_against_operations,
     "rivals": rivals,
+    "answers": answers,
     "datastore_size": datastore_size,
     "drafts": drafts,
 }
