@@ -384,44 +384,36 @@ def rivals() -> str:
 
 
 def answers() -> str:
-    """Exact match of each way to read passages, against its operations, from docs/results.md."""
-    kinds = {"codes": "codes", "definitions": "definitions"}
-    rows = table(DOCS / "results.md", "4 passages, read", "billions of operations, passages kept", *kinds)
-    width, height, left, right, top, bottom, gap = 960, 400, 78, 20, 66, 66, 40
-    step = (width - left - right + gap) / len(kinds)
-    most = 100
+    """Exact match of definitions by each way to read passages, against its operations, from docs/results.md."""
+    cost = "billions of operations, passages kept"
+    rows = table(DOCS / "results.md", "4 passages, read", cost, "definitions")
+    width, height, left, right, top, bottom = 720, 400, 78, 30, 56, 66
+    most, highest = 100, 0.8
 
-    def place(panel: int, operations: float, share: float) -> tuple[float, float]:
-        x = left + panel * step + operations / most * (step - gap)
-        return x, top + (1 - share) * (height - top - bottom)
+    def place(operations: float, share: float) -> tuple[float, float]:
+        x = left + operations / most * (width - left - right)
+        return x, top + (highest - share) / highest * (height - top - bottom)
 
     parts = [
-        label(left, 30, "Answers from four passages that are kept, by what it takes to read them", "start", size=16),
+        label(left, 30, "Definitions found in four passages that were read before", "start", size=16),
         label(24, (top + height - bottom) / 2, "exact match", turned=True),
         label((left + width - right) / 2, height - 14, "billions of operations until the first token of an answer"),
     ]
-    for panel, (kind, words) in enumerate(kinds.items()):
-        for fifth in range(6):
-            (x, y), (end, _) = place(panel, 0, fifth / 5), place(panel, most, 0)
-            parts.append(path([(x, y), (end, y)], INK if fifth == 0 else PALE, 1))
-            if panel == 0:
-                parts.append(label(x - 8, y + 5, f"{fifth / 5:.1f}", "end", GRAY, 13))
-        for operations in range(0, most + 1, 20):
-            x, y = place(panel, operations, 0)
-            parts += [path([(x, y), (x, y + 5)], GRAY, 1), label(x, y + 20, f"{operations}", fill=GRAY, size=13)]
-        parts.append(label(place(panel, most / 2, 0)[0], top - 8, words, weight="bold"))
-        used: list[tuple[float, float]] = []
-        for row in rows:
-            x, y = place(panel, float(row["billions of operations, passages kept"]), float(row[kind].strip("*")))
-            way = row["4 passages, read"].strip("*")
-            color = COLORS[2] if "reader" in way else COLORS[0] if way.startswith("apart") else GRAY
-            parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="5" fill="{color}"/>')
-            below = y + 5
-            while any(abs(below - other) < 15 and abs(x - side) < 130 for side, other in used):
-                below += 15  # labels of ways that answer as well stand one under another
-            used.append((x, below))
-            side, anchor = (x - 10, "end") if x > left + panel * step + 0.6 * (step - gap) else (x + 10, "start")
-            parts.append(label(side, below, way, anchor, color, 13))
+    for tenth in range(0, 9, 2):
+        x, y = place(0, tenth / 10)
+        parts.append(path([(x, y), (width - right, y)], INK if tenth == 0 else PALE, 1))
+        parts.append(label(x - 8, y + 5, f"{tenth / 10:.1f}", "end", GRAY, 13))
+    for operations in range(0, most + 1, 20):
+        x, y = place(operations, 0)
+        parts += [path([(x, y), (x, y + 5)], GRAY, 1), label(x, y + 20, f"{operations}", fill=GRAY, size=13)]
+    for row in rows:
+        x, y = place(float(row[cost]), float(row["definitions"].strip("*")))
+        way = row["4 passages, read"].strip("*")
+        color = COLORS[2] if "reader" in way else COLORS[0] if way == "apart" else GRAY
+        parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="5" fill="{color}"/>')
+        beside, anchor = (x - 10, "end") if x > width / 2 else (x + 10, "start")
+        below = 20 if way.startswith("LegoLink, 16") else 5  # the next way stands beside it
+        parts.append(label(beside, y + below, way, anchor, color, 13))
     return picture(width, height, "Exact match against operations, for ways to read passages", parts)
 
 
