@@ -234,7 +234,7 @@ def tune(
     inner = faiss.downcast_index(index)
     fixed = {}
     if isinstance(inner, faiss.IndexRefine):
-        is_long = 4 * ivf.code_size > index.d if ivf is not None else False
+        is_long = ivf is not None and 4 * ivf.code_size > index.d
         fixed["k_factor_rf"] = _REFINED_OF_LONG if is_long else _REFINED
         faiss.ParameterSpace().set_index_parameter(index, "k_factor_rf", fixed["k_factor_rf"])
     if isinstance(inner, faiss.IndexPreTransform):
