@@ -233,6 +233,7 @@ class CompletionEngine(ABC):
     _thread: threading.Thread
     _stopped: CompletionError | None
     _running: Collection[Any]
+    _joining: Collection[Completion] = ()
     _waiting: Collection[Completion]
 
     @property
@@ -263,6 +264,23 @@ class CompletionEngine(ABC):
     @abstractmethod
     def submit(self, completions: Sequence[Completion]) -> None:
         """Accepts all of the completions, or none (see [`Engine.submit`])."""
+
+    def _enqueue(self, completions: Sequence[Completion]) -> None:
+        """
+        Lets completions wait, with the lock of the engine held. One that has its answer takes no place any more, even
+        if the thread of the engine has not let it go: its client may ask for the next at once.
+
+        Raises:
+            QueueFullError: If more would run and wait than may.
+        """
+        self._waiting = deque(one for one in self._waiting if not one.is_cancelled)
+        started = dict.fromkeys([*self._running, *self._joining])
+        num_running = sum(not (one.is_finished or one.is_cancelled) for one in started)
+        if num_running + len(self._waiting) + len(completions) > self.capacity:
+            raise QueueFullError(
+                f"{num_running} completions run and {len(self._waiting)} wait already; try again later"
+            )
+        self._waiting.extend(completions)
 
     @abstractmethod
     def stop(self, error: CompletionError | None = None) -> None:
@@ -340,13 +358,7 @@ class Engine(CompletionEngine):
         with self._changed:
             if self._stopped is not None:
                 raise CompletionError(str(self._stopped), self._stopped.status)
-            self._waiting = deque(one for one in self._waiting if not one.is_cancelled)
-            free = self.capacity - len(self._running) - len(self._waiting)
-            if len(completions) > free:
-                raise QueueFullError(
-                    f"{len(self._running)} completions run and {len(self._waiting)} wait already; try again later"
-                )
-            self._waiting.extend(completions)
+            self._enqueue(completions)
             self._changed.notify()
 
     def stop(self, error: CompletionError | None = None) -> None:

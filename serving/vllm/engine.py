@@ -32,7 +32,7 @@ from modeling_retro import RetroJointConfig
 from modeling_retro.retriever.retriever import QuestionError
 
 from ..decoding_batch import retrieved_chunk
-from ..engine import Completion, CompletionEngine, CompletionError, QueueFullError, log_failure
+from ..engine import Completion, CompletionEngine, CompletionError, log_failure
 from .client import EngineClient, EngineError, EngineGoneError, sampling_fields
 from .processes import EngineProcess
 from .schedule import RowPlan, Stretch, neighbor_texts, passage_texts
@@ -159,12 +159,7 @@ class VllmEngine(CompletionEngine):
         with self._lock:
             if self._stopped is not None:
                 raise CompletionError(str(self._stopped), self._stopped.status)
-            self._waiting = deque(one for one in self._waiting if not one.is_cancelled)
-            if len(completions) > self.capacity - len(self._running) - len(self._waiting):
-                raise QueueFullError(
-                    f"{len(self._running)} completions run and {len(self._waiting)} wait already; try again later"
-                )
-            self._waiting.extend(completions)
+            self._enqueue(completions)
         with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._start_waiting)
 

@@ -14,6 +14,7 @@
 """A row that is decoded among others computes what it computes alone, whoever joins and leaves."""
 
 import random
+import threading
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from tiny_models import letter_tokenizer
 from modeling_retro.retriever.retriever import QuestionError
 from serving import decoding_batch
 from serving.decoding_batch import DecodingBatch, Row
-from serving.engine import Completion
+from serving.engine import Completion, Engine, QueueFullError
 from serving.sampling import SamplingParameters
 
 
@@ -321,3 +322,36 @@ def test_completions_are_equal_with_drafts_and_without(kind, max_holes, monkeypa
             for token, other_token in zip(event.tokens, other.tokens, strict=True):
                 assert (token.chosen.id, token.offset) == (other_token.chosen.id, other_token.offset)
                 assert abs(token.chosen.logprob - other_token.chosen.logprob) < 1e-5
+
+
+def test_a_completion_that_has_its_answer_takes_no_place():
+    # A client that has read its answer may ask at once, while the thread of the engine still has the old row.
+    tokenizer = letter_tokenizer(VOCAB)
+    engine = Engine(DecodingBatch(make_joint(), TopRetriever()), tokenizer, (), max_batch_size=2, max_waiting=1)
+    refused, finished, is_over = [], [], threading.Event()
+
+    def make(number, then):
+        def emit(event):
+            if event.finish_reason is not None:
+                then()
+
+        return Completion(Row(make_prompt(5, number), 1), 3, SamplingParameters(temperature=0), (), emit)
+
+    def count():
+        finished.append(1)
+        if len(finished) == engine.capacity:
+            is_over.set()
+
+    def ask_again():
+        for number in (engine.capacity + 1, engine.capacity):
+            try:
+                engine.submit([make(n, count) for n in range(number)])
+            except QueueFullError as error:
+                refused.append(str(error))
+        if len(refused) > 1:
+            is_over.set()
+
+    engine.submit([make(9, ask_again)])
+    assert is_over.wait(60)
+    engine.close()
+    assert refused == ["0 completions run and 0 wait already; try again later"]
