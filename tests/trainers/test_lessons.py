@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import copy
 import json
 import re
 import shutil
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 from test_reader_adapters_retro import LORA, make_reader
 from tiny_joint import make_decoder
 from tiny_models import tiny_llama
+from tokenizers.processors import TemplateProcessing
 
 from data_prep.chunk import chunk_documents
 from data_prep.embed import embed_chunks
@@ -76,7 +78,23 @@ def test_questions_become_rows_that_end_with_their_answers_and_share_passages(co
     assert torch.equal(batch["passage_attention_mask"], kept)
 
 
-def test_losses_are_those_of_each_answer_with_passages_apart_and_of_the_base_with_them_in_front():
+def test_a_bos_token_stands_before_the_passages_of_lessons(collator, tiny_tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    bos = tokenizer.eos_token
+    tokenizer.add_special_tokens({"bos_token": bos})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    lessons = [ReaderLessons(write_lessons(tmp_path / "lessons.jsonl", [LESSON]))[0]]
+    expected = collator(lessons)
+    batch = DataCollatorForLessons(tokenizer, 16)(lessons)
+    assert batch.pop("passage_prefix_input_ids").tolist() == [[tokenizer.bos_token_id]] * 2
+    assert expected.keys() == batch.keys()  # as without one, of a tokenizer that begins texts with nothing
+    assert all(torch.equal(batch[name], values) for name, values in expected.items())
+
+
+@pytest.mark.parametrize("before", [[], [5]])
+def test_losses_are_those_of_each_answer_with_passages_apart_and_of_the_base_with_them_in_front(before):
     fields = {"neighbor_adapter": LORA, "row_adapter": LORA, "neighbor_bias": True}
     model, base = make_reader(**fields), make_decoder()
     torch.nn.init.constant_(model.neighbor_bias, 0.7)
@@ -91,6 +109,8 @@ def test_losses_are_those_of_each_answer_with_passages_apart_and_of_the_base_wit
         "passage_attention_mask": torch.ones(2, 3, 6, dtype=torch.bool),
     }
     inputs["passage_attention_mask"][0, 1, 4:] = False
+    prefix = {"passage_prefix_input_ids": torch.tensor([before])} if before else {}
+    inputs |= {name: values.repeat(2, 1) for name, values in prefix.items()}
     found_loss, found_divergence = lesson_losses(model, model, inputs)
     expected_loss, expected_divergence = 0, 0
     for b, first in enumerate((4, 6)):
@@ -101,8 +121,9 @@ def test_losses_are_those_of_each_answer_with_passages_apart_and_of_the_base_wit
             passage_input_ids=passages[None],
             passage_attention_mask=mask[None],
             passages="apart",
+            **prefix,
         ).logits[0]
-        front = passages[mask]
+        front = torch.cat([torch.tensor(before, dtype=torch.long), passages[mask]])
         in_front = base(torch.cat([front, row])[None]).logits[0, len(front) :]
         for column in range(first, 7):
             place = column - (7 - len(row)) - 1
@@ -176,6 +197,15 @@ def test_answers_stand_in_passages_that_fit_and_the_lessons_depend_on_the_seed(f
     assert 0 < num_unknown < 0.3 * num_questions
 
 
+def test_lessons_of_a_datastore_with_few_stored_neighbors(folder, tmp_path):
+    # Of four neighbors that a lesson draws, one is there.
+    shutil.copytree(folder / "datastore", tmp_path / "datastore")
+    find_neighbors(tmp_path / "datastore", num_neighbors=1, force=True)
+    lessons = list(make_lessons(RetroDatastore.from_pretrained(tmp_path / "datastore"), "train", 40, 0))
+    numbers = {len(lesson["passages"]) for lesson in lessons}
+    assert {1} < numbers <= {1, 2, 3, 4}  # random passages take the place of any number
+
+
 def test_lessons_share_no_fact_or_name_with_the_questions_that_measure_them():
     generator = np.random.default_rng(0)
     facts = [make(generator, 4) for make in KINDS.values()]
@@ -245,9 +275,9 @@ def test_one_command_makes_lessons_and_trains_a_reader_on_them(folder, tmp_path,
     weights = load_file(tmp_path / "reader" / "retrofit.safetensors")
     # Interrupted behind its first checkpoint, it comes to the same weights.
     for name in ("lessons.jsonl", "checkpoint-10"):
-        copy = shutil.copytree if name.startswith("checkpoint") else shutil.copy
+        copy_one = shutil.copytree if name.startswith("checkpoint") else shutil.copy
         (tmp_path / "again").mkdir(exist_ok=True)
-        copy(tmp_path / "reader" / name, tmp_path / "again" / name)
+        copy_one(tmp_path / "reader" / name, tmp_path / "again" / name)
     train_reader_main([*options, "--output_dir", str(tmp_path / "again")])
     again = load_file(tmp_path / "again" / "retrofit.safetensors")
     assert all(torch.equal(again[name], value) for name, value in weights.items())

@@ -103,7 +103,8 @@ class DataCollatorForLessons:
     Returns:
         `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels` `int64 [B, T]`, with padding in front of
         the rows. Labels are -100 but for the answers. `passage_input_ids` `int64 [B, k, r]` and
-        `passage_attention_mask` `bool [B, k, r]`.
+        `passage_attention_mask` `bool [B, k, r]`. If the tokenizer begins each text with a BOS token, also
+        `passage_prefix_input_ids` `int64 [B, 1]`, since it stands before the passages when questions are answered.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -126,13 +127,17 @@ class DataCollatorForLessons:
             mask[number, -len(row) :] = 1
             labels[number, -len(answer) :] = torch.tensor(answer)
         passage_ids, passage_mask = encode_passages(self.tokenizer, passages, self.neighbor_length)
-        return {
+        batch = {
             "input_ids": input_ids,
             "attention_mask": mask,
             "labels": labels,
             "passage_input_ids": passage_ids,
             "passage_attention_mask": passage_mask,
         }
+        bos_token_id = self.tokenizer.bos_token_id
+        if self.tokenizer("")["input_ids"][:1] == [bos_token_id]:
+            batch["passage_prefix_input_ids"] = torch.full((len(rows), 1), bos_token_id)
+        return batch
 
 
 def lesson_losses(

@@ -211,7 +211,7 @@ class LessonMaker:
             if generator.random() < COPY_SHARE:
                 passages[0] = self.copy_piece(chunk)
             # The order of passages read apart is of no meaning, and that of the teacher is to have none.
-            passages = [passages[n] for n in generator.permutation(number)]
+            passages = [passages[n] for n in generator.permutation(len(passages))]
             prompt, answer = self.chunk_text(chunk), self.chunk_text(chunk + 1)
             passages = [text for text in passages if text and self.num_tokens(text) <= self.datastore.neighbor_length]
             if passages and prompt and answer:
