@@ -33,6 +33,15 @@ WORDS = {
     "animal": "badger beaver camel crane dolphin falcon ferret gecko heron jackal lemur otter panther raven spider",
     "syllable": "bel dra fen gor hal jun kel lor mar nev ost pra quil ros sel tor ulm vor wex yan",
 }
+# Countries and capitals that a small model knows as well.
+CAPITALS = (
+    "Argentina:Buenos Aires Austria:Vienna Belgium:Brussels Chile:Santiago Cuba:Havana Denmark:Copenhagen "
+    "Egypt:Cairo Finland:Helsinki France:Paris Germany:Berlin Greece:Athens Hungary:Budapest Iran:Tehran "
+    "Iraq:Baghdad Ireland:Dublin Italy:Rome Japan:Tokyo Kenya:Nairobi Lebanon:Beirut Norway:Oslo Peru:Lima "
+    "Poland:Warsaw Portugal:Lisbon Russia:Moscow Spain:Madrid Sweden:Stockholm Syria:Damascus Thailand:Bangkok "
+    "Turkey:Ankara Vietnam:Hanoi"
+)
+CAPITALS = re.findall(r"(\w+):([\w ]+?)(?= \w+:|$)", CAPITALS)
 COLORS, ANIMALS, SYLLABLES = (words.split() for words in WORDS.values())
 SENTENCE_END = re.compile(r"(?<=[.!?:]) ")
 MAX_ANSWER_TOKENS = 12
@@ -123,8 +132,28 @@ def no_answer(generator: np.random.Generator, num_passages: int) -> Facts:
     return Facts(question, _begin(keys[0]), [[refusal] for refusal in REFUSALS], sentences, num_gold=0)
 
 
+def known(generator: np.random.Generator, num_passages: int) -> Facts:
+    """A capital, which the model may know. The passages are about other things."""
+    return _capital(generator, num_passages)[0]
+
+
+def contradicted(generator: np.random.Generator, num_passages: int) -> Facts:
+    """A capital, which the model may know. One passage names another city; the others are about other things."""
+    facts, lie = _capital(generator, num_passages)
+    facts.sentences[0] = [lie]
+    return facts
+
+
+def _capital(generator: np.random.Generator, num_passages: int) -> tuple[Facts, str]:
+    (country, capital), (_, other) = (CAPITALS[n] for n in generator.choice(len(CAPITALS), 2, replace=False))
+    prefix = f"The capital of {country} is"
+    facts = Facts(f"What is the capital of {country}?", prefix, [[capital]], [[]] * num_passages, num_gold=0)
+    return facts, f"{prefix} {other}."
+
+
 KINDS: dict[str, Callable[[np.random.Generator, int], Facts]] = {
-    make.__name__: make for make in (one_key, several_keys, several_values, bridge, comparison, no_answer)
+    make.__name__: make
+    for make in (one_key, several_keys, several_values, bridge, comparison, no_answer, known, contradicted)
 }
 
 
