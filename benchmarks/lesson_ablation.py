@@ -62,7 +62,7 @@ RUNS: dict[str, dict[str, float]] = {
     "no divergence from the base": {"teacher": 0},
 }
 # Kind of questions, and number of passages.
-MEASURED = [("several_keys", 4), ("one_key", 10), ("definition", 4), ("lookup", 4)]
+MEASURED = [("several_keys", 4), ("definition", 4), ("lookup", 4)]
 
 
 @dataclass
