@@ -21,7 +21,6 @@ through the lists in the same way, with 32-bit floats and all results of a list.
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -41,16 +40,14 @@ Filter = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # Most queries of one pass over the lists. Their probes, results and bytes are what a pass holds in memory.
 QUERIES = 1 << 17
-# The search of one query loses results by its codes of 2 bits. Here fewer lists are enough to find as much.
-_LISTS = 0.9
-# Lists of a group, when lists are chosen by the best of each group.
-_GROUP = 4
+# Sizes of the groups of lists, when lists are chosen by the best of each group.
+_GROUPS = (8, 4, 2)
 # The directions of the copy hold this share of the variance. Their number is a multiple of what registers hold.
 _VARIANCE, _DIRECTIONS = 0.93, 32
 # With fewer queries for each list, the search query by query is as fast.
 _QUERIES_OF_A_LIST = 64
 # Products of one multiplication: few enough for the caches, and so many that the calls cost little.
-_PRODUCTS = 1 << 20
+_PRODUCTS = 1 << 19
 # A query keeps 2 k results and these. They make up for near duplicates, and for what 8 bits put into another order.
 _SPARE = 12
 # Ends of the parts into which the lists of a pass are cut, in sixteenths. After each part the queries drop all but
@@ -220,16 +217,17 @@ class ListJoin:
 
     def _exact_scores(self, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """float32 [n, width]: Inner products of the embeddings, of any value where ids are absent."""
-        scores = np.zeros(ids.shape, dtype=np.float32)
+        scores = torch.zeros(ids.shape, dtype=torch.float32)
         for start in range(0, len(ids), _ROWS):
             part = ids[start : start + _ROWS]
-            vectors = np.zeros((*part.shape, queries.shape[1]), dtype=np.float32)
+            vectors = np.zeros((*part.shape, queries.shape[1]), dtype=np.float16)
             shards = np.searchsorted(self.offsets, part, side="right") - 1
             for shard in np.unique(shards[shards >= 0]):
-                here = shards == shard
-                vectors[here] = self.embeddings[shard][part[here] - self.offsets[shard]]
-            scores[start : start + _ROWS] = np.einsum("qd,qnd->qn", queries[start : start + _ROWS], vectors)
-        return scores
+                here = np.nonzero(shards == shard)
+                vectors[here] = self.embeddings[shard].take(part[here] - self.offsets[shard], axis=0)
+            own = torch.from_numpy(queries[start : start + _ROWS, :, None])
+            scores[start : start + _ROWS] = torch.bmm(torch.from_numpy(vectors).float(), own).squeeze(2)
+        return scores.numpy()
 
 
 class _Pass:
@@ -245,7 +243,7 @@ class _Pass:
 
     def __init__(self, join: ListJoin, queries: torch.Tensor, documents: np.ndarray, number: int):
         self.join = join
-        self.queries = queries
+        self.queries = queries.numpy()
         self.documents = documents
         self.found = np.full((len(queries), number), -1, dtype=np.int64)
         self.products = np.full((len(queries), number), _EMPTY, dtype=np.int32)
@@ -255,21 +253,21 @@ class _Pass:
     def choose_lists(self) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
         """
         Rows and lists, as integers: first the list with the nearest centroid of each row, then the next nearest. A row
-        has a few more than asked for, since only the best of each group of lists are ordered.
+        has an eighth more than the search of one query probes, since only the best of each group of lists are ordered.
         """
         number = len(self.join.centroids)
-        nprobe = min(math.ceil(_LISTS * self.join.ivf.nprobe), number)
-        group = _GROUP if number % _GROUP == 0 and nprobe * _GROUP <= number else 1
+        nprobe = min(self.join.ivf.nprobe, number)
+        group = next((size for size in _GROUPS if number % size == 0 and 3 * nprobe * size <= number), 1)
         dtype = np.uint16 if number <= 1 << 16 else np.int32  # 16 bits are sorted by radix
         step = max(64, _PRODUCTS // number)
 
         def choose(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            products = torch._int_mm(self.queries[start : start + step], self.join.centroids.T)
-            best = products.view(len(products), group, -1).amax(dim=1)
-            bar = best.topk(nprobe, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+            products = torch._int_mm(torch.from_numpy(self.queries[start : start + step]), self.join.centroids.T)
+            best = products.view(len(products), group, -1).amax(dim=1).numpy()
+            bar = np.partition(best, -nprobe, axis=1)[:, -nprobe, None]
             products = products.numpy()
             nearest = products.argmax(axis=1)
-            is_chosen = products >= bar.numpy()
+            is_chosen = products >= bar
             is_chosen[np.arange(len(nearest)), nearest] = False
             row, lists = np.divmod(np.flatnonzero(is_chosen), number)
             return (start + row).astype(np.int32), lists.astype(dtype), nearest.astype(dtype)
@@ -297,36 +295,27 @@ class _Pass:
     def _scan_lists(self, lists: Sequence[tuple[int, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Rows, places and products of what is better than what its query keeps."""
         found = []
-        buffer, flags = torch.empty(0, dtype=torch.int32), np.empty(0, dtype=bool)
         for number, rows in lists:
-            first, last = self.join.bounds[number], self.join.bounds[number + 1]
-            vectors, size = self.join.vectors[first:last], int(last - first)
+            first, last = self.join.bounds[number : number + 2]
+            size = int(last - first)
             step = max(1, _PRODUCTS // size)
-            if len(buffer) < step * size:
-                buffer, flags = torch.empty(step * size, dtype=torch.int32), np.empty(step * size + 8, dtype=bool)
             for start in range(0, len(rows), step):
-                part = rows[start : start + step]
-                products = buffer[: size * len(part)].view(size, len(part))
-                torch._int_mm(vectors, self.queries.index_select(0, torch.from_numpy(part)).T, out=products)
-                bar, products = self.bar[part], products.numpy()
+                part = rows[start : start + step].astype(np.int64)  # which index faster
+                queries = torch.from_numpy(self.queries.take(part, axis=0))
+                products = torch._int_mm(queries, self.join.vectors[first:last].T)
+                # Few queries find something in a list, and only they are looked at.
+                best, products, bar = products.amax(dim=1).numpy(), products.numpy(), self.bar[part]
+                hits = np.flatnonzero(best > bar)
+                part, products, bar = part[hits], products[hits], bar[hits]
                 new = np.flatnonzero(bar == _EMPTY)
                 if len(new):  # of what these queries find, their best results of other documents will do
-                    of_new = products if len(new) == len(part) else np.ascontiguousarray(products[:, new])
-                    own = self.join.documents[first:last, None] == self.documents[part[new]]
-                    of_new[own] = _EMPTY
-                    number_kept = min(self.found.shape[1], size)
-                    best, places = torch.from_numpy(of_new).topk(number_kept, dim=0)
-                    results = (first + places.T.flatten().numpy(), best.T.flatten().numpy())
-                    found.append((part[new].repeat(number_kept), *results))
-                    bar[new] = np.iinfo(np.int32).max
-                    if len(new) == len(part):
-                        continue
-                end = products.size
-                np.greater(products, bar, out=flags[:end].reshape(products.shape))
-                flags[end : end + 8] = False
-                flat = _nonzero(flags[: -(-end // 8) * 8])
-                place, row = np.divmod(flat, len(part))
-                found.append((part[row], first + place, products.reshape(-1)[flat]))
+                    of_new = products[new]
+                    of_new[self.join.documents[first:last] == self.documents[part[new], None]] = _EMPTY
+                    products[new] = of_new
+                    worst = -min(self.found.shape[1], size)
+                    bar[new] = np.maximum(np.partition(of_new, worst, axis=1)[:, worst], _EMPTY + 1) - 1
+                row, place = np.divmod(np.flatnonzero(products > bar[:, None]), size)
+                found.append((part[row], first + place, products[row, place]))
         return found
 
     def _keep_best(self, found: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
@@ -351,13 +340,6 @@ class _Pass:
         self.found[rows[best], rank[best]] = places[best]
         self.products[rows[best], rank[best]] = products[best]
         self.bar = self.products[:, -1].copy()
-
-
-def _nonzero(flags: np.ndarray) -> np.ndarray:
-    """`np.flatnonzero` of uint8 or bool [8 n] that are nearly all zero: eight at once are seen to be."""
-    words = np.flatnonzero(flags.view(np.uint64) != 0)
-    places = np.flatnonzero(flags.reshape(-1, 8)[words])
-    return 8 * words[places >> 3] + (places & 7)
 
 
 def _directions(vectors: np.ndarray) -> np.ndarray:
