@@ -164,7 +164,7 @@ def find_neighbors(
                 vectors, embeddings[shard] = embeddings[shard], None  # so that the pages of the file are released
             block_size, rows = _QUERIES, chunk_shards[shard].rows
             if is_joined[shard]:
-                block_size = rows // (rows // QUERIES + 1) + 1  # passes of about the same size
+                block_size = -(-rows // max(1, round(rows / QUERIES)))  # passes of about the same size
             for start in range(0, rows, block_size):
                 block = slice(start, start + block_size)
                 columns = {name: part[block] for name, part in queries.chunks.shard(shard).items()}

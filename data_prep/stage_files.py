@@ -244,6 +244,26 @@ def discard(path: Path, manifest: Manifest, split: str, first_stage: str) -> Non
     process_state().wait_for_everyone()
 
 
+def deal(shards: Sequence[int], sizes: Sequence[int], number: int) -> list[list[int]]:
+    """
+    Deals shards to processes: the largest first, to the process that has the least so far.
+
+    Args:
+        shards (`Sequence[int]`): The shards.
+        sizes (`Sequence[int]`): Sizes of all shards, also of others.
+        number (`int`): Number of processes.
+
+    Returns:
+        `list[list[int]]`: the shards of each process, in their order.
+    """
+    dealt, loads = [[] for _ in range(number)], [0] * number
+    for shard in sorted(shards, key=lambda shard: -sizes[shard]):
+        process = loads.index(min(loads))
+        loads[process] += sizes[shard]
+        dealt[process].append(shard)
+    return [sorted(part) for part in dealt]
+
+
 def run_shards(
     folder: Path,
     records: Sequence[Record],
@@ -284,6 +304,8 @@ def run_shards(
     todo = unfinished_shards(folder, records, names)
     # One process decides, because others could see the folder while shards are being finished.
     todo = broadcast_object_list([todo])[0]
+    if sizes is None:
+        sizes, unit = [1] * len(names), "shards"
     share = current_share()
     if share is not None:
         if in_order:
@@ -294,10 +316,7 @@ def run_shards(
         ended = any(record.get("last") for record in finished_records(folder, names))
         mine = todo if state.is_main_process and not ended else []
     else:
-        mine = todo[state.process_index :: state.num_processes]
-
-    if sizes is None:
-        sizes, unit = [1] * len(names), "shards"
+        mine = deal(todo, sizes, state.num_processes)[state.process_index]
 
     def finish(index: int, advance: Callable[[int], Any]) -> dict[str, Any]:
         left = sizes[index]

@@ -27,7 +27,7 @@ from conftest import TINY_CHUNK_SIZE, make_texts, write_jsonl
 from data_prep.bm25_index import build_bm25_index
 from data_prep.chunk import chunk_documents
 from data_prep.prepare import prepare_datastore
-from data_prep.stage_files import directory_lock
+from data_prep.stage_files import deal, directory_lock
 from modeling_retro.datastore.datastore import RetroDatastore
 
 
@@ -98,6 +98,17 @@ def recipe(tmp_path, tiny_tokenizer, tiny_encoder_dir):
 
 def test_a_run_that_is_killed_ends_with_the_same_bytes(recipe, tmp_path):
     kill_until_done(partial(prepare_datastore, recipe), tmp_path, kills=3, seed=0)
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_shards_are_dealt_evenly(number):
+    generator = random.Random(number)
+    sizes = [generator.randint(0, 100) for _ in range(30)]
+    shards = generator.sample(range(30), 20)
+    dealt = deal(shards, sizes, number)
+    assert len(dealt) == number and sorted(sum(dealt, [])) == sorted(shards)
+    loads = [sum(sizes[shard] for shard in part) for part in dealt]
+    assert max(loads) - min(loads) <= max(sizes[shard] for shard in shards)
 
 
 def lock_again(output_dir: Path) -> None:

@@ -314,3 +314,35 @@ def test_ray_whose_workers_and_nodes_are_killed_ends_with_the_same_bytes(stages,
         over.set()
         killer.join()
     print(f"kills on Ray in {trial} datastores: {kills}")
+
+
+def run_stages_on_ray(stages, address):
+    from data_prep.ray_tasks import run_on_ray
+
+    for stage in stages:
+        if is_shared(stage):
+            run_on_ray(stage, 3, address)
+        else:
+            stage()
+
+
+@pytest.mark.slow
+def test_a_run_on_ray_that_is_killed_itself_ends_with_the_same_bytes(stages, reference, tmp_path, ray_cluster):
+    """The process that starts the tasks and publishes is killed, and run again."""
+    generator, kills, trial = random.Random(1), 0, 0
+    while kills < 20:
+        path, limit = tmp_path / f"trial-{trial}", 10.0
+        while True:
+            process = CHILDREN.Process(target=run_stages_on_ray, args=(stages(path), ray_cluster.address))
+            process.start()
+            process.join(generator.uniform(0.2, 1) * limit)
+            process.kill()
+            process.join()
+            if not process.exitcode:
+                break
+            assert process.exitcode == -signal.SIGKILL
+            kills += 1
+            limit *= 1.15  # so that a run gets somewhere
+        assert files_of(path) == reference
+        trial += 1
+        print(f"the same bytes in {trial} datastores after {kills} kills of the run itself")
