@@ -38,7 +38,8 @@ from modeling_retro.retriever.search import search
 
 Filter = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-# Most queries of one pass over the lists. Their probes, results and bytes are what a pass holds in memory.
+# Queries of one pass over the lists, or up to half as many again. Their probes, results and bytes are what a pass
+# holds in memory.
 QUERIES = 1 << 17
 # Sizes of the groups of lists, when lists are chosen by the best of each group.
 _GROUPS = (8, 4, 2)
@@ -48,6 +49,8 @@ _VARIANCE, _DIRECTIONS = 0.93, 32
 _QUERIES_OF_A_LIST = 64
 # Products of one multiplication: few enough for the caches, and so many that the calls cost little.
 _PRODUCTS = 1 << 19
+# A multiple of so many vectors is multiplied in less time: a list takes the first of the next one with it.
+_VECTORS = 16
 # A query keeps 2 k results and these. They make up for near duplicates, and for what 8 bits put into another order.
 _SPARE = 12
 # Ends of the parts into which the lists of a pass are cut, in sixteenths. After each part the queries drop all but
@@ -110,7 +113,7 @@ class ListJoin:
         # are enough where all vectors point in about the same direction.
         self.mean = centroids.mean(axis=0)
         removed = datastore.manifest.removed
-        identity = repr((datastore.manifest.index.sha256, removed and removed.sha256))
+        identity = repr((datastore.manifest.index.sha256, removed and removed.sha256, _VECTORS))
         self.folder = datastore.path / (SHARED_WORK + hashlib.sha256(identity.encode()).hexdigest()[:16])
         self._write_copy()
         self.directions = np.load(self.folder / "directions.npy", allow_pickle=False)
@@ -188,7 +191,7 @@ class ListJoin:
             directions = _directions(sample)
             largest = np.abs(sample @ directions).max(initial=0)
             with whole(self.folder / "vectors.npy") as temporary:
-                shape = (len(self.ids), directions.shape[1])
+                shape = (len(self.ids) + _VECTORS, directions.shape[1])
                 vectors = np.lib.format.open_memmap(temporary, "w+", dtype=np.int8, shape=shape)
                 for first, array in zip(self.offsets, self.embeddings, strict=False):
                     for start in range(0, len(array), _SAMPLE):
@@ -298,15 +301,16 @@ class _Pass:
         for number, rows in lists:
             first, last = self.join.bounds[number : number + 2]
             size = int(last - first)
+            vectors = self.join.vectors[first : first + -(-size // _VECTORS) * _VECTORS].T
             step = max(1, _PRODUCTS // size)
             for start in range(0, len(rows), step):
                 part = rows[start : start + step].astype(np.int64)  # which index faster
                 queries = torch.from_numpy(self.queries.take(part, axis=0))
-                products = torch._int_mm(queries, self.join.vectors[first:last].T)
+                products = torch._int_mm(queries, vectors)
                 # Few queries find something in a list, and only they are looked at.
                 best, products, bar = products.amax(dim=1).numpy(), products.numpy(), self.bar[part]
                 hits = np.flatnonzero(best > bar)
-                part, products, bar = part[hits], products[hits], bar[hits]
+                part, products, bar = part[hits], products[hits, :size], bar[hits]
                 new = np.flatnonzero(bar == _EMPTY)
                 if len(new):  # of what these queries find, their best results of other documents will do
                     of_new = products[new]

@@ -330,7 +330,7 @@ def run_stages_on_ray(stages, address):
 def test_a_run_on_ray_that_is_killed_itself_ends_with_the_same_bytes(stages, reference, tmp_path, ray_cluster):
     """The process that starts the tasks and publishes is killed, and run again."""
     generator, kills, trial = random.Random(1), 0, 0
-    while kills < 20:
+    while kills < 15:
         path, limit = tmp_path / f"trial-{trial}", 10.0
         while True:
             process = CHILDREN.Process(target=run_stages_on_ray, args=(stages(path), ray_cluster.address))
