@@ -90,8 +90,8 @@ def suggest_factory(
 
 def index_bytes(factory: str, rows: int, dim: int, on_disk: bool = False) -> int:
     """
-    Size of an index in bytes, with its codes, its ids, and the centroids of an inverted file. If vectors that score
-    results again are on the disk, this is what memory holds, without them.
+    Size of an index in bytes, with its codes, its ids, and the centroids of an inverted file or the links of a graph.
+    If vectors that score results again are on the disk, this is what memory holds, without them.
     """
     index = make_index(factory.replace("_HNSW32", ""), dim, "inner_product")
     ivf = faiss.try_extract_index_ivf(index)
@@ -99,6 +99,10 @@ def index_bytes(factory: str, rows: int, dim: int, on_disk: bool = False) -> int
         inner = faiss.downcast_index(index)
         refined = inner.refine_index.sa_code_size() if isinstance(inner, faiss.IndexRefine) else 0
         return rows * (ivf.code_size + (0 if on_disk else refined) + 8) + 4 * ivf.nlist * ivf.d
+    graph = faiss.downcast_index(index)
+    if isinstance(graph, faiss.IndexHNSW):
+        # Beside its links in the lowest level, each vector has its level and the place of its links.
+        return rows * (graph.storage.sa_code_size() + 4 * graph.hnsw.nb_neighbors(0) + 12)
     return rows * index.sa_code_size()
 
 

@@ -40,7 +40,9 @@ def test_planned_sizes_are_those_of_a_datastore(tiny_datastore_dir):
 
 
 @pytest.mark.parametrize(
-    "factory", ["Flat", "IVF16,Flat", "IVF16,SQ8", "OPQ8,IVF16,PQ8x4", "SQfp16", "IVF16,PQ16x4fsr,Refine(SQfp16)"]
+    "factory",
+    ["Flat", "IVF16,Flat", "IVF16,SQ8", "OPQ8,IVF16,PQ8x4", "SQfp16", "IVF16,PQ16x4fsr,Refine(SQfp16)"]
+    + ["HNSW8", "HNSW32_SQfp16"],
 )
 def test_planned_index_is_as_large_as_a_real_one(factory, tmp_path):
     import faiss
