@@ -36,6 +36,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_prep.arguments import parse_arguments, run_command
+from data_prep.chunker import text_beginning
 from data_prep.docstrings import read_docstrings
 from data_prep.shipped_models import find_smollm2
 from modeling_retro import RetroJointForCausalLM, RetroRetriever
@@ -97,7 +98,7 @@ def pad_left(rows: Sequence[Sequence[int]], multiple: int = 1) -> dict[str, torc
 
 def closed_book(batch: list[dict], tokenizer: PreTrainedTokenizerBase, model: RetroJointForCausalLM) -> Inputs:
     """The question alone."""
-    return pad_left([[*beginning(tokenizer), *row] for row in prompts(batch, tokenizer)])
+    return pad_left([[*text_beginning(tokenizer), *row] for row in prompts(batch, tokenizer)])
 
 
 def in_front(batch: list[dict], tokenizer: PreTrainedTokenizerBase, model: RetroJointForCausalLM) -> Inputs:
@@ -105,7 +106,7 @@ def in_front(batch: list[dict], tokenizer: PreTrainedTokenizerBase, model: Retro
     rows = prompts(batch, tokenizer)
     passages, mask = encode_passages(tokenizer, [each["passages"] for each in batch], model.config.neighbor_length)
     texts = [tokens[kept].tolist() for tokens, kept in zip(passages, mask, strict=True)]
-    return pad_left([[*beginning(tokenizer), *text, *row] for text, row in zip(texts, rows, strict=True)])
+    return pad_left([[*text_beginning(tokenizer), *text, *row] for text, row in zip(texts, rows, strict=True)])
 
 
 def gold_in_front(batch: list[dict], tokenizer: PreTrainedTokenizerBase, model: RetroJointForCausalLM) -> Inputs:
@@ -139,7 +140,7 @@ def passages_of_question(passages: str) -> Callable[..., Inputs]:
         texts = [each["passages"] for each in batch]
         input_ids, mask = encode_passages(tokenizer, texts, model.config.neighbor_length)
         given = {"passage_input_ids": input_ids, "passage_attention_mask": mask, "passages": passages}
-        if before := beginning(tokenizer):
+        if before := text_beginning(tokenizer):
             prefix = pad_left([before] * len(batch))
             given |= {f"passage_prefix_{name}": values for name, values in prefix.items()}
         return {**pad_left(prompts(batch, tokenizer)), **given}
@@ -189,12 +190,6 @@ WAYS |= {f"chat_{way}": conversation(way) for way in ("pasted_in_front", "pasted
 
 
 ALL_WAYS = list(dict.fromkeys([*WAYS, *RIVALS]))  # the passages in front are the same way twice
-
-
-def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What stands in front of a text: the BOS token, if the tokenizer adds one."""
-    first = tokenizer("")["input_ids"][:1]
-    return first if first == [tokenizer.bos_token_id] else []
 
 
 def prompts(batch: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

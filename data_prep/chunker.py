@@ -30,6 +30,12 @@ from data_prep.documents import (
 MANY_UNKNOWN = 0.01
 
 
+def text_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens with which a tokenizer begins each text: its BOS token, or none."""
+    first = tokenizer("")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
 class DocumentChunker:
     """
     Cuts documents into chunks of token ids, and counts the bytes of the source that each chunk covers.
@@ -49,8 +55,7 @@ class DocumentChunker:
         self.chunk_size = chunk_size
         self.dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
         self.suffix = [eos]
-        starts_with_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-        self.prefix = [tokenizer.bos_token_id] if starts_with_bos else []
+        self.prefix = text_beginning(tokenizer)
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_padding()
         self._backend.no_truncation()

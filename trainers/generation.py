@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data_prep.chunker import text_beginning
 from modeling_retro import RetroJointForCausalLM
 from modeling_retro.datastore.datastore import RetroDatastore
 from modeling_retro.datastore.documents import DocumentSource
@@ -204,8 +205,8 @@ def generate_with_neighbors(
         input_ids = _encode(tokenizer, prompt, allow_control_tokens)
         if input_ids.shape[1] == 0:
             raise ValueError("the prompt is empty; give some text to continue")
-        if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-            input_ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), input_ids], dim=1)
+        beginning = torch.tensor([text_beginning(tokenizer)], dtype=torch.long)
+        input_ids = torch.cat([beginning, input_ids], dim=1)
     else:
         input_ids = torch.tensor([prompt])
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}

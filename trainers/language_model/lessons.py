@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data_prep.chunker import text_beginning
 from modeling_retro import RetroJointForCausalLM
 from trainers.evaluation.questions import encode_passages
 
@@ -134,9 +135,8 @@ class DataCollatorForLessons:
             "passage_input_ids": passage_ids,
             "passage_attention_mask": passage_mask,
         }
-        bos_token_id = self.tokenizer.bos_token_id
-        if self.tokenizer("")["input_ids"][:1] == [bos_token_id]:
-            batch["passage_prefix_input_ids"] = torch.full((len(rows), 1), bos_token_id)
+        if before := text_beginning(self.tokenizer):
+            batch["passage_prefix_input_ids"] = torch.tensor([before] * len(rows))
         return batch
 
 
