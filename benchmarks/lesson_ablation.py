@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from answers import answer_batch
 from torch import nn
@@ -45,18 +46,20 @@ from modeling_retro import RetroDatastore, RetroJointForCausalLM
 from trainers.evaluation.questions import score_question
 from trainers.evaluation.text_questions import make_questions
 from trainers.language_model import make_lessons
+from trainers.language_model.collator import ChunkRows, DataCollatorForRetro
 from trainers.language_model.lessons import DataCollatorForLessons, Lesson, lesson_losses
 
 
 NUM_TOKENS = 8  # in front of a passage, and behind it
+ROW_CHUNKS, ROW_SHARE, NUM_MEASURED_ROWS = 8, 0.45, 20
 LESSONS_OF_A_STEP, WARMUP_STEPS = 4, 4
 # Name of each run, and what sets it apart: constants of the lessons, and options.
 RUNS: dict[str, dict[str, float]] = {
     "untrained": {},
     "all": {},
     "tokens": {},
-    "no text that is continued": {"question_share": 1},
-    "no questions": {"question_share": 0},
+    "no text that is continued": {"row_share": 0},
+    "no questions": {"row_share": 1},
     "no questions about what texts say": {"TEXT_QUESTION_SHARE": 0},
     "no invented facts": {"TEXT_QUESTION_SHARE": 1},
     "no divergence from the base": {"teacher": 0},
@@ -141,8 +144,13 @@ class TokenReader(nn.Module):
     def _inputs(self, inputs: dict) -> dict:
         if inputs.get("passages") == "in_order":
             return inputs
-        names = ("passage_input_ids", "passage_attention_mask")
-        return {**inputs, **self.between(*(inputs[name] for name in names))}
+        if "passage_input_ids" in inputs:
+            names = ("passage_input_ids", "passage_attention_mask")
+            return {**inputs, **self.between(*(inputs[name] for name in names))}
+        ids, mask = inputs["neighbor_input_ids"], inputs["neighbor_attention_mask"]  # [B, L, k, r]
+        found = self.between(ids.flatten(1, 2), mask.flatten(1, 2)).values()
+        ids, mask = (x.unflatten(1, ids.shape[1:3]) for x in found)
+        return {**inputs, "neighbor_input_ids": ids, "neighbor_attention_mask": mask}
 
     def forward(self, **inputs):
         return self.model(**self._inputs(inputs))
@@ -151,14 +159,21 @@ class TokenReader(nn.Module):
         return self.model.generate(**self._inputs(inputs))
 
 
-def lessons_of(run: str, arguments: AblationArguments) -> Iterator[Lesson]:
-    """The lessons of a run, without end. The runs that are not without some have the same."""
+def batches_of(run: str, arguments: AblationArguments, tokenizer) -> Iterator[dict[str, torch.Tensor]]:
+    """The lessons of a run and rows of text, without end. The runs that are not without some have the same."""
     options = RUNS[run]
     constants = {name: value for name, value in options.items() if name.isupper()}
+    row_share = options.get("row_share", ROW_SHARE)
+    datastore = RetroDatastore.from_pretrained(arguments.datastore)
+    source = datastore.split(arguments.split)
+    rows, generator = ChunkRows(len(source.chunks), ROW_CHUNKS), np.random.default_rng(0)
+    of_lessons = DataCollatorForLessons(tokenizer, datastore.neighbor_length)
+    of_rows = DataCollatorForRetro(datastore, source, ROW_CHUNKS, 1, copy_share=0.2, random_share=0.1)
     with patch.multiple(make_lessons, **constants) if constants else nullcontext():
-        share = options.get("question_share", 0.6)
-        datastore = RetroDatastore.from_pretrained(arguments.datastore)
-        yield from map(Lesson, make_lessons.make_lessons(datastore, arguments.split, 10**6, share))
+        lessons = make_lessons.make_lessons(datastore, arguments.split, 10**6)
+        while True:
+            row, is_row = int(generator.integers(len(rows))), generator.random() < row_share
+            yield of_rows([rows[row]]) if is_row else of_lessons([Lesson(next(lessons))])
 
 
 def load(run: str, source: str) -> tuple[nn.Module, list[nn.Parameter]]:
@@ -182,26 +197,32 @@ def load(run: str, source: str) -> tuple[nn.Module, list[nn.Parameter]]:
     return model, trained
 
 
-def train(run: str, reader: nn.Module, trained: list[nn.Parameter], collator, arguments: AblationArguments) -> dict:
-    """Reads lessons until a number of tokens is reached."""
+def num_read(batch: dict[str, torch.Tensor]) -> int:
+    """Number of tokens of the rows and of their passages or neighbors, which the rows of a lesson share."""
+    if "passage_input_ids" in batch:
+        return int(batch["attention_mask"].sum() + batch["passage_attention_mask"][0].sum())
+    return batch["input_ids"].numel() + int(batch["neighbor_attention_mask"].sum())
+
+
+def train(run: str, reader: nn.Module, trained: list[nn.Parameter], tokenizer, arguments: AblationArguments) -> dict:
+    """Reads lessons and rows until a number of tokens is reached."""
     base = reader.model if isinstance(reader, TokenReader) else reader
     peak = arguments.token_learning_rate if run == "tokens" else arguments.learning_rate
     optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=0)
-    lessons, teacher = lessons_of(run, arguments), RUNS[run].get("teacher", 1)
+    batches_read, teacher = batches_of(run, arguments, tokenizer), RUNS[run].get("teacher", 1)
     num_tokens = num_answers = step = 0
     losses, begin = [], time.process_time()
     progress = tqdm(total=arguments.tokens, desc=run, unit="token")
     while num_tokens < arguments.tokens:
-        batches = [collator([next(lessons)]) for _ in range(LESSONS_OF_A_STEP)]
-        answers = sum(int((batch["labels"] >= 0).sum()) for batch in batches)
+        batches = [next(batches_read) for _ in range(LESSONS_OF_A_STEP)]
+        answers = sum(int((batch["labels"][:, 1:] >= 0).sum()) for batch in batches)
         for batch in batches:
             with torch.autocast("cpu", torch.bfloat16):
                 loss, divergence = lesson_losses(reader, base if teacher else None, batch)
             ((loss + teacher * divergence) / answers).backward()
             losses.append(float(loss) / answers)
-            size = int(batch["attention_mask"].sum() + batch["passage_attention_mask"][0].sum())
-            num_tokens += size
-            progress.update(size)
+            num_tokens += num_read(batch)
+            progress.update(num_read(batch))
         done = min(1, num_tokens / arguments.tokens)
         optimizer.param_groups[0]["lr"] = peak * min((step + 1) / WARMUP_STEPS, 0.5 + 0.5 * math.cos(math.pi * done))
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -217,7 +238,7 @@ def train(run: str, reader: nn.Module, trained: list[nn.Parameter], collator, ar
 
 
 @torch.inference_mode()
-def measure(run: str, reader: nn.Module, tokenizer, collator, arguments: AblationArguments) -> dict[str, float]:
+def measure(run: str, reader: nn.Module, tokenizer, arguments: AblationArguments) -> dict[str, float]:
     """Exact match of answers, with the passages apart, and nats of a token of continued text."""
     read = {
         name: [json.loads(line)["text"] for line in Path(getattr(arguments, name)).read_text("utf-8").splitlines()]
@@ -240,11 +261,12 @@ def measure(run: str, reader: nn.Module, tokenizer, collator, arguments: Ablatio
                 ]
             found[f"{kind} {number}" + (" in order" if way == "in_order" else "")] = sum(scores) / len(scores)
     datastore = RetroDatastore.from_pretrained(arguments.text_datastore)
-    text = make_lessons.make_lessons(datastore, "validation", 100, 0, seed=1)
-    with patch.multiple(make_lessons, COPY_SHARE=0, RANDOM_SHARE=0), torch.autocast("cpu", torch.bfloat16):
-        batches = [collator([Lesson(lesson)]) for lesson in text]
+    source = datastore.split("validation")
+    rows, collator = ChunkRows(len(source.chunks), ROW_CHUNKS), DataCollatorForRetro(datastore, source, ROW_CHUNKS, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        batches = [collator([rows[number]]) for number in range(min(NUM_MEASURED_ROWS, len(rows)))]
         nats = sum(float(lesson_losses(reader, None, batch)[0]) for batch in batches)
-    found["text, nats"] = nats / sum(int((batch["labels"] >= 0).sum()) for batch in batches)
+    found["text, nats"] = nats / sum(int((batch["labels"][:, 1:] >= 0).sum()) for batch in batches)
     return found
 
 
@@ -270,9 +292,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         path = folder / f"{run}.json"
         if not path.exists():
             reader, trained = load(run, source)
-            collator = DataCollatorForLessons(tokenizer, 128)
-            trained_with = train(run, reader, trained, collator, arguments) if trained else {}
-            found = measure(run, reader.eval(), tokenizer, collator, arguments)
+            trained_with = train(run, reader, trained, tokenizer, arguments) if trained else {}
+            found = measure(run, reader.eval(), tokenizer, arguments)
             path.write_text(json.dumps(found | trained_with))
         print("\n".join(read_table(folder)), flush=True)
 

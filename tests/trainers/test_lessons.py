@@ -33,6 +33,7 @@ from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
 from modeling_retro import RetroDatastore, RetroJointForCausalLM
 from trainers.evaluation.questions import KINDS, SYLLABLES, encode_passages
+from trainers.language_model.collator import ChunkRows
 from trainers.language_model.lessons import DataCollatorForLessons, ReaderLessons, lesson_losses
 from trainers.language_model.make_lessons import BEGINNINGS, ENDINGS, FACTS, MIDDLES, TWO_HOPS, UNKNOWN, make_lessons
 from trainers.scripts import train_retro
@@ -138,6 +139,47 @@ def test_losses_are_those_of_each_answer_with_passages_apart_and_of_the_base_wit
     assert model.neighbor_bias is not None and len(model.neighbor_memory) == 0
 
 
+def test_losses_of_a_row_are_those_of_its_tokens_and_of_the_base_with_the_same_neighbors():
+    model = make_reader(neighbor_adapter=LORA)
+    base = make_reader()  # adapters that act on nothing
+    size, vocab_size = model.config.chunk_size, model.config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, vocab_size, (1, 3 * size), generator=generator)
+    inputs = {
+        "input_ids": labels.clone(),
+        "labels": labels,
+        "neighbor_input_ids": torch.randint(3, vocab_size, (1, 3, 2, 2 * size), generator=generator),
+        "neighbor_attention_mask": torch.ones(1, 3, 2, 2 * size, dtype=torch.bool),
+    }
+    labels[0, size + 1] = -100
+    found_loss, found_divergence = lesson_losses(model, model, inputs)
+    neighbors = {name: values for name, values in inputs.items() if name != "labels"}
+    log_q, log_p = (reader(**neighbors).logits[0].log_softmax(-1) for reader in (model, base))
+    columns = [column for column in range(1, 3 * size) if column != size + 1]
+    expected_loss = -sum(log_q[column - 1, labels[0, column]] for column in columns)
+    expected_divergence = sum((log_p[n - 1].exp() * (log_p[n - 1] - log_q[n - 1])).sum() for n in columns)
+    torch.testing.assert_close(found_loss.double(), expected_loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found_divergence.double(), expected_divergence, rtol=1e-4, atol=1e-5)
+    assert expected_divergence > 0.1
+
+
+def test_each_epoch_has_all_lessons_and_rows_that_were_not_read_before(tmp_path):
+    path = write_lessons(tmp_path / "lessons.jsonl", [LESSON] * 6)
+    dataset = ReaderLessons(path, ChunkRows(40, row_chunks=4), row_share=0.4, seed=1)
+    assert len(dataset) == 10
+    items = [dataset[index] for index in range(50)]
+    starts = []
+    for epoch in range(5):
+        assert all(item.data == LESSON for item in items[10 * epoch : 10 * epoch + 6])
+        starts += [item["start"] for item in items[10 * epoch + 6 : 10 * epoch + 10]]
+    assert sorted(starts[:10]) == sorted(starts[10:]) == list(range(0, 40, 4))
+    assert starts[:10] != sorted(starts[:10])
+    assert [item["epoch"] for item in items if "epoch" in item] == [0] * 10 + [1] * 10
+    assert [item.data for item in items] == [dataset[index].data for index in range(50)]
+    with pytest.raises(ValueError, match="row_share is 1.0"):
+        ReaderLessons(path, ChunkRows(40, row_chunks=4), row_share=1.0)
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -171,23 +213,21 @@ def folder(tmp_path_factory, tiny_tokenizer, tiny_encoder_dir):
     build_index(folder / "datastore")
     find_neighbors(folder / "datastore", num_neighbors=4)
     tiny_llama(len(tiny_tokenizer), initializer_range=0.1).save_pretrained(folder / "base")
-    options = ["--datastore", str(folder / "datastore"), "--num_lessons", "40", "--question_share", "0.7"]
+    options = ["--datastore", str(folder / "datastore"), "--num_lessons", "40"]
     make_lessons_main([*options, "--output_file", str(folder / "lessons.jsonl")])
     return folder
 
 
 def test_answers_stand_in_passages_that_fit_and_the_lessons_depend_on_the_seed(folder):
     datastore = RetroDatastore.from_pretrained(folder / "datastore")
-    lessons = list(make_lessons(datastore, "train", 40, question_share=0.7))
+    lessons = list(make_lessons(datastore, "train", 40))
     assert lessons == [lesson.data for lesson in map(ReaderLessons(folder / "lessons.jsonl").__getitem__, range(40))]
-    assert lessons != list(make_lessons(datastore, "train", 40, question_share=0.7, seed=1))
+    assert lessons != list(make_lessons(datastore, "train", 40, seed=1))
     answers = {answer for _, answer in UNKNOWN}
     num_questions = num_unknown = 0
     for lesson in lessons:
         encode_passages(datastore.tokenizer, [lesson["passages"]], datastore.neighbor_length)
         for question in lesson["questions"]:
-            if "?" not in question["prompt"]:
-                continue
             num_questions += 1
             answer = question["answer"].strip().removesuffix(".")
             is_unknown = any(known.startswith(answer) for known in answers)
@@ -195,15 +235,6 @@ def test_answers_stand_in_passages_that_fit_and_the_lessons_depend_on_the_seed(f
             assert is_unknown or any(answer in passage for passage in lesson["passages"])
     assert num_questions > 50
     assert 0 < num_unknown < 0.3 * num_questions
-
-
-def test_lessons_of_a_datastore_with_few_stored_neighbors(folder, tmp_path):
-    # Of four neighbors that a lesson draws, one is there.
-    shutil.copytree(folder / "datastore", tmp_path / "datastore")
-    find_neighbors(tmp_path / "datastore", num_neighbors=1, force=True)
-    lessons = list(make_lessons(RetroDatastore.from_pretrained(tmp_path / "datastore"), "train", 40, 0))
-    numbers = {len(lesson["passages"]) for lesson in lessons}
-    assert {1} < numbers <= {1, 2, 3, 4}  # random passages take the place of any number
 
 
 def test_lessons_share_no_fact_or_name_with_the_questions_that_measure_them():
@@ -245,6 +276,8 @@ def test_a_reader_learns_from_lessons_stops_and_goes_on_to_the_same_weights(fold
     train(tmp_path / "halves", max_steps=2)
     resumed = train(tmp_path / "halves")
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    with pytest.raises(ValueError, match="lessons and rows do not fit in a batch"):
+        train(tmp_path / "refused", row_share=0.5, per_device_train_batch_size=2)
     # Another run begins with this reader.
     started = train(tmp_path / "further", reader=tmp_path / "whole", learning_rate=0.0)
     assert all(torch.equal(started[name], value) for name, value in whole.items())

@@ -13,7 +13,7 @@
 # limitations under the License.
 """
 Lessons in reading passages: prompts with passages that were read apart, and what is to be answered. Questions are such
-lessons, and so is the text that follows a chunk.
+lessons, and so is the text that follows a chunk. Rows of chunks may stand among them.
 """
 
 import json
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
@@ -31,6 +32,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data_prep.chunker import text_beginning
 from modeling_retro import RetroJointForCausalLM
 from trainers.evaluation.questions import encode_passages
+
+from .collator import ChunkRange, ChunkRows, DataCollatorForRetro
 
 
 class Lesson(UserDict):
@@ -50,27 +53,39 @@ class ReaderLessons(Dataset):
      "questions": [{"prompt": "Question: When does the ferry to Lemo leave?\\nAnswer:", "answer": " at 7:40\\n"}]}
     ```
 
-    The index of an item is `epoch * len(lessons) + line`, as
-    [`~trainers.language_model.collator.EpochRowSampler`] yields it.
+    The index of an item is `epoch * len(dataset) + number`, as
+    [`~trainers.language_model.collator.EpochRowSampler`] yields it. The lessons of an epoch come first.
 
     Args:
         path (`str` or `Path`): The file.
+        rows ([`ChunkRows`], *optional*): Rows of text that are read among the lessons.
+        row_share (`float`, *optional*, defaults to 0.0): Share of the items that are rows. Each epoch has others.
+        seed (`int`, *optional*, defaults to 0): Seed of the order of the rows.
 
     Raises:
         ValueError: If a line is something else. The message names the line.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, rows: ChunkRows | None = None, row_share: float = 0.0, seed: int = 0):
         with open(path, encoding="utf-8") as file:
             self.lessons = [_check_lesson(line, f"{path}, line {number}") for number, line in enumerate(file, start=1)]
         if not self.lessons:
             raise ValueError(f"{path} holds no lessons")
+        if not 0.0 <= row_share < 1.0:
+            raise ValueError(f"row_share is {row_share}, expected a share from 0 to below 1")
+        self.rows = rows
+        self.num_rows = 0 if rows is None else round(len(self.lessons) * row_share / (1 - row_share))
+        self.order = np.random.default_rng(seed).permutation(0 if rows is None else len(rows))
 
     def __len__(self) -> int:
-        return len(self.lessons)
+        return len(self.lessons) + self.num_rows
 
-    def __getitem__(self, index: int) -> Lesson:
-        return Lesson(self.lessons[index % len(self)])
+    def __getitem__(self, index: int) -> Lesson | ChunkRange:
+        epoch, number = divmod(index, len(self))
+        if number < len(self.lessons):
+            return Lesson(self.lessons[number])
+        epoch, number = divmod(epoch * self.num_rows + number - len(self.lessons), len(self.rows))
+        return self.rows[epoch * len(self.rows) + int(self.order[number])]
 
 
 def _check_lesson(line: str, place: str) -> dict[str, Any]:
@@ -100,6 +115,8 @@ class DataCollatorForLessons:
             The tokenizer of the model. Prompts may spell its special tokens, passages may not.
         neighbor_length (`int`):
             Largest number r of tokens of a passage.
+        of_rows ([`DataCollatorForRetro`], *optional*):
+            Makes the inputs of rows of chunks. A batch has either rows or lessons.
 
     Returns:
         `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels` `int64 [B, T]`, with padding in front of
@@ -110,8 +127,11 @@ class DataCollatorForLessons:
 
     tokenizer: PreTrainedTokenizerBase
     neighbor_length: int
+    of_rows: DataCollatorForRetro | None = None
 
-    def __call__(self, lessons: Sequence[Lesson]) -> dict[str, torch.Tensor]:
+    def __call__(self, lessons: Sequence[Lesson | ChunkRange]) -> dict[str, torch.Tensor]:
+        if any(isinstance(lesson, ChunkRange) for lesson in lessons):
+            return self.of_rows(lessons)
         passages = [lesson["passages"] for lesson in lessons for _ in lesson["questions"]]
         questions = [question for lesson in lessons for question in lesson["questions"]]
         prompts, answers = (
@@ -145,7 +165,8 @@ def lesson_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The cross entropy of the answers with the passages read apart, and the Kullback-Leibler divergence from the base of
-    the model, which reads them in order (block distillation, arXiv 2605.15913).
+    the model, which reads them in order (block distillation, arXiv 2605.15913). Of a row of chunks, the cross entropy
+    of all tokens, and the divergence from the base, which reads the same neighbors untrained.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -156,26 +177,31 @@ def lesson_losses(
             What [`DataCollatorForLessons`] makes.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: both losses in nats, summed over the tokens of the answers.
+        `tuple[torch.Tensor, torch.Tensor]`: both losses in nats, summed over the tokens of the answers or of the row.
     """
-    inputs = dict(inputs)
+    inputs = {**inputs, "use_cache": False}
     labels = inputs.pop("labels")
-    # A prediction stands one column before its token.
-    num_columns = labels.shape[1] - int((labels >= 0).any(0).nonzero()[0, 0])
-    inputs |= {"logits_to_keep": num_columns + 1, "use_cache": False}
+    of_teacher, of_reader = {}, {}
+    if "passage_input_ids" in inputs:
+        of_teacher, of_reader = {"passages": "in_order"}, {"passages": "apart"}
+        # A prediction stands one column before its token.
+        num_columns = labels.shape[1] - int((labels >= 0).any(0).nonzero()[0, 0])
+        inputs["logits_to_keep"] = num_columns + 1
+    else:
+        num_columns = labels.shape[1] - 1
     labels = labels[:, -num_columns:]
-    is_answer = labels >= 0
+    is_predicted = labels >= 0
 
-    def log_probs(reader: PreTrainedModel, passages: str) -> torch.Tensor:
-        return F.log_softmax(reader(**inputs, passages=passages).logits[:, :-1][is_answer].float(), dim=-1)  # [N, V]
+    def log_probs(reader: PreTrainedModel, **passages: str) -> torch.Tensor:
+        return F.log_softmax(reader(**inputs, **passages).logits[:, :-1][is_predicted].float(), dim=-1)  # [N, V]
 
     expected = None
     if base is not None:
         # First, because checkpointed layers of the model run again with the adapters that ran last.
         with torch.no_grad(), base.as_base():
-            expected = log_probs(base, "in_order")
-    found = log_probs(model, "apart")
-    loss = F.nll_loss(found, labels[is_answer], reduction="sum")
+            expected = log_probs(base, **of_teacher)
+    found = log_probs(model, **of_reader)
+    loss = F.nll_loss(found, labels[is_predicted], reduction="sum")
     if expected is None:
         return loss, torch.zeros_like(loss)
     return loss, F.kl_div(found, expected, log_target=True, reduction="sum")

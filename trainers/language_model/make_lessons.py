@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Makes lessons for a reader from the texts of a datastore: questions about facts that are hidden in passages, questions
-about what the passages say themselves, and text that is continued with its neighbors in sight.
+Makes lessons for a reader from the texts of a datastore: questions about facts that are hidden in passages, and
+questions about what the passages say themselves.
 
 The facts, their wording and the words that they are made of differ from those of
 [`~trainers.evaluation.questions.hidden_questions`], so that these measure what a reader has learned.
@@ -29,11 +29,10 @@ from transformers import PreTrainedTokenizerBase
 from modeling_retro.datastore.datastore import RetroDatastore
 
 
-PASSAGE_NUMBERS, PASSAGE_SHARES = (1, 2, 3, 4, 6, 10), (0.2, 0.25, 0.2, 0.2, 0.1, 0.05)
-TEXT_NUMBERS, TEXT_SHARES = (1, 2, 3, 4), (0.45, 0.3, 0.15, 0.1)
+PASSAGE_NUMBERS, PASSAGE_SHARES = (1, 2, 3, 4, 6, 10), (0.15, 0.25, 0.15, 0.2, 0.13, 0.12)
 NUM_QUESTIONS = 8  # about the same passages, at most
 NUM_TRIES = 1000
-COPY_SHARE, RANDOM_SHARE, UNKNOWN_SHARE, TWO_HOP_SHARE, TEXT_QUESTION_SHARE = 0.2, 0.1, 0.08, 0.12, 0.4
+UNKNOWN_SHARE, TWO_HOP_SHARE, TEXT_QUESTION_SHARE = 0.08, 0.12, 0.4
 
 # Statement, with the answer in brackets, question, and how the answer begins.
 FACTS = """
@@ -127,21 +126,17 @@ READ = (
 )
 
 
-def make_lessons(
-    datastore: RetroDatastore, split: str, num_lessons: int, question_share: float = 0.5, seed: int = 0
-) -> Iterator[dict[str, Any]]:
+def make_lessons(datastore: RetroDatastore, split: str, num_lessons: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     """
-    Makes lessons for a reader from the texts of a split and their neighbors.
+    Makes lessons for a reader from the texts of a split.
 
     Args:
         datastore ([`RetroDatastore`]):
-            The datastore that is searched, with stored neighbors of the split.
+            The datastore.
         split (`str`):
-            The split whose documents become passages and text to continue.
+            The split whose documents become passages.
         num_lessons (`int`):
             Number of lessons.
-        question_share (`float`, *optional*, defaults to 0.5):
-            Share of lessons that are questions. The others are a chunk and the one that follows it.
         seed (`int`, *optional*, defaults to 0):
             Seed of all that is drawn.
 
@@ -150,7 +145,7 @@ def make_lessons(
     """
     maker = LessonMaker(datastore, split, np.random.default_rng([seed, 7]))
     for _ in range(num_lessons):
-        yield maker.questions() if maker.generator.random() < question_share else maker.text()
+        yield maker.questions()
 
 
 class LessonMaker:
@@ -158,7 +153,7 @@ class LessonMaker:
     Draws lessons.
 
     Args:
-        datastore ([`RetroDatastore`]): The datastore that is searched.
+        datastore ([`RetroDatastore`]): The datastore.
         split (`str`): The split whose documents become lessons.
         generator (`np.random.Generator`): The generator of all that is drawn.
     """
@@ -169,15 +164,9 @@ class LessonMaker:
         self.tokenizer: PreTrainedTokenizerBase = datastore.tokenizer
         chunks = self.source.chunks
         document_id = np.asarray(chunks.document_id)
-        follows = document_id[1:] == document_id[:-1]
-        self.continued = np.flatnonzero(follows)  # chunks with a next one in their document
+        self.continued = np.flatnonzero(document_id[1:] == document_id[:-1])  # chunks with a next one
         if len(self.continued) == 0:
             raise ValueError(f"no document of the split {split!r} has two chunks")
-        self.document_id = document_id
-
-    def decode(self, tokens: np.ndarray, mask: np.ndarray) -> str:
-        text = self.tokenizer.decode(tokens[mask], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text.replace("\ufffd", "")
 
     def num_tokens(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
@@ -188,49 +177,13 @@ class LessonMaker:
         return text if 20 <= self.num_tokens(text) <= self.datastore.neighbor_length else None
 
     def chunk_text(self, chunk: int) -> str:
-        tokens, mask = self.source.chunks.take(np.array([chunk]))
-        return self.decode(tokens[0], mask[0])
+        (tokens,), (mask,) = self.source.chunks.take(np.array([chunk]))
+        text = self.tokenizer.decode(tokens[mask], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.replace("\ufffd", "")
 
     def window(self, chunk: int) -> str:
         """A chunk and the next one of its document."""
         return self.chunk_text(chunk) + self.chunk_text(chunk + 1)
-
-    # Text -------------------------------------------------------------------------------------------------------
-
-    def text(self) -> dict[str, Any]:
-        """A chunk, with its neighbors in sight, and the chunk that follows it."""
-        generator = self.generator
-        for _ in range(NUM_TRIES):
-            chunk = int(generator.choice(self.continued))
-            number = int(generator.choice(TEXT_NUMBERS, p=TEXT_SHARES))
-            neighbor_ids = self.source.neighbor_ids[chunk, :number]
-            if generator.random() < RANDOM_SHARE:
-                neighbor_ids = generator.integers(len(self.datastore.chunks), size=number)
-            tokens, mask = self.datastore.take_neighbors(np.asarray(neighbor_ids)[None])
-            passages = [self.decode(*pair) for pair in zip(tokens[0], mask[0], strict=True)]
-            if generator.random() < COPY_SHARE:
-                passages[0] = self.copy_piece(chunk)
-            # The order of passages read apart is of no meaning, and that of the teacher is to have none.
-            passages = [passages[n] for n in generator.permutation(len(passages))]
-            prompt, answer = self.chunk_text(chunk), self.chunk_text(chunk + 1)
-            passages = [text for text in passages if text and self.num_tokens(text) <= self.datastore.neighbor_length]
-            if passages and prompt and answer:
-                return {"passages": passages, "questions": [{"prompt": prompt, "answer": answer}]}
-        raise ValueError("the documents have no chunks that are followed by others and have neighbors")
-
-    def copy_piece(self, chunk: int) -> str:
-        """A noisy piece of the chunk's own document, which holds most of what follows."""
-        size = self.datastore.chunk_size
-        around = chunk + np.arange(0, 3)
-        inside = np.clip(around, 0, len(self.document_id) - 1)
-        same = (around == inside) & (self.document_id[inside] == self.document_id[chunk])
-        tokens, mask = self.source.chunks.take(np.where(same, around, -1))
-        tokens = tokens[mask][int(self.generator.integers(size)) :][: self.datastore.neighbor_length]
-        noisy = self.generator.random(len(tokens)) < self.generator.uniform(0, 0.3)
-        tokens[noisy] = self.generator.choice(tokens, int(noisy.sum())) if len(tokens) else 0
-        return self.decode(tokens, np.ones(len(tokens), dtype=bool))
-
-    # Questions --------------------------------------------------------------------------------------------------
 
     def questions(self) -> dict[str, Any]:
         """Questions about the same passages."""

@@ -36,7 +36,7 @@ from trainers.evaluation.evaluate import evaluate_retro
 
 from .collator import ChunkRows, DataCollatorForRetro, EpochRowSampler, collator_options
 from .config import RetroTrainingArguments
-from .lessons import lesson_losses
+from .lessons import ReaderLessons, lesson_losses
 from .muon import MuonWithAdamW
 from .teacher import teacher_loss
 
@@ -151,7 +151,7 @@ class RetroTrainer(DurableCheckpointsMixin, Trainer):
         teacher, both averaged over the same number of tokens. Lessons have a teacher of their own: the base, which
         reads the passages in order.
         """
-        if "passage_input_ids" in inputs:
+        if isinstance(self.train_dataset, ReaderLessons):
             return self._lesson_loss(model, inputs, num_items_in_batch)
         if "teacher_token_ids" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -12,12 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Makes lessons in reading from the texts of a datastore: questions about passages, and text that is continued with its
-neighbors in sight. A reader is trained on them by `retro train --lessons`.
+Makes lessons in reading from the texts of a datastore: questions about passages. A reader is trained on them, and on
+text with its neighbors, by `retro train --lessons`.
 
-    retro neighbors --datastore datastore --split lessons --num_neighbors 4
-    retro lessons --datastore datastore --split lessons --num_lessons 2000 --output_file lessons.jsonl
+    retro lessons --datastore datastore --split lessons --num_lessons 1000 --output_file lessons.jsonl
     retro train --datastore datastore --lessons lessons.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct \\
+        --train_split lessons --row_share 0.45 --row_chunks 8 --num_neighbors 1 --per_device_train_batch_size 1 \\
         --neighbor_adapter_rank 16 --freeze_decoder true --retrofit_only true --output_dir reader
 """
 
@@ -33,22 +33,15 @@ from data_prep.arguments import parse_arguments, run_command
 class LessonsArguments:
     """Arguments of `retro lessons`."""
 
-    datastore: str = field(metadata={"help": "Folder or Hub id of the datastore that is searched."})
+    datastore: str = field(metadata={"help": "Folder or Hub id of the datastore."})
     output_file: str = field(metadata={"help": "JSON lines file to write."})
-    split: str = field(
-        default="train", metadata={"help": "Split whose documents become lessons. It needs stored neighbors."}
-    )
-    num_lessons: int = field(default=2000, metadata={"help": "Number of lessons."})
-    question_share: float = field(
-        default=0.6, metadata={"help": "Share of lessons that are questions. The others are text that is continued."}
-    )
+    split: str = field(default="train", metadata={"help": "Split whose documents become lessons."})
+    num_lessons: int = field(default=1000, metadata={"help": "Number of lessons."})
     seed: int = field(default=0, metadata={"help": "Seed of all that is drawn."})
 
     def __post_init__(self):
         if self.num_lessons < 1:
             raise ValueError(f"--num_lessons is {self.num_lessons}, expected at least 1")
-        if not 0.0 <= self.question_share <= 1.0:
-            raise ValueError(f"--question_share is {self.question_share}, expected a share between 0 and 1")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from trainers.language_model.make_lessons import make_lessons
 
     datastore = RetroDatastore.from_pretrained(arguments.datastore)
-    lessons = make_lessons(datastore, arguments.split, arguments.num_lessons, arguments.question_share, arguments.seed)
+    lessons = make_lessons(datastore, arguments.split, arguments.num_lessons, arguments.seed)
     text = "".join(json.dumps(lesson, ensure_ascii=False) + "\n" for lesson in lessons)
     write_text(Path(arguments.output_file), text)
 

@@ -13,14 +13,14 @@
 # limitations under the License.
 """
 Trains a reader for a causal language model on the texts of a datastore: adapters with which the model finds answers
-among passages that were read apart.
+among passages that were read apart, and continues text with its neighbors in sight.
 
     retro prepare --recipe documents --data_dir my_documents --output_dir datastore
     retro reader --datastore datastore --model HuggingFaceTB/SmolLM2-135M-Instruct --output_dir reader
-    retro reader --datastore datastore --model Qwen/Qwen3-0.6B --num_lessons 400 --output_dir reader
+    retro reader --datastore datastore --model Qwen/Qwen3-0.6B --num_lessons 100 --output_dir reader
 
-It makes lessons (`retro lessons`) and trains on them (`retro train --lessons`), with the options that the readers of
-the package were trained with. The same command goes on with an interrupted run.
+It makes lessons (`retro lessons`) and trains on them and on rows of text (`retro train --lessons`), with options that
+the reader of the package was trained with. The same command goes on with an interrupted run.
 """
 
 from collections.abc import Sequence
@@ -45,9 +45,9 @@ class ReaderArguments:
     model: str = field(metadata={"help": "Folder or Hub id of the causal language model."})
     output_dir: str = field(metadata={"help": "Folder for the reader, the lessons and the checkpoints."})
     split: str = field(default="train", metadata={"help": "Split whose documents become lessons."})
-    num_lessons: int = field(default=1200, metadata={"help": "Number of lessons, each of which is read once."})
-    question_share: float = field(
-        default=0.5, metadata={"help": "Share of lessons that are questions. The others are text that is continued."}
+    num_lessons: int = field(default=300, metadata={"help": "Number of lessons, each of which is read once."})
+    row_share: float = field(
+        default=0.45, metadata={"help": "Share of rows of text among the lessons. They come to those on top."}
     )
     reader: str | None = field(default=None, metadata={"help": "Reader to start from, in place of a new one."})
     rank: int = field(default=16, metadata={"help": "Rank of the adapters of a new reader."})
@@ -66,9 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     lessons, again = folder / "lessons.jsonl", folder / "lessons-again.jsonl"
-    options = {
-        name: getattr(arguments, name) for name in ("datastore", "split", "num_lessons", "question_share", "seed")
-    }
+    options = {name: getattr(arguments, name) for name in ("datastore", "split", "num_lessons", "seed")}
     make_lessons.main([*_words(options), "--output_file", str(again)])
     if lessons.exists() and lessons.read_bytes() != again.read_bytes():
         again.unlink()
@@ -85,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "lessons": lessons,
         "output_dir": folder,
         "learning_rate": arguments.learning_rate,
-        "max_steps": arguments.num_lessons // LESSONS_OF_A_STEP,
+        "num_train_epochs": 1,
         "gradient_accumulation_steps": LESSONS_OF_A_STEP,
         "per_device_train_batch_size": 1,
         "lr_scheduler_type": "cosine",
@@ -93,12 +91,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         "weight_decay": 0,
         "freeze_decoder": "true",
         "retrofit_only": "true",
-        "num_neighbors": 1,
         "save_steps": 10,
         "save_total_limit": 2,
         "logging_steps": 10,
         "seed": arguments.seed,
     }
+    if arguments.row_share > 0:
+        training |= {
+            "train_split": arguments.split,
+            "row_share": arguments.row_share,
+            "row_chunks": 8,
+            "num_neighbors": 1,
+            "neighbor_dropout": 0,
+            "copy_share": 0.2,
+            "random_share": 0.1,
+        }
     train_retro.main(_words(training | start))
 
 

@@ -80,6 +80,9 @@ class TrainRetroArguments:
             "place of the chunks of the datastore."
         },
     )
+    row_share: float = field(
+        default=0.0, metadata={"help": "Share of rows of chunks among --lessons, for a reader that continues text."}
+    )
     reader: str | None = field(
         default=None, metadata={"help": "Reader to start from, for a model that is wrapped; with --freeze_decoder."}
     )
@@ -156,17 +159,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         eval_datastore = RetroDatastore.from_pretrained(arguments.eval_datastore)
     eval_dataset = eval_datastore.split(arguments.eval_split) if evaluates else None
     if arguments.lessons is not None:
-        for name in ("train_split", "train_documents"):
+        for name in ("train_documents", "train_split") if arguments.row_share == 0 else ("train_documents",):
             if getattr(arguments, name) is not None:
                 raise ValueError(f"--{name} is for training on chunks, not on --lessons")
+        source = datastore if arguments.train_split is None else datastore.split(arguments.train_split)
+        rows = of_rows = None
+        if arguments.row_share > 0:
+            if training_arguments.per_device_train_batch_size > 1:
+                raise ValueError("lessons and rows do not fit in a batch; set --per_device_train_batch_size 1")
+            datastore.check_compact("training")
+            rows = ChunkRows(len(source.chunks), training_arguments.row_chunks)
+            of_rows = DataCollatorForRetro(datastore, source, **collator_options(training_arguments))
         model = load_model(arguments, datastore, training_arguments)
         trainer = RetroTrainer(
             model,
             training_arguments,
             datastore,
             eval_dataset,
-            train_dataset=ReaderLessons(arguments.lessons),
-            data_collator=DataCollatorForLessons(datastore.tokenizer, datastore.neighbor_length),
+            train_dataset=ReaderLessons(arguments.lessons, rows, arguments.row_share, training_arguments.seed),
+            data_collator=DataCollatorForLessons(datastore.tokenizer, datastore.neighbor_length, of_rows),
             eval_datastore=eval_datastore,
         )
     elif arguments.train_documents is None:
