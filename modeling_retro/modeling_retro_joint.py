@@ -238,7 +238,7 @@ class RetroJointForCausalLM(
         `str`: How the passages of a question are read by default: in order, or apart if adapters were trained to read
         neighbors, which stand apart.
         """
-        # CODEPATH: readers, such as smollm2-135m-instruct-answers, have adapters; pretrained decoders have none.
+        # CODEPATH: readers, such as smollm2-135m-instruct, have adapters; pretrained decoders have none.
         return "in_order" if self.config.neighbor_adapter is None and self.config.row_adapter is None else "apart"
 
     def generate(
