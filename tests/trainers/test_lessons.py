@@ -278,6 +278,13 @@ def test_a_reader_learns_from_lessons_stops_and_goes_on_to_the_same_weights(fold
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
     with pytest.raises(ValueError, match="lessons and rows do not fit in a batch"):
         train(tmp_path / "refused", row_share=0.5, per_device_train_batch_size=2)
+    with pytest.raises(ValueError, match="--train_split is for training on chunks"):
+        train(tmp_path / "refused", train_split="train")
+    with pytest.raises(ValueError, match="the base of the model is the teacher"):
+        train(tmp_path / "refused", teacher=tmp_path)
+    with pytest.raises(ValueError, match="which is for rows among --lessons"):
+        words = ["--datastore", str(folder / "datastore"), "--model", str(folder / "base"), "--row_share", "0.5"]
+        train_retro.main([*words, "--use_cpu", "true", "--output_dir", str(tmp_path / "refused")])
     # Another run begins with this reader.
     started = train(tmp_path / "further", reader=tmp_path / "whole", learning_rate=0.0)
     assert all(torch.equal(started[name], value) for name, value in whole.items())

@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Lessons in reading passages: prompts with passages that were read apart, and what is to be answered. Questions are such
-lessons, and so is the text that follows a chunk. Rows of chunks may stand among them.
+Lessons in reading passages: questions with passages that are read apart, and what is to be answered. Rows of chunks
+may stand among them.
 """
 
 import json

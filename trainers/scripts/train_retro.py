@@ -158,44 +158,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.eval_datastore is not None:
         eval_datastore = RetroDatastore.from_pretrained(arguments.eval_datastore)
     eval_dataset = eval_datastore.split(arguments.eval_split) if evaluates else None
-    if arguments.lessons is not None:
-        for name in ("train_documents", "train_split") if arguments.row_share == 0 else ("train_documents",):
-            if getattr(arguments, name) is not None:
-                raise ValueError(f"--{name} is for training on chunks, not on --lessons")
+    check_lessons(arguments, training_arguments)
+    if arguments.train_documents is None:
         source = datastore if arguments.train_split is None else datastore.split(arguments.train_split)
-        rows = of_rows = None
-        if arguments.row_share > 0:
-            if training_arguments.per_device_train_batch_size > 1:
-                raise ValueError("lessons and rows do not fit in a batch; set --per_device_train_batch_size 1")
+        dataset = collator = None
+        if arguments.lessons is None or arguments.row_share > 0:
             datastore.check_compact("training")
-            rows = ChunkRows(len(source.chunks), training_arguments.row_chunks)
-            of_rows = DataCollatorForRetro(datastore, source, **collator_options(training_arguments))
+            row_chunks, teacher = training_arguments.row_chunks, None
+            if training_arguments.teacher is not None:
+                teacher = TeacherPredictions(training_arguments.teacher, source, row_chunks)
+            dataset = ChunkRows(len(source.chunks), row_chunks)
+            collator = DataCollatorForRetro(datastore, source, teacher=teacher, **collator_options(training_arguments))
+        if arguments.lessons is not None:
+            dataset = ReaderLessons(arguments.lessons, dataset, arguments.row_share, training_arguments.seed)
+            collator = DataCollatorForLessons(datastore.tokenizer, datastore.neighbor_length, collator)
         model = load_model(arguments, datastore, training_arguments)
         trainer = RetroTrainer(
             model,
             training_arguments,
             datastore,
             eval_dataset,
-            train_dataset=ReaderLessons(arguments.lessons, rows, arguments.row_share, training_arguments.seed),
-            data_collator=DataCollatorForLessons(datastore.tokenizer, datastore.neighbor_length, of_rows),
-            eval_datastore=eval_datastore,
-        )
-    elif arguments.train_documents is None:
-        datastore.check_compact("training")
-        source = datastore if arguments.train_split is None else datastore.split(arguments.train_split)
-        row_chunks, teacher = training_arguments.row_chunks, None
-        if training_arguments.teacher is not None:
-            teacher = TeacherPredictions(training_arguments.teacher, source, row_chunks)
-        model = load_model(arguments, datastore, training_arguments)
-        trainer = RetroTrainer(
-            model,
-            training_arguments,
-            datastore,
-            eval_dataset,
-            train_dataset=ChunkRows(len(source.chunks), row_chunks),
-            data_collator=DataCollatorForRetro(
-                datastore, source, teacher=teacher, **collator_options(training_arguments)
-            ),
+            train_dataset=dataset,
+            data_collator=collator,
             eval_datastore=eval_datastore,
         )
     else:
@@ -208,6 +192,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_arguments))
     trainer.save_model()
     trainer.save_state()
+
+
+def check_lessons(arguments: TrainRetroArguments, training_arguments: "RetroTrainingArguments") -> None:
+    """Refuses options that do not fit lessons."""
+    if arguments.lessons is None:
+        if arguments.row_share != 0:
+            raise ValueError(f"--row_share is {arguments.row_share}, which is for rows among --lessons: give both")
+        return
+    if arguments.train_documents is not None:
+        raise ValueError("--train_documents is for training on chunks, not on --lessons")
+    if arguments.train_split is not None and arguments.row_share == 0:
+        raise ValueError("--train_split is for training on chunks, not on --lessons; --row_share reads both")
+    if training_arguments.teacher is not None:
+        raise ValueError("--teacher is for training on chunks; the base of the model is the teacher of --lessons")
+    if arguments.row_share > 0 and training_arguments.per_device_train_batch_size > 1:
+        raise ValueError("lessons and rows do not fit in a batch; set --per_device_train_batch_size 1")
 
 
 def load_model(
