@@ -21,6 +21,11 @@ and with the neighbor in front of a window that is read again at every chunk.
 
     python benchmarks/joint_scaling.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 
+With `--reader_rank`, only the training of a reader is measured: adapters of this rank, in bfloat16, with attention in
+parts and with one mask over neighbors and row.
+
+    python benchmarks/joint_scaling.py --model HuggingFaceTB/SmolLM2-135M-Instruct --reader_rank 16 --num_neighbors 1
+
 With `--cross_attention`, the same decoder is retrofitted with the cross attention of the paper, and only prefill is
 measured. It encodes the neighbors of every row anew; the table says which share its parts have.
 
@@ -58,6 +63,7 @@ class JointScalingArguments:
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Train with checkpoints: a step then reads everything twice, and keeps less."}
     )
+    reader_rank: int = field(default=0, metadata={"help": "Measure the training of a reader of this rank, if not 0."})
     cross_attention: bool = field(default=False, metadata={"help": "Measure the cross attention of the paper."})
     dtype: str = field(default="bfloat16", metadata={"help": "Torch dtype of the weights in prefill and generation."})
     threads: int = field(default=1, metadata={"help": "Threads."})
@@ -227,6 +233,41 @@ def measure_training(model: RetroJointForCausalLM, arguments: JointScalingArgume
     print_ratios("training step of tokens", rows)
 
 
+def measure_reader_training(arguments: JointScalingArguments) -> None:
+    """Tokens of a row a second in steps that train the adapters of a frozen decoder."""
+    adapter = {"r": arguments.reader_rank, "target_modules": "all-linear"}
+    model = RetroJointForCausalLM.from_decoder_pretrained(
+        arguments.model, dtype=torch.bfloat16, neighbor_adapter=adapter
+    )
+    model.freeze_decoder()
+    model.train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    print("\nThe training of a reader, in tokens a second:\n")
+    print("| tokens of a row | one mask | in parts | ratio | in parts, read again |\n|---|---|---|---|---|")
+    for length in arguments.training:
+        row = torch.randint(model.config.vocab_size, (1, length))
+
+        def step(in_parts: bool, reads_again: bool = False, row=row, length=length) -> None:
+            model._parts_work = in_parts
+            set_reread(model, reads_again)
+            with torch.autocast("cpu", torch.bfloat16):
+                neighbors = random_neighbors(model, length, arguments.num_neighbors)
+                model(row, labels=row, use_cache=False, **neighbors).loss.backward()
+            model.zero_grad()
+
+        step(True)  # memory is taken from the system for the first time
+        functions = {
+            "mask": lambda step=step: step(False),
+            "parts": lambda step=step: step(True),
+            "again": lambda step=step: step(True, True),
+        }
+        seconds = median_seconds(functions, arguments.repeats)
+        mask, parts, again = (length / seconds[name] for name in functions)
+        print(f"| {length} | {mask:.0f} | {parts:.0f} | {parts / mask:.2f} | {again:.0f} |", flush=True)
+
+
 @torch.inference_mode()
 def generate_in_front(
     model: RetroJointForCausalLM, prompt: torch.LongTensor, arguments: JointScalingArguments
@@ -278,6 +319,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     if arguments.cross_attention:
         measure_cross_attention(arguments)
+        return
+    if arguments.reader_rank > 0:
+        measure_reader_training(arguments)
         return
     model = RetroJointForCausalLM.from_decoder_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     measure_prefill(model, arguments)

@@ -40,6 +40,8 @@ aten = torch.ops.aten
 PREFIX = "retro_"
 # Arguments with which a layer asks its attention to change scores.
 CHANGES_OF_SCORES = ("softcap", "s_aux", "position_bias")
+# For at most so many keys the backward kernel of a CPU is faster in float32 than in half precision.
+LONGEST_WIDENED = 256
 
 
 def has_kernels(states: torch.Tensor) -> bool:
@@ -116,7 +118,11 @@ def attend_backward(
     """
     if query.device.type == "cpu":
         kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return kernel(grad, query, key, value, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale)
+        states, dtype = (grad, query, key, value, out), query.dtype
+        if dtype in (torch.float16, torch.bfloat16) and key.shape[2] <= LONGEST_WIDENED:
+            states, mask = (x.float() for x in states), None if mask is None else mask.float()
+        grads = kernel(*states, lse, 0.0, is_causal, attn_mask=mask, scale=scale)
+        return tuple(x.to(dtype) for x in grads)
     if _uses_flash(query, mask):
         kernel = aten._scaled_dot_product_flash_attention_backward
         cum_q, cum_k, max_q, max_k, seed, offset = state

@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .attention_retro import AttentionLayout, AttentionPart
 from .chunk_layout_retro import TokenLocations, completes_chunk, seen_chunk, take_columns, token_mask
-from .joint_attention_retro import gather_gradients, layer_windows
+from .joint_attention_retro import gather_gradients, layer_windows, windows_of_layers
 from .joint_cache_retro import RereadTokens, RetroJointCache
 from .joint_call_retro import Front, JointCall
 from .joint_layout_retro import RowStates, make_row_mask, plan_states
@@ -400,13 +401,18 @@ class JointReadingMixin:
         # The causal mask hides padding behind a neighbor from the tokens in front of it, and no row reads it.
         is_padded_behind = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
         cache = DynamicCache()
-        with self._without_checkpointing(), self.adapters.active(NEIGHBOR_ADAPTER):
+        inputs = {"attention_mask": None if is_padded_behind else attention_mask.long(), "past_key_values": cache}
+        if torch.is_grad_enabled() and is_padded_behind and self._attends_in_parts():
+            windows = windows_of_layers(self.config.text_config)  # none is shorter than a neighbor
+            layout = AttentionLayout({window: [AttentionPart(is_causal=True)] for window in windows}, windows, [])
+            inputs |= {"attention_mask": attention_mask.new_ones(1, 1, 1, 1), "retro_attention": layout}
+        with (
+            self._switched_attention(inputs),
+            self._without_checkpointing(),
+            self.adapters.active(NEIGHBOR_ADAPTER),
+        ):
             outputs = self.decoder.base_model(
-                input_ids=input_ids,
-                attention_mask=None if is_padded_behind else attention_mask.long(),
-                position_ids=positions.expand(len(input_ids), -1),
-                past_key_values=cache,
-                use_cache=True,
+                input_ids=input_ids, position_ids=positions.expand(len(input_ids), -1), use_cache=True, **inputs
             )
         layers = [(layer.keys, layer.values) if layer.is_initialized else None for layer in cache.layers]
         if torch.is_grad_enabled() and NEIGHBOR_ADAPTER in self.adapters.names:

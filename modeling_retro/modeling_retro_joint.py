@@ -537,9 +537,11 @@ class RetroJointForCausalLM(
 def make_contiguous(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """
     Lets a head read a copy of the last states of the rows, which `logits_to_keep` cuts out of all states. For such a
-    part of a tensor PyTorch copies the weights of a frozen head once for each row.
+    part of a tensor PyTorch copies the weights of a frozen head once for each row, and for a single row as well, which
+    counts as contiguous.
     """
-    return (args[0].contiguous(), *args[1:])
+    states = args[0]
+    return (states.flatten(0, -2).contiguous().unflatten(0, states.shape[:-1]), *args[1:])
 
 
 def check_decoder(decoder: PreTrainedModel, config: RetroJointConfig) -> None:

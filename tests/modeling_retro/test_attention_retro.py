@@ -99,6 +99,12 @@ def test_output_and_all_gradients_equal_one_masked_attention(is_masked):
     compare(make_case(), 5e-15, row_mask)
 
 
+@pytest.mark.parametrize("longest", [0, LENGTH - 1, WIDTH])
+def test_gradients_in_half_precision_on_a_cpu_equal_one_masked_attention(monkeypatch, longest):
+    monkeypatch.setattr(attention_retro, "LONGEST_WIDENED", longest)
+    compare(make_case(dtype=torch.bfloat16), 0.05)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
