@@ -51,7 +51,7 @@ from trainers.language_model.lessons import DataCollatorForLessons, Lesson, less
 
 
 NUM_TOKENS = 8  # in front of a passage, and behind it
-ROW_CHUNKS, ROW_SHARE, NUM_MEASURED_ROWS = 8, 0.45, 20
+ROW_CHUNKS, ROW_SHARE, NUM_MEASURED_ROWS = 8, 0.55, 20
 LESSONS_OF_A_STEP, WARMUP_STEPS = 4, 4
 # Name of each run, and what sets it apart: constants of the lessons, and options.
 RUNS: dict[str, dict[str, float]] = {
@@ -168,7 +168,8 @@ def batches_of(run: str, arguments: AblationArguments, tokenizer) -> Iterator[di
     source = datastore.split(arguments.split)
     rows, generator = ChunkRows(len(source.chunks), ROW_CHUNKS), np.random.default_rng(0)
     of_lessons = DataCollatorForLessons(tokenizer, datastore.neighbor_length)
-    of_rows = DataCollatorForRetro(datastore, source, ROW_CHUNKS, 1, copy_share=0.2, random_share=0.1)
+    shares = {"copy_share": 0.15, "random_share": 0.2, "mark_random": True}
+    of_rows = DataCollatorForRetro(datastore, source, ROW_CHUNKS, 1, **shares)
     with patch.multiple(make_lessons, **constants) if constants else nullcontext():
         lessons = make_lessons.make_lessons(datastore, arguments.split, 10**6)
         while True:

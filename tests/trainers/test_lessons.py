@@ -33,7 +33,7 @@ from data_prep.index import build_index
 from data_prep.neighbors import find_neighbors
 from modeling_retro import RetroDatastore, RetroJointForCausalLM
 from trainers.evaluation.questions import KINDS, SYLLABLES, encode_passages
-from trainers.language_model.collator import ChunkRows
+from trainers.language_model.collator import ChunkRows, DataCollatorForRetro
 from trainers.language_model.lessons import DataCollatorForLessons, ReaderLessons, lesson_losses
 from trainers.language_model.make_lessons import BEGINNINGS, ENDINGS, FACTS, MIDDLES, TWO_HOPS, UNKNOWN, make_lessons
 from trainers.scripts import train_retro
@@ -156,11 +156,34 @@ def test_losses_of_a_row_are_those_of_its_tokens_and_of_the_base_with_the_same_n
     neighbors = {name: values for name, values in inputs.items() if name != "labels"}
     log_q, log_p = (reader(**neighbors).logits[0].log_softmax(-1) for reader in (model, base))
     columns = [column for column in range(1, 3 * size) if column != size + 1]
-    expected_loss = -sum(log_q[column - 1, labels[0, column]] for column in columns)
+    nats = {column: -log_q[column - 1, labels[0, column]] for column in columns}
+    expected_loss = sum(nats.values())
     expected_divergence = sum((log_p[n - 1].exp() * (log_p[n - 1] - log_q[n - 1])).sum() for n in columns)
     torch.testing.assert_close(found_loss.double(), expected_loss, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found_divergence.double(), expected_divergence, rtol=1e-4, atol=1e-5)
     assert expected_divergence > 0.1
+    # Where random neighbors are in sight, only the base teaches.
+    sees_random = torch.zeros_like(labels, dtype=torch.bool)
+    sees_random[0, size : 2 * size] = True
+    own_loss, divergence = lesson_losses(model, model, inputs | {"sees_random": sees_random})
+    expected_loss = sum(nat for column, nat in nats.items() if not size <= column < 2 * size)
+    torch.testing.assert_close(own_loss.double(), expected_loss, rtol=1e-5, atol=1e-5)
+    assert divergence == found_divergence
+
+
+def test_rows_among_lessons_say_which_tokens_see_random_neighbors(folder):
+    datastore = RetroDatastore.from_pretrained(folder / "datastore")
+    options = {"row_chunks": 4, "num_neighbors": 1}
+    collator = DataCollatorForRetro(datastore, random_share=0.5, mark_random=True, seed=1, **options)
+    rows = [ChunkRows(len(datastore.chunks), 4)[index] for index in range(4)]
+    batch = DataCollatorForLessons(datastore.tokenizer, datastore.neighbor_length, collator)(rows)
+    own = DataCollatorForRetro(datastore, **options)(rows)
+    sees_random = batch["sees_random"].reshape(4, 4, -1)
+    assert sees_random.any(-1).equal(sees_random.all(-1)) and not sees_random[:, 0].any()
+    same = (batch["neighbor_input_ids"] == own["neighbor_input_ids"]).flatten(2).all(-1)  # [B, L]
+    assert same[:, :-1].equal(~sees_random[:, 1:, 0])
+    assert 0 < same.sum() < same.numel()
+    assert "sees_random" not in own
 
 
 def test_each_epoch_has_all_lessons_and_rows_that_were_not_read_before(tmp_path):
@@ -300,17 +323,17 @@ def test_a_reader_learns_from_lessons_stops_and_goes_on_to_the_same_weights(fold
 
 
 def test_one_command_makes_lessons_and_trains_a_reader_on_them(folder, tmp_path, capsys):
-    words = ["--datastore", str(folder / "datastore"), "--model", str(folder / "base"), "--num_lessons", "44"]
+    words = ["--datastore", str(folder / "datastore"), "--model", str(folder / "base"), "--num_lessons", "36"]
     options = [*words, "--rank", "2", "--learning_rate", "0.05", "--dtype", "float32", "--seed", "3"]
     train_reader_main([*options, "--output_dir", str(tmp_path / "reader")])
     lessons = ReaderLessons(tmp_path / "reader" / "lessons.jsonl")
-    assert len(lessons) == 44
+    assert len(lessons) == 36
     collator = DataCollatorForLessons(RetroDatastore.from_pretrained(folder / "datastore").tokenizer, 128)
     losses = []
     for fields in ({}, {"reader": str(tmp_path / "reader")}):
         model = RetroJointForCausalLM.from_decoder_pretrained(str(folder / "base"), **fields)
         with torch.no_grad():
-            losses.append(sum(float(lesson_losses(model, None, collator([lessons[n]]))[0]) for n in range(44)))
+            losses.append(sum(float(lesson_losses(model, None, collator([lessons[n]]))[0]) for n in range(36)))
     assert losses[1] < 0.97 * losses[0]
     weights = load_file(tmp_path / "reader" / "retrofit.safetensors")
     # Interrupted behind its first checkpoint, it comes to the same weights.

@@ -121,13 +121,16 @@ class DataCollatorForRetro:
         teacher ([`~trainers.language_model.teacher.TeacherPredictions`], *optional*):
             Predictions of a teacher to add to the batch. After a chunk whose neighbors were replaced, the predictions
             for the next chunk are left out.
+        mark_random (`bool`, *optional*, defaults to `False`):
+            Whether the batch says which tokens see random neighbors.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the random choices, which depend only on it, the epoch and the row.
 
     Returns (with m the chunk size and r the neighbor length of the datastore):
         `dict[str, torch.Tensor]`: `input_ids`, `position_ids` and `labels` `int64 [B, L * m]`, `neighbor_input_ids`
         `int64 [B, L, k, r]` and `neighbor_attention_mask` `bool [B, L, k, r]`. With a teacher also `teacher_token_ids`
-        `int64 [B, L * m, K]` and `teacher_log_probs` `float32 [B, L * m, K]`.
+        `int64 [B, L * m, K]` and `teacher_log_probs` `float32 [B, L * m, K]`, and with `mark_random`
+        `sees_random` `bool [B, L * m]`, which is true for the tokens of a chunk after one with random neighbors.
 
     Example with chunks of two tokens. The first document has three chunks, and the second has one (a token and a pad):
 
@@ -151,6 +154,7 @@ class DataCollatorForRetro:
     copy_share: float = 0.0
     random_share: float = 0.0
     teacher: TeacherPredictions | None = None
+    mark_random: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -179,6 +183,7 @@ class DataCollatorForRetro:
         neighbor_ids = self.source.neighbor_ids[np.where(present, chunk_ids, 0), : max(self.num_neighbors)]
         seen = np.stack([self._seen_neighbors(row) for row in rows])  # [B, L, k]
         is_own = present & seen[..., 0]  # [B, L]: chunks that see neighbors of their own
+        is_random = np.zeros_like(present)
         if self.random_share > 0:
             drawn = [self._draw_random(row) for row in rows]
             is_random = np.stack([chosen for chosen, _ in drawn])
@@ -202,6 +207,10 @@ class DataCollatorForRetro:
             "neighbor_input_ids": neighbor_input_ids,
             "neighbor_attention_mask": neighbor_mask,
         }
+        if self.mark_random:
+            sees_random = np.zeros_like(mask)  # [B, L, m]
+            sees_random[:, 1:] = is_random[:, :-1, None]
+            batch["sees_random"] = sees_random.reshape(len(rows), -1)
         if self.teacher is not None:
             token_ids, log_probs = self.teacher.take(np.where(present, chunk_ids, -1))  # [B, L, m, K]
             # The teacher read the neighbors of the chunk before, which the model did not see.

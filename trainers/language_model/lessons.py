@@ -166,7 +166,8 @@ def lesson_losses(
     """
     The cross entropy of the answers with the passages read apart, and the Kullback-Leibler divergence from the base of
     the model, which reads them in order (block distillation, arXiv 2605.15913). Of a row of chunks, the cross entropy
-    of all tokens, and the divergence from the base, which reads the same neighbors untrained.
+    of its tokens but those that see random neighbors (`sees_random`), and the divergence of all of them from the base,
+    which reads the same neighbors untrained.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -180,7 +181,7 @@ def lesson_losses(
         `tuple[torch.Tensor, torch.Tensor]`: both losses in nats, summed over the tokens of the answers or of the row.
     """
     inputs = {**inputs, "use_cache": False}
-    labels = inputs.pop("labels")
+    labels, sees_random = inputs.pop("labels"), inputs.pop("sees_random", None)
     of_teacher, of_reader = {}, {}
     if "passage_input_ids" in inputs:
         of_teacher, of_reader = {"passages": "in_order"}, {"passages": "apart"}
@@ -201,6 +202,8 @@ def lesson_losses(
         with torch.no_grad(), base.as_base():
             expected = log_probs(base, **of_teacher)
     found = log_probs(model, **of_reader)
+    if sees_random is not None:
+        labels = labels.masked_fill(sees_random[:, -num_columns:], -100)
     loss = F.nll_loss(found, labels[is_predicted], reduction="sum")
     if expected is None:
         return loss, torch.zeros_like(loss)

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from modeling_retro.datastore.datastore import RetroDatastore
 
 
-PASSAGE_NUMBERS, PASSAGE_SHARES = (1, 2, 3, 4, 6, 10), (0.15, 0.25, 0.15, 0.2, 0.13, 0.12)
+PASSAGE_NUMBERS, PASSAGE_SHARES = (1, 2, 3, 4, 6, 10), (0.08, 0.17, 0.1, 0.2, 0.15, 0.3)
 NUM_QUESTIONS = 8  # about the same passages, at most
 NUM_TRIES = 1000
 UNKNOWN_SHARE, TWO_HOP_SHARE, TEXT_QUESTION_SHARE = 0.08, 0.12, 0.4

@@ -47,7 +47,7 @@ class ReaderArguments:
     split: str = field(default="train", metadata={"help": "Split whose documents become lessons."})
     num_lessons: int = field(default=300, metadata={"help": "Number of lessons, each of which is read once."})
     row_share: float = field(
-        default=0.45, metadata={"help": "Share of rows of text among the lessons. They come to those on top."}
+        default=0.55, metadata={"help": "Share of rows of text among the lessons. They come to those on top."}
     )
     reader: str | None = field(default=None, metadata={"help": "Reader to start from, in place of a new one."})
     rank: int = field(default=16, metadata={"help": "Rank of the adapters of a new reader."})
@@ -103,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "row_chunks": 8,
             "num_neighbors": 1,
             "neighbor_dropout": 0,
-            "copy_share": 0.2,
-            "random_share": 0.1,
+            "copy_share": 0.15,
+            "random_share": 0.2,
         }
     train_retro.main(_words(training | start))
 

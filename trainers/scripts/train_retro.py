@@ -168,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if training_arguments.teacher is not None:
                 teacher = TeacherPredictions(training_arguments.teacher, source, row_chunks)
             dataset = ChunkRows(len(source.chunks), row_chunks)
-            collator = DataCollatorForRetro(datastore, source, teacher=teacher, **collator_options(training_arguments))
+            options = collator_options(training_arguments) | {"mark_random": arguments.lessons is not None}
+            collator = DataCollatorForRetro(datastore, source, teacher=teacher, **options)
         if arguments.lessons is not None:
             dataset = ReaderLessons(arguments.lessons, dataset, arguments.row_share, training_arguments.seed)
             collator = DataCollatorForLessons(datastore.tokenizer, datastore.neighbor_length, collator)
