@@ -24,7 +24,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention_retro import PREFIX, AttentionLayout, has_kernels, register_attention
+from .attention_retro import PREFIX, AttentionLayout, AttentionPart, has_kernels, register_attention
 from .chunk_layout_retro import TokenLocations, take_columns
 from .joint_cache_retro import NeighborPrefix, RetroJointStaticCache
 from .joint_call_retro import Front, JointCall
@@ -133,6 +133,13 @@ class JointAttentionMixin:
         # The mask is not used. One that is prepared keeps the decoder from making its own.
         prepared = locations.mask.new_ones(1, 1, 1, 1)
         return {"attention_mask": prepared, "past_key_values": call.past_key_values, "retro_attention": layout}
+
+    def _causal_inputs(self, device: torch.device) -> dict[str, Any]:
+        """What neighbors are read with for a gradient: one part, whose backward kernel is that of parts of a row."""
+        windows = windows_of_layers(self.config.text_config)  # none is shorter than a neighbor
+        layout = AttentionLayout({window: [AttentionPart(is_causal=True)] for window in windows}, windows, [])
+        prepared = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # as above
+        return {"attention_mask": prepared, "retro_attention": layout}
 
     def _row_mask(self, locations: TokenLocations, window: int | None, given: torch.Tensor | None) -> torch.BoolTensor:
         """Which tokens of the row those of a call see, `(B, T, N)`."""

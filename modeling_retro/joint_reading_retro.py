@@ -21,9 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention_retro import AttentionLayout, AttentionPart
 from .chunk_layout_retro import TokenLocations, completes_chunk, seen_chunk, take_columns, token_mask
-from .joint_attention_retro import gather_gradients, layer_windows, windows_of_layers
+from .joint_attention_retro import gather_gradients, layer_windows
 from .joint_cache_retro import RereadTokens, RetroJointCache
 from .joint_call_retro import Front, JointCall
 from .joint_layout_retro import RowStates, make_row_mask, plan_states
@@ -403,9 +402,7 @@ class JointReadingMixin:
         cache = DynamicCache()
         inputs = {"attention_mask": None if is_padded_behind else attention_mask.long(), "past_key_values": cache}
         if torch.is_grad_enabled() and is_padded_behind and self._attends_in_parts():
-            windows = windows_of_layers(self.config.text_config)  # none is shorter than a neighbor
-            layout = AttentionLayout({window: [AttentionPart(is_causal=True)] for window in windows}, windows, [])
-            inputs |= {"attention_mask": attention_mask.new_ones(1, 1, 1, 1), "retro_attention": layout}
+            inputs |= self._causal_inputs(input_ids.device)
         with (
             self._switched_attention(inputs),
             self._without_checkpointing(),
